@@ -1,0 +1,67 @@
+# MiniGPT's commands. `make` alone lists them. Works with GNU make 3.81 and newer.
+SHELL := bash
+
+PYTHON ?= python3
+VENV ?= .venv
+# Package index to take PyTorch itself from, e.g. the one with its CPU builds; empty: the default.
+TORCH_INDEX ?=
+# Not empty: run every stage of the pipeline anew.
+FORCE ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.minigpt-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup pipeline test check format clean distclean
+
+help: ## List these commands
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) FORCE=$(FORCE)"
+
+setup: $(STAMP) ## Create the virtual environment and install MiniGPT in it
+
+pipeline: $(STAMP) ## Train and test a model, from raw JSONL to chat (FORCE=1: anew)
+	$(PY) scripts/pipeline.py $(if $(FORCE),--force)
+
+test: $(STAMP) ## Run all tests
+	$(PY) -m pytest
+
+check: $(STAMP) ## Check format, lint and types, and instantiate every config
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/unit/test_configs.py
+
+format: $(STAMP) ## Format the code and fix what the linter can fix
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## Remove outputs and caches
+	rm -rf outputs mini_tokenizer build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find minigpt scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environment, too
+	@if [ -d "$(VENV)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
+	  echo "error: $(VENV) is not a virtual environment; remove it by hand" >&2; exit 1; fi
+	rm -rf "$(VENV)" *.egg-info
+
+# torch first, alone and pinned: left to choose, pip may take a newer build with gigabytes of CUDA.
+# Its own dependencies come in the second step.
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	  "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(PY):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: $(PYTHON) not found; install Python 3.11 or newer, or set PYTHON=" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: MiniGPT needs Python 3.11 or newer, and $(PYTHON) is" \
+	    "$$("$(PYTHON)" -V 2>&1); set PYTHON= to a newer one" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) -m venv is not available; on Debian and Ubuntu:" \
+	    "apt install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) "$(VENV)"
