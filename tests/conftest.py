@@ -1,0 +1,67 @@
+"""What every test stands on: no network, a cache of its own, a steady number of threads."""
+
+import ipaddress
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch, transformers and MiniGPT are imported, and in the environment so that child
+# processes get it too.
+_CACHE = tempfile.TemporaryDirectory(prefix="minigpt-test-cache-")
+os.environ["MINIGPT_CACHE"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Sums depend on how many threads share them, and golden losses must not depend on the machine.
+os.environ["OMP_NUM_THREADS"] = "2"
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sockets connect to this machine only."""
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and this machine has none"))
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()
+
+
+def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self: socket.socket, address: Any) -> Any:
+        if not _is_local(self.family, address):
+            raise RuntimeError(f"a test tried to connect to {address!r}; tests use no network")
+        return connect(self, address)
+
+    return guard
+
+
+def _is_local(family: int, address: Any) -> bool:
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return True  # e.g. a Unix socket
+    host = str(address[0])
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which is not looked up
+        return False
