@@ -40,7 +40,7 @@ format: $(STAMP) ## Format the code and fix what the linter can fix
 
 clean: ## Remove outputs and caches
 	rm -rf outputs mini_tokenizer build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find minigpt scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environment, too
 	@if [ -d "$(VENV)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
