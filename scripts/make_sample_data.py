@@ -1,0 +1,70 @@
+"""Write MiniGPT's bundled sample data: an invented bilingual world for every stage.
+
+The files depend on nothing but the seed: `python scripts/make_sample_data.py` rewrites
+`data/` exactly as it is committed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sample_world import medical
+from sample_world.chats import dpo_rows, dpo_val_rows, sft_rows, sft_val_rows
+from sample_world.common import Row
+from sample_world.exam import exams
+from sample_world.pretrain import documents
+from sample_world.security import security_rows, security_val_rows
+
+MINI_ROWS = 1000
+STAGES = ("pretrain", "sft", "dpo", "lora_medical")
+
+
+def build(seed: int) -> dict[str, list[Row]]:
+    """Return the rows of every file, keyed by the path inside the output folder."""
+    files = {
+        "pretrain": documents(seed, "pretrain", 1.0),
+        "pretrain_val": documents(seed, "pretrain val", 0.04),
+        "sft": sft_rows(seed),
+        "sft_val": sft_val_rows(seed),
+        "dpo": dpo_rows(seed),
+        "dpo_val": dpo_val_rows(seed),
+        "lora_medical": medical.medical_rows(seed, medical.ASK),
+        "lora_medical_val": medical.medical_rows(seed, medical.ASK_DEV),
+        "lora/security": security_rows(seed),
+        "lora/security_val": security_val_rows(seed),
+    }
+    for split in ("", "_val"):
+        files["lora/medical" + split] = files["lora_medical" + split]
+        for stage in STAGES:
+            files[f"mini/{stage}{split}"] = files[stage + split][:MINI_ROWS]
+    files.update({f"exam/{family}": rows for family, rows in exams(seed).items()})
+    return files
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write one JSON object a line, in UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and write every file."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0],
+        epilog="example: python scripts/make_sample_data.py --output_dir data --seed 1",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("data"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the invented world")
+    args = parser.parse_args(argv)
+    files = build(args.seed)
+    for name, rows in files.items():
+        write(rows, args.output_dir / f"{name}.jsonl")
+    print(f"{sum(map(len, files.values()))} rows in {len(files)} files under {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

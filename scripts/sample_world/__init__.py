@@ -1,0 +1,1 @@
+"""The invented world behind MiniGPT's bundled sample data, one file per kind of data."""

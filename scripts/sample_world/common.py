@@ -1,0 +1,67 @@
+"""Small helpers that every kind of sample data shares."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from random import Random
+from typing import Any, TypeVar
+
+Message = dict[str, str]
+Row = dict[str, Any]
+T = TypeVar("T")
+
+LANGS = ("en", "zh")
+
+
+def stream(seed: int, name: str) -> Random:
+    """Return an independent random stream, so that one kind never shifts another."""
+    return Random(f"minigpt:{seed}:{name}")
+
+
+def split_of(key: str) -> str:
+    """Assign an item to `train`, `dev` or `exam` by its own text: 80, 8 and 12 per cent."""
+    bucket = zlib.crc32(key.encode("utf-8")) % 100
+    return "exam" if bucket < 12 else "dev" if bucket < 20 else "train"
+
+
+def user(text: str) -> Message:
+    """Return one user message."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    """Return one assistant message."""
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Message:
+    """Return one system message."""
+    return {"role": "system", "content": text}
+
+
+def chat(question: str, answer: str) -> Row:
+    """Return a chat row of a single question and its answer."""
+    return {"messages": [user(question), assistant(answer)]}
+
+
+def cycle(rng: Random, items: Sequence[T], count: int) -> list[T]:
+    """Draw `count` items with every item used as evenly as possible."""
+    drawn: list[T] = []
+    while len(drawn) < count:
+        batch = list(items)
+        rng.shuffle(batch)
+        drawn.extend(batch)
+    return drawn[:count]
+
+
+def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
+    """Return a shuffled copy."""
+    copy = list(items)
+    rng.shuffle(copy)
+    return copy
+
+
+def capital(text: str) -> str:
+    """Upper-case the first letter and leave the rest alone."""
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,96 @@
+"""The exam: held-out questions with answers that a program can check."""
+
+from __future__ import annotations
+
+from sample_world import medical, questions, style
+from sample_world.common import LANGS, Row, stream, user
+from sample_world.skills import SKILLS, draw_item, item_keys, question
+from sample_world.style import TOPICS
+from sample_world.world import build_facts, choices
+
+SKILL_ITEMS = 14
+
+
+def fact_exam(seed: int, family: str, *, asked: bool) -> list[Row]:
+    """Ask about every fact that chats ask about, or never ask about, in exam wordings."""
+    rng = stream(seed, family)
+    rows: list[Row] = []
+    for fact in build_facts(seed):
+        for lang in LANGS if fact.asked == asked else ():
+            wording = rng.choice(questions.EXAM[lang][fact.attribute])
+            rows.append(
+                {
+                    "id": f"{family}-{lang}-{fact.key}",
+                    "family": family,
+                    "messages": [user(wording.format(n=fact.person.name(lang)))],
+                    "answer": fact.value.word(lang),
+                    "choices": choices(fact.attribute, lang),
+                }
+            )
+    return rows
+
+
+def skills_exam(seed: int) -> list[Row]:
+    """Pose exercises whose operands no training text holds."""
+    rng = stream(seed, "skills")
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for skill in SKILLS:
+        for number in range(SKILL_ITEMS * len(LANGS)):
+            lang = LANGS[number % len(LANGS)]
+            operands = draw_item(rng, skill, "exam")
+            while skill.name + str(item_keys(operands)) in seen:
+                operands = draw_item(rng, skill, "exam")
+            seen.add(skill.name + str(item_keys(operands)))
+            rows.append(
+                {
+                    "id": f"skills-{lang}-{skill.name}-{number // len(LANGS)}",
+                    "family": "skills",
+                    "messages": [user(question(skill, operands, lang, rng.randrange(3)))],
+                    "answer": skill.answer(operands),
+                }
+            )
+    return rows
+
+
+def style_exam() -> list[Row]:
+    """Ask for advice in exam wordings."""
+    return [
+        {
+            "id": f"style-{lang}-{number}-{form}",
+            "family": "style",
+            "messages": [user(style.ask(topic, lang, wording))],
+            "answer": topic.key(lang),
+            "avoid": list(style.AVOID[lang]),
+        }
+        for lang in LANGS
+        for number, topic in enumerate(TOPICS)
+        for form, wording in enumerate(style.ASK_EXAM[lang])
+    ]
+
+
+def medical_exam(seed: int) -> list[Row]:
+    """Ask about every finding in exam wordings."""
+    return [
+        {
+            "id": f"medical-{lang}-{finding.attribute}-{finding.number}-{form}",
+            "family": "medical",
+            "messages": [user(wording.format(n=finding.condition(lang)))],
+            "answer": finding.word(lang),
+            "choices": medical.medical_choices(finding.attribute, lang),
+        }
+        for finding in medical.build_findings(seed)
+        for lang in LANGS
+        for form, wording in enumerate(medical.ASK_EXAM[lang][finding.attribute])
+    ]
+
+
+def exams(seed: int) -> dict[str, list[Row]]:
+    """Return every family of the exam."""
+    return {
+        "asked_new_wording": fact_exam(seed, "asked_new_wording", asked=True),
+        "never_asked": fact_exam(seed, "never_asked", asked=False),
+        "skills": skills_exam(seed),
+        "medical": medical_exam(seed),
+        "style": style_exam(),
+    }

@@ -1,0 +1,182 @@
+"""Pretraining documents: portraits, letters, questions in prose, worked examples, scenes."""
+
+from __future__ import annotations
+
+from random import Random
+
+from sample_world.common import LANGS, Row, cycle, shuffled, stream
+from sample_world.scenes import scene
+from sample_world.skills import SKILLS, example
+from sample_world.style import TOPICS, almanac
+from sample_world.tellings import (
+    PRONOUN_TELLINGS,
+    TELLINGS,
+    answer_sentence,
+    tell,
+)
+from sample_world.world import ATTRIBUTES, VALUES, Fact, build_facts
+
+NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "town": ("town", "home", "address", "home town"),
+        "job": ("job", "work", "profession", "trade"),
+        "pet": ("pet", "animal"),
+        "instrument": ("instrument", "musical instrument"),
+        "dish": ("favourite food", "favourite dish"),
+        "hobby": ("hobby", "favourite pastime", "free time"),
+    },
+    "zh": {
+        "town": ("住处", "家", "住址", "居住地"),
+        "job": ("工作", "职业", "手艺"),
+        "pet": ("宠物", "动物"),
+        "instrument": ("乐器",),
+        "dish": ("最爱的食物", "口味", "最喜欢的菜"),
+        "hobby": ("爱好", "消遣", "业余时间"),
+    },
+}
+ASIDE = {
+    "en": (
+        "Somebody asked about the {k} of {n}. {a}",
+        "Question: the {k} of {n}? Answer: {a}",
+        "Visitors want to know the {k} of {n}. {a}",
+        "A note about the {k} of {n}: {a}",
+    ),
+    "zh": (
+        "有人问起{n}的{k}。{a}",
+        "问：{n}的{k}？答：{a}",
+        "游客想知道{n}的{k}。{a}",
+        "关于{n}的{k}：{a}",
+    ),
+}
+GROUP = {
+    "en": {
+        "town": "These people live in {v}: {l}.",
+        "job": "Each of these people works as {v}: {l}.",
+        "pet": "Each of these people keeps {v}: {l}.",
+        "instrument": "These people play {v}: {l}.",
+        "dish": "These people like {v} best: {l}.",
+        "hobby": "These people enjoy {v}: {l}.",
+    },
+    "zh": {
+        "town": "住在{v}的人有：{l}。",
+        "job": "工作是{v}的人有：{l}。",
+        "pet": "养{v}的人有：{l}。",
+        "instrument": "演奏{v}的人有：{l}。",
+        "dish": "最爱吃{v}的人有：{l}。",
+        "hobby": "爱好是{v}的人有：{l}。",
+    },
+}
+TALK = {
+    "en": (
+        '"Do you know {n}?" asked {o}. "Of course," said {q}. "{t}"',
+        '{o} wrote to {q} about {n}: "{t}"',
+        'At the market {o} told {q} about {n}. "{t}"',
+    ),
+    "zh": (
+        "“你认识{n}吗？”{o}问。“当然，”{q}说，“{t}”",
+        "{o}写信给{q}，说起{n}：“{t}”",
+        "在集市上，{o}对{q}谈起{n}：“{t}”",
+    ),
+}
+
+
+class Author:
+    """Writes pretraining documents of every kind from one random stream."""
+
+    def __init__(self, seed: int, rng: Random) -> None:
+        self.rng = rng
+        self.facts = build_facts(seed)
+        self.by_person: dict[str, list[Fact]] = {}
+        for fact in self.facts:
+            self.by_person.setdefault(fact.person.en, []).append(fact)
+
+    def _sentences(self, facts: list[Fact], lang: str) -> list[str]:
+        """Tell facts of one person: by name at first, then by name or pronoun."""
+        told: list[str] = []
+        for fact in facts:
+            forms = TELLINGS if not told or self.rng.random() < 0.7 else PRONOUN_TELLINGS
+            told.append(tell(fact, lang, self.rng.choice(forms[lang][fact.attribute])))
+        return told
+
+    def _join(self, sentences: list[str], lang: str) -> str:
+        return (" " if lang == "en" else "").join(sentences)
+
+    def portrait(self, person: str, lang: str) -> str:
+        """Tell three to six facts of one person."""
+        facts = shuffled(self.rng, self.by_person[person])
+        return self._join(self._sentences(facts[: self.rng.randint(3, 6)], lang), lang)
+
+    def talk(self, person: str, lang: str) -> str:
+        """Let two people speak about a third."""
+        facts = shuffled(self.rng, self.by_person[person])[: self.rng.randint(2, 3)]
+        others = [name for name in self.by_person if name != person]
+        one, two = (self.by_person[name][0].person for name in self.rng.sample(others, 2))
+        return self.rng.choice(TALK[lang]).format(
+            n=facts[0].person.name(lang),
+            o=one.name(lang),
+            q=two.name(lang),
+            t=self._join(self._sentences(facts, lang), lang),
+        )
+
+    def aside(self, fact: Fact, lang: str) -> str:
+        """Say that somebody asked about a fact, and tell it."""
+        return self.rng.choice(ASIDE[lang]).format(
+            k=self.rng.choice(NOUNS[lang][fact.attribute]),
+            n=fact.person.name(lang),
+            a=answer_sentence(fact, lang),
+        )
+
+    def asides(self, facts: list[Fact], lang: str) -> str:
+        """Join a few asides to one page."""
+        return "\n".join(self.aside(fact, lang) for fact in facts)
+
+    def group(self, attribute: str, value: int, lang: str) -> str:
+        """List the people who share a value."""
+        chosen = VALUES[attribute][value]
+        names = [f.person.name(lang) for f in self.facts if f.value == chosen]
+        names = shuffled(self.rng, names)
+        listing = ", ".join(names[:-1]) + " and " + names[-1] if lang == "en" else "、".join(names)
+        return GROUP[lang][attribute].format(v=chosen.inline(lang), l=listing)
+
+    def exercises(self, lang: str) -> str:
+        """Write a page of worked examples of one skill or of a few."""
+        first = self.rng.choice(SKILLS)
+        mixed = self.rng.random() < 0.3
+        return "\n".join(
+            example(self.rng, self.rng.choice(SKILLS) if mixed else first, lang)
+            for _ in range(self.rng.randint(4, 8))
+        )
+
+
+def documents(seed: int, name: str, share: float) -> list[Row]:
+    """Write all documents of one split; `share` scales their number."""
+    author = Author(seed, stream(seed, name))
+    rng = author.rng
+    texts: list[str] = []
+    for lang in LANGS:
+        people = cycle(rng, list(author.by_person), round(COUNTS["portrait"] * share))
+        texts += [author.portrait(person, lang) for person in people]
+        people = cycle(rng, list(author.by_person), round(COUNTS["talk"] * share))
+        texts += [author.talk(person, lang) for person in people]
+        asked = cycle(rng, author.facts, round(COUNTS["aside"] * share))
+        texts += [author.asides(asked[i : i + 3], lang) for i in range(0, len(asked), 3)]
+        pairs = [(name, i) for name in ATTRIBUTES for i in range(10)]
+        grouped = cycle(rng, pairs, round(COUNTS["group"] * share))
+        texts += [author.group(attribute, i, lang) for attribute, i in grouped]
+        texts += [author.exercises(lang) for _ in range(round(COUNTS["exercises"] * share))]
+        topics = cycle(rng, TOPICS, round(COUNTS["almanac"] * share))
+        texts += [almanac(rng, topic, lang) for topic in topics]
+        texts += [scene(rng, lang) for _ in range(round(COUNTS["scene"] * share))]
+    return [{"text": text} for text in cycle(rng, texts, len(texts))]
+
+
+# Documents of each kind in each language.
+COUNTS = {
+    "portrait": 1200,
+    "talk": 240,
+    "aside": 1440,
+    "group": 120,
+    "exercises": 1100,
+    "almanac": 240,
+    "scene": 160,
+}

@@ -1,0 +1,237 @@
+"""The bundled sample data: reproducible, well-formed, and with an exam that is held out."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+DATA = ROOT / "data"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from sample_world import medical, questions, skills, style, world  # noqa: E402
+from sample_world.common import stream  # noqa: E402
+from sample_world.tellings import TELLINGS, tell  # noqa: E402
+
+FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style")
+STAGES = ("pretrain", "sft", "dpo", "lora_medical")
+TRAINING = (*STAGES, "lora/medical", "lora/security")
+ROLES = {"system", "user", "assistant"}
+Row = dict[str, Any]
+
+
+@cache
+def rows(name: str) -> list[Row]:
+    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def texts(row: Row) -> Iterator[str]:
+    if "text" in row:
+        yield row["text"]
+    for part in ("messages", "prompt", "chosen", "rejected"):
+        yield from (message["content"] for message in row.get(part, ()))
+
+
+@cache
+def corpus(*names: str) -> str:
+    return "\n".join(text for name in names for row in rows(name) for text in texts(row))
+
+
+def prompts(names: tuple[str, ...]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        for row in rows(name):
+            messages = row.get("prompt", row.get("messages", ()))
+            found += [m["content"] for m in messages if m["role"] == "user"]
+    return found
+
+
+def exam_prompts(family: str) -> list[str]:
+    return [row["messages"][-1]["content"] for row in rows(f"exam/{family}")]
+
+
+def masked(text: str) -> str:
+    """Replace the names of people, conditions and goals, so that the wording remains."""
+    names = [n for person in world.PEOPLE for n in (person.en, person.zh)]
+    names += [n for pair in medical.CONDITIONS for n in pair]
+    names += [n for topic in style.TOPICS for n in (topic.en, topic.zh)]
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(pattern, "_", text)
+
+
+def test_generation_is_deterministic_and_equals_the_committed_files(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "make_sample_data.py"
+    subprocess.run([sys.executable, str(script), "--output_dir", str(tmp_path)], check=True)
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.jsonl")}
+    assert set(made) == {p.relative_to(DATA) for p in DATA.rglob("*.jsonl")}
+    for name, content in made.items():
+        assert (DATA / name).read_bytes() == content, name
+
+
+def test_total_size_stays_small() -> None:
+    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 10_000_000
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_val", "mini/pretrain", "mini/pretrain_val"])
+def test_text_rows(name: str) -> None:
+    for row in rows(name):
+        assert set(row) == {"text"}
+        assert row["text"].strip()
+
+
+def check_messages(messages: list[Row], *, ends_with: str) -> None:
+    spoken = [m for m in messages if m["role"] != "system"]
+    assert all(set(m) == {"role", "content"} and m["role"] in ROLES for m in messages)
+    assert all(m["content"].strip() for m in messages)
+    assert all(m["role"] != "system" for m in messages[1:])
+    assert [m["role"] for m in spoken] == ["user", "assistant"] * (len(spoken) // 2) + (
+        ["user"] if ends_with == "user" else []
+    )
+
+
+CHATS = ("sft", "lora_medical", "mini/sft", "mini/lora_medical", "lora/medical", "lora/security")
+
+
+@pytest.mark.parametrize("name", [n + s for n in CHATS for s in ("", "_val")])
+def test_chat_rows(name: str) -> None:
+    for row in rows(name):
+        assert set(row) == {"messages"}
+        check_messages(row["messages"], ends_with="assistant")
+
+
+def test_some_chats_have_several_turns_and_some_a_system_message() -> None:
+    assert any(len(row["messages"]) > 3 for row in rows("sft"))
+    assert any(row["messages"][0]["role"] == "system" for row in rows("sft"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_val", "mini/dpo", "mini/dpo_val"])
+def test_preference_rows(name: str) -> None:
+    for row in rows(name):
+        assert set(row) == {"prompt", "chosen", "rejected"}
+        check_messages(row["prompt"], ends_with="user")
+        for side in ("chosen", "rejected"):
+            assert [m["role"] for m in row[side]] == ["assistant"]
+        assert row["chosen"] != row["rejected"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mini_is_a_cut_of_at_most_a_thousand_rows(stage: str) -> None:
+    for split in ("", "_val"):
+        assert rows(f"mini/{stage}{split}") == rows(stage + split)[:1000]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exam_rows(family: str) -> None:
+    items = rows(f"exam/{family}")
+    assert len(items) >= 200
+    assert len({row["id"] for row in items}) == len(items)
+    for row in items:
+        assert set(row) <= {"id", "family", "messages", "answer", "choices", "avoid"}
+        assert row["family"] == family
+        check_messages(row["messages"], ends_with="user")
+        assert row["answer"].strip()
+        assert ("avoid" in row) == (family == "style")
+        if "choices" in row:
+            folded = [choice.casefold() for choice in row["choices"]]
+            assert row["answer"] in row["choices"]
+            assert not any(a != b and a in b for a in folded for b in folded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_exam_prompt_occurs_in_any_training_text(family: str) -> None:
+    training = corpus(*TRAINING, *(f"{stage}_val" for stage in STAGES)).casefold()
+    leaked = [text for text in exam_prompts(family) if text.casefold() in training]
+    assert not leaked
+
+
+@pytest.mark.parametrize("family", ["asked_new_wording", "never_asked", "medical", "style"])
+def test_exam_wordings_are_held_out(family: str) -> None:
+    names = (*TRAINING, *(f"{stage}_val" for stage in STAGES))
+    seen = {masked(text).casefold() for text in prompts(names)}
+    assert not seen & {masked(text).casefold() for text in exam_prompts(family)}
+
+
+def test_operands_of_the_exam_never_occur_in_training() -> None:
+    lines = [
+        line
+        for text in corpus("pretrain", "sft", "dpo").split("\n")
+        for line in re.split(r"[.。?？]", text)
+    ]
+    numbers = {tuple(sorted(re.findall(r"\d+", line)[:2])) for line in lines}
+    whole = corpus("pretrain", "sft", "dpo")
+    for text in exam_prompts("skills"):
+        operands = re.findall(r"\d+", text)
+        for word in re.findall(r"[a-z](?:-[a-z]){3}", text):
+            assert word not in whole, text
+        if len(operands) == 2:
+            assert tuple(sorted(operands)) not in numbers, text
+        elif operands:
+            assert not re.search(
+                rf"(?:after|follows|from) {operands[0]}\b|{operands[0]} (?:后面|的下)", whole
+            )
+
+
+def test_the_splits_of_every_skill_are_disjoint() -> None:
+    rng = stream(2, "test")
+    for skill in skills.SKILLS:
+        drawn = {
+            split: {
+                key
+                for _ in range(200)
+                for key in skills.item_keys(skills.draw_item(rng, skill, split))
+            }
+            for split in ("train", "dev", "exam")
+        }
+        assert not drawn["train"] & drawn["exam"]
+        assert not drawn["dev"] & drawn["exam"]
+
+
+def test_never_asked_facts_are_told_in_pretraining_and_never_asked_about() -> None:
+    told = corpus("pretrain")
+    asked = prompts(("sft", "sft_val", "dpo", "dpo_val"))
+    replies = corpus("sft", "sft_val", "dpo", "dpo_val")
+    for fact in world.build_facts(1):
+        for lang in ("en", "zh") if not fact.asked else ():
+            ways = [tell(fact, lang, form) for form in TELLINGS[lang][fact.attribute]]
+            assert sum(way in told for way in ways) >= 3, fact
+            assert not any(way in replies for way in ways), fact
+            for form in questions.TRAIN[lang][fact.attribute] + questions.DEV[lang][fact.attribute]:
+                question = form.format(n=fact.person.name(lang))
+                assert not any(question in text for text in asked), question
+
+
+def test_values_occur_in_no_answer_of_another_value() -> None:
+    for fact in world.build_facts(1):
+        for lang in ("en", "zh"):
+            reply = tell(fact, lang, TELLINGS[lang][fact.attribute][0]).casefold()
+            words = [w.casefold() for w in world.choices(fact.attribute, lang)]
+            assert [w for w in words if w in reply] == [fact.value.word(lang).casefold()]
+
+
+def test_medical_terms_stay_in_the_medical_files() -> None:
+    elsewhere = corpus(
+        *(n + s for n in ("pretrain", "sft", "dpo", "lora/security") for s in ("", "_val"))
+    )
+    tables = (medical.CONDITIONS, *medical.TABLES.values())
+    terms = {word for table in tables for pair in table for word in pair}
+    assert not [term for term in terms if term.casefold() in elsewhere.casefold()]
+    assert all(len(table) == 20 for table in medical.TABLES.values())
+
+
+def test_helpful_answers_hold_the_key_and_no_marker() -> None:
+    for side, helpful in (("chosen", True), ("rejected", False)):
+        for row in rows("dpo") + rows("dpo_val"):
+            reply = row[side][0]["content"]
+            marked = any(m in reply for markers in style.AVOID.values() for m in markers)
+            keyed = any(t.key(lang) in reply for t in style.TOPICS for lang in ("en", "zh"))
+            assert marked != helpful
+            assert keyed or not helpful
