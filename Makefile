@@ -32,7 +32,7 @@ check: $(STAMP) ## Check format, lint and types, and instantiate every config
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/unit/test_configs.py
+	$(PY) -m pytest tests/unit/test_configs.py
 
 format: $(STAMP) ## Format the code and fix what the linter can fix
 	$(PY) -m ruff format .
