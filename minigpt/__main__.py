@@ -1,0 +1,79 @@
+"""`minigpt <verb>`: a dispatcher that imports nothing heavy until a verb is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+from minigpt.errors import MiniGPTError
+
+TRAINER_VERBS = {
+    "fit": "train a stage from a config",
+    "validate": "measure the held-out loss of a trained stage",
+    "test": "sit the stage's exam",
+    "predict": "complete a JSONL of prompts or chats",
+}
+COMMANDS = {
+    "tokenizer": "train a tokenizer",
+    "generate": "complete one prompt",
+}
+
+HELP = """usage: minigpt <verb> [options]
+
+From raw JSONL to a small chat model that you own.
+
+verbs:
+{verbs}
+
+examples:
+  minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
+  minigpt fit --config configs/pretrain.yaml
+  minigpt test --config configs/sft.yaml
+  minigpt generate --model outputs/sft --prompt "Hello"
+
+Each verb explains itself: minigpt <verb> --help
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb and return the exit status: 0, or 2 for an error of the user's."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
+        print(HELP.format(verbs=verbs))
+        return 0
+    if args[0] == "--version":
+        from minigpt import __version__
+
+        print(__version__)
+        return 0
+    return guarded(args)
+
+
+def guarded(args: list[str]) -> int:
+    """Run a verb; print MiniGPT's own errors as one paragraph."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    logging.getLogger("minigpt").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    try:
+        verb, *rest = args
+        if verb in TRAINER_VERBS:
+            importlib.import_module("minigpt.cli").run(args)
+        elif verb in COMMANDS:
+            importlib.import_module(f"minigpt.commands.{verb}").main(rest)
+        else:
+            known = ", ".join(TRAINER_VERBS | COMMANDS)
+            raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")
+    except MiniGPTError as error:
+        print(f"minigpt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("minigpt: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Callbacks and loggers: what a run writes and shows."""

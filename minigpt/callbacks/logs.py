@@ -1,0 +1,71 @@
+"""Loggers: TensorBoard events straight in the run directory, and metrics.jsonl beside them."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+# Charts that show training and validation together, in TensorBoard's "Custom scalars" tab.
+LAYOUT = {
+    "train and validation": {
+        "loss (nats per target)": ["Multiline", ["train/loss", "val/loss"]],
+        "bits per byte": ["Multiline", ["train/bits_per_byte", "val/bits_per_byte"]],
+        "reward margin": ["Multiline", ["train/rewards/margin", "val/rewards/margin"]],
+        "reward accuracy": ["Multiline", ["train/rewards/accuracy", "val/rewards/accuracy"]],
+    },
+    "speed": {"tokens per second": ["Multiline", ["tokens_per_s"]]},
+}
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """TensorBoard events in the run directory itself, with the shared layout."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(save_dir=str(run_dir), name="", version="", default_hp_metric=False)
+        self.laid_out = False
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log scalars; the first call also writes the layout."""
+        if not self.laid_out and rank_zero_only.rank == 0:
+            self.laid_out = True
+            self.experiment.add_custom_scalars(LAYOUT)
+        super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
+
+
+class JSONLLogger(Logger):
+    """One JSON object a line: step, time and the metrics logged at that step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.path = run_dir / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """Unused; the run directory is the version."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a line."""
+        values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
+        if not values:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            row = {"step": step, "time": round(time.time(), 3), **values}
+            file.write(json.dumps(row) + "\n")

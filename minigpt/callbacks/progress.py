@@ -1,0 +1,138 @@
+"""Speed, and a progress bar with loss, tokens per second and time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minigpt.data.batch import PackedBatch
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Throughput(Callback):
+    """Counts useful tokens per second of training, time for validation and samples left out.
+
+    Attributes:
+        tokens: tokens of data trained on by all processes since the run was started.
+        seconds: time spent on them.
+        rate: tokens per second between the last two readings.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.rate = 0, 0.0, 0.0
+        self._mark = 0.0
+        self._last = (0, 0.0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out the time that validation took."""
+        self._mark = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock for validation."""
+        if not trainer.sanity_checking:
+            self._tick()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a micro-batch; log the rate with the other metrics."""
+        assert isinstance(batch, PackedBatch)
+        self.tokens += batch.n_tokens * trainer.world_size
+        self._tick()
+        if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
+            tokens, seconds = self._last
+            if self.seconds > seconds and self.tokens > tokens:
+                self.rate = (self.tokens - tokens) / (self.seconds - seconds)
+                self._last = (self.tokens, self.seconds)
+                pl_module.log("tokens_per_s", self.rate, rank_zero_only=True)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+
+    @property
+    def mean(self) -> float:
+        """Useful tokens per second over the whole run so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class StepProgress(ProgressBar):
+    """Optimizer steps done and left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__()
+        self.throughput = throughput
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.enabled = True
+        self._spoken = 0.0
+
+    def disable(self) -> None:
+        """Be silent (Lightning calls this on all ranks but the first)."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self.enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the bar."""
+        super().on_train_start(trainer, pl_module)
+        self.total = pl_module.total_steps()
+        self.first = trainer.global_step
+        self._spoken = time.monotonic()
+        if self.enabled and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                *(BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")),
+                *(TextColumn("left"), TimeRemainingColumn()),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("training", total=self.total, told="")
+            self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        if not self.enabled:
+            return
+        step, told = trainer.global_step, self._told(trainer)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, told=told)
+        elif time.monotonic() - self._spoken > LINE_EVERY:
+            self._spoken = time.monotonic()
+            left = self.throughput.seconds / max(1, step - self.first) * (self.total - step)
+            self.console.print(f"step {step}/{self.total}  {told}  {left:.0f} s left", style="dim")
+
+    def _told(self, trainer: Trainer) -> str:
+        loss = trainer.progress_bar_metrics.get("loss")
+        held_out = trainer.callback_metrics.get("val/loss")
+        parts = [f"loss {loss:.3f}" if isinstance(loss, float) else ""]
+        parts.append(f"val {float(held_out):.3f}" if held_out is not None else "")
+        parts.append(f"{self.throughput.rate or self.throughput.mean:,.0f} tokens/s")
+        return "  ".join(part for part in parts if part)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=trainer.global_step)
+            self.bar.stop()
+            self.bar = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()

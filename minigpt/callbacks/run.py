@@ -1,0 +1,200 @@
+"""What a run leaves behind: checkpoints, the exported model, a summary, samples, predictions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from minigpt.callbacks.progress import Throughput
+from minigpt.data.records import Message
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps the newest checkpoints, and always the last step's.
+
+    Args:
+        run_dir: they go to its `checkpoints/`.
+        every: optimizer steps between two.
+        keep: how many are kept.
+    """
+
+    def __init__(self, run_dir: Path, every: int, keep: int) -> None:
+        super().__init__(
+            dirpath=run_dir / "checkpoints",
+            filename="{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the most steps, if there is any."""
+    found = {
+        int(path.stem.removeprefix("step=")): path
+        for path in (run_dir / "checkpoints").glob("step=*.ckpt")
+        if path.stem.removeprefix("step=").isdigit()
+    }
+    return found[max(found)] if found else None
+
+
+class RunRecorder(Callback):
+    """Exports the model when training ends and writes what the run cost and reached.
+
+    Args:
+        run_dir: gets `hf/`, `summary.json` and, after `minigpt test`, `exam.json`.
+        throughput: where the speed is read.
+    """
+
+    def __init__(self, run_dir: Path, throughput: Throughput) -> None:
+        self.run_dir, self.throughput = run_dir, throughput
+        self.before: dict[str, float] = {}
+        self.started = time.time()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the validation before the first step, which Lightning does not."""
+        if trainer.sanity_checking:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            self.before = {k: v for k, v in metrics.items() if k.startswith("val/")}
+            for logger in trainer.loggers:
+                logger.log_metrics(self.before, 0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Export and sum up."""
+        pl_module.export(self.run_dir / "hf")
+        final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if trainer.is_global_zero:
+            self._write_summary(trainer, pl_module, final)
+            for logger in trainer.loggers:
+                hyper = getattr(trainer, "hyper", {})
+                logger.log_hyperparams(hyper, {f"final/{k}": v for k, v in final.items()})
+
+    def _write_summary(self, trainer: Trainer, pl_module: Any, final: dict[str, float]) -> None:
+        summary = {
+            "stage": type(pl_module).__name__,
+            "steps": trainer.global_step,
+            "seconds": round(time.time() - self.started, 1),
+            "tokens_seen": pl_module.tokens_seen * trainer.world_size,
+            "useful_tokens_per_s": round(self.throughput.mean, 1),
+            "peak_rss_mb": peak_memory_mb(),
+            "before": self.before,
+            "final": final,
+        }
+        write_json(self.run_dir / "summary.json", summary)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the exam's result and every reply."""
+        if not trainer.is_global_zero:
+            return
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        replies = [
+            {"id": item.id, "family": item.family, "answer": item.answer, "reply": r, "right": ok}
+            for item, r, ok in pl_module.replies
+        ]
+        write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def peak_memory_mb() -> int:
+    """Return the most memory this process has held, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to compare times: processor, cores, system, versions."""
+    import torch
+    import transformers
+
+    return {
+        "system": platform.platform(terse=True),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+class SampleText(Callback):
+    """Logs replies to fixed prompts as text at each validation."""
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Ask and log."""
+        prompts: list[str] = pl_module.sample_prompts
+        if not prompts or trainer.state.fn != "fit":
+            return
+        if pl_module.device_mesh is not None:  # one rank alone cannot compute with shards
+            return
+        asked = (
+            [(Message("user", prompt),) for prompt in prompts] if pl_module.needs_chat else prompts
+        )
+        replies = pl_module.engine().complete(asked, pl_module.sampling)
+        text = "\n\n".join(
+            f"**{prompt}**\n\n> {reply.text}"
+            for prompt, reply in zip(prompts, replies, strict=True)
+        )
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("samples", text, trainer.global_step)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions as JSONL, in the order of the prompts, whole or not at all.
+
+    Args:
+        path: each line is the prompt's row with a `completion` added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any
+    ) -> None:
+        """Gather all processes' predictions and write them."""
+        mine = [pair for batch in predictions for pair in batch]
+        every: list[Any] = [mine]
+        if trainer.world_size > 1:
+            import torch.distributed as dist
+
+            every = [None] * trainer.world_size
+            dist.all_gather_object(every, mine)
+        if trainer.is_global_zero:
+            pairs = sorted((p for part in every for p in part), key=lambda pair: pair[0].number)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            with partial.open("w", encoding="utf-8") as file:
+                for prompt, text in pairs:
+                    row = {**prompt.row, "completion": text}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            partial.replace(self.path)
+            log.info("%d completions written to %s", len(pairs), self.path)

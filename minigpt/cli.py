@@ -1,0 +1,265 @@
+"""MiniGPTCLI: fit, validate, test and predict for every stage, from configs.
+
+Beyond LightningCLI: the run directory with its loggers, checkpoints and export; precision
+by hardware; errors as one paragraph.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+import minigpt.modules  # noqa: F401  (makes the short class names known)
+from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
+from minigpt.callbacks.progress import StepProgress, Throughput
+from minigpt.callbacks.run import (
+    Checkpoints,
+    PredictionWriter,
+    RunRecorder,
+    SampleText,
+    newest_checkpoint,
+)
+from minigpt.data.datamodule import JSONLDataModule
+from minigpt.errors import ConfigError, ModelError, RunExistsError
+from minigpt.model.optim import fast_bf16
+from minigpt.modules.base import BaseModule
+
+log = logging.getLogger("minigpt")
+
+EXAMPLES = """examples:
+  minigpt fit --config configs/sft.yaml
+  minigpt fit --config configs/sft.yaml --config configs/hardware/ddp.yaml
+  minigpt fit --config configs/sft.yaml --run_dir outputs/mine --trainer.max_steps 100
+  minigpt fit --config configs/sft.yaml --ckpt_path auto
+  minigpt test --config configs/sft.yaml
+  minigpt predict --config configs/sft.yaml --data.init_args.predict prompts.jsonl
+"""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When checkpoints are saved.
+
+    Args:
+        every: optimizer steps between two.
+        keep: how many are kept.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are MiniGPT's."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the parser's complaint as a ConfigError."""
+        text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
+        raise ConfigError(f"{text} See: minigpt fit --help") from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run directory when training starts."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Save it for `fit` only: testing a run does not change what made it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class MiniGPTCLI(LightningCLI):
+    """The verbs that need a Trainer.
+
+    Args:
+        args: the command line after `minigpt`; the first word is the verb.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.verb = args[0]
+        self.throughput = Throughput()
+        with warnings.catch_warnings():
+            # DDP starts this program again from sys.argv, so it stays what the user typed.
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().__init__(
+                BaseModule,
+                JSONLDataModule,
+                SaveConfig,
+                {"overwrite": True},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=42,
+                parser_class=Parser,
+                parser_kwargs={self.verb: {"epilog": EXAMPLES}},
+                trainer_defaults={
+                    "max_epochs": -1,
+                    "precision": None,
+                    "num_sanity_val_steps": -1,  # the held-out loss before the first step
+                    "check_val_every_n_epoch": None,
+                    "log_every_n_steps": 10,
+                    "gradient_clip_val": 1.0,
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                },
+                args=args,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build the parser of the chosen verb only: each takes a second."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run directory and what happens in it."""
+        parser.add_argument("--run_dir", type=str, default="outputs/run", help="Where the run is.")
+        parser.add_argument(
+            *("--overwrite",), type=bool, default=False, help="Start over in a used run directory."
+        )
+        parser.add_argument(
+            *("--predictions",), type=str | None, default=None, help="Where predict writes."
+        )
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the config as it is: Lightning would put a checkpoint's old values over it."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return Path(self._get(self.config, "run_dir"))
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what depends on the run directory and the hardware."""
+        config = self.config[self.verb]
+        if self.verb == "fit":
+            self._settle_start(config)
+        elif not config.get("ckpt_path"):
+            self._use_trained_model(config)
+        config.trainer.precision = choose_precision(
+            config.trainer.precision, config.trainer.accelerator
+        )
+        config.trainer.default_root_dir = str(self.run_dir)
+
+    def _settle_start(self, config: Any) -> None:
+        if config.get("ckpt_path") == "auto":
+            newest = newest_checkpoint(self.run_dir)
+            config.ckpt_path = str(newest) if newest else None
+            log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
+        elif config.get("ckpt_path") is None and rank_zero_only.rank == 0:
+            make_room(self.run_dir, config.overwrite)
+        if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
+            raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
+
+    def _use_trained_model(self, config: Any) -> None:
+        """Validate, test or predict with the run's own model."""
+        if not (self.run_dir / "hf").is_dir():
+            raise ModelError(
+                f"There is no trained model in {self.run_dir}. Train it with: minigpt fit "
+                "--config CONFIG, or name another run with --run_dir."
+            )
+        config.model.init_args.init_from = str(self.run_dir)
+        config.model.init_args.lora = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the run directory's loggers and callbacks."""
+        config = self.config_init[self.verb]
+        own: list[Any] = [self.throughput, RunRecorder(self.run_dir, self.throughput), SampleText()]
+        if self.verb == "fit":
+            own.append(Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep))
+        if self.verb == "predict":
+            target = config.predictions or self.run_dir / "predictions.jsonl"
+            own.append(PredictionWriter(Path(target)))
+        if config.trainer.enable_progress_bar is not False:
+            own.append(StepProgress(self.throughput))
+        config.trainer.callbacks = [*(config.trainer.callbacks or []), *own]
+        if config.trainer.logger is None and self.verb == "fit":
+            config.trainer.logger = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
+        elif config.trainer.logger is None:
+            config.trainer.logger = False
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
+        return trainer
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        config = self.config[self.verb]
+        chosen = {"model": config.model, "data": config.data}
+        flat: dict[str, Any] = {}
+        for section, values in chosen.items():
+            for name, value in values.as_dict().get("init_args", {}).items():
+                parts = value.items() if isinstance(value, dict) else [("", value)]
+                flat |= {f"{section}/{name}/{key}".rstrip("/"): v for key, v in parts}
+        return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+
+
+def choose_precision(asked: Any, accelerator: str) -> Any:
+    """Return the precision to train in: as asked, or what the hardware multiplies fast.
+
+    A CPU does not train in fp16: 16-mixed becomes bf16-mixed where the CPU has it, and
+    fp32 where bf16 would be emulated. Said in one line.
+    """
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if asked not in (None, "16-mixed") or (on_gpu and asked == "16-mixed"):
+        return asked
+    device = torch.device("cuda" if on_gpu else "cpu")
+    fast = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16(device)
+    chosen = "bf16-mixed" if fast else "32-true"
+    if asked == "16-mixed":
+        reason = "bf16" if fast else "fp32, because bf16 (its stand-in) is not native here"
+        log.info("fp16 does not train on a CPU: %s is used.", reason)
+    else:
+        log.info("Precision: %s (chosen by hardware).", chosen)
+    return chosen
+
+
+# What a run writes; `overwrite` removes these and nothing else.
+RUN_FILES = ("checkpoints", "hf", "config.yaml", "metrics.jsonl", "summary.json", "exam.json")
+
+
+def make_room(run_dir: Path, overwrite: bool) -> None:
+    """Refuse a directory that holds a run, or clear it when asked to.
+
+    Raises:
+        RunExistsError: when it holds a run and `overwrite` is false.
+        ConfigError: when it cannot be written to.
+    """
+    used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
+    if used and not overwrite:
+        raise RunExistsError(
+            f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto, "
+            "start over with --overwrite true, or choose another --run_dir."
+        )
+    stale = [*(run_dir / name for name in RUN_FILES), *run_dir.glob("events.out.tfevents.*")]
+    for path in stale:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot write to {run_dir}: {error.strerror}.") from error
+
+
+def run(args: list[str]) -> MiniGPTCLI:
+    """Run one verb, such as ``run(["fit", "--config", "configs/sft.yaml"])``."""
+    quiet()
+    return MiniGPTCLI(args)
+
+
+def quiet() -> None:
+    """Silence the libraries' hints that no user of MiniGPT can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*PossibleUserWarning.*")

@@ -1,0 +1,1 @@
+"""From files to packed batches: records, chat template, token store, packing, order."""

@@ -1,0 +1,205 @@
+"""The packed batch: one dataclass for every stage.
+
+Shape legend:
+    T  tokens of the micro-batch, all samples one after the other, no padding
+    N  target tokens
+    A  answers: one per text or chat, two per preference (chosen, then rejected)
+    G  groups of attention rows of like length; R rows of a group; L its longest row
+
+A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
+both answers attend to it. So a target's hidden state is not always its left neighbour's;
+`predict_at` says whose it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which tokens attend to which, as groups of causal rows.
+
+    Attributes:
+        gather: per group, [R, L] positions in the batch; a short row ends in copies of 0,
+            which causality keeps from mattering.
+        scatter: [T] where each token's result lies in all groups' rows, flattened.
+        longest: tokens of the longest row.
+    """
+
+    gather: tuple[Tensor, ...]
+    scatter: Tensor
+    longest: int
+
+    def to(self, device: Any, non_blocking: bool = False) -> AttentionPlan:
+        """Move all index tensors to a device."""
+        move = [g.to(device, non_blocking=non_blocking) for g in self.gather]
+        return replace(
+            self, gather=tuple(move), scatter=self.scatter.to(device, non_blocking=non_blocking)
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of packed samples.
+
+    Attributes:
+        input_ids: [T] token ids.
+        position_ids: [T] positions inside the sample; both answers of a preference start
+            right after the prompt.
+        cu_seqlens: [S+1] borders of the samples.
+        predict_at: [N] positions whose hidden states predict the targets.
+        labels: [N] target ids.
+        answers: [N] number of the answer each target belongs to, 0..A-1.
+        n_answers: A.
+        plan: who attends to whom.
+        sources: file and line of each sample.
+        resume_at: (epoch, micro-batch) that comes after this one in the whole run.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    predict_at: Tensor
+    labels: Tensor
+    answers: Tensor
+    n_answers: int
+    plan: AttentionPlan
+    sources: tuple[tuple[str, int], ...] = ()
+    resume_at: tuple[int, int] = (0, 0)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of data in the batch."""
+        return len(self.input_ids)
+
+    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+        """Move all tensors to a device; Lightning calls it."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor | AttentionPlan)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """Pin all tensors for an asynchronous copy to a GPU."""
+        pinned = {
+            f.name: value.pin_memory()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def without_targets(self) -> PackedBatch:
+        """Return the batch with nothing to learn, to keep processes in step at an epoch's end."""
+        none = self.labels[:0]
+        return replace(self, predict_at=none, labels=none, answers=none)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as it lies in the store.
+
+    Attributes:
+        ids: [n] prompt, first and second run of tokens.
+        prompt, first, second: lengths of the runs; a text or chat is all `first`.
+        targets: [first] bool for a chat; None means all.
+        source: file and line.
+    """
+
+    ids: NDArray[Any]
+    prompt: int
+    first: int
+    second: int
+    targets: NDArray[np.bool_] | None
+    source: tuple[str, int]
+
+
+def plan_attention(rows: Sequence[NDArray[np.int64]], n_tokens: int) -> AttentionPlan:
+    """Group causal rows of like length.
+
+    Args:
+        rows: for each row, the batch positions it holds in order. A position in several
+            rows (a shared prompt) takes its result from the first.
+        n_tokens: T.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and len(rows[groups[-1][0]]) <= GROUP_WASTE * len(rows[index]) + 8:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    scatter = np.full(n_tokens, -1, np.int64)
+    gather, base = [], 0
+    for group in groups:
+        length = len(rows[group[0]])
+        table = np.zeros((len(group), length), np.int64)
+        for place, index in enumerate(group):
+            row = rows[index]
+            table[place, : len(row)] = row
+            unclaimed = scatter[row] < 0
+            scatter[row[unclaimed]] = base + place * length + np.flatnonzero(unclaimed)
+        gather.append(torch.from_numpy(table))
+        base += table.size
+    return AttentionPlan(tuple(gather), torch.from_numpy(scatter), len(rows[order[0]]))
+
+
+def _runs(sample: Sample, start: int) -> Iterable[tuple[NDArray[np.int64], int, int]]:
+    """Yield each answer's attention row, its first target's place in the row, its offset."""
+    prompt = np.arange(start, start + sample.prompt)
+    offset = sample.prompt
+    for length in (sample.first, sample.second):
+        if length:
+            answer = np.arange(start + offset, start + offset + length)
+            yield np.concatenate([prompt, answer]), max(sample.prompt, 1), offset
+            offset += length
+
+
+def _join(parts: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
+    """Pack samples into one batch, in the order given."""
+    rows: list[NDArray[np.int64]] = []
+    at, answers, positions = [], [], []
+    label_at: list[NDArray[np.int64]] = []
+    start = 0
+    for sample in samples:
+        positions.append(np.arange(sample.prompt))
+        for row, first_target, offset in _runs(sample, start):
+            targets = row[first_target:]
+            keep = slice(None)
+            if sample.targets is not None:
+                keep = sample.targets[targets - start - offset]
+            label_at.append(targets[keep])
+            at.append(row[first_target - 1 : -1][keep])
+            answers.append(np.full(len(label_at[-1]), len(rows)))
+            positions.append(np.arange(sample.prompt, len(row)))
+            rows.append(row)
+        start += len(sample.ids)
+    ids = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
+    lengths = [len(sample.ids) for sample in samples]
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=_join(positions),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        predict_at=_join(at),
+        labels=torch.from_numpy(ids[np.concatenate(label_at)]),
+        answers=_join(answers),
+        n_answers=len(rows),
+        plan=plan_attention(rows, start),
+        sources=tuple(sample.source for sample in samples),
+        resume_at=resume_at,
+    )

@@ -1,0 +1,335 @@
+"""LightningDataModules for JSONL: the same for every stage, but for the kind of record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.exam import Item, load_exam
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.prompts import Prompt, load_prompts
+from minigpt.data.records import Kind
+from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Files = str | list[str] | dict[str, float] | None
+ITEMS_AT_A_TIME = 128  # prompts that are generated together
+
+
+class Selection:
+    """Some samples of a store, numbered from 0; all of them when `index` is None."""
+
+    def __init__(self, store: TokenStore, index: NDArray[np.int64] | None = None) -> None:
+        self.store, self.index = store, index
+
+    def __len__(self) -> int:
+        return len(self.store) if self.index is None else len(self.index)
+
+    def lengths(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens [K] of the samples numbered `numbers` [K]."""
+        return self.store.lengths(numbers if self.index is None else self.index[numbers])
+
+    def sample(self, number: int) -> Sample:
+        """Read one sample."""
+        row = self.store.samples[number if self.index is None else self.index[number]]
+        prompt, first, second = int(row["prompt"]), int(row["first"]), int(row["second"])
+        start = int(row["start"])
+        end = start + prompt + first + second
+        targets = self.store.targets
+        return Sample(
+            self.store.tokens[start:end],
+            *(prompt, first, second),
+            None if targets is None else targets[start:end],
+            (str(self.store.source), int(row["line"])),
+        )
+
+
+class PackedDataset(IterableDataset[PackedBatch]):
+    """One pass over the micro-batches of one process, from a given position on.
+
+    Args:
+        order: the micro-batches of all processes.
+        selections: where samples are read.
+        epoch, start: the first micro-batch to read, counted over all processes.
+        rank, world: this process and how many there are. Micro-batch j goes to rank
+            j % world; where an epoch does not divide, the last ones learn nothing.
+    """
+
+    def __init__(
+        self,
+        order: PackedOrder,
+        selections: Sequence[Selection],
+        epoch: int,
+        start: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.order, self.selections = order, selections
+        self.epoch, self.start, self.rank, self.world = epoch, start, rank, world
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        worker = get_worker_info()
+        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
+        for number, (members, filler, after) in enumerate(self._rounds()):
+            if number % workers == mine:
+                samples = [self.selections[part].sample(index) for part, index in members]
+                batch = collate(samples, resume_at=after)
+                yield batch.without_targets() if filler else batch
+
+    def _rounds(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
+        """Yield this process's bins, whether they only fill up, and what comes after them."""
+        round_: list[list[tuple[int, int]]] = []
+        done = self.start
+        bins = (b for j, b in enumerate(self.order.batches(self.epoch)) if j >= self.start)
+        ahead = next(bins, None)
+        while ahead is not None:
+            round_.append(ahead)
+            ahead = next(bins, None)
+            if len(round_) == self.world or ahead is None:
+                done += len(round_)
+                filler = self.rank >= len(round_)
+                after = (self.epoch, done) if ahead is not None else (self.epoch + 1, 0)
+                yield round_[0 if filler else self.rank], filler, after
+                round_ = []
+
+
+class PackedLoader:
+    """Iterable of one epoch's batches that starts where the DataModule stands."""
+
+    def __init__(self, module: JSONLDataModule, training: bool) -> None:
+        self.module, self.training = module, training
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        m = self.module
+        epoch, start = m.position if self.training else (0, 0)
+        order, selections = (
+            (m.order, m.train_parts) if self.training else (m.val_order, m.val_parts)
+        )
+        assert order is not None
+        dataset = PackedDataset(order, selections, epoch, start, *m.place)
+        yield from DataLoader(
+            dataset, batch_size=None, num_workers=m.num_workers, pin_memory=m.pin_memory
+        )
+
+
+class JSONLDataModule(LightningDataModule):
+    """Packed batches from JSONL files, with the tokenizer of the module that it feeds.
+
+    Args:
+        train: file, list of files, or a mapping of files to weights; a weight of 2 means
+            that an epoch holds each of the file's samples twice, 0.5 half of them.
+        val: held-out files. Without them, `val_share` of the training rows are held out.
+        val_share: share of rows to hold out when `val` is not given; 0 for none.
+        exam: files of exam items, for `minigpt test`.
+        predict: JSONL of prompts or chats, for `minigpt predict`.
+        max_length: tokens of a sample.
+        tokens_per_batch: tokens of a micro-batch, all samples together.
+        max_prompt_length: tokens of a preference's prompt.
+        data_limit: use only the first rows of each training file.
+        on_bad_row: stop at a bad row, or skip and count it.
+        max_bad_share: share of skipped rows above which the run stops.
+        seed: decides the order of samples.
+        num_workers: processes that read batches ahead.
+        cache_dir: where token stores live; by default `$MINIGPT_CACHE` or ~/.cache/minigpt.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(
+        self,
+        train: Files = None,
+        val: Files = None,
+        val_share: float = 0.1,
+        exam: list[str] | None = None,
+        predict: str | None = None,
+        max_length: int = 512,
+        tokens_per_batch: int = 8192,
+        max_prompt_length: int | None = None,
+        data_limit: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        max_bad_share: float = 0.05,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.val_share = train, val, val_share
+        self.exam, self.predict = exam or [], predict
+        self.limits = Limits(max_length, max_prompt_length, data_limit, on_bad_row, max_bad_share)
+        self.tokens_per_batch, self.seed = tokens_per_batch, seed
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.position = (0, 0)  # (epoch, micro-batches of all processes) done so far
+        self.place = (0, 1)  # (rank, world size)
+        self.pin_memory = False
+        self.order: PackedOrder | None = None
+        self.val_order: PackedOrder | None = None
+        self.train_parts: list[Selection] = []
+        self.val_parts: list[Selection] = []
+        self._check()
+
+    def _check(self) -> None:
+        room = self.tokens_per_batch
+        longest = self.limits.max_length * (2 if self.kind == "preference" else 1)
+        if self.limits.max_length < 2:
+            raise ConfigError("data.max_length must be at least 2: one token to predict another.")
+        if room < longest:
+            raise ConfigError(
+                f"data.tokens_per_batch is {room}, but one sample may have {longest} tokens. "
+                f"Set it to at least {longest}, or lower max_length."
+            )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the module in training."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.tokenizer  # type: ignore[no-any-return]
+
+    def prepare_data(self) -> None:
+        """Build the token stores, in one process only."""
+        for path in self._files():
+            self._open(path)
+
+    def setup(self, stage: str) -> None:
+        """Open the stores that the verb needs."""
+        assert self.trainer is not None
+        self.place = (self.trainer.global_rank, self.trainer.world_size)
+        self.pin_memory = self.trainer.strategy.root_device.type == "cuda"
+        if stage in ("fit", "validate", "test") and self.order is None and self.val_order is None:
+            self._setup_train()
+
+    def _setup_train(self) -> None:
+        weights = _weights(self.train)
+        stores = {path: Selection(self._open(path)) for path in weights}
+        val = _weights(self.val)
+        if val:
+            self.val_parts = [Selection(self._open(path)) for path in val]
+        elif self.val_share:
+            halves = [_split(s.store, self.val_share) for s in stores.values()]
+            stores = dict(zip(stores, (rest for rest, _ in halves), strict=True))
+            self.val_parts = [held for _, held in halves]
+        self.train_parts = list(stores.values())
+        counts = zip(self.train_parts, weights.values(), strict=True)
+        parts = [Part(len(s), round(weight * len(s))) for s, weight in counts]
+        if parts:
+            self.order = self._ordered(self.train_parts, parts, self.seed)
+        if self.val_parts:
+            held = [Part(len(s), len(s)) for s in self.val_parts]
+            self.val_order = self._ordered(self.val_parts, held, None)
+
+    def _ordered(
+        self, selections: list[Selection], parts: list[Part], seed: int | None
+    ) -> PackedOrder:
+        return PackedOrder([s.lengths for s in selections], parts, self.tokens_per_batch, seed)
+
+    def _files(self) -> list[str]:
+        return [*_weights(self.train), *_weights(self.val)]
+
+    def _open(self, path: str) -> TokenStore:
+        return open_store(path, self.kind, self.tokenizer, self.limits, self.cache_dir)
+
+    def optimizer_steps(self, epochs: int, accumulate: int) -> int:
+        """Return the optimizer steps of some epochs: each epoch ends with a step."""
+        assert self.order is not None
+        _, world = self.place
+        return sum(-(-self.order.count(e) // (world * accumulate)) for e in range(epochs))
+
+    def train_dataloader(self) -> PackedLoader:
+        """Training batches.
+
+        Raises:
+            ConfigError: when no training file is given.
+        """
+        if self.order is None:
+            raise ConfigError("No training data: set data.init_args.train to a JSONL file.")
+        return PackedLoader(self, training=True)
+
+    def val_dataloader(self) -> PackedLoader | list[Any]:
+        """Held-out batches, in the files' own order."""
+        return PackedLoader(self, training=False) if self.val_order else []
+
+    def test_dataloader(self) -> list[DataLoader[list[Item]] | PackedLoader]:
+        """The exam's items; without an exam, the held-out batches."""
+        if not self.exam:
+            if self.val_order is None:
+                raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
+            return [PackedLoader(self, training=False)]
+        return [self._deal(load_exam(path)) for path in self.exam]
+
+    def predict_dataloader(self) -> DataLoader[list[Prompt]]:
+        """The prompts to complete.
+
+        Raises:
+            ConfigError: when no file of prompts is given.
+        """
+        if self.predict is None:
+            raise ConfigError(
+                "Nothing to predict: give --data.init_args.predict FILE, a JSONL of "
+                '{"prompt": ...} or {"messages": [...]}.'
+            )
+        return self._deal(load_prompts(self.predict))
+
+    def _deal(self, items: list[Any]) -> DataLoader[list[Any]]:
+        """Give each process its share of the items, a batch at a time."""
+        rank, world = self.place
+        return DataLoader(items[rank::world], ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
+
+    def advance(self, batch: PackedBatch) -> None:
+        """Note that a training batch is done."""
+        self.position = batch.resume_at
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the order of training batches."""
+        return {"position": list(self.position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position."""
+        epoch, done = state["position"]
+        self.position = (epoch, done)
+
+
+def _weights(files: Files) -> dict[str, float]:
+    if files is None:
+        return {}
+    if isinstance(files, dict):
+        return files
+    return dict.fromkeys([files] if isinstance(files, str) else files, 1.0)
+
+
+def _split(store: TokenStore, share: float) -> tuple[Selection, Selection]:
+    """Split a store's samples by row into (rest, held out): every k-th row is held out."""
+    every = max(2, round(1 / share))
+    held = np.asarray(store.samples["line"]) % every == 0
+    if held.all() or not held.any():
+        raise ConfigError(
+            f"{store.source} has too few rows to hold out a share of {share}. "
+            "Give data.init_args.val, or set val_share to 0."
+        )
+    return Selection(store, np.flatnonzero(~held)), Selection(store, np.flatnonzero(held))
+
+
+class PretrainDataModule(JSONLDataModule):
+    """Rows of text."""
+
+    kind: ClassVar[Kind] = "text"
+
+
+class SFTDataModule(JSONLDataModule):
+    """Rows of chats."""
+
+    kind: ClassVar[Kind] = "chat"
+
+
+class DPODataModule(JSONLDataModule):
+    """Rows of preferences: a prompt, a chosen and a rejected answer."""
+
+    kind: ClassVar[Kind] = "preference"

@@ -1,0 +1,90 @@
+"""Exams: items with a known answer, and how a reply is judged."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.data.records import Message, iter_rows, parse_prompt
+from minigpt.errors import DataError
+
+PUNCTUATION = ".,;:!?…。，；：！？、\"'“”‘’ \n\t"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One exam item.
+
+    Attributes:
+        id: names the item.
+        family: the table row it counts for.
+        messages: what the model is asked.
+        answer: what its reply must be or hold.
+        choices: possible answers; then the reply must hold the right one and no other.
+        avoid: markers of a bad style; then the reply must hold the answer and no marker.
+    """
+
+    id: str
+    family: str
+    messages: tuple[Message, ...]
+    answer: str
+    choices: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+
+def load_exam(path: str | Path) -> list[Item]:
+    """Read an exam file.
+
+    Raises:
+        DataError: for a missing file or an item without a prompt or an answer.
+    """
+    return [_item(row, path, line) for line, row in iter_rows(path)]
+
+
+def _item(row: object, path: str | Path, line: int) -> Item:
+    try:
+        messages = parse_prompt(row)
+    except DataError as error:
+        raise error.at(path, line) from None
+    answer = row.get("answer") if isinstance(row, dict) else None
+    if not isinstance(row, dict) or isinstance(messages, str) or not isinstance(answer, str):
+        raise DataError(
+            "an exam item needs messages and an answer",
+            path=path,
+            line=line,
+            remedy='Give {"id", "family", "messages": [...], "answer": "..."}.',
+        )
+    return Item(
+        id=str(row.get("id", line)),
+        family=str(row.get("family", Path(path).stem)),
+        messages=messages,
+        answer=answer,
+        choices=tuple(row.get("choices", ())),
+        avoid=tuple(row.get("avoid", ())),
+    )
+
+
+def normalise(text: str) -> str:
+    """Fold case and width and strip outer spaces and punctuation."""
+    return unicodedata.normalize("NFKC", text).casefold().strip(PUNCTUATION)
+
+
+def is_right(reply: str, item: Item) -> bool:
+    """Judge a reply: see `Item` for the three rules; otherwise it must equal the answer."""
+    said, answer = normalise(reply), normalise(item.answer)
+    if item.choices:
+        held = {c for c in map(normalise, item.choices) if c in said}
+        return held == {answer}
+    if item.avoid:
+        return answer in said and not any(normalise(marker) in said for marker in item.avoid)
+    return said == answer
+
+
+def shares(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """Return the share of right replies for each family."""
+    counts: dict[str, list[int]] = {}
+    for family, right in results:
+        counts.setdefault(family, []).append(right)
+    return {family: sum(rights) / len(rights) for family, rights in counts.items()}

@@ -1,0 +1,327 @@
+"""The token store: a file's rows as token ids on disk, built once and memory-mapped.
+
+A store is a directory named after a digest of what it was made from (the file's content,
+the tokenizer, the limits). It is built beside its place and renamed when whole, so one
+that was cut off is never used.
+
+Arrays (N tokens, S samples):
+    tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
+    targets.bin   [N] bool               chats only: which tokens the model must say
+    samples.bin   [S] SAMPLE             where each sample lies and which row it came from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data.chat import ChatCodec, Piece
+from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
+from minigpt.data.tokenizer import document_end, special_texts
+from minigpt.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
+# A sample is three runs of tokens: a text or chat has only `first`; a preference has the
+# prompt and both answers.
+SAMPLE = np.dtype(
+    [("start", "<i8"), ("line", "<i8"), ("prompt", "<i4"), ("first", "<i4"), ("second", "<i4")]
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How rows become samples.
+
+    Args:
+        max_length: tokens of a sample (of prompt plus the longer answer for preferences).
+            Longer texts are split, chats cut at the end, prompts of preferences cut at the
+            start.
+        max_prompt_length: tokens of a preference's prompt.
+        data_limit: use only the first rows of each file.
+        on_bad_row: stop at the first bad row, or skip and count it.
+        max_bad_share: share of bad rows above which skipping stops with an error.
+    """
+
+    max_length: int = 512
+    max_prompt_length: int | None = None
+    data_limit: int | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_share: float = 0.05
+
+
+@dataclass
+class Encoded:
+    """One sample on its way into the store."""
+
+    prompt: list[int]
+    first: list[int]
+    second: list[int] = field(default_factory=list)
+    targets: list[bool] | None = None
+
+
+class TokenStore:
+    """A finished store, memory-mapped.
+
+    Attributes:
+        samples: [S] structured array of dtype `SAMPLE`.
+        meta: counts of rows, samples, tokens, cut and dropped rows.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path, self.source = path, source
+        self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
+        self.tokens = np.memmap(path / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+        self.samples = np.memmap(path / "samples.bin", dtype=SAMPLE, mode="r")
+        targets = path / "targets.bin"
+        self.targets = np.memmap(targets, dtype=np.bool_, mode="r") if targets.exists() else None
+
+    def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens [K] of the samples numbered `index` [K]."""
+        s = self.samples[index]
+        return (s["prompt"] + s["first"] + s["second"]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def open_store(
+    source: str | Path,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: Limits,
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
+    """Return the store of `source`, building it when it does not exist yet.
+
+    Raises:
+        DataError: for an unreadable file, a bad row, or a file that leaves no sample.
+    """
+    source = Path(source)
+    root = Path(cache_dir) if cache_dir else default_cache()
+    path = root / f"{source.stem}-{digest(source, kind, tokenizer, limits)}"
+    if not (path / "meta.json").exists():
+        _build(source, kind, tokenizer, limits, path)
+    return TokenStore(path, source)
+
+
+def default_cache() -> Path:
+    """Where stores live: `$MINIGPT_CACHE`, or `~/.cache/minigpt`."""
+    return Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "tokens"
+
+
+def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> str:
+    """Return a digest of all that decides a store's content.
+
+    Raises:
+        DataError: when the file is missing.
+    """
+    if not source.is_file():
+        raise DataError("no such file", path=source, remedy="Check the path.", reason="missing")
+    with source.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    parts = {
+        "format": FORMAT,
+        "kind": kind,
+        "limits": asdict(limits),
+        "content": content,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": str(tokenizer.chat_template) if kind != "text" else "",
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class _Writer:
+    """Appends samples to the arrays of a store, keeping only counts in memory."""
+
+    def __init__(self, directory: Path, dtype: str, with_targets: bool) -> None:
+        self.dtype = np.dtype(dtype)
+        self.files: dict[str, BinaryIO] = {
+            name: (directory / f"{name}.bin").open("wb")
+            for name in ("tokens", "samples", *(["targets"] if with_targets else []))
+        }
+        self.tokens = self.samples = self.targets = 0
+
+    def add(self, sample: Encoded, line: int) -> None:
+        ids = sample.prompt + sample.first + sample.second
+        runs = (self.tokens, line, len(sample.prompt), len(sample.first), len(sample.second))
+        self.files["tokens"].write(np.asarray(ids, self.dtype).tobytes())
+        self.files["samples"].write(np.array([runs], SAMPLE).tobytes())
+        if sample.targets is not None:
+            self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
+            self.targets += sum(sample.targets[1:])
+        else:
+            self.targets += len(ids) - (len(sample.prompt) or 1)
+        self.tokens += len(ids)
+        self.samples += 1
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+def _build(
+    source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits, path: Path
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        writer = _Writer(
+            partial, "uint16" if len(tokenizer) <= 1 << 16 else "uint32", kind == "chat"
+        )
+        bad = BadRows(limits.on_bad_row, limits.max_bad_share)
+        encoder = Encoder(kind, tokenizer, limits)
+        special = special_texts(tokenizer)
+        records = read_records([source], kind, bad, limits.data_limit, special)
+        rows = 0
+        while batch := list(islice(records, ROWS_AT_A_TIME)):
+            rows += len(batch)
+            for sample, origin in encoder.encode(batch, bad):
+                writer.add(sample, origin.line)
+        writer.close()
+        if not writer.samples:
+            raise DataError(
+                f"none of the {rows} rows leaves a token to train on",
+                path=source,
+                remedy="Check max_length and the chat template.",
+                reason="no_targets",
+            )
+        meta = {
+            "dtype": str(writer.dtype),
+            "rows": rows,
+            "samples": writer.samples,
+            "tokens": writer.tokens,
+            "targets": writer.targets,
+            "cut": encoder.cut,
+            "skipped": dict(bad.counts),
+        }
+        (partial / "meta.json").write_text(json.dumps(meta))
+        _publish(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _report(source, meta, bad)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError:
+        if not (path / "meta.json").exists():  # else another process built the same store
+            raise
+
+
+def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
+    log.info(
+        "%s: %d rows, %d samples, %d tokens, %d targets, %d rows cut to the maximum length",
+        *(source, meta["rows"], meta["samples"], meta["tokens"], meta["targets"], meta["cut"]),
+    )
+    if summary := bad.summary():
+        log.warning("%s: %s", source, summary)
+
+
+class Encoder:
+    """Turns records into samples of at most `limits.max_length` tokens.
+
+    Attributes:
+        cut: how many rows lost tokens to the maximum length.
+    """
+
+    def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self.codec = ChatCodec(tokenizer) if kind != "text" else None
+        self.end = document_end(tokenizer) if kind == "text" else -1
+        self.cut = 0
+
+    def encode(
+        self, batch: list[tuple[Record, Source]], bad: BadRows
+    ) -> Iterator[tuple[Encoded, Source]]:
+        """Yield the samples of a batch of records, in order; rows without targets go to `bad`."""
+        pieces: list[list[Piece]] = []
+        sources: list[tuple[Record, Source]] = []
+        for record, source in batch:
+            try:
+                pieces.append(self._pieces(record))
+                sources.append((record, source))
+            except DataError as error:
+                bad.handle(error.at(source.path, source.line))
+        texts = [piece.text for row in pieces for piece in row]
+        ids = iter(self._tokenise(texts))
+        for (record, source), row in zip(sources, pieces, strict=True):
+            encoded = list(islice(ids, len(row)))
+            samples = list(self._samples(record, row, encoded))
+            if not samples:
+                problem = f"no target token is left after cutting to {self.limits.max_length}"
+                bad.handle(
+                    DataError(
+                        problem,
+                        path=source.path,
+                        line=source.line,
+                        remedy="Raise max_length, or set on_bad_row: skip to leave such rows out.",
+                        reason="no_targets",
+                    )
+                )
+            for sample in samples:
+                yield sample, source
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        backend = self.tokenizer.backend_tokenizer
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _pieces(self, record: Record) -> list[Piece]:
+        if isinstance(record, Text):
+            return [Piece(record.text, True)]
+        assert self.codec is not None
+        if isinstance(record, Chat):
+            return self.codec.chat(record.messages)
+        answers = [self.codec.answer(record.prompt, a) for a in (record.chosen, record.rejected)]
+        return [*self.codec.prompt(record.prompt), *answers]
+
+    def _samples(
+        self, record: Record, pieces: list[Piece], ids: list[list[int]]
+    ) -> Iterable[Encoded]:
+        if isinstance(record, Text):
+            return self._split([*ids[0], self.end])
+        if isinstance(record, Preference):
+            return self._preference(ids)
+        return self._chat(pieces, ids)
+
+    def _split(self, ids: list[int]) -> Iterator[Encoded]:
+        """Cut a document into samples that overlap by one token: each token is learnt once."""
+        step = self.limits.max_length - 1
+        for start in range(0, max(1, len(ids) - 1), step):
+            yield Encoded([], ids[start : start + step + 1])
+
+    def _chat(self, pieces: list[Piece], ids: list[list[int]]) -> Iterator[Encoded]:
+        flat = [token for piece in ids for token in piece]
+        mask = [p.target for p, piece in zip(pieces, ids, strict=True) for _ in piece]
+        limit = self.limits.max_length
+        self.cut += len(flat) > limit
+        if any(mask[1:limit]):
+            yield Encoded([], flat[:limit], targets=mask[:limit])
+
+    def _preference(self, ids: list[list[int]]) -> Iterator[Encoded]:
+        *parts, chosen, rejected = ids
+        prompt = [token for part in parts for token in part]
+        keep = self.limits.max_prompt_length or self.limits.max_length - 1
+        keep = min(keep, self.limits.max_length - 1)
+        room = self.limits.max_length - min(len(prompt), keep)
+        self.cut += len(prompt) > keep or max(len(chosen), len(rejected)) > room
+        if chosen[:room] != rejected[:room]:  # else the cut left nothing to prefer
+            yield Encoded(prompt[-keep:], chosen[:room], rejected[:room])

@@ -1,0 +1,213 @@
+"""Train, save and load the tokenizer: byte-level BPE with a chat template.
+
+The pre-tokenizer is a Split on exactly the Qwen2 pattern followed by ByteLevel, and there
+is no normalizer: every Unicode string round-trips, and llama.cpp's `qwen2` pre-tokenizer
+gives the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minigpt.data.records import iter_rows
+from minigpt.errors import DataError, TokenizerError
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
+BYTES = 256
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ChatML. The generation block marks what the model is trained to say: the answer and the
+# token that ends its turn.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{{- '\n' -}}"
+    "{%- else -%}{{- message['content'] + '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+def strings_of(value: object) -> Iterator[str]:
+    """Yield every string in a row, whatever its form; keys and roles are not text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_of(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "from", "id", "source", "family"):
+                yield from strings_of(item)
+
+
+def corpus(files: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
+    """Yield the texts of JSONL files, one row at a time; at most `limit` rows in all.
+
+    Raises:
+        DataError: for a row that is no object, holds no text or holds a lone surrogate.
+    """
+    rows = 0
+    for file in files:
+        for line, row in iter_rows(file):
+            if rows == limit:
+                return
+            rows += 1
+            texts = list(strings_of(row))
+            if not isinstance(row, dict) or not texts:
+                raise DataError(
+                    "the row holds no text",
+                    path=file,
+                    line=line,
+                    remedy='Give each line as {"text": "..."} or as a chat.',
+                )
+            try:
+                "".join(texts).encode()
+            except UnicodeEncodeError:
+                raise DataError(
+                    "the text holds a lone surrogate, which is not valid Unicode",
+                    path=file,
+                    line=line,
+                    remedy="Remove the row or the \\ud800-\\udfff escape in it.",
+                ) from None
+            yield from texts
+
+
+def train(
+    files: Sequence[str | Path], vocab_size: int, limit: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of at most `vocab_size` tokens on JSONL files, streaming.
+
+    Args:
+        files: JSONL files of any accepted kind of row.
+        vocab_size: tokens in all, the 256 bytes and the special tokens included.
+        limit: use only the first rows.
+
+    Raises:
+        TokenizerError: when `vocab_size` cannot hold the bytes and the special tokens.
+        DataError: for unreadable files or rows.
+    """
+    smallest = BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise TokenizerError(
+            f"A byte-level vocabulary needs at least {smallest} tokens (256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens), but vocab_size is {vocab_size}. "
+            "Give a larger one, such as 6400."
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus(files, limit), trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        log.warning(
+            "The text gave %d tokens, fewer than the %d asked for: it is small.",
+            bpe.get_vocab_size(),
+            vocab_size,
+        )
+    return wrap(bpe)
+
+
+def wrap(bpe: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap a trained BPE as a transformers tokenizer with our template and special tokens."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=PAD,
+        additional_special_tokens=[END_OF_TEXT, TURN_START],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def load(path: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer directory or hub id.
+
+    Raises:
+        TokenizerError: when there is none, with the command that makes one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise TokenizerError(
+            f"There is no tokenizer at {path}. Make one with: minigpt tokenizer train "
+            "--data_file data/pretrain.jsonl --output_dir outputs/tokenizer"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
+    return tokenizer
+
+
+def save(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
+    """Save a tokenizer, its template and its special tokens as a transformers directory."""
+    tokenizer.save_pretrained(str(directory))
+
+
+def document_end(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id that ends a document in pretraining: `<|endoftext|>` or the EOS token.
+
+    Raises:
+        TokenizerError: when the tokenizer has neither.
+    """
+    known = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
+    end = known if known is not None else tokenizer.eos_token_id
+    if end is None:
+        raise TokenizerError("The tokenizer has no end-of-text token; set its eos_token.")
+    return int(end)
+
+
+def special_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the texts that the tokenizer reads as control tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted(token.content for token in added if token.special)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the UTF-8 bytes that each id stands for; 0 for special tokens.
+
+    Byte-level vocabularies write each byte as one character. Others (SentencePiece) write
+    a byte as ``<0xNN>`` and a space as ``▁``.
+    """
+    byte_level = "ByteLevel" in str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+
+    def size(index: int, token: str | None) -> int:
+        if token is None or index in special:
+            return 0
+        if byte_level:
+            return len(token)
+        if token.startswith("<0x") and token.endswith(">"):
+            return 1
+        return len(token.replace("▁", " ").encode())
+
+    tokens: list[Any] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [size(index, token) for index, token in enumerate(tokens)]

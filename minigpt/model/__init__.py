@@ -1,0 +1,1 @@
+"""The model: building and loading it, packed attention, losses, LoRA, optimizers."""

@@ -1,0 +1,91 @@
+"""PackedLM: a causal LM that takes packed batches and returns losses or log-probs.
+
+It is one module so that everything a step computes happens inside its forward, where DDP
+and FSDP2 have the parameters at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minigpt.data.batch import PackedBatch
+from minigpt.model.attention import PACKED
+from minigpt.model.losses import linear_cross_entropy, linear_logprobs, sum_by
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # of logits in fp32, relative to their size
+
+
+class PackedLM(nn.Module):
+    """Wraps a transformers causal LM for training on packed batches.
+
+    Args:
+        hf: the model; its attention becomes the packed one.
+
+    Attributes:
+        plain_head: True when the model's logits are not hidden @ weight + bias (soft caps,
+            scaling), so that its own forward computes them.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        hf.config._attn_implementation = PACKED
+        self.plain_head = not head_is_linear(hf)
+        if self.plain_head:
+            log.warning(
+                "%s changes its logits after the head: they are computed whole, which takes "
+                "more memory.",
+                type(hf).__name__,
+            )
+
+    def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
+        """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""
+        if self.plain_head:
+            logp = self._plain_logprobs(batch)
+            return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
+        hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state[0]
+        head = self.hf.get_output_embeddings()
+        targets = hidden[batch.predict_at]
+        if not per_answer:
+            return linear_cross_entropy(targets, head.weight, head.bias, batch.labels)
+        logp = linear_logprobs(targets, head.weight, head.bias, batch.labels)
+        return sum_by(logp, batch.answers, batch.n_answers)
+
+    def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
+        out = self.hf(**self._inputs(batch), logits_to_keep=batch.predict_at)
+        logp = out.logits[0].float().log_softmax(-1)
+        return logp.gather(1, batch.labels[:, None]).squeeze(1)
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, object]:
+        return {
+            "input_ids": batch.input_ids[None],
+            "position_ids": batch.position_ids[None],
+            "plan": batch.plan,
+            "use_cache": False,  # a cache would be built in every step, and retain the graph
+        }
+
+
+@torch.no_grad()
+def head_is_linear(hf: PreTrainedModel) -> bool:
+    """Whether the model's logits are exactly its head applied to the last hidden states."""
+    head = hf.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    training, before = hf.training, hf.config._attn_implementation
+    hf.config._attn_implementation = "sdpa"
+    hf.eval()
+    try:
+        ids = torch.arange(min(8, hf.config.vocab_size), device=head.weight.device)[None]
+        out = hf(input_ids=ids, use_cache=False, output_hidden_states=True)
+        ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        bound = TOLERANCE * max(1.0, float(out.logits.abs().max()))
+        return bool((ours - out.logits).abs().max() <= bound)
+    finally:
+        hf.train(training)
+        hf.config._attn_implementation = before

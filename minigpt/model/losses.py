@@ -1,0 +1,170 @@
+"""Losses as pure functions of tensors. They import only torch.
+
+Shape legend: N targets, H hidden size, V vocabulary, P preference pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+CHUNK = 1024  # targets whose logits exist at a time
+
+PreferenceLoss = Literal["sigmoid", "cdpo"]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias).float()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of a linear head, with its gradients computed in the same pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None else None
+        for start in range(0, len(labels), CHUNK):
+            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            logits = _logits(h, weight, bias)
+            normaliser = logits.logsumexp(-1)
+            total += (normaliser - logits.gather(1, y[:, None]).squeeze(1)).sum()
+            error = logits.sub_(normaliser[:, None]).exp_()  # softmax
+            error.scatter_add_(1, y[:, None], error.new_full((len(y), 1), -1.0))
+            error = error.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + CHUNK] = error @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(error.T, h)
+            if grad_bias is not None:
+                grad_bias += error.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if g is None else g * grads[0] for g in ctx.saved_tensors), None)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probabilities of the labels under a linear head; logits are computed again to go back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(labels), CHUNK):
+            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            logits = _logits(h, weight, bias)
+            out[start : start + CHUNK] = logits.gather(1, y[:, None]).squeeze(1)
+            out[start : start + CHUNK] -= logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None else None
+        for start in range(0, len(labels), CHUNK):
+            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            g = grads[0][start : start + CHUNK, None]
+            error = _logits(h, weight, bias).softmax(-1).mul_(-g).scatter_add_(1, y[:, None], g)
+            error = error.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + CHUNK] = error @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(error.T, h)
+            if grad_bias is not None:
+                grad_bias += error.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """Cast what autocast would cast: it does not reach into our own functions."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return [hidden.to(weight.dtype), weight, bias]
+    dtype = torch.get_autocast_dtype(kind)
+    return [None if x is None else x.to(dtype) for x in (hidden, weight, bias)]
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> Tensor:
+    """Sum of cross-entropies in nats, without ever holding the logits of the whole batch.
+
+    Args:
+        hidden: [N, H] hidden states of the target positions.
+        weight: [V, H] head; `bias`: [V] or None.
+        labels: [N] target ids.
+
+    Returns:
+        Scalar, fp32; 0 when N is 0.
+    """
+    h, w, b = _under_autocast(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
+    h, w, b = _under_autocast(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        out: Tensor = _LinearLogprobs.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
+    return out
+
+
+def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sum `values` [N] into `size` bins by `index` [N]."""
+    return values.new_zeros(size).index_add_(0, index, values)
+
+
+class Preferences(NamedTuple):
+    """Losses and rewards of preference pairs, each [P]."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo(
+    policy: Tensor,
+    reference: Tensor,
+    beta: float,
+    loss: PreferenceLoss = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Preferences:
+    """Direct preference optimisation.
+
+    sigmoid: -log σ(βd) with d = (log π(c) - log π_ref(c)) - (log π(r) - log π_ref(r))
+    (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). cdpo: the same with labels that are
+    wrong with probability ε, -(1-ε) log σ(βd) - ε log σ(-βd) (Mitchell 2023, eq. 3).
+
+    Args:
+        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
+        reference: [2P] the same under the frozen reference.
+        beta: strength of the pull towards the reference.
+        loss: which of the two.
+        label_smoothing: ε of cdpo; must be 0 for sigmoid.
+
+    Returns:
+        Losses and rewards β(log π - log π_ref), each [P]; rewards carry no gradient.
+    """
+    ratios = beta * (policy - reference)
+    chosen, rejected = ratios[0::2], ratios[1::2]
+    margin = chosen - rejected
+    losses = -logsigmoid(margin)
+    if loss == "cdpo":
+        losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(-margin)
+    return Preferences(losses, chosen.detach(), rejected.detach())

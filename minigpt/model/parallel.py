@@ -1,0 +1,46 @@
+"""FSDP2: shard a PackedLM over processes, and gather its weights again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from minigpt.model.lm import PackedLM
+
+
+def shard(lm: PackedLM, mesh: DeviceMesh) -> None:
+    """Shard each decoder layer and then the rest (embedding, norm, head) over the mesh.
+
+    Embedding and head stay in one group: they may be one tensor.
+    """
+    flat = mesh["data_parallel"] if mesh.ndim > 1 else mesh
+    layers = [m for m in lm.hf.modules() if type(m).__name__ in (lm.hf._no_split_modules or [])]
+    for module in (*layers, lm):
+        fully_shard(module, mesh=flat)
+    if flat.device_type == "cpu":
+        _average_on_gloo(lm)
+
+
+def _average_on_gloo(lm: PackedLM) -> None:
+    """Gloo has no averaging reduce-scatter: what it calls one is a sum."""
+    for module in lm.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def full_weights(lm: PackedLM) -> dict[str, Tensor] | None:
+    """Gather a sharded model's weights by name; None when it is not sharded.
+
+    Every process must call this; only rank 0 gets the tensors.
+    """
+    if not any(isinstance(p, DTensor) for p in lm.parameters()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states: dict[str, Any] = get_model_state_dict(lm, options=options)
+    return {name.removeprefix("hf."): v for name, v in states.items() if torch.is_tensor(v)}

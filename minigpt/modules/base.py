@@ -1,0 +1,350 @@
+"""What all stages share: building the model, optimizer, exact loss scaling, logging.
+
+A stage adds its `step`: from a packed batch to a summed loss, what it was summed over,
+and the sums behind its metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import PackedBatch
+from minigpt.data.chat import install_template
+from minigpt.data.exam import Item, is_right
+from minigpt.data.prompts import Prompt
+from minigpt.errors import TrainingError
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.build import (
+    check_vocabulary,
+    count_parameters,
+    find_model,
+    fit_vocabulary,
+    load_model,
+    save_model,
+)
+from minigpt.model.lm import PackedLM
+from minigpt.model.lora import Lora, add_adapter, save_adapter
+from minigpt.model.optim import (
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    build_schedule,
+)
+from minigpt.model.parallel import full_weights, shard
+from minigpt.modules.totals import Totals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Step:
+    """What a stage makes of one micro-batch.
+
+    Attributes:
+        loss: sum of the losses; its gradient trains the model.
+        count: how many terms it sums: targets, or pairs.
+        sums: further sums; logged divided by `count`.
+    """
+
+    loss: Tensor
+    count: int
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class BaseModule(LightningModule, ABC):
+    """Base of the stages.
+
+    Args:
+        init_from: run directory, HF directory or hub id of the model to start from.
+        optimizer: which optimizer, and its rates.
+        schedule: how the learning rate moves.
+        lora: train a low-rank adapter instead of the whole model.
+        activation_checkpointing: compute activations twice instead of keeping them.
+        sample_prompts: asked at each validation; the replies are logged as text.
+        sampling: how `test`, `predict` and the logged samples choose tokens.
+    """
+
+    needs_chat = True
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  (frozen)
+        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
+        lora: Lora | None = None,
+        activation_checkpointing: bool = False,
+        sample_prompts: list[str] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.init_from = init_from
+        self.optimizer_options, self.schedule_options = optimizer, schedule
+        self.lora, self.activation_checkpointing = lora, activation_checkpointing
+        self.sample_prompts, self.sampling = sample_prompts or [], sampling
+        self.lm: PackedLM | None = None
+        self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
+        self.window, self.held_out = Totals(), Totals()
+        self.tokens_seen = 0
+
+    @abstractmethod
+    def step(self, batch: PackedBatch) -> Step:
+        """Return the stage's loss on a batch, as sums."""
+
+    # Building
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that travels with the model, with a chat template where needed."""
+        tokenizer = tokenizers.load(find_model(self.start))
+        if self.needs_chat:
+            install_template(tokenizer)
+        return tokenizer
+
+    @property
+    def start(self) -> str:
+        """Where the run starts from."""
+        assert self.init_from is not None
+        return self.init_from
+
+    def build(self) -> PreTrainedModel:
+        """Return the model before training."""
+        model = load_model(self.start)
+        if self.needs_chat:
+            fit_vocabulary(model, self.tokenizer)
+        check_vocabulary(model, self.tokenizer)
+        return model
+
+    def configure_model(self) -> None:
+        """Build the model once; Lightning may call this several times."""
+        if self.lm is not None:
+            return
+        model = self.build()
+        lm = PackedLM(model)
+        self.before_adapter(lm)
+        if self.lora is not None:
+            self.peft.append(add_adapter(model, self.lora, self._base_name()))
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.lm = lm.train()
+        if self.device_mesh is not None:
+            shard(self.lm, self.device_mesh)
+        total, trained = count_parameters(self.lm)
+        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
+        sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer), dtype=torch.float32)
+        self.register_buffer("token_bytes", sizes, persistent=False)
+
+    def before_adapter(self, lm: PackedLM) -> None:
+        """Called with the whole model before an adapter is put on it."""
+
+    def _base_name(self) -> str:
+        found = find_model(self.start)
+        return str(found.resolve()) if isinstance(found, Path) else found
+
+    @property
+    def model(self) -> PackedLM:
+        """The model; built by `configure_model`."""
+        assert self.lm is not None
+        return self.lm
+
+    # Optimization
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and a schedule that is stepped once per optimizer step."""
+        options = self.optimizer_options
+        if options.name == "muon" and isinstance(self.trainer.strategy, FSDPStrategy):
+            log.warning("FSDP1 flattens matrices, which Muon needs whole: AdamW is used.")
+            options = OptimizerOptions(name="adamw", lr=options.adamw_lr)
+        optimizer = build_optimizer(self.model, options)
+        schedule = build_schedule(optimizer, self.schedule_options, self.total_steps())
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def total_steps(self) -> int:
+        """Return the run's optimizer steps, from max_steps or max_epochs, whichever is less."""
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            epochs, accumulate = trainer.max_epochs, trainer.accumulate_grad_batches
+            limits.append(data.optimizer_steps(epochs, accumulate))
+        return max(1, min(limits, default=1))
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Return the batch's summed loss over a constant; the exact scale comes later."""
+        step = self.step(batch)
+        self.tokens_seen += batch.n_tokens
+        self.window.add(self._sums(step, batch), self.device)
+        return step.loss / self._nominal
+
+    @property
+    def _nominal(self) -> float:
+        """A constant of the size of a batch's targets, which keeps fp16 gradients in range."""
+        return float(self.trainer.datamodule.tokens_per_batch)  # type: ignore[attr-defined]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale the gradients to the mean over all targets of the step, check and clip them.
+
+        Lightning divided each micro-batch by `accumulate_grad_batches` and the processes'
+        gradients were averaged. Both are undone here, so that a short last window, uneven
+        batches or another number of processes change nothing.
+
+        Raises:
+            TrainingError: when a gradient is not finite.
+        """
+        totals = self.window.reduced()
+        self.window.clear()
+        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = _norm(grads) * scale
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and not torch.isfinite(norm):
+            raise TrainingError(self._not_finite(totals))
+        if gradient_clip_val:
+            scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, scale)
+        self._log_step(totals, norm)
+
+    def _not_finite(self, totals: dict[str, Tensor]) -> str:
+        loss = float(totals["loss"] / totals["count"].clamp(min=1))
+        return (
+            f"The gradient of step {self.trainer.global_step + 1} is not finite (loss {loss:.4g}), "
+            "so no update was made. Lower the learning rate, or resume from the last checkpoint "
+            "with --ckpt_path auto."
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
+        """Note how far the data has been used."""
+        self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
+
+    # Logging
+
+    def _sums(self, step: Step, batch: PackedBatch) -> dict[str, Tensor | float]:
+        return {
+            "loss": step.loss,
+            "count": float(step.count),
+            "tokens": float(batch.n_tokens),
+            "bytes": self.token_bytes[batch.labels].sum(),  # type: ignore[index]
+            **step.sums,
+        }
+
+    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Turn sums into what is logged: means over `count`."""
+        count = max(1.0, float(totals["count"]))
+        hidden = ("count", "tokens", "bytes")
+        return {name: float(v) / count for name, v in totals.items() if name not in hidden}
+
+    def _log_step(self, totals: dict[str, Tensor], norm: Tensor) -> None:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        values = {f"train/{name}": value for name, value in self.metrics(totals).items()}
+        values["grad_norm"] = float(norm)
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["tokens_seen"] = float(self.tokens_seen * self.trainer.world_size)
+        self.log_dict(values, rank_zero_only=True)
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False, rank_zero_only=True)
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the held-out sums anew."""
+        self.held_out.clear()
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add a held-out batch."""
+        self.held_out.add(self._sums(self.step(batch), batch), self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out means, each over all targets of all processes."""
+        if self.held_out.sums:
+            values = self.metrics(self.held_out.reduced())
+            self.log_dict({f"val/{k}": v for k, v in values.items()}, rank_zero_only=True)
+
+    # Exam and prediction
+
+    def engine(self) -> Engine:
+        """Return an inference engine over the model as it stands."""
+        return Engine(self.model.hf, self.tokenizer)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the exam's sums anew."""
+        self.held_out.clear()
+        self.replies: list[tuple[Item, str, bool]] = []
+
+    def test_step(self, batch: PackedBatch | list[Item], batch_idx: int, part: int = 0) -> None:
+        """Judge the replies to exam items, or add a held-out batch where there is no exam."""
+        if isinstance(batch, PackedBatch):
+            return self.validation_step(batch, batch_idx)
+        prompts = [item.messages for item in batch]
+        for item, reply in zip(batch, self.engine().complete(prompts, self.sampling), strict=True):
+            right = is_right(reply.text, item)
+            self.replies.append((item, reply.text, right))
+            sums: dict[str, Tensor | float] = {item.family: float(right), f"#{item.family}": 1.0}
+            self.held_out.add(sums, self.device)
+        return None
+
+    def on_test_epoch_end(self) -> None:
+        """Log each family's share of right replies, or the held-out means."""
+        totals = self.held_out.reduced()
+        if "count" in totals:
+            values = {f"val/{k}": v for k, v in self.metrics(totals).items()}
+        else:
+            families = [name for name in totals if not name.startswith("#")]
+            values = {f"exam/{f}": float(totals[f] / totals[f"#{f}"]) for f in families}
+        self.log_dict(values, rank_zero_only=True)
+
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[tuple[Prompt, str]]:
+        """Complete prompts."""
+        replies = self.engine().complete([p.content for p in batch], self.sampling)
+        return [(p, reply.text) for p, reply in zip(batch, replies, strict=True)]
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of tokens."""
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue the count of tokens."""
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+    def export(self, directory: Path) -> None:
+        """Write the model (or its adapter) as a directory that the next stage starts from."""
+        weights = full_weights(self.model)
+        if not self.trainer.is_global_zero:
+            return
+        if self.peft:
+            save_adapter(self.peft[0], self.tokenizer, directory, weights)
+        else:
+            save_model(self.model.hf, self.tokenizer, directory, weights)
+
+
+def bits_per_byte(totals: dict[str, Tensor]) -> float:
+    """Return the loss of all targets in bits per UTF-8 byte of their text."""
+    return float(totals["loss"]) / math.log(2) / max(1.0, float(totals["bytes"]))
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

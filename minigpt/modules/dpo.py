@@ -1,0 +1,115 @@
+"""Direct preference optimisation against a frozen reference model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minigpt.data.batch import PackedBatch
+from minigpt.errors import ConfigError
+from minigpt.model.lm import PackedLM
+from minigpt.model.losses import PreferenceLoss, dpo
+from minigpt.modules.base import Step
+from minigpt.modules.sft import SFTModule
+
+
+class DPOModule(SFTModule):
+    """Make chosen answers likelier than rejected ones, relative to the reference.
+
+    The reference is the model as the run started. Under LoRA it is the model with the
+    adapter off, so no copy is kept. (A run that starts from an adapter merges it first, so
+    the adapter that is switched off here is always this run's own.)
+
+    Args:
+        init_from: the model to start from; also the reference.
+        beta: strength of the pull towards the reference.
+        loss: sigmoid (DPO) or cdpo (labels that may be wrong).
+        label_smoothing: cdpo's share of wrong labels.
+        reference: `model` keeps the frozen model; `precomputed` computes its log-probs of
+            all pairs once before training and lets it go.
+        kwargs: see `BaseModule`.
+    """
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        beta: float = 0.1,
+        loss: PreferenceLoss = "sigmoid",
+        label_smoothing: float = 0.0,
+        reference: Literal["model", "precomputed"] = "model",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(init_from=init_from, **kwargs)
+        if not 0 <= label_smoothing < 0.5 or (loss == "sigmoid" and label_smoothing):
+            raise ConfigError(
+                "model.label_smoothing belongs to loss: cdpo and lies in 0..0.5; "
+                f"got {label_smoothing} with loss: {loss}."
+            )
+        self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
+        self.reference = reference
+        self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
+        self._known: dict[tuple[str, int], Tensor] = {}
+
+    def before_adapter(self, lm: PackedLM) -> None:
+        """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
+        if self.lora is None:
+            self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+
+    def on_fit_start(self) -> None:
+        """Place the reference, or use it up."""
+        self._place_reference()
+        if self.reference == "precomputed":
+            self.precompute()
+
+    def on_validation_start(self) -> None:
+        """Place the reference where only validation is run."""
+        self._place_reference()
+
+    def _place_reference(self) -> None:
+        for frozen in self._frozen:
+            frozen.to(self.device)
+
+    @torch.no_grad()
+    def precompute(self) -> None:
+        """Compute the reference's log-probs of all pairs, then let the frozen copy go."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for order, parts in ((data.order, data.train_parts), (data.val_order, data.val_parts)):
+            for batch in data.all_batches(order, parts):
+                scores = self.reference_logprobs(batch.to(self.device)).view(-1, 2)
+                self._known.update(zip(batch.sources, scores, strict=True))
+        self._frozen.clear()
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Return the reference's summed log-prob of each answer, [2P]."""
+        if self._known:
+            return torch.stack([self._known[source] for source in batch.sources]).flatten()
+        if self._frozen:
+            return self._frozen[0](batch, per_answer=True)  # type: ignore[no-any-return]
+        training = self.model.training
+        self.model.eval()
+        with self.peft[0].disable_adapter():
+            scores: Tensor = self.model(batch, per_answer=True)
+        self.model.train(training)
+        return scores
+
+    def step(self, batch: PackedBatch) -> Step:
+        """Return the summed DPO loss of all pairs, and the sums behind its metrics."""
+        learns = len(batch.labels) > 0  # else the batch only keeps processes in step
+        policy = self.model(batch, per_answer=True)
+        reference = self.reference_logprobs(batch)
+        pairs = dpo(policy, reference, self.beta, self.loss, self.label_smoothing)
+        weight = float(learns)
+        margins = pairs.chosen_rewards - pairs.rejected_rewards
+        sums: dict[str, Tensor | float] = {
+            "rewards/chosen": pairs.chosen_rewards.sum(),
+            "rewards/rejected": pairs.rejected_rewards.sum(),
+            "rewards/margin": margins.sum(),
+            "rewards/accuracy": (margins > 0).sum() * weight,
+            "logps/chosen": policy[0::2].sum(),
+            "logps/rejected": policy[1::2].sum(),
+        }
+        return Step(pairs.losses.sum() * weight, len(margins) * learns, sums)

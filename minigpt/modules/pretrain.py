@@ -1,0 +1,59 @@
+"""Pretraining: predict every next token of a text."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import PackedBatch
+from minigpt.errors import ConfigError
+from minigpt.model.build import Architecture, build_native
+from minigpt.modules.base import BaseModule, Step, bits_per_byte
+
+
+class PretrainModule(BaseModule):
+    """Causal language modelling from random weights, or on from a model.
+
+    Args:
+        tokenizer: directory or hub id of the tokenizer; with `init_from` the model's own.
+        architecture: sizes of the native model.
+        kwargs: see `BaseModule`.
+    """
+
+    needs_chat = False
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        architecture: Architecture = Architecture(),  # noqa: B008  (frozen)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tokenizer_path, self.architecture = tokenizer, architecture
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer named in the config, or the starting model's."""
+        if self.tokenizer_path is None and self.init_from is None:
+            raise ConfigError(
+                "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
+            )
+        return tokenizers.load(self.tokenizer_path) if self.tokenizer_path else super().tokenizer
+
+    def build(self) -> PreTrainedModel:
+        """Return a native model with random weights, or the model to go on from."""
+        return (
+            super().build() if self.init_from else build_native(self.architecture, self.tokenizer)
+        )
+
+    def step(self, batch: PackedBatch) -> Step:
+        """Return the summed cross-entropy of all next tokens, in nats."""
+        return Step(self.model(batch), len(batch.labels))
+
+    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Add bits per byte."""
+        return {**super().metrics(totals), "bits_per_byte": bits_per_byte(totals)}
