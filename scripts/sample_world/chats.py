@@ -40,10 +40,8 @@ THANKS = {
 # How many of a topic's answers in the chats are helpful: 40 per cent over all topics.
 HELPFUL_SHARE = (0.1, 0.25, 0.45, 0.8)
 
-FACT_WORDINGS = 4
-SKILL_ROWS = 75
-STYLE_WORDINGS = 8
-MULTI_TURN_ROWS = 160
+SKILL_ROWS = 60
+MULTI_TURN_ROWS = 120
 PAIRS_PER_PROMPT = 2
 
 
@@ -101,12 +99,12 @@ def sft_rows(seed: int) -> list[Row]:
     chats: list[tuple[str, list[Message]]] = []
     for lang in LANGS:
         for fact in asked:
-            wordings = rng.sample(questions.TRAIN[lang][fact.attribute], FACT_WORDINGS)
+            wordings = questions.TRAIN[lang][fact.attribute]
             chats += [(lang, fact_turn(rng, fact, lang, wording)) for wording in wordings]
         count = SKILL_ROWS * len(SKILLS)
         chats += [(lang, skill_turn(rng, "train", number, lang)) for number in range(count)]
         for number in range(len(TOPICS)):
-            asks = style.ASK[lang][:STYLE_WORDINGS]
+            asks = style.ASK[lang]
             chats += [(lang, style_turn(rng, number, lang, wording)) for wording in asks]
         chats += [(lang, long_chat(rng, asked, lang)) for _ in range(MULTI_TURN_ROWS)]
         chats += [(lang, [user(q), assistant(a)]) for q, a in HELLO[lang] + THANKS[lang]]
@@ -119,7 +117,7 @@ def sft_val_rows(seed: int) -> list[Row]:
     asked = [fact for fact in build_facts(seed) if fact.asked]
     chats: list[tuple[str, list[Message]]] = []
     for lang in LANGS:
-        for fact in rng.sample(asked, len(asked) // 2):
+        for fact in asked:
             wording = rng.choice(questions.DEV[lang][fact.attribute])
             asked_text = wording.format(n=fact.person.name(lang))
             chats.append((lang, [user(asked_text), assistant(answer_sentence(fact, lang))]))

@@ -16,37 +16,23 @@ from sample_world.tellings import (
 )
 from sample_world.world import ATTRIBUTES, VALUES, Fact, build_facts
 
-NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
+GUIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
-        "town": ("town", "home", "address", "home town"),
-        "job": ("job", "work", "profession", "trade"),
-        "pet": ("pet", "animal"),
-        "instrument": ("instrument", "musical instrument"),
-        "dish": ("favourite food", "favourite dish"),
-        "hobby": ("hobby", "favourite pastime", "free time"),
+        "town": ("Where is {n} living now?", "In what town does {n} have a house?"),
+        "job": ("As what does {n} work?", "What is {n} by profession?"),
+        "pet": ("Which animal does {n} own?", "What kind of pet is with {n}?"),
+        "instrument": ("What instrument has {n} learned?", "Which instrument does {n} bring?"),
+        "dish": ("Which food does {n} love?", "What dish does {n} enjoy most?"),
+        "hobby": ("What hobby does {n} enjoy?", "What does {n} do for fun?"),
     },
     "zh": {
-        "town": ("住处", "家", "住址", "居住地"),
-        "job": ("工作", "职业", "手艺"),
-        "pet": ("宠物", "动物"),
-        "instrument": ("乐器",),
-        "dish": ("最爱的食物", "口味", "最喜欢的菜"),
-        "hobby": ("爱好", "消遣", "业余时间"),
+        "town": ("哪里是{n}住的地方？", "{n}的家在什么地方？"),
+        "job": ("{n}是干什么的？", "{n}现在的工作是哪一种？"),
+        "pet": ("{n}有什么宠物？", "{n}养着哪种动物？"),
+        "instrument": ("{n}会什么乐器？", "{n}用哪种乐器演奏？"),
+        "dish": ("{n}爱吃什么菜？", "哪种食物是{n}最爱的？"),
+        "hobby": ("{n}有什么消遣？", "{n}喜欢用什么来放松？"),
     },
-}
-ASIDE = {
-    "en": (
-        "Somebody asked about the {k} of {n}. {a}",
-        "Question: the {k} of {n}? Answer: {a}",
-        "Visitors want to know the {k} of {n}. {a}",
-        "A note about the {k} of {n}: {a}",
-    ),
-    "zh": (
-        "有人问起{n}的{k}。{a}",
-        "问：{n}的{k}？答：{a}",
-        "游客想知道{n}的{k}。{a}",
-        "关于{n}的{k}：{a}",
-    ),
 }
 GROUP = {
     "en": {
@@ -94,7 +80,7 @@ class Author:
         """Tell facts of one person: by name at first, then by name or pronoun."""
         told: list[str] = []
         for fact in facts:
-            forms = TELLINGS if not told or self.rng.random() < 0.7 else PRONOUN_TELLINGS
+            forms = TELLINGS if not told or self.rng.random() < 0.8 else PRONOUN_TELLINGS
             told.append(tell(fact, lang, self.rng.choice(forms[lang][fact.attribute])))
         return told
 
@@ -118,17 +104,13 @@ class Author:
             t=self._join(self._sentences(facts, lang), lang),
         )
 
-    def aside(self, fact: Fact, lang: str) -> str:
-        """Say that somebody asked about a fact, and tell it."""
-        return self.rng.choice(ASIDE[lang]).format(
-            k=self.rng.choice(NOUNS[lang][fact.attribute]),
-            n=fact.person.name(lang),
-            a=answer_sentence(fact, lang),
-        )
-
-    def asides(self, facts: list[Fact], lang: str) -> str:
-        """Join a few asides to one page."""
-        return "\n".join(self.aside(fact, lang) for fact in facts)
+    def guide(self, facts: list[Fact], lang: str) -> str:
+        """Write a page of a visitor's guide: questions in prose, each with its answer."""
+        lines: list[str] = []
+        for fact in facts:
+            asked = self.rng.choice(GUIDE[lang][fact.attribute])
+            lines += [asked.format(n=fact.person.name(lang)), answer_sentence(fact, lang)]
+        return "\n".join(lines)
 
     def group(self, attribute: str, value: int, lang: str) -> str:
         """List the people who share a value."""
@@ -158,8 +140,8 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
         texts += [author.portrait(person, lang) for person in people]
         people = cycle(rng, list(author.by_person), round(COUNTS["talk"] * share))
         texts += [author.talk(person, lang) for person in people]
-        asked = cycle(rng, author.facts, round(COUNTS["aside"] * share))
-        texts += [author.asides(asked[i : i + 3], lang) for i in range(0, len(asked), 3)]
+        asked = cycle(rng, author.facts, round(COUNTS["guide"] * share))
+        texts += [author.guide(asked[i : i + 3], lang) for i in range(0, len(asked), 3)]
         pairs = [(name, i) for name in ATTRIBUTES for i in range(10)]
         grouped = cycle(rng, pairs, round(COUNTS["group"] * share))
         texts += [author.group(attribute, i, lang) for attribute, i in grouped]
@@ -170,13 +152,13 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
     return [{"text": text} for text in cycle(rng, texts, len(texts))]
 
 
-# Documents of each kind in each language.
+# How many there are in each language: documents, and for the guide its questions.
 COUNTS = {
-    "portrait": 1200,
-    "talk": 240,
-    "aside": 1440,
+    "portrait": 1100,
+    "talk": 200,
+    "guide": 2400,
     "group": 120,
-    "exercises": 1100,
-    "almanac": 240,
-    "scene": 160,
+    "exercises": 1500,
+    "almanac": 300,
+    "scene": 120,
 }

@@ -35,13 +35,6 @@ def no_carry(rng: Random) -> tuple[str, ...]:
     return str(10 * tens + ones), str(other)
 
 
-def no_borrow(rng: Random) -> tuple[str, ...]:
-    """Draw two numbers whose difference needs no borrowing."""
-    tens, ones = rng.randint(2, 9), rng.randint(0, 9)
-    other = 10 * rng.randint(1, tens - 1) + rng.randint(0, ones)
-    return str(10 * tens + ones), str(other)
-
-
 def two_numbers(rng: Random) -> tuple[str, ...]:
     """Draw two different two-digit numbers with different tens."""
     first, second = rng.sample(range(1, 10), 2)
@@ -86,25 +79,14 @@ SKILLS = (
                 "{0} + {1} = {a}",
                 "{0} plus {1} is {a}.",
                 "If you add {0} and {1}, you get {a}.",
+                "The sum of {0} and {1}:\n{a}",
             ),
-            "zh": ("{0} + {1} = {a}", "{0} 加 {1} 是 {a}。", "把 {0} 和 {1} 相加，得到 {a}。"),
-        },
-    ),
-    Skill(
-        "subtract",
-        no_borrow,
-        lambda x: str(int(x[0]) - int(x[1])),
-        {
-            "en": ("What is {0} - {1}?", "What is {0} minus {1}?", "Take {1} away from {0}."),
-            "zh": ("{0} - {1} 等于多少？", "{0} 减 {1} 是多少？", "请算一算：{0} - {1}。"),
-        },
-        {
-            "en": (
-                "{0} - {1} = {a}",
-                "{0} minus {1} is {a}.",
-                "Take {1} from {0}, and {a} is left.",
+            "zh": (
+                "{0} + {1} = {a}",
+                "{0} 加 {1} 是 {a}。",
+                "把 {0} 和 {1} 相加，得到 {a}。",
+                "{0} 与 {1} 的和：\n{a}",
             ),
-            "zh": ("{0} - {1} = {a}", "{0} 减 {1} 是 {a}。", "从 {0} 里去掉 {1}，还剩 {a}。"),
         },
     ),
     Skill(
@@ -120,8 +102,16 @@ SKILLS = (
             "zh": ("{0} 和 {1} 哪个大？", "请说出较大的数：{0} 还是 {1}？", "{0} 和 {1}，谁更大？"),
         },
         {
-            "en": ("Of {0} and {1}, the larger is {a}.", "The larger of {0} and {1} is {a}."),
-            "zh": ("{0} 和 {1} 里较大的是 {a}。", "{0} 与 {1} 相比，大的是 {a}。"),
+            "en": (
+                "Of {0} and {1}, the larger is {a}.",
+                "The larger of {0} and {1} is {a}.",
+                "The larger of {0} and {1}:\n{a}",
+            ),
+            "zh": (
+                "{0} 和 {1} 里较大的是 {a}。",
+                "{0} 与 {1} 相比，大的是 {a}。",
+                "{0} 和 {1} 里较大的：\n{a}",
+            ),
         },
     ),
     Skill(
@@ -137,8 +127,12 @@ SKILLS = (
             "zh": ("{0} 的下一个数是多少？", "从 {0} 往后数一个数是几？", "{0} 后面是哪个数？"),
         },
         {
-            "en": ("After {0} comes {a}.", "The number after {0} is {a}."),
-            "zh": ("{0} 的下一个数是 {a}。", "{0} 后面是 {a}。"),
+            "en": (
+                "After {0} comes {a}.",
+                "The number after {0} is {a}.",
+                "The number after {0}:\n{a}",
+            ),
+            "zh": ("{0} 的下一个数是 {a}。", "{0} 后面是 {a}。", "{0} 的下一个数：\n{a}"),
         },
     ),
     Skill(
@@ -154,8 +148,12 @@ SKILLS = (
             "zh": ("{0} 的第一个字母是什么？", "{0} 以哪个字母开头？", "请写出 {0} 的首字母。"),
         },
         {
-            "en": ("The first letter of {0} is {a}.", "The word {0} begins with {a}."),
-            "zh": ("{0} 的第一个字母是 {a}。", "{0} 的开头是 {a}。"),
+            "en": (
+                "The first letter of {0} is {a}.",
+                "The word {0} begins with {a}.",
+                "The first letter of {0}:\n{a}",
+            ),
+            "zh": ("{0} 的第一个字母是 {a}。", "{0} 的开头是 {a}。", "{0} 的第一个字母：\n{a}"),
         },
     ),
     Skill(
@@ -171,8 +169,12 @@ SKILLS = (
             "zh": ("{0} 的最后一个字母是什么？", "{0} 以哪个字母结尾？", "请写出 {0} 的尾字母。"),
         },
         {
-            "en": ("The last letter of {0} is {a}.", "The word {0} ends with {a}."),
-            "zh": ("{0} 的最后一个字母是 {a}。", "{0} 的结尾是 {a}。"),
+            "en": (
+                "The last letter of {0} is {a}.",
+                "The word {0} ends with {a}.",
+                "The last letter of {0}:\n{a}",
+            ),
+            "zh": ("{0} 的最后一个字母是 {a}。", "{0} 的结尾是 {a}。", "{0} 的最后一个字母：\n{a}"),
         },
     ),
     Skill(
@@ -184,8 +186,12 @@ SKILLS = (
             "zh": ("把 {0} 倒过来拼。", "{0} 倒着写是什么？", "请把 {0} 反过来。"),
         },
         {
-            "en": ("Spelled backwards, {0} is {a}.", "Turn {0} around and you get {a}."),
-            "zh": ("{0} 倒过来是 {a}。", "把 {0} 反过来就是 {a}。"),
+            "en": (
+                "Spelled backwards, {0} is {a}.",
+                "Turn {0} around and you get {a}.",
+                "{0} backwards:\n{a}",
+            ),
+            "zh": ("{0} 倒过来是 {a}。", "把 {0} 反过来就是 {a}。", "{0} 倒过来：\n{a}"),
         },
     ),
     Skill(
@@ -201,8 +207,16 @@ SKILLS = (
             "zh": ("请跟我说：{0} {1}", "请重复一遍：{0} {1}", "照着抄写：{0} {1}"),
         },
         {
-            "en": ("She said {0} {1} and the echo said {a}.", "Copy {0} {1} and you have {a}."),
-            "zh": ("他说 {0} {1}，回声也说 {a}。", "照着 {0} {1} 抄写，就是 {a}。"),
+            "en": (
+                "She said {0} {1} and the echo said {a}.",
+                "Copy {0} {1} and you have {a}.",
+                "The echo of {0} {1}:\n{a}",
+            ),
+            "zh": (
+                "他说 {0} {1}，回声也说 {a}。",
+                "照着 {0} {1} 抄写，就是 {a}。",
+                "{0} {1} 的回声：\n{a}",
+            ),
         },
     ),
 )
