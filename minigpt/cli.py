@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils.logging import disable_progress_bar
 
 import minigpt.modules  # noqa: F401  (makes the short class names known)
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
@@ -142,8 +143,6 @@ class MiniGPTCLI(LightningCLI):
         config = self.config[self.verb]
         if self.verb == "fit":
             self._settle_start(config)
-        elif not config.get("ckpt_path"):
-            self._use_trained_model(config)
         config.trainer.precision = choose_precision(
             config.trainer.precision, config.trainer.accelerator
         )
@@ -159,15 +158,16 @@ class MiniGPTCLI(LightningCLI):
         if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
             raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
 
-    def _use_trained_model(self, config: Any) -> None:
-        """Validate, test or predict with the run's own model."""
+    def after_instantiate_classes(self) -> None:
+        """Let validate, test and predict use the run's own model."""
+        if self.verb == "fit" or self._get(self.config, "ckpt_path"):
+            return
         if not (self.run_dir / "hf").is_dir():
             raise ModelError(
                 f"There is no trained model in {self.run_dir}. Train it with: minigpt fit "
                 "--config CONFIG, or name another run with --run_dir."
             )
-        config.model.init_args.init_from = str(self.run_dir)
-        config.model.init_args.lora = None
+        self.model.trained = str(self.run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run directory's loggers and callbacks."""
@@ -262,4 +262,5 @@ def quiet() -> None:
     for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*PossibleUserWarning.*")
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")
+    disable_progress_bar()

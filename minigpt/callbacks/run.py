@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
@@ -162,7 +163,7 @@ class SampleText(Callback):
             for prompt, reply in zip(prompts, replies, strict=True)
         )
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", text, trainer.global_step)
 
 

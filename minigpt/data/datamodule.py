@@ -283,6 +283,18 @@ class JSONLDataModule(LightningDataModule):
         rank, world = self.place
         return DataLoader(items[rank::world], ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Move packed batches; exam items and prompts stay as they are."""
+        return batch.to(device) if isinstance(batch, PackedBatch) else batch
+
+    def all_batches(self, held_out: bool) -> Iterator[PackedBatch]:
+        """Yield every micro-batch of an epoch, whatever process this is; for precomputing."""
+        order, parts = (
+            (self.val_order, self.val_parts) if held_out else (self.order, self.train_parts)
+        )
+        if order is not None:
+            yield from PackedDataset(order, parts, 0, 0, 0, 1)
+
     def advance(self, batch: PackedBatch) -> None:
         """Note that a training batch is done."""
         self.position = batch.resume_at

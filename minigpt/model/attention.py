@@ -64,12 +64,14 @@ def packed_attention(
     grouped = q.shape[1] != k.shape[1]
     results = []
     for index in plan.gather:
-        rows = (x[index].transpose(1, 2) for x in (q, k, v))  # [R, heads, L, D]
+        # index_select, because its backward is many times faster on a CPU than indexing's
+        flat = (x.index_select(0, index.flatten()) for x in (q, k, v))
+        rows = (x.unflatten(0, index.shape).transpose(1, 2) for x in flat)  # [R, heads, L, D]
         out = scaled_dot_product_attention(
             *rows, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
         results.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results)[plan.scatter].unsqueeze(0), None
+    return torch.cat(results).index_select(0, plan.scatter).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -51,7 +51,7 @@ class PackedLM(nn.Module):
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
         hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state[0]
         head = self.hf.get_output_embeddings()
-        targets = hidden[batch.predict_at]
+        targets = hidden.index_select(0, batch.predict_at)
         if not per_answer:
             return linear_cross_entropy(targets, head.weight, head.bias, batch.labels)
         logp = linear_logprobs(targets, head.weight, head.bias, batch.labels)

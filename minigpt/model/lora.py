@@ -121,9 +121,8 @@ def _check_fit(model: PreTrainedModel, directory: Path) -> None:
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Return the base model with the adapter's update added to its weights."""
-    merged: Any = adapted
-    merged = merged.merge_and_unload()
-    return merged  # type: ignore[no-any-return]
+    with_adapter: Any = adapted
+    return with_adapter.merge_and_unload()  # type: ignore[no-any-return]
 
 
 def save_adapter(

@@ -25,7 +25,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.data.chat import install_template
 from minigpt.data.exam import Item, is_right
 from minigpt.data.prompts import Prompt
-from minigpt.errors import TrainingError
+from minigpt.errors import ConfigError, TrainingError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.build import (
     check_vocabulary,
@@ -77,7 +77,8 @@ class BaseModule(LightningModule, ABC):
         sampling: how `test`, `predict` and the logged samples choose tokens.
     """
 
-    needs_chat = True
+    needs_chat = True  # asks and answers in the chat template
+    needs_start = True  # goes on from a model
 
     def __init__(
         self,
@@ -90,10 +91,16 @@ class BaseModule(LightningModule, ABC):
         sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
         super().__init__()
+        if self.needs_start and init_from is None:
+            raise ConfigError(
+                "Set model.init_args.init_from to the model to start from, such as "
+                "outputs/pretrain."
+            )
         self.init_from = init_from
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.lora, self.activation_checkpointing = lora, activation_checkpointing
         self.sample_prompts, self.sampling = sample_prompts or [], sampling
+        self.trained: str | None = None  # a finished run to use instead of `init_from`
         self.lm: PackedLM | None = None
         self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
         self.window, self.held_out = Totals(), Totals()
@@ -115,9 +122,10 @@ class BaseModule(LightningModule, ABC):
 
     @property
     def start(self) -> str:
-        """Where the run starts from."""
-        assert self.init_from is not None
-        return self.init_from
+        """Where the weights and the tokenizer come from."""
+        start = self.trained or self.init_from
+        assert start is not None
+        return start
 
     def build(self) -> PreTrainedModel:
         """Return the model before training."""
@@ -134,7 +142,7 @@ class BaseModule(LightningModule, ABC):
         model = self.build()
         lm = PackedLM(model)
         self.before_adapter(lm)
-        if self.lora is not None:
+        if self.lora is not None and self.trained is None:
             self.peft.append(add_adapter(model, self.lora, self._base_name()))
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -292,7 +300,9 @@ class BaseModule(LightningModule, ABC):
         self.held_out.clear()
         self.replies: list[tuple[Item, str, bool]] = []
 
-    def test_step(self, batch: PackedBatch | list[Item], batch_idx: int, part: int = 0) -> None:
+    def test_step(
+        self, batch: PackedBatch | list[Item], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Judge the replies to exam items, or add a held-out batch where there is no exam."""
         if isinstance(batch, PackedBatch):
             return self.validation_step(batch, batch_idx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
+from minigpt.model.build import load_model
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import PreferenceLoss, dpo
-from minigpt.modules.base import Step
-from minigpt.modules.sft import SFTModule
+from minigpt.modules.base import BaseModule, Step
 
 
-class DPOModule(SFTModule):
+class DPOModule(BaseModule):
     """Make chosen answers likelier than rejected ones, relative to the reference.
 
     The reference is the model as the run started. Under LoRA it is the model with the
@@ -24,7 +25,6 @@ class DPOModule(SFTModule):
     the adapter that is switched off here is always this run's own.)
 
     Args:
-        init_from: the model to start from; also the reference.
         beta: strength of the pull towards the reference.
         loss: sigmoid (DPO) or cdpo (labels that may be wrong).
         label_smoothing: cdpo's share of wrong labels.
@@ -35,14 +35,13 @@ class DPOModule(SFTModule):
 
     def __init__(
         self,
-        init_from: str | None = None,
         beta: float = 0.1,
         loss: PreferenceLoss = "sigmoid",
         label_smoothing: float = 0.0,
         reference: Literal["model", "precomputed"] = "model",
         **kwargs: Any,
     ) -> None:
-        super().__init__(init_from=init_from, **kwargs)
+        super().__init__(**kwargs)
         if not 0 <= label_smoothing < 0.5 or (loss == "sigmoid" and label_smoothing):
             raise ConfigError(
                 "model.label_smoothing belongs to loss: cdpo and lies in 0..0.5; "
@@ -55,31 +54,30 @@ class DPOModule(SFTModule):
 
     def before_adapter(self, lm: PackedLM) -> None:
         """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
-        if self.lora is None:
+        if self.lora is None and self.trained is None:
             self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
 
     def on_fit_start(self) -> None:
-        """Place the reference, or use it up."""
-        self._place_reference()
+        """Use the reference up before training, if asked to."""
         if self.reference == "precomputed":
             self.precompute()
 
     def on_validation_start(self) -> None:
-        """Place the reference where only validation is run."""
-        self._place_reference()
-
-    def _place_reference(self) -> None:
-        for frozen in self._frozen:
-            frozen.to(self.device)
+        """Load the reference where a trained run is only validated."""
+        if self.trained is not None and not self._frozen:
+            assert self.init_from is not None
+            frozen = PackedLM(load_model(self.init_from))
+            self._frozen.append(frozen.requires_grad_(False).eval())
 
     @torch.no_grad()
     def precompute(self) -> None:
         """Compute the reference's log-probs of all pairs, then let the frozen copy go."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for order, parts in ((data.order, data.train_parts), (data.val_order, data.val_parts)):
-            for batch in data.all_batches(order, parts):
-                scores = self.reference_logprobs(batch.to(self.device)).view(-1, 2)
-                self._known.update(zip(batch.sources, scores, strict=True))
+        known: dict[tuple[str, int], Tensor] = {}
+        for batch in chain(data.all_batches(held_out=False), data.all_batches(held_out=True)):
+            scores = self.reference_logprobs(batch.to(self.device)).view(-1, 2)
+            known.update(zip(batch.sources, scores, strict=True))
+        self._known = known
         self._frozen.clear()
 
     @torch.no_grad()
@@ -88,7 +86,7 @@ class DPOModule(SFTModule):
         if self._known:
             return torch.stack([self._known[source] for source in batch.sources]).flatten()
         if self._frozen:
-            return self._frozen[0](batch, per_answer=True)  # type: ignore[no-any-return]
+            return self._frozen[0].to(self.device)(batch, per_answer=True)  # type: ignore[no-any-return]
         training = self.model.training
         self.model.eval()
         with self.peft[0].disable_adapter():

@@ -12,15 +12,13 @@ class LoRAModule(SFTModule):
     """SFT that trains only an adapter; the run's `hf/` is an adapter directory.
 
     Args:
-        init_from: the base model.
         lora: rank, scale, dropout and targets of the adapter.
         kwargs: see `BaseModule`.
     """
 
     def __init__(
         self,
-        init_from: str | None = None,
         lora: Lora = Lora(),  # noqa: B008  (frozen)
         **kwargs: Any,
     ) -> None:
-        super().__init__(init_from=init_from, lora=lora, **kwargs)
+        super().__init__(lora=lora, **kwargs)

@@ -25,6 +25,7 @@ class PretrainModule(BaseModule):
     """
 
     needs_chat = False
+    needs_start = False
 
     def __init__(
         self,
@@ -38,17 +39,18 @@ class PretrainModule(BaseModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer named in the config, or the starting model's."""
-        if self.tokenizer_path is None and self.init_from is None:
+        if self.trained is None and self.tokenizer_path is None and self.init_from is None:
             raise ConfigError(
                 "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
             )
-        return tokenizers.load(self.tokenizer_path) if self.tokenizer_path else super().tokenizer
+        own = self.trained is None and self.tokenizer_path is not None
+        return tokenizers.load(self.tokenizer_path or "") if own else super().tokenizer
 
     def build(self) -> PreTrainedModel:
         """Return a native model with random weights, or the model to go on from."""
-        return (
-            super().build() if self.init_from else build_native(self.architecture, self.tokenizer)
-        )
+        if self.trained or self.init_from:
+            return super().build()
+        return build_native(self.architecture, self.tokenizer)
 
     def step(self, batch: PackedBatch) -> Step:
         """Return the summed cross-entropy of all next tokens, in nats."""

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.errors import ConfigError
 from minigpt.modules.base import BaseModule, Step, bits_per_byte
 
 
 class SFTModule(BaseModule):
-    """Cross-entropy on assistant tokens and the token that ends their turn.
-
-    Args:
-        init_from: the model to start from.
-        kwargs: see `BaseModule`.
-    """
-
-    def __init__(self, init_from: str | None = None, **kwargs: Any) -> None:
-        if init_from is None:
-            raise ConfigError(
-                "Set model.init_args.init_from to the model to start from, such as "
-                "outputs/pretrain."
-            )
-        super().__init__(init_from=init_from, **kwargs)
+    """Cross-entropy on assistant tokens and the token that ends their turn."""
 
     def step(self, batch: PackedBatch) -> Step:
         """Return the summed cross-entropy of the assistant's tokens, in nats."""
