@@ -12,6 +12,8 @@ from minigpt.model.build import name_tokenizer_class, whole_directory
 
 log = logging.getLogger(__name__)
 
+MEASURED = 2000  # rows whose characters per token are reported
+
 EXAMPLES = """examples:
   minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
   minigpt tokenizer train --data_file a.jsonl b.jsonl --output_dir tok --vocab_size 6400
@@ -65,13 +67,13 @@ def train_to(
     with whole_directory(directory) as partial:
         tokenizers.save(trained, partial)
         name_tokenizer_class(partial)
-    ratio = characters_per_token(trained, files)
+    ratio = characters_per_token(trained, files, MEASURED if limit is None else min(limit, MEASURED))
     log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
     return ratio
 
 
 def characters_per_token(
-    tokenizer: tokenizers.PreTrainedTokenizerFast, files: list[str], rows: int = 2000
+    tokenizer: tokenizers.PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
 ) -> float:
     """Return how many characters a token stands for, over the first rows."""
     texts = list(tokenizers.corpus(files, rows))
