@@ -7,6 +7,7 @@ by hardware; errors as one paragraph.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 import minigpt.modules  # noqa: F401  (makes the short class names known)
@@ -143,17 +143,21 @@ class MiniGPTCLI(LightningCLI):
         config = self.config[self.verb]
         if self.verb == "fit":
             self._settle_start(config)
+        if self.verb in ("validate", "test"):
+            config.verbose = False  # the results are told in our own lines
         config.trainer.precision = choose_precision(
             config.trainer.precision, config.trainer.accelerator
         )
         config.trainer.default_root_dir = str(self.run_dir)
+        if "TORCHELASTIC_RUN_ID" in os.environ and config.trainer.devices == "auto":
+            join_launcher(config.trainer)
 
     def _settle_start(self, config: Any) -> None:
         if config.get("ckpt_path") == "auto":
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
-        elif config.get("ckpt_path") is None and rank_zero_only.rank == 0:
+        elif config.get("ckpt_path") is None and is_first_process():
             make_room(self.run_dir, config.overwrite)
         if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
             raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
@@ -198,6 +202,19 @@ class MiniGPTCLI(LightningCLI):
                 parts = value.items() if isinstance(value, dict) else [("", value)]
                 flat |= {f"{section}/{name}/{key}".rstrip("/"): v for key, v in parts}
         return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+
+
+def is_first_process() -> bool:
+    """Whether no launcher has made this process another one's helper."""
+    return all(int(os.environ.get(name, "0")) <= 0 for name in ("RANK", "LOCAL_RANK"))
+
+
+def join_launcher(trainer: Any) -> None:
+    """Use the processes that `torchrun` or `accelerate launch` has started."""
+    here, all_ = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    trainer.devices, trainer.num_nodes = here, all_ // here
+    if not torch.cuda.is_available() and trainer.accelerator == "auto":
+        trainer.accelerator = "cpu"
 
 
 def choose_precision(asked: Any, accelerator: str) -> Any:

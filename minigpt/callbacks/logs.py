@@ -30,9 +30,10 @@ class RunTensorBoard(TensorBoardLogger):
         super().__init__(save_dir=str(run_dir), name="", version="", default_hp_metric=False)
         self.laid_out = False
 
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log scalars; the first call also writes the layout."""
-        if not self.laid_out and rank_zero_only.rank == 0:
+        if not self.laid_out:
             self.laid_out = True
             self.experiment.add_custom_scalars(LAYOUT)
         super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)

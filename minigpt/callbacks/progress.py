@@ -15,6 +15,11 @@ from minigpt.data.batch import PackedBatch
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
+def log_every(trainer: Trainer) -> int:
+    """Return the optimizer steps between two logged ones."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
 class Throughput(Callback):
     """Counts useful tokens per second of training, time for validation and samples left out.
 
@@ -49,7 +54,7 @@ class Throughput(Callback):
         assert isinstance(batch, PackedBatch)
         self.tokens += batch.n_tokens * trainer.world_size
         self._tick()
-        if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step and trainer.global_step % log_every(trainer) == 0:
             tokens, seconds = self._last
             if self.seconds > seconds and self.tokens > tokens:
                 self.rate = (self.tokens - tokens) / (self.seconds - seconds)

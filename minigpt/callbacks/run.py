@@ -72,6 +72,9 @@ class RunRecorder(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation before the first step, which Lightning does not."""
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            for name, value in trainer.callback_metrics.items():
+                log.info("%s: %.4g", name, value)
         if trainer.sanity_checking:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.before = {k: v for k, v in metrics.items() if k.startswith("val/")}
@@ -107,10 +110,18 @@ class RunRecorder(Callback):
             return
         scores = {k: float(v) for k, v in trainer.callback_metrics.items()}
         replies = [
-            {"id": item.id, "family": item.family, "answer": item.answer, "reply": r, "right": ok}
-            for item, r, ok in pl_module.replies
+            {
+                "id": item.id,
+                "family": item.family,
+                "answer": item.answer,
+                "reply": said,
+                "right": ok,
+            }
+            for item, said, ok in pl_module.judged
         ]
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
+        for name, score in scores.items():
+            log.info("%s: %.4g", name, score)
 
 
 def write_json(path: Path, value: Any) -> None:

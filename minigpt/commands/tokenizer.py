@@ -6,6 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.model.build import name_tokenizer_class, whole_directory
@@ -67,13 +69,15 @@ def train_to(
     with whole_directory(directory) as partial:
         tokenizers.save(trained, partial)
         name_tokenizer_class(partial)
-    ratio = characters_per_token(trained, files, MEASURED if limit is None else min(limit, MEASURED))
+    ratio = characters_per_token(
+        trained, files, MEASURED if limit is None else min(limit, MEASURED)
+    )
     log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
     return ratio
 
 
 def characters_per_token(
-    tokenizer: tokenizers.PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
+    tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
 ) -> float:
     """Return how many characters a token stands for, over the first rows."""
     texts = list(tokenizers.corpus(files, rows))

@@ -84,7 +84,7 @@ class PackedBatch:
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """Move all tensors to a device; Lightning calls it."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | AttentionPlan)
@@ -93,7 +93,7 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """Pin all tensors for an asynchronous copy to a GPU."""
-        pinned = {
+        pinned: dict[str, Any] = {
             f.name: value.pin_memory()
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -180,7 +180,7 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
         positions.append(np.arange(sample.prompt))
         for row, first_target, offset in _runs(sample, start):
             targets = row[first_target:]
-            keep = slice(None)
+            keep: Any = slice(None)
             if sample.targets is not None:
                 keep = sample.targets[targets - start - offset]
             label_at.append(targets[keep])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -69,7 +69,9 @@ class ChatCodec:
         self.tokenizer = tokenizer
         self.marked = has_generation_marks(tokenizer.chat_template)
         special = tokenizer.special_tokens_map
-        self._variables = {key: value for key, value in special.items() if isinstance(value, str)}
+        self._variables: dict[str, Any] = {
+            key: value for key, value in special.items() if isinstance(value, str)
+        }
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the pieces that ask for the next answer, past answers masked as in training."""
@@ -108,14 +110,15 @@ class ChatCodec:
 
     def _render(self, messages: Sequence[Message], ask: bool) -> tuple[str, list[tuple[int, int]]]:
         chat = [{"role": m.role, "content": m.content} for m in messages]
-        rendered = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[chat],
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=self.marked,
             add_generation_prompt=ask,
             **self._variables,
         )
-        return rendered[0][0], [tuple(span) for span in rendered[1][0]] if self.marked else []
+        texts, spans = rendered
+        return texts[0], list(spans[0]) if self.marked else []
 
     def _pieces(self, messages: Sequence[Message], ask: bool) -> list[Piece]:
         if not self.marked:

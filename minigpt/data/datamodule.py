@@ -192,7 +192,8 @@ class JSONLDataModule(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer of the module in training."""
         assert self.trainer is not None
-        return self.trainer.lightning_module.tokenizer  # type: ignore[no-any-return]
+        module: Any = self.trainer.lightning_module
+        return module.tokenizer  # type: ignore[no-any-return]
 
     def prepare_data(self) -> None:
         """Build the token stores, in one process only."""
@@ -257,13 +258,13 @@ class JSONLDataModule(LightningDataModule):
         """Held-out batches, in the files' own order."""
         return PackedLoader(self, training=False) if self.val_order else []
 
-    def test_dataloader(self) -> list[DataLoader[list[Item]] | PackedLoader]:
+    def test_dataloader(self) -> DataLoader[list[Item]] | PackedLoader:
         """The exam's items; without an exam, the held-out batches."""
         if not self.exam:
             if self.val_order is None:
                 raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
-            return [PackedLoader(self, training=False)]
-        return [self._deal(load_exam(path)) for path in self.exam]
+            return PackedLoader(self, training=False)
+        return self._deal([item for path in self.exam for item in load_exam(path)])
 
     def predict_dataloader(self) -> DataLoader[list[Prompt]]:
         """The prompts to complete.

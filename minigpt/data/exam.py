@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +79,3 @@ def is_right(reply: str, item: Item) -> bool:
     if item.avoid:
         return answer in said and not any(normalise(marker) in said for marker in item.avoid)
     return said == answer
-
-
-def shares(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Return the share of right replies for each family."""
-    counts: dict[str, list[int]] = {}
-    for family, right in results:
-        counts.setdefault(family, []).append(right)
-    return {family: sum(rights) / len(rights) for family, rights in counts.items()}

@@ -31,7 +31,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         DataError: for a missing file or a row without a prompt.
     """
-    prompts = []
+    prompts: list[Prompt] = []
     for line, row in iter_rows(path):
         try:
             content = parse_prompt(row)

@@ -94,7 +94,8 @@ class TokenStore:
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
         s = self.samples[index]
-        return (s["prompt"] + s["first"] + s["second"]).astype(np.int64)
+        total: NDArray[np.int32] = s["prompt"] + s["first"] + s["second"]
+        return total.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.samples)

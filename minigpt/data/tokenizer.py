@@ -209,5 +209,5 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[int]:
             return 1
         return len(token.replace("▁", " ").encode())
 
-    tokens: list[Any] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [size(index, token) for index, token in enumerate(tokens)]

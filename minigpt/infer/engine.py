@@ -152,5 +152,5 @@ class Engine:
     def _reply(self, ids: list[int], ends: list[int]) -> Reply:
         end = next((place for place, token in enumerate(ids) if token in ends), None)
         said = ids[:end]
-        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
-        return Reply(text, said, end is not None)
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        return Reply(str(text), said, end is not None)

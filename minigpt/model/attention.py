@@ -66,9 +66,10 @@ def packed_attention(
     for index in plan.gather:
         # index_select, because its backward is many times faster on a CPU than indexing's
         flat = (x.index_select(0, index.flatten()) for x in (q, k, v))
-        rows = (x.unflatten(0, index.shape).transpose(1, 2) for x in flat)  # [R, heads, L, D]
+        # [R, heads, L, D]
+        rows = [x.unflatten(0, list(index.shape)).transpose(1, 2) for x in flat]
         out = scaled_dot_product_attention(
-            *rows, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            rows[0], rows[1], rows[2], None, dropout, True, scale=scaling, enable_gqa=grouped
         )
         results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, plan.scatter).unsqueeze(0), None

@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -76,7 +76,6 @@ def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrai
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        attn_implementation=PACKED,
     )
     model: PreTrainedModel = Qwen3ForCausalLM(config)
     with torch.no_grad():  # residual outputs start small, so depth does not grow the stream
@@ -142,27 +141,34 @@ def base_of(adapter: Path) -> Path | str:
     return find_model(name)
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Grow the embeddings when the tokenizer has more tokens than the model.
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many token ids the model can embed."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
-    Models may have more rows than tokens (padding to a multiple), never fewer.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Grow the embeddings to hold the tokens that the chat template added."""
+    rows = embedding_rows(model)
     if rows < len(tokenizer):
         log.warning("The embeddings grow from %d to %d tokens.", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
     """Refuse a tokenizer whose ids the model cannot embed.
+
+    Args:
+        model: may have more rows than the tokenizer has tokens (padding), never fewer.
+        tokens: of the tokenizer, before any were added for the chat template.
 
     Raises:
         ModelError: when the tokenizer has more tokens than the model has rows.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows = embedding_rows(model)
+    if tokens > rows:
         raise ModelError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model only {rows}: they do not "
+            f"The tokenizer has {tokens} tokens but the model only {rows}: they do not "
             "belong together. Use the tokenizer that was saved with the model."
         )
 
@@ -239,11 +245,6 @@ class whole_directory:  # noqa: N801  (used like a function)
             self.partial.rename(self.directory)
             shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def hub_config(place: str | Path) -> AutoConfig:
-    """Return the config of a model directory or hub id without its weights."""
-    return AutoConfig.from_pretrained(find_model(place))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -7,6 +7,7 @@ and FSDP2 have the parameters at hand.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class PackedLM(nn.Module):
             logp = self._plain_logprobs(batch)
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
         hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state[0]
-        head = self.hf.get_output_embeddings()
+        head: Any = self.hf.get_output_embeddings()
         targets = hidden.index_select(0, batch.predict_at)
         if not per_answer:
             return linear_cross_entropy(targets, head.weight, head.bias, batch.labels)
@@ -59,7 +60,7 @@ class PackedLM(nn.Module):
 
     def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
         out = self.hf(**self._inputs(batch), logits_to_keep=batch.predict_at)
-        logp = out.logits[0].float().log_softmax(-1)
+        logp: Tensor = out.logits[0].float().log_softmax(-1)
         return logp.gather(1, batch.labels[:, None]).squeeze(1)
 
     def _inputs(self, batch: PackedBatch) -> dict[str, object]:

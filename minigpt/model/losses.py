@@ -113,7 +113,7 @@ def linear_cross_entropy(
     """
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels)
     return loss
 
 
@@ -121,7 +121,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
     """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        out: Tensor = _LinearLogprobs.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
+        out: Tensor = _LinearLogprobs.apply(h, w, b, labels)
     return out
 
 

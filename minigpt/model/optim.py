@@ -191,7 +191,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.param_groups = [g for g in self.param_groups if g["by"] == "adamw"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, if any, then both halves; return the closure's result."""
         loss = None
         if closure is not None:

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch
 from minigpt.data.chat import install_template
-from minigpt.data.exam import Item, is_right
+from minigpt.data.exam import Item
 from minigpt.data.prompts import Prompt
 from minigpt.errors import ConfigError, TrainingError
 from minigpt.infer.engine import Engine, Sampling
+from minigpt.infer.examine import Judged, sit
 from minigpt.model.build import (
     check_vocabulary,
     count_parameters,
@@ -69,6 +70,7 @@ class BaseModule(LightningModule, ABC):
 
     Args:
         init_from: run directory, HF directory or hub id of the model to start from.
+        tokenizer: directory or hub id; by default the one saved with the model.
         optimizer: which optimizer, and its rates.
         schedule: how the learning rate moves.
         lora: train a low-rank adapter instead of the whole model.
@@ -83,6 +85,7 @@ class BaseModule(LightningModule, ABC):
     def __init__(
         self,
         init_from: str | None = None,
+        tokenizer: str | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  (frozen)
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
         lora: Lora | None = None,
@@ -96,7 +99,7 @@ class BaseModule(LightningModule, ABC):
                 "Set model.init_args.init_from to the model to start from, such as "
                 "outputs/pretrain."
             )
-        self.init_from = init_from
+        self.init_from, self.tokenizer_path = init_from, tokenizer
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.lora, self.activation_checkpointing = lora, activation_checkpointing
         self.sample_prompts, self.sampling = sample_prompts or [], sampling
@@ -115,10 +118,14 @@ class BaseModule(LightningModule, ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that travels with the model, with a chat template where needed."""
-        tokenizer = tokenizers.load(find_model(self.start))
+        tokenizer = tokenizers.load(self._tokenizer_place())
+        self.vocabulary = len(tokenizer)
         if self.needs_chat:
             install_template(tokenizer)
         return tokenizer
+
+    def _tokenizer_place(self) -> str | Path:
+        return (self.trained is None and self.tokenizer_path) or find_model(self.start)
 
     @property
     def start(self) -> str:
@@ -130,9 +137,9 @@ class BaseModule(LightningModule, ABC):
     def build(self) -> PreTrainedModel:
         """Return the model before training."""
         model = load_model(self.start)
-        if self.needs_chat:
-            fit_vocabulary(model, self.tokenizer)
-        check_vocabulary(model, self.tokenizer)
+        tokenizer = self.tokenizer
+        check_vocabulary(model, self.vocabulary)
+        fit_vocabulary(model, tokenizer)
         return model
 
     def configure_model(self) -> None:
@@ -264,7 +271,8 @@ class BaseModule(LightningModule, ABC):
         return {name: float(v) / count for name, v in totals.items() if name not in hidden}
 
     def _log_step(self, totals: dict[str, Tensor], norm: Tensor) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every:
             return
         values = {f"train/{name}": value for name, value in self.metrics(totals).items()}
         values["grad_norm"] = float(norm)
@@ -298,7 +306,7 @@ class BaseModule(LightningModule, ABC):
     def on_test_epoch_start(self) -> None:
         """Start the exam's sums anew."""
         self.held_out.clear()
-        self.replies: list[tuple[Item, str, bool]] = []
+        self.judged: list[Judged] = []
 
     def test_step(
         self, batch: PackedBatch | list[Item], batch_idx: int, dataloader_idx: int = 0
@@ -306,12 +314,10 @@ class BaseModule(LightningModule, ABC):
         """Judge the replies to exam items, or add a held-out batch where there is no exam."""
         if isinstance(batch, PackedBatch):
             return self.validation_step(batch, batch_idx)
-        prompts = [item.messages for item in batch]
-        for item, reply in zip(batch, self.engine().complete(prompts, self.sampling), strict=True):
-            right = is_right(reply.text, item)
-            self.replies.append((item, reply.text, right))
-            sums: dict[str, Tensor | float] = {item.family: float(right), f"#{item.family}": 1.0}
-            self.held_out.add(sums, self.device)
+        for judged in sit(self.engine(), batch, self.sampling):
+            self.judged.append(judged)
+            family = judged.item.family
+            self.held_out.add({family: float(judged.right), f"#{family}": 1.0}, self.device)
         return None
 
     def on_test_epoch_end(self) -> None:

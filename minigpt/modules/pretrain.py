@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
 from minigpt.model.build import Architecture, build_native
@@ -19,7 +17,6 @@ class PretrainModule(BaseModule):
     """Causal language modelling from random weights, or on from a model.
 
     Args:
-        tokenizer: directory or hub id of the tokenizer; with `init_from` the model's own.
         architecture: sizes of the native model.
         kwargs: see `BaseModule`.
     """
@@ -29,22 +26,15 @@ class PretrainModule(BaseModule):
 
     def __init__(
         self,
-        tokenizer: str | None = None,
         architecture: Architecture = Architecture(),  # noqa: B008  (frozen)
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.tokenizer_path, self.architecture = tokenizer, architecture
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer named in the config, or the starting model's."""
-        if self.trained is None and self.tokenizer_path is None and self.init_from is None:
+        if self.init_from is None and self.tokenizer_path is None:
             raise ConfigError(
                 "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
             )
-        own = self.trained is None and self.tokenizer_path is not None
-        return tokenizers.load(self.tokenizer_path or "") if own else super().tokenizer
+        self.architecture = architecture
 
     def build(self) -> PreTrainedModel:
         """Return a native model with random weights, or the model to go on from."""
