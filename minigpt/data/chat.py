@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -110,13 +111,20 @@ class ChatCodec:
 
     def _render(self, messages: Sequence[Message], ask: bool) -> tuple[str, list[tuple[int, int]]]:
         chat = [{"role": m.role, "content": m.content} for m in messages]
-        rendered: Any = render_jinja_template(
-            conversations=[chat],
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=self.marked,
-            add_generation_prompt=ask,
-            **self._variables,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[chat],
+                chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=ask,
+                **self._variables,
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template refuses the chat: {error}",
+                remedy="Leave the row out, or use another template.",
+                reason="template",
+            ) from error
         texts, spans = rendered
         return texts[0], list(spans[0]) if self.marked else []
 
