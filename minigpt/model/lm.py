@@ -78,6 +78,8 @@ def head_is_linear(hf: PreTrainedModel) -> bool:
     head = hf.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
+    if getattr(hf.config, "final_logit_softcapping", None):  # hardly seen while logits are small
+        return False
     training, before = hf.training, hf.config._attn_implementation
     hf.config._attn_implementation = "sdpa"
     hf.eval()
