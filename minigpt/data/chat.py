@@ -143,6 +143,7 @@ class ChatCodec:
         """Find assistant turns as what each turn adds to the rendered chat before it."""
         pieces: list[Piece] = []
         done = ""
+        turn_end = str(self.tokenizer.eos_token or "")
 
         def add(until: int, generation: bool, target: bool) -> None:
             nonlocal done
@@ -154,6 +155,8 @@ class ChatCodec:
                     remedy="Use a template with {% generation %} marks.",
                     reason="template",
                 )
+            if target and (end := text.rfind(turn_end, len(done))) >= 0:
+                text = text[: end + len(turn_end)]  # what follows belongs to the next turn
             if len(text) > len(done):
                 pieces.append(Piece(text[len(done) :], target))
             done = text
