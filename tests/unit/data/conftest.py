@@ -1,0 +1,44 @@
+"""Tiny tokenizers and files that the tests of the data path share."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+
+CORPUS = [
+    "the cat sat on the mat and the dog sat on the log",
+    "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。",
+    "What is 12 plus 30? It is 42.\n\nI'd say: don't ask again!",
+]
+Write = Callable[..., Path]
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows as a JSONL file in the test's own directory."""
+
+    def write_here(rows: Iterable[object], name: str = "rows.jsonl") -> Path:
+        return write_rows(tmp_path / name, rows)
+
+    return write_here
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    return write_rows(path, [{"text": text} for text in CORPUS * 4])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus_file: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of 340 tokens; tests must not change it."""
+    return tokenizers.train([corpus_file], 340)
