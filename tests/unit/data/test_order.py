@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from minigpt.data.order import PackedOrder, Part, shuffle
+
+Lengths = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+Batches = list[list[tuple[int, int]]]
+
+
+def lengths(index: NDArray[np.int64]) -> NDArray[np.int64]:
+    return 1 + (index * 7) % 10
+
+
+def order(*parts: tuple[int, int], seed: int | None = 0, window: int = 8192) -> PackedOrder:
+    made = [Part(size, count) for size, count in parts]
+    return PackedOrder([lengths] * len(parts), made, 20, seed, window)
+
+
+def drawn(made: PackedOrder, epoch: int = 0) -> Counter[tuple[int, int]]:
+    return Counter(sample for members in made.batches(epoch) for sample in members)
+
+
+def times(part: int, size: int, count: int = 1) -> Counter[tuple[int, int]]:
+    return Counter({(part, sample): count for sample in range(size)})
+
+
+@pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1999, 2000])
+def test_shuffle_is_a_permutation(size: int) -> None:
+    index = np.arange(size, dtype=np.int64)
+    found = {seed: shuffle(index, size, seed) for seed in range(3)}
+    for places in found.values():
+        assert sorted(places.tolist()) == index.tolist()
+    if size > 10:
+        assert not np.array_equal(found[0], found[1])
+        assert not np.array_equal(found[0], index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2000), st.integers(0, 2**32 - 1))
+def test_shuffle_permutes_any_size(size: int, seed: int) -> None:
+    places = shuffle(np.arange(size, dtype=np.int64), size, seed)
+    assert sorted(places.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [10**6, 2**40 + 3])
+def test_shuffle_of_some_of_many(size: int) -> None:
+    index = np.random.default_rng(0).choice(min(size, 10**6), 20_000, replace=False)
+    before = index.copy()
+    places = shuffle(index, size, 5)
+    assert len(set(places.tolist())) == len(index)
+    assert places.min() >= 0
+    assert places.max() < size
+    assert abs(places.mean() / size - 0.5) < 0.02
+    assert np.array_equal(shuffle(index[::-1], size, 5)[::-1], places)  # nothing but a function
+    assert np.array_equal(index, before)
+
+
+def test_shuffle_spreads_neighbours() -> None:
+    """Each place is reached from each index about equally often over the seeds."""
+    index = np.arange(16, dtype=np.int64)
+    counts = np.zeros((16, 16), np.int64)
+    for seed in range(1600):
+        counts[index, shuffle(index, 16, seed)] += 1
+    assert counts.min() > 50  # of 100 expected; chance alone strays by 10 or so
+    assert counts.max() < 160
+
+
+@pytest.mark.parametrize("window", [1, 7, 100, 8192])
+@pytest.mark.parametrize("seed", [0, 3, None])
+def test_an_epoch_holds_each_sample_once(seed: int | None, window: int) -> None:
+    made = order((50, 50), (1, 1), (33, 33), seed=seed, window=window)
+    expected = times(0, 50) + times(1, 1) + times(2, 33)
+    assert [drawn(made, epoch) for epoch in range(3)] == [expected] * 3
+
+
+def test_batches_keep_the_budget() -> None:
+    for members in order((300, 300), window=50).batches(1):
+        assert 0 < sum(int(lengths(np.array(sample))) for _, sample in members) <= 20
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def batches(seed: int, epoch: int) -> Batches:
+        return list(order((100, 100), (60, 30), seed=seed, window=32).batches(epoch))
+
+    one = order((100, 100), (60, 30), seed=1, window=32)
+    list(islice(one.batches(5), 3))  # leaves no trace
+    for epoch in (2, 0, 2, 1):
+        assert list(one.batches(epoch)) == batches(1, epoch)
+    firsts = [batches(seed, epoch)[0] for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert all(a != b for i, a in enumerate(firsts) for b in firsts[:i])
+
+
+def test_parts_are_mixed() -> None:
+    made = order((400, 400), (400, 400), window=64)
+    first = [part for members in islice(made.batches(0), 12) for part, _ in members]
+    assert 0.2 < np.mean(first) < 0.8
+
+
+def test_weights_repeat_and_thin_out() -> None:
+    made = order((20, 40), (20, 10), (20, 20), window=16)
+    first, second = drawn(made, 0), drawn(made, 1)
+    for epoch in (first, second):
+        assert epoch.total() == 70
+        assert {k: n for k, n in epoch.items() if k[0] != 1} == times(0, 20, 2) + times(2, 20)
+        assert max(n for k, n in epoch.items() if k[0] == 1) == 1
+    halves = [{k for k in epoch if k[0] == 1} for epoch in (first, second)]
+    assert [len(half) for half in halves] == [10, 10]
+    assert halves[0] | halves[1] == set(times(1, 20))
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 3), (7, 5), (5, 12), (9, 1), (4, 0)])
+def test_no_sample_of_a_weighted_part_starves(size: int, count: int) -> None:
+    made = order((size, count), (3, 3))
+    seen: Counter[tuple[int, int]] = Counter()
+    for epoch in range(size):  # `count` whole turns
+        now = drawn(made, epoch)
+        assert now.total() == count + 3
+        seen += now
+        per_sample = [seen[0, sample] for sample in range(size)]
+        assert max(per_sample) - min(per_sample) <= 1
+    assert seen == times(0, size, count) + times(1, 3, size)
+
+
+def test_turns_of_a_half_part_differ() -> None:
+    made = order((40, 20))
+    halves = [set(drawn(made, epoch)) for epoch in range(4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(times(0, 40))
+    assert halves[2] not in halves[:2]
+
+
+def test_without_a_seed_windows_keep_the_files_order() -> None:
+    made = order((40, 40), (40, 40), seed=None, window=16)
+    flat = [40 * part + sample for members in made.batches(0) for part, sample in members]
+    windows = [sorted(flat[start : start + 16]) for start in range(0, 80, 16)]
+    assert windows == [list(range(start, start + 16)) for start in range(0, 80, 16)]
+    assert flat != sorted(flat)  # inside a window, packing decides
+
+
+def test_only_the_window_is_measured() -> None:
+    asked: list[int] = []
+
+    def measured(index: NDArray[np.int64]) -> NDArray[np.int64]:
+        asked.append(len(index))
+        return lengths(index)
+
+    made = PackedOrder([measured], [Part(10**9, 10**9)], 20, 0, window=64)
+    next(made.batches(0))
+    assert asked == [64]
+
+
+def test_count() -> None:
+    made = order((100, 150), (10, 10), window=32)
+    assert [made.count(e) for e in (0, 1)] == [len(list(made.batches(e))) for e in (0, 1)]
+    assert order().count() == 0
