@@ -64,7 +64,7 @@ def test_the_seed_decides_who_meets() -> None:
 
 def test_a_sample_above_the_budget_is_refused() -> None:
     assert packed([9, 10], 10) in ([[0], [1]], [[1], [0]])
-    with pytest.raises(DataError, match="a sample of 11 tokens .* micro-batch of 10") as caught:
+    with pytest.raises(DataError, match=r"a sample of 11 tokens .* micro-batch of 10") as caught:
         packed([1, 11], 10)
     assert (caught.value.reason, caught.value.field) == ("oversize", "tokens_per_batch")
 

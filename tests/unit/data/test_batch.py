@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minigpt.data.batch import AttentionPlan, PackedBatch, Sample, collate, plan_attention
+
+
+def text(*ids: int, line: int = 1) -> Sample:
+    return Sample(np.array(ids, np.uint16), 0, len(ids), 0, None, ("a.jsonl", line))
+
+
+def chat(ids: list[int], targets: list[int]) -> Sample:
+    mask = np.array(targets, np.bool_)
+    return Sample(np.array(ids, np.uint16), 0, len(ids), 0, mask, ("a.jsonl", 1))
+
+
+def preference(prompt: list[int], chosen: list[int], rejected: list[int]) -> Sample:
+    ids = np.array(prompt + chosen + rejected, np.uint16)
+    return Sample(ids, len(prompt), len(chosen), len(rejected), None, ("a.jsonl", 1))
+
+
+def rows(plan: AttentionPlan) -> list[list[list[int]]]:
+    return [group.tolist() for group in plan.gather]
+
+
+def plan(*made: list[int]) -> AttentionPlan:
+    arrays = [np.array(row, np.int64) for row in made]
+    return plan_attention(arrays, 1 + max(max(row) for row in made))
+
+
+# samples, positions, borders, (predict_at, label, answer) of each target
+CASES = {
+    "texts": (
+        [text(10, 11, 12), text(20), text(30, 31)],
+        [0, 1, 2, 0, 0, 1],
+        [0, 3, 4, 6],
+        [(0, 11, 0), (1, 12, 0), (4, 31, 2)],
+    ),
+    "chats": (
+        [chat([10, 11, 12, 13, 14], [0, 0, 1, 0, 1]), chat([20, 21, 22], [1, 1, 0])],
+        [0, 1, 2, 3, 4, 0, 1, 2],
+        [0, 5, 8],
+        [(1, 12, 0), (3, 14, 0), (5, 21, 1)],
+    ),
+    "preferences": (
+        [preference([10, 11], [12, 13], [14]), preference([20], [21], [22, 23])],
+        [0, 1, 2, 3, 2, 0, 1, 1, 2],
+        [0, 5, 9],
+        [(1, 12, 0), (2, 13, 0), (1, 14, 1), (5, 21, 2), (5, 22, 3), (7, 23, 3)],
+    ),
+    "preference without a prompt": (
+        [text(1, 2), preference([], [10, 11], [12, 13, 14])],
+        [0, 1, 0, 1, 0, 1, 2],
+        [0, 2, 7],
+        [(0, 2, 0), (2, 11, 1), (4, 13, 2), (5, 14, 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_collate(name: str) -> None:
+    samples, positions, borders, targets = CASES[name]
+    batch = collate(samples, resume_at=(2, 3))
+    assert batch.input_ids.tolist() == [i for s in samples for i in s.ids.tolist()]
+    assert batch.position_ids.tolist() == positions
+    assert batch.cu_seqlens.tolist() == borders
+    found = zip(
+        batch.predict_at.tolist(), batch.labels.tolist(), batch.answers.tolist(), strict=True
+    )
+    assert list(found) == targets
+    assert batch.n_answers == sum(1 + (s.second > 0) for s in samples)
+    assert (batch.n_tokens, batch.resume_at) == (len(positions), (2, 3))
+
+
+def test_types_and_sources() -> None:
+    batch = collate([text(1, 2, line=7), preference([3], [4], [65535])])
+    longs = ("input_ids", "position_ids", "predict_at", "labels", "answers")
+    assert {getattr(batch, name).dtype for name in longs} == {torch.int64}
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.labels.tolist() == [2, 4, 65535]
+    assert batch.sources == (("a.jsonl", 7), ("a.jsonl", 1))
+
+
+def test_a_batch_may_have_no_targets() -> None:
+    batch = collate([text(5), chat([6, 7], [1, 0])])
+    assert batch.labels.tolist() == batch.predict_at.tolist() == batch.answers.tolist() == []
+    assert (batch.n_tokens, batch.n_answers) == (3, 2)
+
+
+def test_the_answers_of_a_preference_share_the_prompt() -> None:
+    batch = collate([preference([10, 11], [12, 13], [14])])
+    assert rows(batch.plan) == [[[0, 1, 2, 3], [0, 1, 4, 0]]]
+    assert batch.plan.scatter.tolist() == [0, 1, 2, 3, 6]
+    assert batch.plan.longest == 4
+
+
+def test_a_shared_position_is_claimed_by_the_longest_row() -> None:
+    made = plan([0, 1, 2], [0, 1, 3, 4])
+    assert rows(made) == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
+    assert made.scatter.tolist() == [0, 1, 6, 2, 3]
+
+
+def test_rows_of_equal_length_keep_their_order() -> None:
+    made = plan([0, 1], [2, 3], [4, 5])
+    assert rows(made) == [[[0, 1], [2, 3], [4, 5]]]
+    assert made.scatter.tolist() == list(range(6))
+
+
+def test_rows_of_unlike_length_are_grouped_apart() -> None:
+    made = plan(list(range(5)), list(range(5, 105)), list(range(105, 205)), [205])
+    assert [tuple(group.shape) for group in made.gather] == [(2, 100), (2, 5)]
+    assert made.longest == 100
+    assert made.scatter[205] == 205
+
+
+SAMPLES = st.lists(
+    st.one_of(
+        st.integers(1, 60).map(lambda n: (0, n, 0)),
+        st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 30)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None)
+@given(SAMPLES)
+def test_attention_through_the_plan_equals_each_row_alone(
+    shapes: list[tuple[int, int, int]],
+) -> None:
+    """A causal mean stands for attention: what a token gets depends on all before it."""
+    samples = [preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes]
+    batch = collate(samples)
+    values = torch.rand(batch.n_tokens, generator=torch.manual_seed(0), dtype=torch.float64)
+
+    def causal(x: Tensor) -> Tensor:
+        return x.cumsum(-1) / torch.arange(1, x.shape[-1] + 1)
+
+    flat = torch.cat([causal(values[group]).flatten() for group in batch.plan.gather])
+    assert len(set(batch.plan.scatter.tolist())) == batch.n_tokens
+    found = flat[batch.plan.scatter]
+    for (prompt, first, second), start in zip(shapes, batch.cu_seqlens.tolist(), strict=False):
+        for skip, length in ((0, first), (first, second)):
+            row = [*range(start, start + prompt)]
+            row += range(start + prompt + skip, start + prompt + skip + length)
+            expected = causal(values[row])
+            assert torch.equal(batch.position_ids[row], torch.arange(len(row)))
+            assert torch.allclose(found[row], expected, atol=1e-12)
+    assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
+
+
+def tensors(batch: PackedBatch) -> list[Tensor]:
+    own = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    return [*own, *batch.plan.gather, batch.plan.scatter]
+
+
+def test_to_moves_every_tensor_and_nothing_else() -> None:
+    batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
+    moved = batch.to("meta")
+    assert len(tensors(batch)) == 6 + 1 + 1
+    assert {t.device.type for t in tensors(moved)} == {"meta"}
+    assert {t.device.type for t in tensors(batch)} == {"cpu"}
+    same = ("n_answers", "sources", "resume_at", "n_tokens")
+    assert [getattr(moved, n) for n in same] == [getattr(batch, n) for n in same]
+    assert moved.plan.longest == batch.plan.longest
+
+
+def test_without_targets_keeps_the_tokens_only() -> None:
+    batch = collate([text(1, 2, 3)], resume_at=(1, 2))
+    filler = batch.without_targets()
+    assert [len(t) for t in (filler.labels, filler.predict_at, filler.answers)] == [0, 0, 0]
+    assert filler.labels.dtype == filler.predict_at.dtype == torch.int64
+    assert torch.equal(filler.input_ids, batch.input_ids)
+    assert (filler.plan, filler.resume_at) == (batch.plan, (1, 2))
+    assert batch.labels.tolist() == [2, 3]
