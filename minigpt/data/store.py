@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -171,10 +172,13 @@ class _Writer:
         self.tokens += len(ids)
         self.samples += 1
 
-    def close(self) -> None:
+    def sync(self) -> None:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self.files.values():
             file.close()
 
 
@@ -184,19 +188,19 @@ def _build(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        writer = _Writer(
-            partial, "uint16" if len(tokenizer) <= 1 << 16 else "uint32", kind == "chat"
-        )
+        dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+        writer = _Writer(partial, dtype, kind == "chat")
         bad = BadRows(limits.on_bad_row, limits.max_bad_share)
         encoder = Encoder(kind, tokenizer, limits)
         special = special_texts(tokenizer)
         records = read_records([source], kind, bad, limits.data_limit, special)
         rows = 0
-        while batch := list(islice(records, ROWS_AT_A_TIME)):
-            rows += len(batch)
-            for sample, origin in encoder.encode(batch, bad):
-                writer.add(sample, origin.line)
-        writer.close()
+        with closing(writer):
+            while batch := list(islice(records, ROWS_AT_A_TIME)):
+                rows += len(batch)
+                for sample, origin in encoder.encode(batch, bad):
+                    writer.add(sample, origin.line)
+            writer.sync()
         if not writer.samples:
             raise DataError(
                 f"none of the {rows} rows leaves a token to train on",
