@@ -208,6 +208,7 @@ def _build(
                 remedy="Check max_length and the chat template.",
                 reason="no_targets",
             )
+        bad.check(bad.seen)  # rows that the encoder left out count, too
         meta = {
             "dtype": str(writer.dtype),
             "rows": rows,
