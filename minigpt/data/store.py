@@ -143,6 +143,7 @@ def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits:
         "limits": asdict(limits),
         "content": content,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": str(tokenizer.chat_template) if kind != "text" else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
