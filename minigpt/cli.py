@@ -230,8 +230,8 @@ def choose_precision(asked: Any, accelerator: str) -> Any:
     fast = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16(device)
     chosen = "bf16-mixed" if fast else "32-true"
     if asked == "16-mixed":
-        reason = "bf16" if fast else "fp32, because bf16 (its stand-in) is not native here"
-        log.info("fp16 does not train on a CPU: %s is used.", reason)
+        told = "bf16 is used" if fast else "and this one has no native bf16 either: fp32 is used"
+        log.info("fp16 does not train on a CPU: %s.", told)
     else:
         log.info("Precision: %s (chosen by hardware).", chosen)
     return chosen

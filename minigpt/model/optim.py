@@ -177,7 +177,11 @@ class MuonAdamW(torch.optim.Optimizer):
             matrices, lr=options.lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw"
         )
         self.adamw = torch.optim.AdamW(
-            rest, lr=options.adamw_lr, betas=options.betas, eps=options.eps, fused=fused
+            rest or [{"params": []}],  # LoRA leaves AdamW nothing
+            lr=options.adamw_lr,
+            betas=options.betas,
+            eps=options.eps,
+            fused=fused,
         )
         super().__init__([{**g, "by": "muon"} for g in self.muon.param_groups], {})
         for group in self.adamw.param_groups:
