@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -15,7 +16,14 @@ from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError
 from minigpt.model.attention import attention_of
-from minigpt.model.build import ADAPTER, base_of, find_model, generation_config, load_model
+from minigpt.model.build import (
+    ADAPTER,
+    base_of,
+    check_vocabulary,
+    find_model,
+    generation_config,
+    load_model,
+)
 from minigpt.model.lora import load_adapter, merge
 
 BATCH = 128
@@ -63,11 +71,15 @@ class Engine:
     Args:
         model: any causal LM; only its attention function is changed, and put back.
         tokenizer: the model's own.
+
+    Attributes:
+        adapter: the handle of an adapter that is computed beside the weights.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
+        self.adapter: PeftModel | None = None
 
     @classmethod
     def load(
@@ -92,10 +104,13 @@ class Engine:
         if adapter is None and isinstance(found, Path) and (found / ADAPTER).is_file():
             found, adapter = base_of(found), found
         base = load_model(found, "sdpa")
-        if adapter is not None:
-            adapted = load_adapter(base, Path(find_model(adapter)))
-            base = merge(adapted) if merged else base
-        return cls(base.eval(), tokenizers.load(tokenizer or find_model(adapter or model)))
+        adapted = load_adapter(base, Path(find_model(adapter))) if adapter is not None else None
+        if adapted is not None and merged:
+            base, adapted = merge(adapted), None
+        engine = cls(base.eval(), tokenizers.load(tokenizer or find_model(adapter or model)))
+        engine.adapter = adapted
+        check_vocabulary(base, len(engine.tokenizer))
+        return engine
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.

@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""The whole road on the bundled data: every stage, its exam, and a report.
+
+`make pipeline` runs this. Each finished stage leaves a record in outputs/pipeline/, so a
+second run goes on after the last finished stage; `--force` starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+OUT = Path("outputs")
+RECORDS = OUT / "pipeline"
+VOCABULARY = 2048
+GENERAL = ("asked_new_wording", "never_asked", "skills")
+Record = dict[str, Any]
+
+
+def main() -> int:
+    """Run the stages that have no record yet, then write the report."""
+    parser = argparse.ArgumentParser(description="Train and examine every stage.")
+    parser.add_argument("--force", action="store_true", help="start over")
+    parser.add_argument("--configs", default="configs", help="folder of the stages' configs")
+    chosen = parser.parse_args()
+    os.chdir(ROOT)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("minigpt").setLevel(logging.INFO)
+    if chosen.force:
+        for name in ("pipeline", "tokenizer", *STAGES):
+            shutil.rmtree(OUT / name, ignore_errors=True)
+    from minigpt.errors import MiniGPTError
+
+    try:
+        records = {name: recorded(name, stage, chosen.configs) for name, stage in STAGES.items()}
+    except MiniGPTError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        return error.exit_code
+    write_report(records)
+    return 0
+
+
+def recorded(name: str, stage: Callable[[str], Record], configs: str) -> Record:
+    """Return a stage's record, running the stage when it has none."""
+    file = RECORDS / f"{name}.json"
+    if file.is_file():
+        print(f"[{name}] done before", flush=True)
+        return json.loads(file.read_text())  # type: ignore[no-any-return]
+    from minigpt.callbacks.run import write_json
+
+    print(f"[{name}]", flush=True)
+    start = time.perf_counter()
+    record = stage(configs)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    write_json(file, record)
+    return record
+
+
+def train_tokenizer(configs: str) -> Record:
+    """Train the tokenizer on the pretraining text."""
+    from minigpt.commands.tokenizer import train_to
+
+    files = ["data/pretrain.jsonl"]
+    ratio = train_to(OUT / "tokenizer", files, VOCABULARY, overwrite=True)
+    return {"chars_per_token": ratio}
+
+
+def fit(stage: str, configs: str) -> Record:
+    """Train a stage (on from its newest checkpoint if it was cut off); return its summary."""
+    from minigpt.callbacks.run import newest_checkpoint
+    from minigpt.cli import run
+
+    resume = ["--ckpt_path", "auto"] if newest_checkpoint(OUT / stage) else ["--overwrite", "true"]
+    run(["fit", "--config", f"{configs}/{stage}.yaml", "--run_dir", str(OUT / stage), *resume])
+    return json.loads((OUT / stage / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def examine(engine: Any, *families: str) -> dict[str, float]:
+    """Let a model sit exams; return each family's share of right replies."""
+    from minigpt.data.exam import load_exam
+    from minigpt.infer.engine import Sampling
+    from minigpt.infer.examine import shares, sit
+
+    items = [item for family in families for item in load_exam(f"data/exam/{family}.jsonl")]
+    return shares(sit(engine, items, Sampling(max_new_tokens=64)))
+
+
+def mean(scores: dict[str, float]) -> float:
+    """Return the mean of the general exam's three families."""
+    return sum(scores[family] for family in GENERAL) / len(GENERAL)
+
+
+def load(stage: str, **options: Any) -> Any:
+    """Load a stage's model for inference."""
+    from minigpt.infer.engine import Engine
+
+    return Engine.load(OUT / stage, **options)
+
+
+def pretrain(configs: str) -> Record:
+    """Pretrain; the exam before SFT shows what the text alone teaches."""
+    summary = fit("pretrain", configs)
+    return {
+        "val_bpb": summary["final"]["val/bits_per_byte"],
+        "val_bpb_untrained": summary["before"]["val/bits_per_byte"],
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+        "exam_before_sft": examine(load("pretrain"), *GENERAL),
+    }
+
+
+def sft(configs: str) -> Record:
+    """Fine-tune on chats; the general exam before and after."""
+    before = json.loads((RECORDS / "pretrain.json").read_text())["exam_before_sft"]
+    summary = fit("sft", configs)
+    scores = examine(load("sft"), *GENERAL, "style", "medical")
+    return {
+        "exam_before": mean(before),
+        "exam_after": mean(scores),
+        "families": {family: scores[family] for family in GENERAL},
+        "style": scores["style"],
+        "medical": scores["medical"],
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+    }
+
+
+def dpo(configs: str) -> Record:
+    """Train on preferences; style before and after, and what the general exam lost."""
+    summary = fit("dpo", configs)
+    scores = examine(load("dpo"), *GENERAL, "style")
+    return {
+        "reward_accuracy": summary["final"]["val/rewards/accuracy"],
+        "preferred_style_before": json.loads((RECORDS / "sft.json").read_text())["style"],
+        "preferred_style_after": scores["style"],
+        "exam_after": mean(scores),
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+    }
+
+
+def lora(configs: str) -> Record:
+    """Train an adapter for the domain; check that it can be merged and switched off."""
+    from minigpt.data.exam import load_exam
+    from minigpt.infer.engine import Sampling
+
+    summary = fit("lora", configs)
+    merged, beside = load("lora"), load("lora", merged=False)
+    scores = examine(merged, *GENERAL, "medical")
+    prompts = [item.messages for item in load_exam("data/exam/medical.jsonl")]
+    replies = [engine.complete(prompts, Sampling()) for engine in (merged, beside)]
+    return {
+        "domain_before": json.loads((RECORDS / "sft.json").read_text())["medical"],
+        "domain_after": scores["medical"],
+        "exam_after": mean(scores),
+        "merged_equals_adapter": [r.ids for r in replies[0]] == [r.ids for r in replies[1]],
+        "adapter_off_equals_base": off_equals_base(beside),
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+    }
+
+
+def off_equals_base(engine: Any) -> bool:
+    """Whether the model with its adapter switched off gives the base's very logits."""
+    import torch
+
+    ids = torch.tensor([engine.encode("Mira Tolan")])
+    base = load("sft").model
+    with torch.no_grad(), engine.adapter.disable_adapter():
+        return torch.equal(engine.model(ids).logits, base(ids).logits)
+
+
+STAGES: dict[str, Callable[[str], Record]] = {
+    "tokenizer": train_tokenizer,
+    "pretrain": pretrain,
+    "sft": sft,
+    "dpo": dpo,
+    "lora": lora,
+}
+
+
+def write_report(records: dict[str, Record]) -> None:
+    """Write report.json and report.md, and print the exam table."""
+    from minigpt.callbacks.run import machine, write_json
+
+    seconds = {name: record.pop("seconds") for name, record in records.items()}
+    seconds["total"] = round(sum(seconds.values()), 1)
+    report = {"seconds": seconds, "machine": machine(), "stages": records}
+    write_json(RECORDS / "report.json", report)
+    text = markdown(report)
+    (RECORDS / "report.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwritten to {RECORDS}/report.json and report.md")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the report as Markdown: the exam table, times, machine."""
+    stages, seconds = report["stages"], report["seconds"]
+    pretrained, tuned, preferred, adapted = (stages[s] for s in ("pretrain", "sft", "dpo", "lora"))
+    families = tuned["families"]
+    rows = [
+        ("pretrain", "bits per byte, held out", *two(pretrained, "val_bpb_untrained", "val_bpb")),
+        ("SFT", "general exam", *percent(tuned, "exam_before", "exam_after")),
+        *(("", f"  {f.replace('_', ' ')}", "", f"{100 * families[f]:.1f}%") for f in GENERAL),
+        ("DPO", "reward accuracy, held out", "", f"{100 * preferred['reward_accuracy']:.1f}%"),
+        ("", "preferred style", *percent(preferred, *STYLE)),
+        ("", "general exam", *percent({**tuned, "after": preferred["exam_after"]}, *KEPT)),
+        ("LoRA", "domain exam", *percent(adapted, "domain_before", "domain_after")),
+        ("", "general exam", *percent({**tuned, "after": adapted["exam_after"]}, *KEPT)),
+    ]
+    lines = ["# MiniGPT pipeline", "", "| stage | exam | before | after |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"Merged adapter gives the same answers: {adapted['merged_equals_adapter']}."]
+    lines += [f"Adapter off equals the base: {adapted['adapter_off_equals_base']}.", ""]
+    lines += ["| stage | seconds |", "|---|---|", *(f"| {s} | {t} |" for s, t in seconds.items())]
+    lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in report["machine"].items()), ""]
+    return "\n".join(lines)
+
+
+STYLE = ("preferred_style_before", "preferred_style_after")
+KEPT = ("exam_after", "after")
+
+
+def two(record: Record, *names: str) -> list[str]:
+    """Format numbers."""
+    return [f"{record[name]:.3f}" for name in names]
+
+
+def percent(record: Record, *names: str) -> list[str]:
+    """Format shares."""
+    return [f"{100 * record[name]:.1f}%" for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
