@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data import store as stores
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.chat import ChatCodec
+from minigpt.data.records import BadRows, Kind, Message, Source, Text
+from minigpt.data.store import Encoder, Limits, TokenStore, open_store
+from minigpt.errors import DataError
+
+TEXTS = ["the cat sat", "春眠不觉晓，处处闻啼鸟。", "42", "x" * 90]
+
+
+def said(*turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(turns)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
+
+
+def asked(question: str) -> list[Message]:
+    return [Message("user", question)]
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+class Opener:
+    """Writes rows and opens their store in the test's own cache."""
+
+    def __init__(self, directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.file, self.cache = directory / "rows.jsonl", directory / "cache"
+        self.tokenizer = tokenizer
+
+    def __call__(self, kind: Kind, rows: list[Any], **limits: Any) -> TokenStore:
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_store(self.file, kind, self.tokenizer, Limits(**limits), self.cache)
+
+    def entries(self) -> list[str]:
+        return sorted(os.listdir(self.cache)) if self.cache.exists() else []
+
+
+@pytest.fixture
+def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
+    return Opener(tmp_path, tokenizer)
+
+
+def runs(store: TokenStore) -> list[list[list[int]]]:
+    """Prompt, first and second run of each sample."""
+    found = []
+    for start, _, *lengths in store.samples.tolist():
+        borders = start + np.cumsum([0, *lengths])
+        found.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
+    return found
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_texts_are_tokenised_as_they_are(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    store = opened("text", [{"text": t} for t in TEXTS])
+    expected = [[*ids(tokenizer, t), 0] for t in TEXTS]  # 0 is <|endoftext|>
+    assert runs(store) == [[[], row, []] for row in expected]
+    assert store.samples["line"].tolist() == [1, 2, 3, 4]
+    assert store.lengths(np.array([2, 0])).tolist() == [len(expected[2]), len(expected[0])]
+    assert (store.targets, store.tokens.dtype, len(store)) == (None, np.uint16, 4)
+    tokens = sum(map(len, expected))
+    counts = {"rows": 4, "samples": 4, "tokens": tokens, "targets": tokens - 4, "cut": 0}
+    assert store.meta == {"dtype": "uint16", **counts, "skipped": {}}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(2, 20))
+def test_each_token_of_a_long_text_is_a_target_once(
+    tokenizer: PreTrainedTokenizerFast, text: str, limit: int
+) -> None:
+    encoder = Encoder("text", tokenizer, Limits(limit))
+    pairs = encoder.encode([(Text(text), Source(Path("a"), 1))], BadRows())
+    samples = [sample.first for sample, _ in pairs]
+    assert all(2 <= len(sample) <= limit for sample in samples)
+    assert all(a[-1] == b[0] for a, b in pairwise(samples))
+    learnt = [token for sample in samples for token in sample[1:]]
+    assert [samples[0][0], *learnt] == [*ids(tokenizer, text), 0]
+
+
+def test_chats_hold_tokens_and_targets(opened: Opener, tokenizer: PreTrainedTokenizerFast) -> None:
+    store = opened("chat", [said("u", "a"), said("u", "春\n", "v", "b")])
+    codec = ChatCodec(tokenizer)
+    first, second = (row[1] for row in runs(store))
+    assert first == [*codec.encode_prompt(asked("u")), *ids(tokenizer, "a<|im_end|>")]
+    assert store.targets is not None
+    mask = store.targets[len(first) :].tolist()
+    learnt = [token for token, target in zip(second, mask, strict=True) if target]
+    assert tokenizer.decode(learnt) == "春\n<|im_end|>b<|im_end|>"
+    assert store.meta["targets"] == 2 + len(learnt)
+    assert [row[::2] for row in runs(store)] == [[[], []]] * 2
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 12, 13, 14])
+def test_a_cut_chat_gets_no_false_end_of_turn(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast, kept: int
+) -> None:
+    rows = [said("u", "x" * 12)]
+    answer = len(ids(tokenizer, "x" * 12 + "<|im_end|>"))
+    whole = runs(opened("chat", rows))[0][1]
+    start = len(ChatCodec(tokenizer).encode_prompt(asked("u")))
+    assert len(whole) == start + answer
+    limit = start + kept
+    if not kept:
+        with pytest.raises(DataError, match="no target token is left") as caught:
+            opened("chat", rows, max_length=limit)
+        assert (caught.value.reason, caught.value.line) == ("no_targets", 1)
+        return
+    store = opened("chat", rows, max_length=limit)
+    assert runs(store)[0][1] == whole[:limit]
+    assert store.targets is not None
+    assert np.flatnonzero(store.targets).tolist() == list(range(start, min(limit, len(whole))))
+    assert store.meta["cut"] == int(kept < answer)
+
+
+def test_rows_without_targets_are_skipped_and_counted_on_demand(
+    opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [said("x" * 99, "a"), said("u", "a"), said("y" * 99, "b")]
+    limits = {"max_length": 40, "on_bad_row": "skip"}
+    store = opened("chat", rows, **limits, max_bad_share=0.7)
+    assert (len(store), store.samples["line"].tolist()) == (1, [2])
+    assert store.meta["skipped"] == {"no_targets": 2}
+    assert "skipped 2 bad rows: 2 no_targets (first" in caplog.text
+    with pytest.raises(DataError, match="more than 5") as caught:
+        opened("chat", rows, **limits)
+    assert caught.value.reason == "too_many_bad_rows"
+    with pytest.raises(DataError, match="none of the 1 rows leaves a token"):
+        opened("chat", rows[:1], **limits, max_bad_share=1.0)
+
+
+PROMPT, CHOSEN, REJECTED = "what is it", "yes it is", "no"
+
+
+def parts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    prompt = ChatCodec(tokenizer).encode_prompt(asked(PROMPT))
+    return [prompt, *(ids(tokenizer, f"{t}<|im_end|>") for t in (CHOSEN, REJECTED))]
+
+
+@pytest.mark.parametrize(
+    ("room", "max_prompt", "kept", "answer"),
+    [
+        (0, None, None, None),  # fits exactly
+        (-1, None, None, -1),  # the longer answer loses its end
+        (-1, 5, 5, None),  # the prompt loses its start
+        (-1, 99, None, -1),
+    ],
+)
+def test_a_preference_is_cut_at_the_prompts_start_and_the_answers_end(
+    opened: Opener,
+    tokenizer: PreTrainedTokenizerFast,
+    room: int,
+    max_prompt: int | None,
+    kept: int | None,
+    answer: int | None,
+) -> None:
+    prompt, chosen, rejected = parts(tokenizer)
+    limit = len(prompt) + max(len(chosen), len(rejected)) + room
+    row = pair(PROMPT, CHOSEN, REJECTED)
+    store = opened("preference", [row], max_length=limit, max_prompt_length=max_prompt)
+    expected = [prompt[-kept:] if kept else prompt, chosen[:answer], rejected]
+    assert runs(store) == [expected]
+    assert store.meta["cut"] == int(room < 0)
+    assert store.meta["targets"] == len(expected[1]) + len(expected[2])
+    assert store.targets is None
+
+
+def test_a_prompt_leaves_an_answer_one_token_at_least(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompt, chosen, rejected = parts(tokenizer)
+    store = opened("preference", [pair(PROMPT, CHOSEN, REJECTED)], max_length=4)
+    assert runs(store) == [[prompt[-3:], chosen[:1], rejected[:1]]]
+
+
+def test_answers_that_the_cut_makes_equal_are_dropped_and_counted(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [pair(PROMPT, "zzzzzzzzA", "zzzzzzzzB"), pair(PROMPT, CHOSEN, REJECTED)]
+    limits = {"max_length": 10, "max_prompt_length": 4}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no target token is left"):
+        opened("preference", rows, **limits)
+    store = opened("preference", rows, **limits, on_bad_row="skip", max_bad_share=0.5)
+    assert store.samples["line"].tolist() == [2]
+    assert store.meta["skipped"] == {"no_targets": 1}
+
+
+def test_a_store_is_built_once(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened("text", [{"text": "a"}])
+    before = first.path.stat().st_mtime_ns
+    monkeypatch.setattr(stores, "_build", lambda *_: pytest.fail("built again"))
+    again = opened("text", [{"text": "a"}])
+    assert (again.path, again.path.stat().st_mtime_ns) == (first.path, before)
+    assert runs(again) == runs(first)
+    assert opened.entries() == [first.path.name]
+    assert first.path.name.startswith("rows-")
+
+
+def test_the_default_cache_is_the_environments(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path / "other"))
+    opened.cache = None  # type: ignore[assignment]
+    assert opened("text", [{"text": "a"}]).path.parent == tmp_path / "other" / "tokens"
+    monkeypatch.delenv("MINIGPT_CACHE")
+    assert stores.default_cache() == Path.home() / ".cache" / "minigpt" / "tokens"
+
+
+def test_whatever_decides_a_stores_content_names_it(opened: Opener, corpus_file: Path) -> None:
+    rows = [said("u", "a")]
+    changed = copy.deepcopy(opened.tokenizer)
+    changed.chat_template = "{{ bos_token }}" + changed.chat_template
+    ended = copy.deepcopy(opened.tokenizer)
+    ended.eos_token = "<|pad|>"
+    paths = [opened("chat", rows).path, opened("chat", [said("u", "b")]).path]
+    paths.append(opened("chat", rows, max_length=100).path)
+    paths.append(opened("chat", rows, data_limit=1).path)
+    paths.append(opened("chat", rows, on_bad_row="skip").path)
+    for tokenizer in (tokenizers.train([corpus_file], 300), changed, ended):
+        opened.tokenizer = tokenizer
+        paths.append(opened("chat", rows).path)
+    assert max(Counter(paths).values()) == 1
+    assert len(opened.entries()) == len(paths) == 8
+
+
+def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) -> None:
+    path = opened("chat", [said("u", "a")]).path
+    tokenizers.save(opened.tokenizer, tmp_path / "tok")
+    opened.tokenizer = tokenizers.load(tmp_path / "tok")
+    assert opened("chat", [said("u", "a")]).path == path
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "place", "reason"),
+    [
+        ("text", {"text": "a<|im_end|>b"}, "2:text", "special_token"),
+        ("text", {"text": "<|pad|>"}, "2:text", "special_token"),
+        ("chat", said("u", "<|endoftext|>"), r"2:messages\[1\]\.content", "special_token"),
+        ("preference", pair("<|im_start|>", "a", "b"), "2:prompt", "special_token"),
+        ("text", {"text": "\ud800"}, "2:text", "lone_surrogate"),
+        ("text", {"txt": "a"}, "2", "missing_key"),
+    ],
+)
+def test_a_build_that_fails_names_the_row_and_leaves_nothing(
+    opened: Opener, kind: Kind, row: object, place: str, reason: str
+) -> None:
+    good = {"preference": pair("u", "a", "b"), "chat": said("u", "a"), "text": {"text": "a"}}[kind]
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{place}: ") as caught:
+        opened(kind, [good, row])
+    assert (caught.value.line, caught.value.reason) == (2, reason)
+    assert opened.entries() == []
+
+
+def test_a_build_that_breaks_leaves_nothing(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        opened("text", [{"text": "a"}])
+    assert opened.entries() == []
+
+
+def test_a_missing_file_is_a_data_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match="no such file"):
+            open_store(path, "text", tokenizer, Limits(), tmp_path / "cache")
+
+
+def test_the_loser_of_a_race_takes_the_winners_store(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winner = opened("text", [{"text": "a"}])
+    build = stores._build
+    build(opened.file, "text", opened.tokenizer, Limits(), winner.path)
+    assert opened.entries() == [winner.path.name]
+    (winner.path / "meta.json").unlink()  # what stands there is no store
+    with pytest.raises(OSError, match="not empty"):
+        build(opened.file, "text", opened.tokenizer, Limits(), winner.path)
+    assert opened.entries() == [winner.path.name]
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from minigpt.data import store, tokenizer
+here = Path(sys.argv[1])
+tok = tokenizer.load(here / "tok")
+publish = store._publish
+def together(partial, path):
+    (here / "ready-there").touch()
+    while not (here / "ready-here").exists():
+        time.sleep(0.002)
+    publish(partial, path)
+store._publish = together
+opened = store.open_store(here / "rows.jsonl", "text", tok, store.Limits(), here / "cache")
+print(opened.path.name, len(opened), int(opened.tokens.sum()))
+"""
+
+
+def test_two_processes_may_build_at_once(
+    opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizers.save(opened.tokenizer, tmp_path / "tok")
+    opened.file.write_text('{"text": "春眠"}\n{"text": "b"}\n')
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    publish = stores._publish
+
+    def together(partial: Path, path: Path) -> None:
+        """Rename when the other process is about to."""
+        (tmp_path / "ready-here").touch()
+        while not (tmp_path / "ready-there").exists() and other.poll() is None:
+            time.sleep(0.002)
+        publish(partial, path)
+
+    monkeypatch.setattr(stores, "_publish", together)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        limits = Limits()
+        store = open_store(opened.file, "text", opened.tokenizer, limits, opened.cache)
+        output, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors
+    assert output.split() == [store.path.name, "2", str(int(store.tokens.sum()))]
+    assert opened.entries() == [store.path.name]
+
+
+def test_data_limit_takes_the_first_rows(opened: Opener) -> None:
+    rows = [{"text": t} for t in "abcd"]
+    store = opened("text", [*rows[:2], {"bad": 1}], data_limit=2)
+    assert store.samples["line"].tolist() == [1, 2]
+    assert store.meta["rows"] == 2
+
+
+def test_a_large_vocabulary_takes_four_bytes(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    large = copy.deepcopy(tokenizer)
+    large.add_tokens([f"w{i:05}" for i in range(70_000 - len(large))])
+    opened.tokenizer = large
+    store = opened("text", [{"text": "w69000"}])
+    assert store.tokens.dtype == np.uint32
+    assert store.tokens.tolist() == [69_340, 0]
+
+
+def test_rows_are_read_in_portions(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "ROWS_AT_A_TIME", 3)
+    store = opened("text", [{"text": f"{i}"} for i in range(10)])
+    assert store.meta["rows"] == len(store) == 10
+    assert [row[1][:-1] for row in runs(store)] == [
+        ids(opened.tokenizer, f"{i}") for i in range(10)
+    ]
