@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minigpt.data.records import Message, iter_rows, parse_prompt
 from minigpt.errors import DataError
@@ -55,14 +56,24 @@ def _item(row: object, path: str | Path, line: int) -> Item:
             line=line,
             remedy='Give {"id", "family", "messages": [...], "answer": "..."}.',
         )
+    choices, avoid = (_strings(row, key, path, line) for key in ("choices", "avoid"))
     return Item(
         id=str(row.get("id", line)),
         family=str(row.get("family", Path(path).stem)),
         messages=messages,
         answer=answer,
-        choices=tuple(row.get("choices", ())),
-        avoid=tuple(row.get("avoid", ())),
+        choices=choices,
+        avoid=avoid,
     )
+
+
+def _strings(row: dict[str, Any], key: str, path: str | Path, line: int) -> tuple[str, ...]:
+    """Read an optional list of strings; one that says nothing would be in every reply."""
+    value = row.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(s, str) and s.strip() for s in value):
+        problem = "must be a list of strings that are not empty"
+        raise DataError(problem, path=path, line=line, field=key, reason="wrong_type")
+    return tuple(value)
 
 
 def normalise(text: str) -> str:
