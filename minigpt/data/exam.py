@@ -76,9 +76,14 @@ def _strings(row: dict[str, Any], key: str, path: str | Path, line: int) -> tupl
     return tuple(value)
 
 
+def fold(text: str) -> str:
+    """Fold case and width."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
 def normalise(text: str) -> str:
     """Fold case and width and strip outer spaces and punctuation."""
-    return unicodedata.normalize("NFKC", text).casefold().strip(PUNCTUATION)
+    return fold(text).strip(PUNCTUATION)
 
 
 def is_right(reply: str, item: Item) -> bool:
@@ -88,5 +93,5 @@ def is_right(reply: str, item: Item) -> bool:
         held = {c for c in map(normalise, item.choices) if c in said}
         return held == {answer}
     if item.avoid:
-        return answer in said and not any(normalise(marker) in said for marker in item.avoid)
+        return answer in said and not any(fold(m) in fold(reply) for m in item.avoid)
     return said == answer
