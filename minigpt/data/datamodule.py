@@ -319,9 +319,9 @@ def _weights(files: Files) -> dict[str, float]:
 
 
 def _split(store: TokenStore, share: float) -> tuple[Selection, Selection]:
-    """Split a store's samples by row into (rest, held out): every k-th row is held out."""
-    every = max(2, round(1 / share))
-    held = np.asarray(store.samples["line"]) % every == 0
+    """Split a store's samples by row into (rest, held out), which is spread evenly."""
+    line = np.asarray(store.samples["line"])
+    held = np.floor(line * share) > np.floor((line - 1) * share)
     if held.all() or not held.any():
         raise ConfigError(
             f"{store.source} has too few rows to hold out a share of {share}. "
