@@ -180,6 +180,8 @@ class JSONLDataModule(LightningDataModule):
     def _check(self) -> None:
         room = self.tokens_per_batch
         longest = self.limits.max_length * (2 if self.kind == "preference" else 1)
+        if bad := [path for path, weight in _weights(self.train).items() if weight <= 0]:
+            raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
             raise ConfigError("data.max_length must be at least 2: one token to predict another.")
         if room < longest:
