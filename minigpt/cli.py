@@ -149,6 +149,8 @@ class MiniGPTCLI(LightningCLI):
             config.trainer.precision, config.trainer.accelerator
         )
         config.trainer.default_root_dir = str(self.run_dir)
+        if config.trainer.accelerator == "auto":  # MPS only when asked for: it is untested
+            config.trainer.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         if "TORCHELASTIC_RUN_ID" in os.environ and config.trainer.devices == "auto":
             join_launcher(config.trainer)
 
@@ -213,8 +215,6 @@ def join_launcher(trainer: Any) -> None:
     """Use the processes that `torchrun` or `accelerate launch` has started."""
     here, all_ = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     trainer.devices, trainer.num_nodes = here, all_ // here
-    if not torch.cuda.is_available() and trainer.accelerator == "auto":
-        trainer.accelerator = "cpu"
 
 
 def choose_precision(asked: Any, accelerator: str) -> Any:

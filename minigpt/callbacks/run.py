@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import resource
 import sys
@@ -103,6 +104,11 @@ class RunRecorder(Callback):
             "final": final,
         }
         write_json(self.run_dir / "summary.json", summary)
+        told = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
+        if "val/loss" in final:
+            before = self.before.get("val/loss", math.nan)
+            told += f"; held-out loss {before:.3f} → {final['val/loss']:.3f}"
+        log.info("%s. The model is in %s", told, self.run_dir / "hf")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the exam's result and every reply."""

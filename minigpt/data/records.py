@@ -5,18 +5,14 @@ Whatever a file or a row holds, the outcome is records or a `DataError`.
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BufferedIOBase
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from minigpt.data.rows import scan_rows
 from minigpt.errors import DataError
 
 Kind = Literal["text", "chat", "preference"]
@@ -40,11 +36,8 @@ _READERS |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 _REMEDIES = {
     "answer_role": "Give each answer as a string or as one assistant message.",
-    "bad_gzip": "Copy or compress it again.",
-    "bad_json": "Each line must hold one JSON object (JSONL), or the whole file one JSON array.",
     "empty": "Fill it, or leave the row out.",
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
-    "missing_file": "Check the name; relative paths start at the current directory.",
     "no_assistant": "Add the answer, or leave the row out.",
     "prompt_end": "Leave out what follows the last user message.",
     "prompt_mismatch": "Without a prompt of its own, the row's is what its answers begin with.",
@@ -53,7 +46,6 @@ _REMEDIES = {
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
     "tool_role": "Leave out conversations with tool calls.",
     "unknown_role": f"Known are {', '.join(_ROLES)}.",
-    "unreadable": "Name a file that can be read, or the files in a directory.",
 }
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 
@@ -176,18 +168,6 @@ def parse_prompt(row: object, special_tokens: Sequence[str] = ()) -> tuple[Messa
     return _messages(parser.head(row, key), prompt=True)
 
 
-def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
-    """Stream the decoded rows of a file with their 1-based line, or item of a JSON array.
-
-    Raises:
-        DataError: the file or a line of it cannot be read, or it holds no rows.
-    """
-    for line, row in _scan(Path(path)):
-        if isinstance(row, DataError):
-            raise row.at(path, line)
-        yield line, row
-
-
 def read_records(
     paths: Sequence[str | Path],
     kind: Kind,
@@ -202,7 +182,7 @@ def read_records(
             `bad` does not let a row pass.
     """
     good = 0
-    rows = ((path, *item) for path in map(Path, paths) for item in _scan(path))
+    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path))
     for source, line, row in rows:
         if limit is not None and good >= limit:
             break
@@ -339,7 +319,7 @@ def _wrong_type(value: object, wanted: str, place: str | None) -> DataError:
 
 
 def _object(row: object) -> _Row:
-    if isinstance(row, DataError):  # what `_scan` yields for a line that is not JSON
+    if isinstance(row, DataError):  # what `scan_rows` yields for a line that is not JSON
         raise row
     if not isinstance(row, dict):
         raise _wrong_type(row, "a JSON object", None)
@@ -383,58 +363,3 @@ def _answer(turns: Sequence[_Turn], prompt: tuple[Message, ...]) -> Message:
     if answer.role != "assistant":
         raise _error("answer_role", turns[-1][0], "the answer must be an assistant message")
     return answer
-
-
-def _scan(path: Path) -> Iterator[tuple[int, object]]:
-    """Stream rows; a line that is not JSON comes as its error, so that others may follow."""
-    try:
-        with path.open("rb") as raw:
-            zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-            yield from _rows(gzip.GzipFile(fileobj=raw) if zipped else raw)
-    except DataError as error:
-        raise error.at(path, error.line) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _error("bad_gzip", None, f"cut off or damaged gzip data: {error}").at(path) from None
-    except OSError as error:
-        reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise _error(reason, None, f"cannot be read: {error.strerror}").at(path) from None
-
-
-def _rows(stream: BufferedIOBase) -> Iterator[tuple[int, object]]:
-    rows = 0
-    for line, data in enumerate(stream, 1):
-        data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
-        if not rows and data.lstrip().startswith(b"["):
-            items = _decode(data + stream.read(), line)
-            if isinstance(items, DataError):
-                raise items
-            rows = len(items)
-            yield from enumerate(items, 1)
-        elif data.strip():
-            rows += 1
-            yield line, _decode(data, line)
-    if not rows:
-        raise _error("no_rows", None, "the file holds no rows")
-
-
-def _decode(data: bytes, line: int) -> Any:
-    """Decode JSON that starts at `line` of its file; return the error if it cannot be."""
-    reason, remedy = "bad_json", _REMEDIES["bad_json"]
-    try:
-        return json.loads(data.decode().rstrip())
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        byte = error.start - data.rfind(b"\n", 0, error.start)
-        encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "GBK"
-        problem, reason = f"byte {byte} of the line is not UTF-8", "bad_utf8"
-        remedy = f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`."
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        problem = f"invalid JSON at column {error.colno}: {error.msg}"
-        if error.pos >= len(error.doc):
-            problem += " (the line ends inside an object: cut off, or pretty-printed?)"
-    except RecursionError:
-        problem = "the JSON is nested too deeply"
-    except ValueError:
-        problem = "the JSON holds a number with too many digits"
-    return DataError(problem, line=line, remedy=remedy, reason=reason)

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigpt.data.records import iter_rows
+from minigpt.data.rows import iter_rows
 from minigpt.errors import DataError, TokenizerError
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -117,12 +118,22 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
 
         return merge(load_adapter(load_model(base_of(found), attention), found))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            found, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        model: PreTrainedModel
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+        raise ModelError(
+            f"The model at {found} cannot be loaded: {len(missing)} of its weights are missing, "
+            f"such as {missing[0]}. Copy it again, or give a causal language model."
+        )
     return model
 
 
@@ -132,7 +143,10 @@ def base_of(adapter: Path) -> Path | str:
     Raises:
         ModelError: when the adapter names no base that can be found.
     """
-    name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+    try:
+        name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{adapter / ADAPTER} is damaged: it is no JSON object.") from error
     if not name:
         raise ModelError(f"{adapter / ADAPTER} names no base model; give it with --model_path.")
     for start in (Path(), adapter):
@@ -152,7 +166,16 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
     rows = embedding_rows(model)
     if rows < len(tokenizer):
         log.warning("The embeddings grow from %d to %d tokens.", rows, len(tokenizer))
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rows)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute activations twice instead of keeping them, also below a frozen embedding."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.2x
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:

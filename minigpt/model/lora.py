@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
-from minigpt.model.build import name_tokenizer_class, whole_directory
+from minigpt.model.build import fit_vocabulary, name_tokenizer_class, whole_directory
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +84,17 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """Put a saved adapter on a model.
+    """Put a saved adapter on a model, whose vocabulary grows as it grew in training.
 
     Raises:
         ModelError: when the adapter is missing, damaged, or fits another base.
     """
-    _check_fit(model, directory)
     try:
+        _check_fit(model, directory)
+        if (directory / "tokenizer.json").is_file():
+            fit_vocabulary(model, tokenizers.load(directory))
         adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"The adapter at {directory} cannot be loaded: {first}") from error
     return adapted

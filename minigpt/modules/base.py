@@ -30,6 +30,7 @@ from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.examine import Judged, sit
 from minigpt.model.build import (
     check_vocabulary,
+    checkpoint_activations,
     count_parameters,
     find_model,
     fit_vocabulary,
@@ -152,8 +153,7 @@ class BaseModule(LightningModule, ABC):
         if self.lora is not None and self.trained is None:
             self.peft.append(add_adapter(model, self.lora, self._base_name()))
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+            checkpoint_activations(model)
         self.lm = lm.train()
         if self.device_mesh is not None:
             shard(self.lm, self.device_mesh)

@@ -18,8 +18,9 @@ class Totals:
 
     def add(self, sums: dict[str, Tensor | float], device: torch.device) -> None:
         """Add one micro-batch's sums."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+            value = torch.as_tensor(value, dtype=dtype, device=device).detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def reduced(self) -> dict[str, Tensor]:
