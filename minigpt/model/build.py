@@ -118,8 +118,7 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
 
         return merge(load_adapter(load_model(base_of(found), attention), found))
     try:
-        model: PreTrainedModel
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -129,7 +128,8 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
         raise ModelError(
             f"The model at {found} cannot be loaded: {len(missing)} of its weights are missing, "
             f"such as {missing[0]}. Copy it again, or give a causal language model."
@@ -162,7 +162,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Grow the embeddings to hold the tokens that the chat template added."""
+    """Grow the embeddings to hold the tokens that the chat template added.
+
+    The new rows are the same each time: an adapter is read beside those it was trained with.
+    """
     rows = embedding_rows(model)
     if rows < len(tokenizer):
         log.warning("The embeddings grow from %d to %d tokens.", rows, len(tokenizer))
