@@ -1,0 +1,126 @@
+"""Tiny models, tokenizers and packed batches that tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import PackedBatch, Sample, collate
+
+VOCABULARY = 320
+TEXT = "the cat sat on the mat and the dog sat on the log"
+FAMILIES = ("qwen3", "llama", "qwen2", "gpt2")
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+_GPT2_SIZES = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "cohere": (CohereConfig, CohereForCausalLM),
+    "cohere2": (Cohere2Config, Cohere2ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+
+def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build a tiny model of a family; weights are large enough that errors show."""
+    config, kind = _CLASSES[family]
+    sizes = _GPT2_SIZES if family == "gpt2" else _SIZES
+    torch.manual_seed(seed)
+    made: PreTrainedModel = kind(config(**{"vocab_size": VOCABULARY, **sizes, **changes}))
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return made.eval()
+
+
+def sample(rng: np.random.Generator, first: int, prompt: int = 0, second: int = 0) -> Sample:
+    """Make a sample of random tokens: a text, or with `second` a preference."""
+    ids = rng.integers(0, VOCABULARY, prompt + first + second).astype(np.uint16)
+    return Sample(ids, prompt, first, second, None, ("made up", 0))
+
+
+def texts(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [sample(rng, length) for length in lengths]
+
+
+def batch(lengths: Sequence[int], seed: int = 0) -> PackedBatch:
+    """Pack texts of the given lengths."""
+    return collate(texts(lengths, seed))
+
+
+def tokenizer(directory: Path, template: bool = True) -> str:
+    """Train a tiny tokenizer and save it; without a template it ends texts and no turns."""
+    corpus = directory.parent / f"{directory.name}.jsonl"
+    corpus.write_text(json.dumps({"text": TEXT}))
+    made = tokenizers.train([corpus], 280) if template else _plain_tokenizer()
+    made.save_pretrained(str(directory))
+    return str(directory)
+
+
+def _plain_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE as GPT-2 has it: an end of text is all that is special."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=[tokenizers.END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    end = tokenizers.END_OF_TEXT
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)

@@ -1,0 +1,199 @@
+"""Packed attention: every sample is computed as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.errors import ModelError
+from minigpt.model.attention import PACKED, attention_of, packed_attention
+from minigpt.model.lm import PackedLM
+
+MODELS = {family: tiny.model(family) for family in tiny.FAMILIES}
+LAYOUTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+FEW = settings(max_examples=12, deadline=None)
+
+
+def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    with attention_of(model, PACKED):
+        out = model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            plan=batch.plan,
+            use_cache=False,
+        )
+    return out.logits[0]
+
+
+def alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [n, V] of one document by plain transformers."""
+    with attention_of(model, "sdpa"):
+        return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def documents(batch: PackedBatch) -> list[Tensor]:
+    return [*batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
+
+
+def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
+    found = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
+    names = (name for name, _ in model.named_parameters())
+    return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+
+
+def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    assert mine.keys() == truth.keys()
+    for name, gradient in truth.items():
+        bound = 1e-4 * float(gradient.abs().max()) + 1e-6
+        assert float((mine[name] - gradient).abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@given(lengths=LAYOUTS, seed=st.integers(0, 100))
+@FEW
+def test_packed_logits_are_those_of_each_document_alone(
+    family: str, lengths: list[int], seed: int
+) -> None:
+    batch = tiny.batch(lengths, seed)
+    with torch.no_grad():
+        expected = torch.cat([alone(MODELS[family], ids) for ids in documents(batch)])
+        got = packed_logits(MODELS[family], batch)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("lengths", [(17, 3, 40, 1, 25), (1,), (33, 33)])
+def test_packed_gradients_are_those_of_each_document_alone(
+    family: str, lengths: Sequence[int]
+) -> None:
+    model, batch = MODELS[family], tiny.batch(lengths)
+    apart = torch.cat([alone(model, ids) for ids in documents(batch)])
+    weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(1))
+    truth = gradients(model, (apart * weights).sum())
+    assert_same(gradients(model, (packed_logits(model, batch) * weights).sum()), truth)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_document_does_not_see_its_neighbours(family: str) -> None:
+    samples = tiny.texts([12, 9, 20])
+    with torch.no_grad():
+        before = packed_logits(MODELS[family], collate(samples))[12:21]
+        samples[0].ids[:] = 5
+        samples[2].ids[:] = 7
+        after = packed_logits(MODELS[family], collate(samples))[12:21]
+    assert torch.equal(before, after)
+
+
+def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [tiny.sample(rng, first, prompt, second) for prompt, first, second in shapes]
+
+
+def answers(pair: Sample) -> list[tuple[Tensor, int]]:
+    """Both answers as whole sequences, and the place of their first target."""
+    ids = torch.from_numpy(pair.ids.astype(np.int64))
+    prompt, first, second = ids.split([pair.prompt, pair.first, pair.second])
+    return [(torch.cat([prompt, answer]), pair.prompt) for answer in (first, second)]
+
+
+def answer_logprob(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
+    logp = alone(model, ids).log_softmax(-1)[start - 1 : -1]
+    return logp.gather(1, ids[start:, None]).sum()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shapes", [[(9, 5, 30)], [(1, 1, 1), (40, 3, 4), (7, 20, 2)]])
+def test_a_shared_prompt_equals_two_sequences(
+    family: str, shapes: list[tuple[int, int, int]]
+) -> None:
+    model, pairs = MODELS[family], preferences(shapes)
+    expected = torch.stack(
+        [answer_logprob(model, *answer) for pair in pairs for answer in answers(pair)]
+    )
+    got = PackedLM(model)(collate(pairs), per_answer=True)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 2, len(got))
+    truth = gradients(model, (expected * weights).sum())
+    assert_same(gradients(model, (got * weights).sum()), truth)
+
+
+def mask_of(samples: Sequence[Sample]) -> Tensor:
+    """Who sees whom [T, T], written out: own past, and for an answer its prompt."""
+    runs = []
+    for number, s in enumerate(samples):
+        runs += [(number, 0)] * s.prompt + [(number, 1)] * s.first + [(number, 2)] * s.second
+    sample, run = torch.tensor(runs).T
+    prompts = torch.tensor([bool(s.prompt) for s in samples])[sample]
+    same = sample[:, None] == sample
+    visible = (run[:, None] == run) | ((run == 0) & prompts)
+    return (same & visible).tril()
+
+
+@given(
+    shapes=st.lists(
+        st.one_of(
+            st.tuples(st.just(0), st.integers(1, 30), st.just(0)),
+            st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    kv_heads=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=40, deadline=None)
+def test_attention_equals_an_explicit_mask(
+    shapes: list[tuple[int, int, int]], kv_heads: int
+) -> None:
+    samples = preferences(shapes)
+    plan = collate(samples).plan
+    generator = torch.Generator().manual_seed(len(shapes))
+    total = sum(map(sum, shapes))
+    q, k, v = (
+        torch.randn(1, heads, total, 8, generator=generator, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    expected = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask_of(samples), scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    got, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan, scaling=0.3)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(got.shape, generator=generator)
+    mine = torch.autograd.grad((got * weights).sum(), (q, k, v))
+    truth = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for ours, theirs in zip(mine, truth, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_shorter_than_a_sample_is_refused() -> None:
+    model = tiny.model("mistral", sliding_window=16)
+    fits, too_long = tiny.batch([16, 9, 3]), tiny.batch([9, 17])
+    with torch.no_grad():
+        expected = torch.cat([alone(model, ids) for ids in documents(fits)])
+        assert torch.allclose(packed_logits(model, fits), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ModelError, match="Lower max_length to 16"):
+            packed_logits(model, too_long)
+
+
+def test_positions_restart_in_each_sample_and_answer() -> None:
+    batch = collate([*preferences([(3, 2, 4)]), *tiny.texts([2])])
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 9, 11]
+    assert batch.predict_at.tolist() == [2, 3, 2, 5, 6, 7, 9]
+
+
+def test_the_attention_of_a_model_is_put_back() -> None:
+    model = tiny.model("llama")
+    model.config._attn_implementation = PACKED
+    with pytest.raises(TypeError), attention_of(model, "sdpa"):
+        model(model.config._attn_implementation)  # a string, which no model takes
+    assert model.config._attn_implementation == PACKED

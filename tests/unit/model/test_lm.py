@@ -1,0 +1,98 @@
+"""PackedLM: the same loss as the model's own, with and without a linear head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from minigpt.model.attention import attention_of
+from minigpt.model.lm import PackedLM, head_is_linear
+
+CHANGED = {
+    "cohere": {"logit_scale": 0.5},
+    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": None},
+}
+
+
+def own_loss(model: PreTrainedModel, lengths: list[int]) -> torch.Tensor:
+    """The sum of the losses that the model itself reports for each text."""
+    total = torch.zeros(())
+    with attention_of(model, "sdpa"):
+        for sample in tiny.texts(lengths):
+            ids = torch.tensor(sample.ids.astype("int64"))[None]
+            total = total + model(input_ids=ids, labels=ids).loss * (len(sample.ids) - 1)
+    return total
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_known_families_have_a_linear_head(family: str) -> None:
+    model = tiny.model(family).train()
+    assert head_is_linear(model)
+    assert model.training
+
+
+@pytest.mark.parametrize(("family", "changes"), CHANGED.items())
+def test_changed_logits_are_noticed(family: str, changes: dict[str, Any]) -> None:
+    assert not head_is_linear(tiny.model(family, **changes))
+
+
+def test_a_soft_cap_is_noticed_while_logits_are_small() -> None:
+    model = tiny.model("gemma2", final_logit_softcapping=30.0, attn_logit_softcapping=None)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.01)
+    assert not head_is_linear(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((f, {}) for f in tiny.FAMILIES), *CHANGED.items()]
+)
+def test_the_loss_and_its_gradients_are_the_models_own(
+    family: str, changes: dict[str, Any]
+) -> None:
+    lengths = [20, 2, 11]
+    model = tiny.model(family, **changes)
+    lm = PackedLM(model)
+    assert lm.plain_head == bool(changes)
+    expected, got = own_loss(model, lengths), lm(tiny.batch(lengths))
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    truth = torch.autograd.grad(expected, weights)
+    for mine, theirs in zip(torch.autograd.grad(got, weights), truth, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("qwen3", {}), ("gemma2", CHANGED["gemma2"])])
+def test_log_probs_sum_to_the_loss(family: str, changes: dict[str, Any]) -> None:
+    lm, batch = PackedLM(tiny.model(family, **changes)), tiny.batch([20, 2, 11])
+    with torch.no_grad():
+        scores = lm(batch, per_answer=True)
+        assert scores.shape == (3,)
+        assert scores.sum().item() == pytest.approx(-lm(batch).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_batch_without_targets_gives_zero_and_zero_gradients(family: str) -> None:
+    lm = PackedLM(tiny.model(family))
+    loss = lm(tiny.batch([5, 7]).without_targets())
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in lm.parameters())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_cache_is_built_in_training(family: str) -> None:
+    caches: list[Any] = []
+
+    def note(_: nn.Module, __: Any, out: Any) -> None:
+        caches.append(out.past_key_values)
+
+    lm = PackedLM(tiny.model(family, use_cache=True).train())
+    lm.hf.base_model.register_forward_hook(note)
+    lm(tiny.batch([5, 7]))
+    assert caches == [None]

@@ -1,0 +1,200 @@
+"""LoRA: where it goes, what it leaves alone, and that it survives merging and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.errors import ConfigError, ModelError
+from minigpt.model.build import (
+    checkpoint_activations,
+    fit_vocabulary,
+    load_model,
+    save_model,
+)
+from minigpt.model.lm import PackedLM
+from minigpt.model.lora import (
+    Lora,
+    add_adapter,
+    linear_layers,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from minigpt.model.optim import OptimizerOptions, build_optimizer
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+TARGETS = {
+    "llama": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+    "qwen2": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+    "gpt2": "c_attn c_fc c_proj",
+}
+NO_DROPOUT = Lora(r=4, alpha=16, dropout=0.0)
+IDS = torch.arange(24)[None]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("lora")
+    tokenizer = tokenizers.load(tiny.tokenizer(root / "tokenizer"))
+    for family in FAMILIES:
+        save_model(tiny.model(family), tokenizer, root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel | PeftModel) -> Tensor:
+    out: Tensor = model.eval()(IDS, use_cache=False).logits
+    return out
+
+
+def trained(base: Path, checkpointing: bool = False) -> PeftModel:
+    """An adapter after a few steps on a packed batch; the base's attention is plain again."""
+    torch.manual_seed(0)
+    model = load_model(base)
+    lm = PackedLM(model)
+    adapted = add_adapter(model, NO_DROPOUT, str(base))
+    if checkpointing:
+        checkpoint_activations(model)
+    lm.train()
+    optimizer = build_optimizer(lm, OptimizerOptions(lr=0.01))
+    for _ in range(3):
+        optimizer.zero_grad()
+        lm(tiny.batch([20, 9])).backward()
+        optimizer.step()
+    model.config._attn_implementation = "sdpa"
+    return adapted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_adapter_is_on_all_linear_layers_but_the_head(family: str, tied: bool) -> None:
+    model = tiny.model(family, tie_word_embeddings=tied)
+    assert linear_layers(model) == TARGETS[family].split()
+    add_adapter(model, NO_DROPOUT, "base")
+    adapted = {n.split(".lora_")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
+    assert len(adapted) == 2 * (4 if family == "gpt2" else 7)
+    assert not any("lm_head" in n or "embed" in n or "wte" in n for n in adapted)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{layer}.lora_{side}.default.weight" for layer in adapted for side in "AB"
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_moves_every_lora_b(
+    family: str, checkpointing: bool, bases: dict[str, Path]
+) -> None:
+    adapted = trained(bases[family], checkpointing)
+    found = {n: p for n, p in adapted.named_parameters() if ".lora_B" in n}
+    assert found
+    assert all(p.grad is not None and p.grad.any() and p.any() for p in found.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_changes_nothing(family: str, bases: dict[str, Path]) -> None:
+    model = load_model(bases[family], "sdpa")
+    before = logits(model)
+    assert torch.equal(logits(add_adapter(model, NO_DROPOUT, "base")), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_off_is_the_base_and_merged_is_the_adapter(
+    family: str, bases: dict[str, Path]
+) -> None:
+    adapted = trained(bases[family])
+    with_adapter = logits(adapted)
+    base = logits(load_model(bases[family], "sdpa"))
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), base)
+    assert float((with_adapter - base).abs().max()) > 0.1
+    merged = merge(adapted)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert torch.allclose(logits(merged), with_adapter, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_is_the_same_for_plain_peft_and_for_us(
+    family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = trained(bases[family])
+    before = logits(adapted)
+    save_adapter(adapted, tokenizers.load(bases[family]), tmp_path / "hf")
+    plain = PeftModel.from_pretrained(load_model(bases[family], "sdpa"), str(tmp_path / "hf"))
+    assert torch.equal(logits(plain), before)
+    ours = load_adapter(load_model(bases[family], "sdpa"), tmp_path / "hf")
+    assert torch.equal(logits(ours), before)
+    merged = load_model(tmp_path, "sdpa")  # a run directory; it names its base itself
+    assert torch.allclose(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_a_grown_base_reloads(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A base without our special tokens gets rows for them; the reader makes the same rows."""
+    base = tmp_path / "base"
+    small = tiny.model("llama", vocab_size=278)
+    save_model(small, tokenizers.load(bases["llama"]), base)
+    tokenizer = tokenizers.load(bases["llama"])
+    model = load_model(base, "sdpa")
+    fit_vocabulary(model, tokenizer)
+    assert len(model.get_input_embeddings().weight) > 278
+    adapted = add_adapter(model, NO_DROPOUT, str(base))
+    before = logits(adapted)
+    save_adapter(adapted, tokenizer, tmp_path / "hf")
+    assert torch.equal(logits(load_model(tmp_path, "sdpa")), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "query"), ("llama", "lm_head"), ("llama", "embed_tokens"), ("gpt2", "wte")],
+)
+def test_unknown_layers_the_head_and_the_embedding_are_refused(family: str, target: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot be put on {target}.*This model has: "):
+        add_adapter(tiny.model(family), Lora(target_modules=[target]), "base")
+
+
+def test_chosen_layers_only() -> None:
+    model = tiny.model("llama")
+    add_adapter(model, Lora(target_modules=["q_proj"]), "base")
+    assert all("q_proj" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def other(kind: str) -> PreTrainedModel:
+    if kind == "wider":
+        return tiny.model("llama", hidden_size=64, head_dim=16, intermediate_size=96)
+    if kind == "shorter":
+        return tiny.model("llama", num_hidden_layers=1)
+    return tiny.model("gpt2")
+
+
+@pytest.mark.parametrize("kind", ["wider", "shorter", "gpt2"])
+def test_an_adapter_on_another_base_is_refused(
+    kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = add_adapter(load_model(bases["llama"]), NO_DROPOUT, "base")
+    save_adapter(adapted, tokenizers.load(bases["llama"]), tmp_path / "hf")
+    with pytest.raises(ModelError, match=r"another base|cannot be loaded"):
+        load_adapter(other(kind), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("content", [b"", b"neither weights nor JSON " * 50])
+def test_a_damaged_adapter_is_a_model_error(
+    name: str, content: bytes, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = add_adapter(load_model(bases["llama"]), NO_DROPOUT, str(bases["llama"]))
+    save_adapter(adapted, tokenizers.load(bases["llama"]), tmp_path / "hf")
+    (tmp_path / "hf" / name).write_bytes(content)
+    with pytest.raises(ModelError, match="hf"):
+        load_model(tmp_path)
+
+
+def test_a_missing_adapter_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="There is no adapter in"):
+        load_adapter(tiny.model("llama"), tmp_path)
