@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data.batch import PackedBatch
+from minigpt.data.datamodule import (
+    DPODataModule,
+    JSONLDataModule,
+    PackedDataset,
+    PretrainDataModule,
+    SFTDataModule,
+)
+from minigpt.data.exam import Item
+from minigpt.data.prompts import Prompt
+from minigpt.data.records import Message
+from minigpt.errors import ConfigError, DataError
+
+# Workers are forked, which newer Pythons warn of where there are threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+TEXTS = [{"text": "ab cd 12 " * (1 + i % 5) + str(i)} for i in range(23)]
+Content = tuple[tuple[int, ...], int]
+
+
+@pytest.fixture
+def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Make a set-up module of texts, on one process of `world`."""
+
+    def make(
+        rank: int = 0,
+        world: int = 1,
+        kind: type[JSONLDataModule] = PretrainDataModule,
+        stage: str = "fit",
+        **options: Any,
+    ) -> JSONLDataModule:
+        defaults = {"max_length": 64, "tokens_per_batch": 128, "val_share": 0.0}
+        if not {"train", "val", "exam", "predict"} & set(options):
+            options["train"] = str(write(TEXTS, "train.jsonl"))
+        made = kind(**{**defaults, "cache_dir": str(tmp_path / "cache"), **options})
+        made.trainer = SimpleNamespace(
+            global_rank=rank,
+            world_size=world,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            lightning_module=SimpleNamespace(tokenizer=tokenizer),
+        )
+        made.prepare_data()
+        made.setup(stage)
+        return made
+
+    return make
+
+
+def content(batch: PackedBatch) -> Content:
+    """What a batch holds, and how many targets."""
+    return tuple(batch.input_ids.tolist()), len(batch.labels)
+
+
+def lines(batches: Any) -> list[int]:
+    return [line for batch in batches for _, line in batch.sources]
+
+
+def trained(made: JSONLDataModule, steps: int) -> Iterator[PackedBatch]:
+    """Batches as a trainer takes them, through as many epochs as it needs."""
+    while steps > 0:
+        for batch in islice(made.train_dataloader(), steps):
+            steps -= 1
+            made.advance(batch)
+            yield batch
+
+
+def test_an_epoch_holds_every_row_once(module: Any) -> None:
+    made = module()
+    first, second = (list(made.train_dataloader()) for _ in range(2))
+    assert sorted(lines(first)) == list(range(1, 24))
+    assert [content(b) for b in first] == [content(b) for b in second]  # until advanced
+    assert len(first) == made.order.count() == 5
+    assert all(batch.n_tokens <= 128 for batch in first)
+    assert [batch.resume_at for batch in first] == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
+    assert lines(made.all_batches(held_out=False)) == lines(first)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_batches_are_dealt_to_all_processes(module: Any, world: int) -> None:
+    alone = [content(batch) for batch in module().all_batches(held_out=False)]
+    dealt = [list(module(rank, world).train_dataloader()) for rank in range(world)]
+    rounds = list(zip(*dealt, strict=True))  # every process has as many batches
+    assert len(rounds) == -(-len(alone) // world)
+    flat = [batch for round_ in rounds for batch in round_]
+    assert [content(batch) for batch in flat[: len(alone)]] == alone
+    # Where the epoch does not divide, the last processes learn nothing.
+    extra = flat[len(alone) :]
+    assert len(extra) == -len(alone) % world
+    assert all(len(batch.labels) == 0 < batch.n_tokens for batch in extra)
+    done = [(0, min(len(alone), world * (i + 1))) for i in range(len(rounds) - 1)]
+    for round_, after in zip(rounds, [*done, (1, 0)], strict=True):
+        assert {batch.resume_at for batch in round_} == {after}
+
+
+@pytest.mark.parametrize(("workers", "stops"), [(0, range(12)), (2, [7])])
+def test_a_run_goes_on_where_it_stopped(module: Any, workers: int, stops: Iterable[int]) -> None:
+    whole = [content(batch) for batch in trained(module(), 12)]
+    assert len(set(whole)) == 12  # epochs differ
+    for done in stops:
+        first = module(num_workers=workers)
+        before = [content(batch) for batch in trained(first, done)]
+        state = first.state_dict()
+        later = module(num_workers=workers)
+        later.load_state_dict(state)
+        assert before + [content(batch) for batch in trained(later, 12 - done)] == whole
+
+
+def test_workers_read_the_same_batches(module: Any) -> None:
+    expected = [content(batch) for batch in module().train_dataloader()]
+    assert [content(batch) for batch in module(num_workers=2).train_dataloader()] == expected
+
+
+def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
+    whole = [content(batch) for batch in module().train_dataloader()]
+    first = module()
+    before = [content(batch) for batch in trained(first, 2)]
+    ranks = [module(rank, 3) for rank in range(3)]
+    for made in ranks:
+        made.load_state_dict(first.state_dict())
+    rounds = list(zip(*(made.train_dataloader() for made in ranks), strict=True))
+    assert before + [content(batch) for round_ in rounds for batch in round_] == whole
+
+
+def test_the_position_is_of_plain_values_and_counts_what_was_trained(module: Any) -> None:
+    made = module(num_workers=2)
+    assert made.state_dict() == {"position": [0, 0]}
+    batches = iter(made.train_dataloader())
+    made.advance(next(batches))
+    next(batches)  # read, but not trained on
+    assert made.state_dict() == {"position": [0, 1]}
+    list(batches)
+
+
+def test_held_out_batches_start_anew_each_time(module: Any, write: Any) -> None:
+    val = write([{"text": f"held {i}"} for i in range(9)], "val.jsonl")
+    made = module(train=str(write(TEXTS, "train.jsonl")), val=str(val))
+    list(trained(made, 3))
+    first, second = (list(made.val_dataloader()) for _ in range(2))
+    assert sorted(lines(first)) == list(range(1, 10))
+    assert lines(first) == lines(second) == lines(made.all_batches(held_out=True))
+    assert {path for batch in first for path, _ in batch.sources} == {str(val)}
+    assert sorted(lines(module().train_dataloader())) == list(range(1, 24))
+
+
+@pytest.mark.parametrize(
+    ("share", "held"), [(0.1, 2), (0.05, 1), (0.25, 5), (0.4, 9), (0.5, 11), (0.9, 20)]
+)
+def test_a_share_of_rows_is_held_out(module: Any, share: float, held: int) -> None:
+    made = module(val_share=share, max_length=8, tokens_per_batch=64)  # rows of many samples
+    train, val = (set(lines(made.all_batches(held_out=h))) for h in (False, True))
+    assert (train & val, train | val) == (set(), set(range(1, 24)))
+    assert len(val) == held
+
+
+@pytest.mark.parametrize("share", [0.01, 1.0, -0.5])
+def test_a_share_that_leaves_a_half_empty_is_refused(module: Any, share: float) -> None:
+    with pytest.raises(ConfigError, match="too few rows to hold out a share"):
+        module(val_share=share)
+
+
+def test_nothing_is_held_out_without_a_share(module: Any) -> None:
+    made = module()
+    assert made.val_dataloader() == []
+    assert list(made.all_batches(held_out=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "problem"),
+    [
+        (PretrainDataModule, {"tokens_per_batch": 511}, "is 511, but one sample may have 512"),
+        (SFTDataModule, {"tokens_per_batch": 511}, "Set it to at least 512"),
+        (DPODataModule, {"tokens_per_batch": 1023}, "at least 1024"),
+        (PretrainDataModule, {"max_length": 1}, "max_length must be at least 2"),
+        (PretrainDataModule, {"train": {"a.jsonl": 0}}, r"weight of a\.jsonl must be above 0"),
+        (PretrainDataModule, {"train": {"a.jsonl": 1, "b": -1}}, "weight of b must be above 0"),
+    ],
+)
+def test_bad_settings_are_refused(
+    kind: type[JSONLDataModule], options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        kind(**options)
+
+
+def test_the_largest_sample_fits(module: Any, write: Any) -> None:
+    row = {"prompt": "a", "chosen": "x" * 99, "rejected": "y" * 99}
+    options = {"max_length": 32, "max_prompt_length": 4, "tokens_per_batch": 64}
+    made = module(kind=DPODataModule, train=str(write([row])), **options)
+    (batch,) = made.train_dataloader()
+    assert (batch.n_tokens, len(batch.labels), batch.n_answers) == (4 + 2 * 28, 56, 2)
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_missing_files_are_data_errors(module: Any, which: str) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        module(**{which: "none.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("loader", "stage", "options", "problem"),
+    [
+        ("train_dataloader", "validate", {"val": True}, "No training data"),
+        ("test_dataloader", "test", {"train": True}, "Nothing to test on"),
+        ("predict_dataloader", "predict", {"train": True}, "Nothing to predict"),
+    ],
+)
+def test_what_a_verb_lacks_is_said(
+    module: Any, write: Any, loader: str, stage: str, options: dict[str, bool], problem: str
+) -> None:
+    made = module(stage=stage, **dict.fromkeys(options, str(write(TEXTS))))
+    with pytest.raises(ConfigError, match=problem):
+        getattr(made, loader)()
+
+
+@pytest.mark.parametrize("kind", ["str", "list", "dict"])
+def test_files_are_mixed_by_weight(module: Any, write: Any, kind: str) -> None:
+    paths = [str(write(TEXTS[:n], f"{n}.jsonl")) for n in (10, 4)]
+    files = {"str": paths[0], "list": paths, "dict": {paths[0]: 0.5, paths[1]: 2}}[kind]
+    made = module(train=files)
+    drawn = [path for batch in made.train_dataloader() for path, _ in batch.sources]
+    counts = {"str": [10, 0], "list": [10, 4], "dict": [5, 8]}[kind]
+    assert [drawn.count(path) for path in paths] == counts
+
+
+def test_the_seed_decides_the_order(module: Any) -> None:
+    orders = [lines(module(seed=seed).train_dataloader()) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "steps"), [(1, 1, 10), (1, 2, 6), (1, 4, 4), (2, 1, 6), (2, 4, 2)]
+)
+def test_optimizer_steps(module: Any, world: int, accumulate: int, steps: int) -> None:
+    assert module(world=world).optimizer_steps(2, accumulate) == steps  # 5 batches an epoch
+
+
+def test_stages_have_kinds_of_their_own(module: Any, write: Any) -> None:
+    chat = {"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}
+    made = module(kind=SFTDataModule, train=str(write([chat, chat])))
+    (batch,) = made.train_dataloader()
+    assert batch.n_answers == 2
+    assert 0 < len(batch.labels) < batch.n_tokens - 2
+    with pytest.raises(DataError, match="not a preference row"):
+        module(kind=DPODataModule, train=str(write([chat])))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_exams_and_prompts_are_dealt(module: Any, write: Any, world: int) -> None:
+    asked = [{"role": "user", "content": "q"}]
+    rows = [{"id": i, "messages": asked, "answer": "a"} for i in range(5)]
+    exams = [str(write(rows[:3], "a.jsonl")), str(write(rows[3:], "b.jsonl"))]
+    prompts = write([{"prompt": f"{i}"} for i in range(2)], "prompts.jsonl")
+    items: list[Item] = []
+    numbers: list[int] = []
+    for rank in range(world):
+        made = module(rank, world, stage="test", exam=exams, predict=str(prompts))
+        items += [item for batch in made.test_dataloader() for item in batch]
+        answers: list[Prompt] = [p for batch in made.predict_dataloader() for p in batch]
+        numbers += [prompt.number for prompt in answers]
+        assert made.transfer_batch_to_device(answers, "meta", 0) is answers
+    assert sorted(item.id for item in items) == ["0", "1", "2", "3", "4"]
+    assert {item.messages for item in items} == {(Message("user", "q"),)}
+    assert sorted(numbers) == [0, 1]
+
+
+def test_held_out_batches_stand_in_for_an_exam(module: Any, write: Any) -> None:
+    made = module(stage="test", val=str(write(TEXTS)))
+    batches = list(made.test_dataloader())
+    assert sorted(lines(batches)) == list(range(1, 24))
+    moved = made.transfer_batch_to_device(batches[0], torch.device("meta"), 0)
+    assert moved.input_ids.device.type == "meta"
+
+
+def test_a_late_start_reads_no_samples_before_it(module: Any) -> None:
+    made = module()
+    read: list[int] = []
+    sample = made.train_parts[0].sample
+    made.train_parts[0].sample = lambda number: read.append(number) or sample(number)
+    dataset = PackedDataset(made.order, made.train_parts, 0, 3, 0, 1)
+    assert len(lines(dataset)) == len(read) < 23
