@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
@@ -24,18 +25,26 @@ from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
 from minigpt.callbacks.run import (
     Checkpoints,
+    MakeRoom,
     PredictionWriter,
     RunRecorder,
     SampleText,
     newest_checkpoint,
 )
 from minigpt.data.datamodule import JSONLDataModule
-from minigpt.errors import ConfigError, ModelError, RunExistsError
+from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError
 from minigpt.model.optim import fast_bf16
 from minigpt.modules.base import BaseModule
+from minigpt.parser import OptionError, Parser, chain, check_configs, explained
 
 log = logging.getLogger("minigpt")
 
+HELP = """Run a stage from a config; later configs and options on the command line win.
+
+Options of the stage are model.init_args.* and data.init_args.*. They are listed by
+  minigpt {verb} --model.help SFTModule        (or PretrainModule, DPOModule, LoRAModule)
+  minigpt {verb} --data.help SFTDataModule     (or PretrainDataModule, DPODataModule)
+"""
 EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml
   minigpt fit --config configs/sft.yaml --config configs/hardware/ddp.yaml
@@ -57,15 +66,6 @@ class CheckpointOptions:
 
     every: int = 500
     keep: int = 2
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors are MiniGPT's."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the parser's complaint as a ConfigError."""
-        text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
-        raise ConfigError(f"{text} See: minigpt fit --help") from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -99,7 +99,13 @@ class MiniGPTCLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=42,
                 parser_class=Parser,
-                parser_kwargs={self.verb: {"epilog": EXAMPLES}},
+                parser_kwargs={
+                    self.verb: {
+                        "usage": f"minigpt {self.verb} --config FILE [--config OVERLAY] [options]",
+                        "description": HELP.format(verb=self.verb),
+                        "epilog": EXAMPLES,
+                    }
+                },
                 trainer_defaults={
                     "max_epochs": -1,
                     "precision": None,
@@ -141,7 +147,9 @@ class MiniGPTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the run directory and the hardware."""
         config = self.config[self.verb]
+        self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
+            check_numbers(config)
             self._settle_start(config)
         if self.verb in ("validate", "test"):
             config.verbose = False  # the results are told in our own lines
@@ -160,9 +168,19 @@ class MiniGPTCLI(LightningCLI):
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
         elif config.get("ckpt_path") is None and is_first_process():
-            make_room(self.run_dir, config.overwrite)
+            self.stale = claim(self.run_dir, config.overwrite)
         if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
             raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
+
+    def instantiate_classes(self) -> None:
+        """Build the stage; what its classes refuse is told in their own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            own = next((e for e in chain(error) if isinstance(e, MiniGPTError)), None)
+            if own is None:
+                raise
+            raise own from error
 
     def after_instantiate_classes(self) -> None:
         """Let validate, test and predict use the run's own model."""
@@ -180,6 +198,7 @@ class MiniGPTCLI(LightningCLI):
         config = self.config_init[self.verb]
         own: list[Any] = [self.throughput, RunRecorder(self.run_dir, self.throughput), SampleText()]
         if self.verb == "fit":
+            own.insert(0, MakeRoom(self.stale))
             own.append(Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep))
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
@@ -191,7 +210,10 @@ class MiniGPTCLI(LightningCLI):
             config.trainer.logger = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
         elif config.trainer.logger is None:
             config.trainer.logger = False
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
         return trainer
 
@@ -237,12 +259,12 @@ def choose_precision(asked: Any, accelerator: str) -> Any:
     return chosen
 
 
-# What a run writes; `overwrite` removes these and nothing else.
-RUN_FILES = ("checkpoints", "hf", "config.yaml", "metrics.jsonl", "summary.json", "exam.json")
+# What a run writes; a new run removes these and nothing else. It writes config.yaml over.
+RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json")
 
 
-def make_room(run_dir: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds a run, or clear it when asked to.
+def claim(run_dir: Path, overwrite: bool) -> list[Path]:
+    """Make a run directory, and return what an earlier run left in it.
 
     Raises:
         RunExistsError: when it holds a run and `overwrite` is false.
@@ -254,22 +276,48 @@ def make_room(run_dir: Path, overwrite: bool) -> None:
             f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto, "
             "start over with --overwrite true, or choose another --run_dir."
         )
-    stale = [*(run_dir / name for name in RUN_FILES), *run_dir.glob("events.out.tfevents.*")]
-    for path in stale:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
-        raise ConfigError(f"Cannot write to {run_dir}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
+        ) from error
+    left = [*(run_dir / name for name in RUN_FILES), *run_dir.glob("events.out.tfevents.*")]
+    return [path for path in left if path.exists()]
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers that Lightning would take, or refuse in a traceback.
+
+    Raises:
+        ConfigError: for the first one that is out of range.
+    """
+    trainer = config.trainer
+    limits = {
+        "trainer.max_steps": (trainer.max_steps, trainer.max_steps == -1),
+        "trainer.max_epochs": (trainer.max_epochs, trainer.max_epochs in (None, -1)),
+        "trainer.accumulate_grad_batches": (trainer.accumulate_grad_batches, False),
+        "trainer.log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps is None),
+        "checkpoint.every": (config.checkpoint.every, False),
+        "checkpoint.keep": (config.checkpoint.keep, False),
+    }
+    for name, (value, unset) in limits.items():
+        if not unset and value < 1:
+            raise ConfigError(f"{name} must be at least 1, but is {value}.")
+    endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
+    if endless and not trainer.fast_dev_run:
+        raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")
 
 
 def run(args: list[str]) -> MiniGPTCLI:
     """Run one verb, such as ``run(["fit", "--config", "configs/sft.yaml"])``."""
     quiet()
-    return MiniGPTCLI(args)
+    check_configs(args)
+    try:
+        return MiniGPTCLI(args)
+    except OptionError as error:
+        raise explained(error, args) from error
 
 
 def quiet() -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import platform
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,25 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         if path.stem.removeprefix("step=").isdigit()
     }
     return found[max(found)] if found else None
+
+
+class MakeRoom(Callback):
+    """Removes what an earlier run left, once the new one's data and start are known to be good.
+
+    Args:
+        stale: files and directories.
+    """
+
+    def __init__(self, stale: list[Path]) -> None:
+        self.stale = stale
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove them."""
+        for path in self.stale:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class RunRecorder(Callback):

@@ -1,0 +1,198 @@
+"""The parser behind fit, validate, test and predict: errors and help that can be read.
+
+jsonargparse says what it tried; a user needs to know which option, where it stands and
+what it takes. So its complaints become `OptionError`s, and `explained` adds the place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser
+
+from minigpt.errors import ConfigError
+
+_KEY = re.compile(r'Parser key "([\w.]+)":\s*')
+_UNKNOWN = (
+    re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'"),
+    re.compile(r"Subcommand '(?:\w+)' does not accept option '([\w.]+)'"),
+    re.compile(r"Option '([\w.]+)' is not accepted"),
+    re.compile(r"unrecognized arguments: --([\w.]+)"),
+)
+_NONE = "Expected a <class 'NoneType'>"
+_TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
+_CLASSES = {
+    "model": "The stages are PretrainModule, SFTModule, DPOModule and LoRAModule.",
+    "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too) and DPODataModule.",
+}
+_REMEDY = {
+    True: "`minigpt fit --help` lists the options, and `--model.help CLASS` those of a stage.",
+    False: "See: minigpt fit --help",
+}
+
+
+class OptionError(ConfigError):
+    """A complaint about one option, before it is known where the option was given.
+
+    Args:
+        problem: what is wrong, in words.
+        key: dotted path of the option, without `init_args`; "" for none.
+        known: options that might have been meant.
+    """
+
+    def __init__(self, problem: str, key: str = "", known: Sequence[str] = ()) -> None:
+        self.problem, self.key, self.known = problem, key, known
+        super().__init__(f"{key}: {problem}" if key else problem)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are MiniGPT's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the parser's complaint as an error about one option."""
+        below = [getattr(action, "_name_parser_map", {}).values() for action in self._actions]
+        parsers: list[Any] = [self, *(parser for verbs in below for parser in verbs)]
+        known = [action.dest for parser in parsers for action in parser._actions]
+        raise understood(message, ex, known) from ex
+
+
+def understood(message: str, ex: BaseException | None, known: Sequence[str]) -> OptionError:
+    """Turn a complaint of jsonargparse into one about an option."""
+    inner = next((e for e in chain(ex) if isinstance(e, OptionError)), None)
+    found = _KEY.match(message)
+    key, problem = (found[1], message[found.end() :]) if found else ("", message)
+    if inner is not None:
+        whole = f"{key}.{inner.key}".strip(".")
+        return OptionError(inner.problem, whole, inner.known)
+    for pattern in _UNKNOWN:
+        if match := pattern.search(problem):
+            name = ".".join(match.groups())
+            return OptionError("there is no such option", f"{key}.{name}".strip("."), known)
+    if "arguments are required" in problem:
+        return OptionError("no model and no data are given; name a config with --config FILE")
+    return OptionError(in_words(problem), key)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def in_words(problem: str) -> str:
+    """Shorten a complaint about a value to one line, without Python's names of types."""
+    problem, *value = problem.partition("Given value: ")[::2]
+    problem = problem.partition("Given value type")[0]
+    lines = [line.strip().removeprefix("- ") for line in problem.splitlines()]
+    skip = ("Does not validate", "Subtypes:", "Errors:", _NONE)
+    lines = [line for line in lines if line and not line.startswith(skip)]
+    if all(line.startswith("Expected a ") for line in lines):
+        lines[1:] = [line.removeprefix("Expected a ") for line in lines[1:]]
+    text = " or ".join(lines)
+    text = re.sub(r"<class '([\w.]+)'>", lambda m: _TYPES.get(m[1], m[1].split(".")[-1]), text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
+    text = text.replace("Expected a ", "must be ").replace(". Got value: ", ", but is ")
+    told = "but is" in text or "there is no" in text or not value[0]
+    return text if told else f"{text}, but is {value[0]:.60}"
+
+
+def explained(error: OptionError, args: Sequence[str]) -> ConfigError:
+    """Return the error with the place of its option and a remedy.
+
+    Args:
+        error: what the parser found.
+        args: the command line.
+    """
+    last = error.key.rpartition(".")[2]
+    names = sorted({name.rpartition(".")[2] for name in error.known})
+    close = difflib.get_close_matches(last, names, 1, 0.78)
+    remedy = f"Did you mean {close[0]}? " if close else ""
+    place = located(error.key, args) if error.key else ""
+    remedy += _CLASSES.get(error.key) or _REMEDY[bool(error.known)]
+    return ConfigError(f"{place}: {error.problem}. {remedy}" if place else f"{error}. {remedy}")
+
+
+def located(key: str, args: Sequence[str]) -> str:
+    """Return where an option is given: `file:line: path`, or as it stands on the command line."""
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("init_args.", "") == key:
+            return name
+    for file in reversed(list(config_files(args))):
+        if found := walk(yaml.compose(file.read_text(encoding="utf-8")), key.split(".")):
+            line, path = found
+            return f"{file}:{line}: {path}"
+    return key
+
+
+def walk(node: Any, parts: list[str], path: str = "") -> tuple[int, str] | None:
+    """Follow a dotted path in a YAML file; return its line and the whole path."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    below = {name.value: (name, value) for name, value in node.value}
+    step = parts[0] if parts[0] in below else "init_args"
+    if step not in below:
+        return None
+    name, value = below[step]
+    whole = f"{path}.{step}".strip(".")
+    rest = parts if step != parts[0] else parts[1:]
+    return walk(value, rest, whole) if rest else (name.start_mark.line + 1, whole)
+
+
+def config_files(args: Sequence[str]) -> Iterator[Path]:
+    """Yield the config files named on a command line."""
+    for index, arg in enumerate(args):
+        name, given, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            following = args[index + 1 : index + 2]
+            yield from map(Path, [value] if given else following)
+
+
+def check_configs(args: Sequence[str]) -> None:
+    """Refuse config files that are missing, no YAML, or no mapping.
+
+    Raises:
+        ConfigError: with the file and the line.
+    """
+    for file in config_files(args):
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}: the config is not UTF-8. Convert it.") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: the config cannot be read: {error.strerror}. Check the name; relative "
+                "paths start at the current directory."
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}{_yaml_problem(error)}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"{file}: a config must hold options such as `run_dir: outputs/sft`, but this one "
+                f"holds {'nothing' if content is None else repr(content)[:60]}."
+            )
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{place}: invalid YAML: {problem}. Mend the indentation or brackets there."
