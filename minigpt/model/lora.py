@@ -37,6 +37,14 @@ class Lora:
     dropout: float = 0.05
     target_modules: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise ConfigError(
+                f"lora.r and lora.alpha must be at least 1, but are {self.r} and {self.alpha}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in [0, 1), but is {self.dropout}.")
+
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the last names of all linear layers (Conv1D too), the head excluded."""

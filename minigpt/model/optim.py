@@ -40,6 +40,20 @@ class OptimizerOptions:
     eps: float = 1e-8
     momentum: float = 0.95
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "adamw_lr", "eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"optimizer.{name} must be above 0, but is {value}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"optimizer.weight_decay must be at least 0, but is {self.weight_decay}."
+            )
+        if not all(0 <= rate < 1 for rate in (*self.betas, self.momentum)):
+            raise ConfigError(
+                "optimizer.betas and optimizer.momentum must lie in [0, 1), but are "
+                f"{self.betas} and {self.momentum}."
+            )
+
 
 @dataclass(frozen=True)
 class ScheduleOptions:
@@ -56,6 +70,11 @@ class ScheduleOptions:
     warmup: float = 0.05
     decay: float = 0.5
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "floor"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"schedule.{name} must be at least 0, but is {value}.")
 
 
 def learning_rate_factor(options: ScheduleOptions, total: int) -> Callable[[int], float]:
