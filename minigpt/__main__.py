@@ -38,7 +38,7 @@ Each verb explains itself: minigpt <verb> --help
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return the exit status: 0, or 2 for an error of the user's."""
+    """Run a verb and return the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
@@ -70,9 +70,19 @@ def guarded(args: list[str]) -> int:
         print(f"minigpt: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("minigpt: interrupted", file=sys.stderr)
-        return 130
+        return interrupted()
+    except SystemExit as stop:  # after --help, or Lightning's answer to Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return interrupted()
+        if stop.code not in (0, None):
+            raise
     return 0
+
+
+def interrupted() -> int:
+    """Say that the run was interrupted; return the exit status."""
+    print("minigpt: interrupted", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

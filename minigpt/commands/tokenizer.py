@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from minigpt.commands.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.model.build import name_tokenizer_class, whole_directory
@@ -15,6 +15,10 @@ from minigpt.model.build import name_tokenizer_class, whole_directory
 log = logging.getLogger(__name__)
 
 MEASURED = 2000  # rows whose characters per token are reported
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+}
 
 EXAMPLES = """examples:
   minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
@@ -24,19 +28,15 @@ EXAMPLES = """examples:
 
 def main(args: list[str]) -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        prog="minigpt tokenizer",
-        description="Train a tokenizer on JSONL.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        prog="minigpt tokenizer", description="Train a tokenizer on JSONL.", epilog=EXAMPLES
     )
     actions = parser.add_subparsers(dest="action", required=True)
     train = actions.add_parser("train", help="train a byte-level BPE", epilog=EXAMPLES)
-    train.formatter_class = argparse.RawDescriptionHelpFormatter
     train.add_argument("--data_file", nargs="+", required=True, help="JSONL files")
     train.add_argument("--output_dir", required=True, help="where to save it")
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
-    train.add_argument("--data_limit", type=int, help="use only the first rows")
+    train.add_argument("--data_limit", type=positive, help="use only the first rows")
     train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     chosen = parser.parse_args(args)
     train_to(
@@ -60,20 +60,43 @@ def train_to(
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
     """
-    if (directory / "tokenizer.json").exists() and not overwrite:
-        raise ConfigError(
-            f"{directory} already holds a tokenizer. Choose another --output_dir, or replace it "
-            "with --overwrite."
-        )
+    check_room(directory, overwrite)
     trained = tokenizers.train(files, vocab_size, limit)
-    with whole_directory(directory) as partial:
-        tokenizers.save(trained, partial)
-        name_tokenizer_class(partial)
+    try:
+        with whole_directory(directory) as partial:
+            tokenizers.save(trained, partial)
+            name_tokenizer_class(partial)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {directory}: {error.strerror}. Choose another --output_dir."
+        ) from error
     ratio = characters_per_token(
         trained, files, MEASURED if limit is None else min(limit, MEASURED)
     )
     log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
     return ratio
+
+
+def check_room(directory: Path, overwrite: bool) -> None:
+    """Refuse a place where a tokenizer would replace something else.
+
+    Raises:
+        ConfigError: for a file, a directory with other files in it, or a tokenizer that
+            nobody asked to replace.
+    """
+    if not directory.exists():
+        return
+    held = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
+    if others := sorted(held - TOKENIZER_FILES):
+        raise ConfigError(
+            f"{directory} is no place for a tokenizer: it holds {', '.join(others[:3])}. Choose "
+            "an --output_dir of its own."
+        )
+    if held and not overwrite:
+        raise ConfigError(
+            f"{directory} already holds a tokenizer. Choose another --output_dir, or replace it "
+            "with --overwrite."
+        )
 
 
 def characters_per_token(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 from minigpt.model.attention import attention_of
 from minigpt.model.build import (
     ADAPTER,
@@ -117,7 +117,17 @@ class Engine:
 
         Raises:
             ConfigError: for a chat when the model has no chat template.
+            DataError: for text that is not valid Unicode.
         """
+        texts = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                "the prompt holds a lone surrogate, half of a character",
+                remedy="Give it as valid UTF-8.",
+                reason="lone_surrogate",
+            ) from None
         if isinstance(prompt, str):
             ids = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
             return list(ids) or [tokenizers.document_end(self.tokenizer)]
