@@ -219,7 +219,7 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any
     ) -> None:
         """Gather all processes' predictions and write them."""
-        mine = [pair for batch in predictions for pair in batch]
+        mine = [done for batch in predictions for done in batch]
         every: list[Any] = [mine]
         if trainer.world_size > 1:
             import torch.distributed as dist
@@ -227,12 +227,12 @@ class PredictionWriter(BasePredictionWriter):
             every = [None] * trainer.world_size
             dist.all_gather_object(every, mine)
         if trainer.is_global_zero:
-            pairs = sorted((p for part in every for p in part), key=lambda pair: pair[0].number)
+            rows = sorted((done for part in every for done in part), key=lambda done: done[0])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
             with partial.open("w", encoding="utf-8") as file:
-                for prompt, text in pairs:
-                    row = {**prompt.row, "completion": text}
+                for _, row, text in rows:
+                    row = {**row, "completion": text}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             partial.replace(self.path)
-            log.info("%d completions written to %s", len(pairs), self.path)
+            log.info("%d completions written to %s", len(rows), self.path)

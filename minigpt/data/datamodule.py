@@ -284,7 +284,7 @@ class JSONLDataModule(LightningDataModule):
     def _deal(self, items: list[Any]) -> DataLoader[list[Any]]:
         """Give each process its share of the items, a batch at a time."""
         rank, world = self.place
-        return DataLoader(items[rank::world], ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(items[rank::world], batch_size=ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Move packed batches; exam items and prompts stay as they are."""

@@ -330,10 +330,12 @@ class BaseModule(LightningModule, ABC):
             values = {f"exam/{f}": float(totals[f] / totals[f"#{f}"]) for f in families}
         self.log_dict(values, rank_zero_only=True)
 
-    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[tuple[Prompt, str]]:
-        """Complete prompts."""
+    def predict_step(
+        self, batch: list[Prompt], batch_idx: int
+    ) -> list[tuple[int, dict[str, Any], str]]:
+        """Complete prompts; each comes back as its number, its row and the completion."""
         replies = self.engine().complete([p.content for p in batch], self.sampling)
-        return [(p, reply.text) for p, reply in zip(batch, replies, strict=True)]
+        return [(p.number, p.row, reply.text) for p, reply in zip(batch, replies, strict=True)]
 
     # Checkpoints
 
