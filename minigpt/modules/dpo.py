@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.build import load_model
+from minigpt.model.build import fit_vocabulary, load_model
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import PreferenceLoss, dpo
 from minigpt.modules.base import BaseModule, Step
@@ -66,8 +66,14 @@ class DPOModule(BaseModule):
         """Load the reference where a trained run is only validated."""
         if self.trained is not None and not self._frozen:
             assert self.init_from is not None
-            frozen = PackedLM(load_model(self.init_from))
+            start = load_model(self.init_from)
+            fit_vocabulary(start, self.tokenizer)
+            frozen = PackedLM(start)
             self._frozen.append(frozen.requires_grad_(False).eval())
+
+    def on_test_start(self) -> None:
+        """Load the reference also where the held-out pairs are the test."""
+        self.on_validation_start()
 
     @torch.no_grad()
     def precompute(self) -> None:
