@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -118,7 +119,11 @@ class PackedLoader:
         assert order is not None
         dataset = PackedDataset(order, selections, epoch, start, *m.place)
         yield from DataLoader(
-            dataset, batch_size=None, num_workers=m.num_workers, pin_memory=m.pin_memory
+            dataset,
+            batch_size=None,
+            num_workers=m.num_workers,
+            pin_memory=m.pin_memory,
+            generator=torch.Generator(),  # its own, so that reading never changes the dropout
         )
 
 

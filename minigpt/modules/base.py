@@ -109,6 +109,7 @@ class BaseModule(LightningModule, ABC):
         self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
         self.window, self.held_out = Totals(), Totals()
         self.tokens_seen = 0
+        self.chance: list[Tensor] = []  # states of random generators, of a checkpoint
 
     @abstractmethod
     def step(self, batch: PackedBatch) -> Step:
@@ -205,6 +206,8 @@ class BaseModule(LightningModule, ABC):
         step = self.step(batch)
         self.tokens_seen += batch.n_tokens
         self.window.add(self._sums(step, batch), self.device)
+        # Here, because a checkpoint is saved before this module's own on_train_batch_end.
+        self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
         return step.loss / self._nominal
 
     @property
@@ -248,10 +251,6 @@ class BaseModule(LightningModule, ABC):
             "so no update was made. Lower the learning rate, or resume from the last checkpoint "
             "with --ckpt_path auto."
         )
-
-    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
-        """Note how far the data has been used."""
-        self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
 
     # Logging
 
@@ -340,12 +339,26 @@ class BaseModule(LightningModule, ABC):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of tokens."""
+        """Keep the count of tokens, and the state of chance, which dropout draws from."""
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["chance"] = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            checkpoint["chance"].append(torch.cuda.get_rng_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the count of tokens."""
+        """Continue the count of tokens and, from the first batch on, the dropout."""
         self.tokens_seen = checkpoint["tokens_seen"]
+        self.chance = checkpoint.get("chance", [])
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Take up the state of chance of the checkpoint that the run goes on from."""
+        for state, put in zip(self.chance, (torch.set_rng_state, self._set_gpu), strict=False):
+            put(state)
+        self.chance = []
+
+    def _set_gpu(self, state: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
 
     def export(self, directory: Path) -> None:
         """Write the model (or its adapter) as a directory that the next stage starts from."""
