@@ -189,6 +189,14 @@ class JSONLDataModule(LightningDataModule):
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
             raise ConfigError("data.max_length must be at least 2: one token to predict another.")
+        for name in ("max_prompt_length", "data_limit"):
+            if (value := getattr(self.limits, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, but is {value}.")
+        if not 0 <= self.val_share < 1 or not 0 <= self.limits.max_bad_share <= 1:
+            raise ConfigError(
+                "data.val_share and data.max_bad_share are shares, 0 to 1, but are "
+                f"{self.val_share} and {self.limits.max_bad_share}."
+            )
         if room < longest:
             raise ConfigError(
                 f"data.tokens_per_batch is {room}, but one sample may have {longest} tokens. "

@@ -47,6 +47,8 @@ class DPOModule(BaseModule):
                 "model.label_smoothing belongs to loss: cdpo and lies in 0..0.5; "
                 f"got {label_smoothing} with loss: {loss}."
             )
+        if not beta > 0:
+            raise ConfigError(f"model.beta must be above 0, but is {beta}.")
         self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
         self.reference = reference
         self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
