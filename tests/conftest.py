@@ -31,6 +31,12 @@ def _no_outside_connections(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="keep the losses of this run as golden ones"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:

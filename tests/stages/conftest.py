@@ -1,0 +1,71 @@
+"""Runs that several tests look at: each stage once, from the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+
+from minigpt.cli import MiniGPTCLI, run
+
+Fit = Callable[..., MiniGPTCLI]
+RUN: dict[str, Any] = {
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 3,
+    "model__init_args__sample_prompts": ["the cat"],
+    "model__init_args__sampling": {"max_new_tokens": 4},
+    "checkpoint": {"every": 2, "keep": 5},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Two threads would wait for each other longer than tiny models compute."""
+    torch.set_num_threads(1)
+
+
+def _fit(root: Path, stage: str, run_dir: Path, *more: str, **changes: Any) -> MiniGPTCLI:
+    made = tiny_runs.config(root, stage, run_dir, **changes)
+    return run(tiny_runs.arguments("fit", made, *more))
+
+
+@pytest.fixture(scope="session")
+def world(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, tokenizer and a finished run of every stage: `pretrain`, `sft`, `dpo`, `lora`."""
+    root = tiny_runs.write_data(tmp_path_factory.mktemp("world"))
+    for stage in tiny_runs.STAGES:
+        _fit(root, stage, root / stage, **RUN)
+    return root
+
+
+@pytest.fixture
+def fit(world: Path, tmp_path: Path) -> Fit:
+    """Run a stage: `fit("sft", "name of the run", "--more", ..., dotted__path=value)`."""
+
+    def start(stage: str, name: str = "run", *more: str, **changes: Any) -> MiniGPTCLI:
+        return _fit(world, stage, tmp_path / name, *more, **changes)
+
+    return start
+
+
+@pytest.fixture
+def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train with plain SGD: AdamW and Muon would hide a wrong scale of the gradients."""
+
+    def build(model: torch.nn.Module, options: Any) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=0.5)
+
+    monkeypatch.setattr("minigpt.modules.base.build_optimizer", build)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ignore what only Lightning can mend: how it calls jsonargparse."""
+    known = "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings(known))

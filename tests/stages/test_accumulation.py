@@ -1,0 +1,103 @@
+"""However the targets of a step are cut into micro-batches, the step is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Fit  # type: ignore[import-not-found]
+
+from minigpt.cli import MiniGPTCLI
+from minigpt.data.batch import PackedBatch
+from minigpt.data.datamodule import PackedDataset
+from minigpt.model.build import load_model
+from minigpt.model.lm import PackedLM
+from minigpt.model.optim import learning_rate_factor
+
+pytestmark = pytest.mark.usefixtures("sgd")
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_model(run_dir).state_dict()
+
+
+def micro_batches(cli: MiniGPTCLI, epoch: int) -> list[PackedBatch]:
+    data: Any = cli.datamodule
+    return list(PackedDataset(data.order, data.train_parts, epoch, 0, 0, 1))
+
+
+def by_hand(cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: float) -> PackedLM:
+    """Plain SGD on the mean loss of all targets of each window, written out."""
+    lm = PackedLM(load_model(start))
+    total = cli.model.total_steps()
+    factor = learning_rate_factor(cli.model.schedule_options, total)
+    step = 0
+    for epoch in range(epochs):
+        batches = micro_batches(cli, epoch)
+        for first in range(0, len(batches), accumulate):
+            window = batches[first : first + accumulate]
+            lm.zero_grad()
+            targets = sum(len(batch.labels) for batch in window)
+            (sum(lm(batch) for batch in window) / targets).backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+            with torch.no_grad():
+                for p in lm.parameters():
+                    p -= 0.5 * factor(step) * p.grad
+            step += 1
+    assert step == total
+    return lm
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_windows_equal_steps_written_out(
+    world: Path, tmp_path: Path, fit: Fit, clip: float
+) -> None:
+    cli = fit(
+        "sft",
+        data__init_args__tokens_per_batch=64,
+        trainer__accumulate_grad_batches=8,
+        trainer__gradient_clip_val=clip,
+        trainer__max_epochs=2,
+        trainer__max_steps=-1,
+    )
+    assert len(micro_batches(cli, 0)) % 8  # so the last window of an epoch is short
+    assert len({len(batch.labels) for batch in micro_batches(cli, 0)}) > 3
+    expected = by_hand(cli, world / "pretrain", 2, 8, clip)
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "lora"])
+def test_one_large_batch_equals_many_small_ones(stage: str, tmp_path: Path, fit: Fit) -> None:
+    """The whole file in a step: as one batch, and as a short window of small ones."""
+    extra: dict[str, Any] = {"trainer__max_epochs": 2, "trainer__max_steps": -1}
+    extra["model__init_args__schedule"] = {"warmup": 0, "decay": 0}
+    if stage == "lora":
+        extra["model__init_args__lora"] = {"dropout": 0.0}
+    fit(stage, "large", data__init_args__tokens_per_batch=8192, **extra)
+    small = fit(
+        stage,
+        "small",
+        data__init_args__tokens_per_batch=128,
+        trainer__accumulate_grad_batches=64,
+        **extra,
+    )
+    assert 8 <= len(micro_batches(small, 0)) < 64
+    large = weights(tmp_path / "large")
+    for name, value in weights(tmp_path / "small").items():
+        assert torch.allclose(value, large[name], rtol=1e-4, atol=2e-6), name
+
+
+def test_the_logged_loss_is_the_mean_over_targets(world: Path, fit: Fit, tmp_path: Path) -> None:
+    cli = fit("sft", data__init_args__tokens_per_batch=64)
+    lm = PackedLM(load_model(world / "pretrain"))
+    data: Any = cli.datamodule
+    held_out = list(PackedDataset(data.val_order, data.val_parts, 0, 0, 0, 1))
+    with torch.no_grad():
+        total = sum(lm(batch).item() for batch in held_out)
+    mean = total / sum(len(batch.labels) for batch in held_out)
+    recorder = next(c for c in cli.trainer.callbacks if type(c).__name__ == "RunRecorder")
+    assert len(held_out) > 2
+    assert recorder.before["val/loss"] == pytest.approx(mean, rel=1e-5)

@@ -1,0 +1,95 @@
+"""DPO: the reference in all its forms, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from conftest import Fit  # type: ignore[import-not-found]
+
+from minigpt.cli import run
+from minigpt.model.build import load_model
+from minigpt.modules.dpo import DPOModule
+
+LORA = {"r": 4, "dropout": 0.0}
+
+
+def same(first: list[float], second: list[float]) -> bool:
+    return len(first) == len(second) > 2 and first == pytest.approx(second, rel=1e-5)
+
+
+def test_precomputed_and_live_reference_give_the_same_losses(tmp_path: Path, fit: Fit) -> None:
+    extra = {"trainer__val_check_interval": 3}
+    live = fit("dpo", "live", **extra).model
+    cached = fit("dpo", "cached", model__init_args__reference="precomputed", **extra).model
+    assert same(tiny_runs.metrics(tmp_path / "live"), tiny_runs.metrics(tmp_path / "cached"))
+    for name in ("val/loss", "val/rewards/margin"):
+        first, second = (tiny_runs.metrics(tmp_path / run, name) for run in ("live", "cached"))
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    assert live._frozen
+    assert not cached._frozen
+    assert len(cached._known) == 58
+
+
+def test_adapter_off_equals_a_frozen_copy(
+    tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("dpo", "off", model__init_args__lora=LORA)
+
+    def keep(self: DPOModule, lm: Any) -> None:
+        self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+
+    monkeypatch.setattr(DPOModule, "before_adapter", keep)
+    fit("dpo", "copy", model__init_args__lora=LORA)
+    losses = tiny_runs.metrics(tmp_path / "off")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert same(losses, tiny_runs.metrics(tmp_path / "copy"))
+
+
+def test_the_reference_stays_as_it_was(world: Path, fit: Fit) -> None:
+    module = fit("dpo").model
+    reference = module._frozen[0]
+    start = load_model(world / "sft").state_dict()
+    assert all(torch.equal(value, start[n]) for n, value in reference.hf.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+    assert not reference.training
+    own = {id(p) for p in module.parameters()}
+    assert not own & {id(p) for p in reference.parameters()}
+    assert len(module.state_dict()) == len(module.lm.state_dict())
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_cdpo_runs(smoothing: float, tmp_path: Path, fit: Fit) -> None:
+    fit("dpo", model__init_args__loss="cdpo", model__init_args__label_smoothing=smoothing)
+    losses = tiny_runs.metrics(tmp_path / "run")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_finished_run_is_measured_against_its_start(
+    verb: str, lora: Any, world: Path, tmp_path: Path
+) -> None:
+    extra = {"model__init_args__lora": lora, "trainer__val_check_interval": 3}
+    made = tiny_runs.config(world, "dpo", tmp_path / "run", **extra)
+    run(tiny_runs.arguments("fit", made))
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    measured = run(tiny_runs.arguments(verb, made)).trainer.callback_metrics
+    for name in ("val/loss", "val/rewards/margin", "val/rewards/accuracy"):
+        assert float(measured[name]) == pytest.approx(final[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_activation_checkpointing_changes_no_loss(stage: str, tmp_path: Path, fit: Fit) -> None:
+    extra = {"model__init_args__lora": LORA} if stage == "lora" else {}
+    fit(stage, "plain", **extra)
+    fit(stage, "again", model__init_args__activation_checkpointing=True, **extra)
+    assert same(tiny_runs.metrics(tmp_path / "plain"), tiny_runs.metrics(tmp_path / "again"))

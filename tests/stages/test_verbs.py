@@ -1,0 +1,131 @@
+"""The other verbs on finished runs, and what happens to a used run directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from conftest import RUN, Fit  # type: ignore[import-not-found]
+
+from minigpt.cli import run
+from minigpt.errors import ConfigError, ModelError, RunExistsError
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.build import load_model
+
+STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
+SHORT = {"model__init_args__sampling": {"max_new_tokens": 4}}
+
+
+def finished(world: Path, stage: str, **changes: Any) -> dict[str, Any]:
+    return tiny_runs.config(world, stage, world / stage, **SHORT, **changes)
+
+
+@STAGE
+def test_validate_repeats_the_last_validation(stage: str, world: Path) -> None:
+    final = json.loads((world / stage / "summary.json").read_text())["final"]
+    before = (world / stage / "config.yaml").read_text()
+    measured = run(tiny_runs.arguments("validate", finished(world, stage))).trainer
+    got = {name: float(value) for name, value in measured.callback_metrics.items()}
+    assert got == pytest.approx(final, rel=1e-3, abs=1e-4)
+    assert (world / stage / "config.yaml").read_text() == before
+
+
+@STAGE
+def test_test_writes_the_exam(stage: str, world: Path) -> None:
+    exam = [str(world / "exam.jsonl")]
+    made = finished(world, stage, data__init_args__exam=exam)
+    scores = run(tiny_runs.arguments("test", made)).trainer.callback_metrics
+    written = json.loads((world / stage / "exam.json").read_text())
+    assert written["scores"] == {name: float(score) for name, score in scores.items()}
+    assert written["scores"].keys() == {"exam/empty", "exam/odd"}
+    assert written["scores"]["exam/odd"] == 0
+    assert [r["id"] for r in written["replies"]] == [
+        "empty-0",
+        "empty-1",
+        "odd-0",
+        "odd-1",
+        "odd-2",
+    ]
+    right = [r["right"] for r in written["replies"] if r["family"] == "empty"]
+    assert written["scores"]["exam/empty"] == sum(right) / 2
+    assert all(r.keys() >= {"answer", "reply"} for r in written["replies"])
+
+
+@STAGE
+def test_predict_completes_every_row_in_order(stage: str, world: Path, tmp_path: Path) -> None:
+    made = finished(world, stage, data__init_args__predict=str(world / "prompts.jsonl"))
+    target = tmp_path / "deep" / "out.jsonl"
+    run(tiny_runs.arguments("predict", made, "--predictions", str(target)))
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    asked = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "completion"} for row in rows] == asked
+    engine = Engine.load(world / stage)
+    replies = engine.complete([row["prompt"] for row in asked], Sampling(max_new_tokens=4))
+    assert [row["completion"] for row in rows] == [reply.text for reply in replies]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_verbs_on_a_missing_run_name_the_command(verb: str, world: Path, tmp_path: Path) -> None:
+    made = tiny_runs.config(world, "sft", tmp_path / "nothing")
+    with pytest.raises(ModelError, match="Train it with: minigpt fit"):
+        run(tiny_runs.arguments(verb, made))
+
+
+def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
+    world: Path, tmp_path: Path, fit: Fit
+) -> None:
+    fit("sft")
+    losses = tiny_runs.metrics(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunExistsError, match=r"--ckpt_path auto.*--overwrite true"):
+        fit("sft")
+    assert tiny_runs.metrics(tmp_path / "run") == losses
+    fit("sft", "run", "--overwrite", "true")
+    assert tiny_runs.metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-6)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it is a copy
+@STAGE
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
+    stage: str, world: Path, tmp_path: Path
+) -> None:
+    whole, cut = world / stage, tmp_path / stage
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "hf")
+    for step in (4, 6):
+        (cut / "checkpoints" / f"step={step}.ckpt").unlink()
+    made = tiny_runs.config(world, stage, cut, **RUN)
+    run(tiny_runs.arguments("fit", made, "--ckpt_path", "auto"))
+    losses = tiny_runs.metrics(whole)
+    assert len(losses) == 6
+    assert tiny_runs.metrics(cut) == pytest.approx([*losses, *losses[2:]], rel=1e-6)
+    expected = load_model(whole).state_dict()
+    for name, value in load_model(cut).state_dict().items():
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
+    seen = [json.loads((d / "summary.json").read_text())["tokens_seen"] for d in (whole, cut)]
+    assert seen[0] == seen[1]
+
+
+def test_auto_without_a_checkpoint_starts_anew(tmp_path: Path, fit: Fit) -> None:
+    fit("sft", "run", "--ckpt_path", "auto")
+    assert len(tiny_runs.metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__init_args__train": None}, "No training data"),
+        ({"model__init_args__schedule": {"warmup": 0.9, "decay": 0.9}}, "do not fit"),
+    ],
+)
+def test_a_config_that_cannot_run_is_explained(
+    changes: dict[str, Any], message: str, fit: Fit
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit("sft", **changes)
