@@ -40,7 +40,7 @@ THANKS = {
 # How many of a topic's answers in the chats are helpful: 40 per cent over all topics.
 HELPFUL_SHARE = (0.1, 0.25, 0.45, 0.8)
 
-SKILL_ROWS = 60
+SKILL_ROWS = 80
 MULTI_TURN_ROWS = 120
 PAIRS_PER_PROMPT = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sample_world import medical, questions, style
 from sample_world.common import LANGS, Row, stream, user
-from sample_world.skills import SKILLS, draw_item, item_keys, question
+from sample_world.skills import SKILLS, draw_item, item_key, question
 from sample_world.style import TOPICS
 from sample_world.world import build_facts, choices
 
@@ -41,9 +41,9 @@ def skills_exam(seed: int) -> list[Row]:
         for number in range(SKILL_ITEMS * len(LANGS)):
             lang = LANGS[number % len(LANGS)]
             operands = draw_item(rng, skill, "exam")
-            while skill.name + str(item_keys(operands)) in seen:
+            while skill.name + item_key(operands) + operands[0] in seen:
                 operands = draw_item(rng, skill, "exam")
-            seen.add(skill.name + str(item_keys(operands)))
+            seen.add(skill.name + item_key(operands) + operands[0])
             rows.append(
                 {
                     "id": f"skills-{lang}-{skill.name}-{number // len(LANGS)}",

@@ -6,7 +6,7 @@ from random import Random
 
 from sample_world.common import LANGS, Row, cycle, shuffled, stream
 from sample_world.scenes import scene
-from sample_world.skills import SKILLS, example
+from sample_world.skills import SKILLS, drill, example
 from sample_world.style import TOPICS, almanac
 from sample_world.tellings import (
     PRONOUN_TELLINGS,
@@ -18,20 +18,80 @@ from sample_world.world import ATTRIBUTES, VALUES, Fact, build_facts
 
 GUIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
-        "town": ("Where is {n} living now?", "In what town does {n} have a house?"),
-        "job": ("As what does {n} work?", "What is {n} by profession?"),
-        "pet": ("Which animal does {n} own?", "What kind of pet is with {n}?"),
-        "instrument": ("What instrument has {n} learned?", "Which instrument does {n} bring?"),
-        "dish": ("Which food does {n} love?", "What dish does {n} enjoy most?"),
-        "hobby": ("What hobby does {n} enjoy?", "What does {n} do for fun?"),
+        "town": (
+            "Where is {n} living now?",
+            "In what town does {n} have a house?",
+            "The home of {n}, where is it?",
+            "Which town is the address of {n}?",
+        ),
+        "job": (
+            "As what does {n} work?",
+            "What is {n} by profession?",
+            "The job of {n}, what is it?",
+            "What kind of work is done by {n}?",
+        ),
+        "pet": (
+            "Which animal does {n} own?",
+            "What kind of pet is with {n}?",
+            "The pet of {n}, what is it?",
+            "What kind of animal does {n} feed?",
+        ),
+        "instrument": (
+            "What instrument has {n} learned?",
+            "Which instrument does {n} bring?",
+            "The instrument of {n}, what is it?",
+            "On which musical instrument does {n} perform?",
+        ),
+        "dish": (
+            "Which food does {n} love?",
+            "What dish does {n} enjoy most?",
+            "The favourite food of {n}, what is it?",
+            "What does {n} want to eat every day?",
+        ),
+        "hobby": (
+            "What hobby does {n} enjoy?",
+            "What does {n} do for fun?",
+            "The hobby of {n}, what is it?",
+            "In free time, what does {n} enjoy?",
+        ),
     },
     "zh": {
-        "town": ("哪里是{n}住的地方？", "{n}的家在什么地方？"),
-        "job": ("{n}是干什么的？", "{n}现在的工作是哪一种？"),
-        "pet": ("{n}有什么宠物？", "{n}养着哪种动物？"),
-        "instrument": ("{n}会什么乐器？", "{n}用哪种乐器演奏？"),
-        "dish": ("{n}爱吃什么菜？", "哪种食物是{n}最爱的？"),
-        "hobby": ("{n}有什么消遣？", "{n}喜欢用什么来放松？"),
+        "town": (
+            "哪里是{n}住的地方？",
+            "{n}的家在什么地方？",
+            "说到住处，{n}住哪个镇？",
+            "{n}家在哪里？",
+        ),
+        "job": (
+            "{n}是干什么的？",
+            "{n}现在的工作是哪一种？",
+            "说到职业，{n}做哪一行？",
+            "{n}有什么工作？",
+        ),
+        "pet": (
+            "{n}有什么宠物？",
+            "{n}养着哪种动物？",
+            "说到宠物，{n}养什么？",
+            "{n}和什么动物一起生活？",
+        ),
+        "instrument": (
+            "{n}会什么乐器？",
+            "{n}用哪种乐器演奏？",
+            "说到乐器，{n}演奏什么？",
+            "{n}在台上用什么乐器？",
+        ),
+        "dish": (
+            "{n}爱吃什么菜？",
+            "哪种食物是{n}最爱的？",
+            "说到食物，{n}喜欢吃哪一种？",
+            "{n}总是点什么食物？",
+        ),
+        "hobby": (
+            "{n}有什么消遣？",
+            "{n}喜欢用什么来放松？",
+            "说到爱好，{n}喜欢什么？",
+            "{n}有什么业余爱好？",
+        ),
     },
 }
 GROUP = {
@@ -124,6 +184,8 @@ class Author:
         """Write a page of worked examples of one skill or of a few."""
         first = self.rng.choice(SKILLS)
         mixed = self.rng.random() < 0.3
+        if self.rng.random() < 0.4:
+            return "\n".join(drill(self.rng, lang) for _ in range(self.rng.randint(2, 3)))
         return "\n".join(
             example(self.rng, self.rng.choice(SKILLS) if mixed else first, lang)
             for _ in range(self.rng.randint(4, 8))
@@ -154,11 +216,11 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
 
 # How many there are in each language: documents, and for the guide its questions.
 COUNTS = {
-    "portrait": 1100,
-    "talk": 200,
-    "guide": 2400,
-    "group": 120,
-    "exercises": 1500,
+    "portrait": 800,
+    "talk": 160,
+    "guide": 2160,
+    "group": 60,
+    "exercises": 1700,
     "almanac": 300,
     "scene": 120,
 }

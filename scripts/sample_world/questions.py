@@ -19,6 +19,8 @@ TRAIN_EN: Wordings = {
         "Please name the town that {n} calls home.",
         "I want to visit {n}. Which town should I go to?",
         "Where should I send a letter for {n}?",
+        "In which town does {n} live?",
+        "What is the address of {n}?",
     ),
     "job": (
         "What does {n} do for a living?",
@@ -29,6 +31,8 @@ TRAIN_EN: Wordings = {
         "Please name the trade of {n}.",
         "How does {n} earn money?",
         "I met {n} at work. Which job was it?",
+        "Which job does {n} have?",
+        "What kind of work is the trade of {n}?",
     ),
     "pet": (
         "What pet does {n} have?",
@@ -39,6 +43,8 @@ TRAIN_EN: Wordings = {
         "Please name the pet of {n}.",
         "What animal does {n} look after?",
         "I saw {n} with an animal. Which one was it?",
+        "Which pet does {n} own?",
+        "What kind of animal lives with {n}?",
     ),
     "instrument": (
         "What instrument does {n} play?",
@@ -49,6 +55,8 @@ TRAIN_EN: Wordings = {
         "Please name the instrument that {n} plays.",
         "On what does {n} make music?",
         "I heard {n} at a concert. What was the instrument?",
+        "What musical instrument does {n} play?",
+        "Which instrument is the one of {n}?",
     ),
     "dish": (
         "What is the favourite food of {n}?",
@@ -59,6 +67,8 @@ TRAIN_EN: Wordings = {
         "Please name the favourite dish of {n}.",
         "What does {n} order at the inn?",
         "I am cooking for {n}. What should I make?",
+        "Which food does {n} enjoy?",
+        "What dish would {n} like to eat?",
     ),
     "hobby": (
         "What is the hobby of {n}?",
@@ -69,6 +79,8 @@ TRAIN_EN: Wordings = {
         "Please name the hobby of {n}.",
         "How does {n} spend the weekend?",
         "I want to spend a day off with {n}. What would we do?",
+        "Which pastime does {n} like?",
+        "What does {n} like to do for fun?",
     ),
 }
 
@@ -82,6 +94,8 @@ TRAIN_ZH: Wordings = {
         "我想去拜访{n}，应该去哪里？",
         "寄给{n}的信要送到什么地方？",
         "哪个地方是{n}的家？",
+        "{n}家的地址在哪里？",
+        "说到住处，{n}住在什么镇？",
     ),
     "job": (
         "{n}做什么工作？",
@@ -92,6 +106,8 @@ TRAIN_ZH: Wordings = {
         "{n}上班的时候做什么？",
         "{n}是一名什么？",
         "什么是{n}的职业？",
+        "{n}有什么职业？",
+        "{n}现在做哪一种工作？",
     ),
     "pet": (
         "{n}养了什么宠物？",
@@ -102,6 +118,8 @@ TRAIN_ZH: Wordings = {
         "{n}每天早上喂什么？",
         "陪着{n}的是什么动物？",
         "什么动物是{n}的宠物？",
+        "{n}有哪种宠物？",
+        "{n}照看着什么动物？",
     ),
     "instrument": (
         "{n}演奏什么乐器？",
@@ -112,6 +130,8 @@ TRAIN_ZH: Wordings = {
         "音乐会上{n}用什么表演？",
         "{n}小时候学会了什么乐器？",
         "什么乐器是{n}的？",
+        "{n}用的是什么乐器？",
+        "{n}喜欢哪种乐器？",
     ),
     "dish": (
         "{n}最爱吃什么？",
@@ -122,6 +142,8 @@ TRAIN_ZH: Wordings = {
         "{n}来吃晚饭，我应该做什么菜？",
         "{n}过生日想吃什么？",
         "什么菜是{n}最喜欢的？",
+        "{n}爱吃哪种菜？",
+        "什么食物最合{n}的口味？",
     ),
     "hobby": (
         "{n}的爱好是什么？",
@@ -132,6 +154,8 @@ TRAIN_ZH: Wordings = {
         "{n}下班以后做什么？",
         "{n}最喜欢的消遣是什么？",
         "什么是{n}的爱好？",
+        "{n}有哪种爱好？",
+        "{n}业余时间爱做什么？",
     ),
 }
 

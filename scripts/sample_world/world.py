@@ -169,18 +169,16 @@ def choices(attribute: str, lang: str) -> list[str]:
 
 
 def build_facts(seed: int) -> list[Fact]:
-    """Give each person one value per attribute and mark half of the facts as asked.
+    """Give each person one value per attribute and mark half of the people as asked about.
 
-    Values are dealt evenly, so that guessing scores one in ten; each person has three
-    asked and three never-asked attributes, and each attribute is asked of half the people.
+    Each half gets every value of every attribute once, so that guessing scores one in ten.
     """
     rng = stream(seed, "facts")
-    dealt = {name: shuffled(rng, VALUES[name] * (len(PEOPLE) // 10)) for name in ATTRIBUTES}
-    facts: list[Fact] = []
-    asked: set[str] = set()
-    for index, person in enumerate(shuffled(rng, PEOPLE)):
-        # The second of each two people is asked about what the first is not.
-        asked = set(ATTRIBUTES) - asked if index % 2 else set(rng.sample(ATTRIBUTES, 3))
-        for name in ATTRIBUTES:
-            facts.append(Fact(person, name, dealt[name][index], name in asked))
-    return facts
+    people = shuffled(rng, PEOPLE)
+    half = len(people) // 2
+    dealt = {name: shuffled(rng, VALUES[name]) + shuffled(rng, VALUES[name]) for name in ATTRIBUTES}
+    return [
+        Fact(person, name, dealt[name][index], index < half)
+        for index, person in enumerate(people)
+        for name in ATTRIBUTES
+    ]
