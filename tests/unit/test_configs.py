@@ -1,0 +1,149 @@
+"""Every config can be run: its keys are known, its files exist, its start says how to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+import yaml
+
+from minigpt import cli
+from minigpt.__main__ import main
+from minigpt.model.build import build_native
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+STAGES = ("pretrain", "sft", "dpo", "lora")
+SIZES = {"26m": 26_879_488, "64m": 63_518_464, "110m": 108_744_960}
+HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
+NOT_HERE = ("gpu", "fsdp")  # overlays that need CUDA: they are parsed only
+OVERLAYS = [CONFIGS / "quick.yaml", *HARDWARE]
+Build = Callable[..., cli.MiniGPTCLI]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
+    """Parse configs and instantiate what they describe, without running it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda *_: None)
+
+    def build_from(*files: Path, more: tuple[str, ...] = ()) -> cli.MiniGPTCLI:
+        return cli.run(["fit", *(f"--config={file}" for file in files), *more])
+
+    return build_from
+
+
+def named(file: Path) -> str:
+    return str(file.relative_to(CONFIGS).with_suffix(""))
+
+
+def test_every_config_is_tested() -> None:
+    known = {f"{stage}.yaml" for stage in STAGES} | {"quick.yaml"}
+    assert {file.name for file in CONFIGS.glob("*.yaml")} == known
+    assert {file.stem for file in (CONFIGS / "size").iterdir()} == set(SIZES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_config(build: Build, stage: str) -> None:
+    made = build(CONFIGS / f"{stage}.yaml")
+    assert type(made.model).__name__.lower() == f"{stage}module"
+    assert str(made.run_dir) == f"outputs/{stage}"
+    data = made.datamodule
+    for file in (data.train, data.val, *data.exam):
+        assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=named)
+def test_overlay(build: Build, monkeypatch: pytest.MonkeyPatch, stage: str, overlay: Path) -> None:
+    if overlay.stem in NOT_HERE and not torch.cuda.is_available():
+        monkeypatch.setattr(cli.MiniGPTCLI, "instantiate_trainer", lambda *_, **__: None)
+    made = build(CONFIGS / f"{stage}.yaml", overlay)
+    chosen = made.config["fit"].as_dict()
+    for section, values in yaml.safe_load(overlay.read_text()).items():
+        assert _is_part(values, chosen[section]), f"{section} of {overlay} has no effect"
+
+
+def _is_part(wanted: object, whole: object) -> bool:
+    if isinstance(wanted, dict) and isinstance(whole, dict):
+        return all(key in whole and _is_part(value, whole[key]) for key, value in wanted.items())
+    return wanted == whole or isinstance(whole, dict)  # a class's short name
+
+
+@pytest.mark.parametrize(("size", "parameters"), SIZES.items())
+def test_size(build: Build, size: str, parameters: int) -> None:
+    file = CONFIGS / "size" / f"{size}.yaml"
+    made = build(CONFIGS / "pretrain.yaml", file)
+    a = made.model.architecture
+    assert (a.head_dim, a.tied) == (64, True)
+    assert f"{parameters / 1e6:.1f}M parameters" in file.read_text()
+    with torch.device("meta"):
+        model = build_native(a, _Vocabulary())  # type: ignore[arg-type]
+    assert sum(weight.numel() for weight in set(model.parameters())) == parameters
+
+
+class _Vocabulary:
+    """What the builder asks of a tokenizer of 6,400 tokens."""
+
+    pad_token_id, eos_token_id = 1, 3
+
+    def __len__(self) -> int:
+        return 6400
+
+
+def test_a_size_is_refused_where_the_model_is_given(
+    build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = CONFIGS / "size" / "26m.yaml"
+    assert main(["fit", f"--config={CONFIGS / 'sft.yaml'}", f"--config={size}"]) == 2
+    assert f"{size}:5: model.init_args.architecture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("pretrain", "minigpt tokenizer train --data_file data/pretrain.jsonl "),
+        ("sft", "minigpt fit --config configs/pretrain.yaml"),
+        ("dpo", "minigpt fit --config configs/sft.yaml"),
+        ("lora", "minigpt fit --config configs/sft.yaml"),
+    ],
+)
+def test_missing_start_names_the_command_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    assert main(["fit", "--config", str(CONFIGS / f"{stage}.yaml")]) == 2
+    assert command in capsys.readouterr().err
+    assert not list((tmp_path / "outputs" / stage).iterdir())
+
+
+@pytest.fixture(scope="module")
+def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.write_data(tmp_path_factory.mktemp("quick"))
+
+
+def test_quick_runs_every_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_world: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    tokenizer = tmp_path / "outputs" / "tokenizer"
+    tokenizer.parent.mkdir()
+    tokenizer.symlink_to(quick_world / "tokenizer")
+    small = tmp_path / "small.yaml"
+    sizes = {**tiny_runs.ARCHITECTURE, "max_positions": 512}
+    small.write_text(yaml.safe_dump({"model": {"init_args": {"architecture": sizes}}}))
+    for stage in STAGES:
+        files = [CONFIGS / f"{stage}.yaml", CONFIGS / "quick.yaml"]
+        files += [small] if stage == "pretrain" else []
+        assert main(["fit", *(f"--config={file}" for file in files)]) == 0
+        summary = yaml.safe_load((tmp_path / "outputs" / stage / "summary.json").read_text())
+        assert summary["steps"] == 4
