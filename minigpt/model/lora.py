@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,10 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
         _check_fit(model, directory)
         if (directory / "tokenizer.json").is_file():
             fit_vocabulary(model, tokenizers.load(directory))
-        adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"The adapter at {directory} cannot be loaded: {first}") from error
     return adapted
@@ -143,6 +146,8 @@ def save_adapter(
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an adapter directory that plain peft loads; whole or not at all."""
+    if weights is not None:
+        weights = {f"base_model.model.{name}": value for name, value in weights.items()}
     with whole_directory(directory) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
         tokenizer.save_pretrained(str(partial))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -193,6 +194,29 @@ def test_a_damaged_adapter_is_a_model_error(
     (tmp_path / "hf" / name).write_bytes(content)
     with pytest.raises(ModelError, match="hf"):
         load_model(tmp_path)
+
+
+def test_an_adapter_without_all_its_weights_is_a_model_error(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = add_adapter(load_model(bases["llama"]), NO_DROPOUT, str(bases["llama"]))
+    save_adapter(adapted, tokenizers.load(bases["llama"]), tmp_path / "hf")
+    weights = tmp_path / "hf" / "adapter_model.safetensors"
+    save_file(dict([*load_file(weights).items()][:5]), weights)
+    with pytest.raises(ModelError, match="missing adapter keys"):
+        load_model(tmp_path)
+
+
+def test_a_given_state_is_saved_instead_of_the_adapters(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(bases["llama"])
+    adapted = add_adapter(model, NO_DROPOUT, str(bases["llama"]))
+    state = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
+    save_adapter(adapted, tokenizers.load(bases["llama"]), tmp_path, state)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 28
+    assert all((value == 1).all() for value in saved.values())
 
 
 def test_a_missing_adapter_is_a_model_error(tmp_path: Path) -> None:
