@@ -27,7 +27,7 @@ from minigpt.data.exam import Item
 from minigpt.data.prompts import Prompt
 from minigpt.errors import ConfigError, TrainingError
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.infer.examine import Judged, sit
+from minigpt.infer.examine import Judged, shares, sit
 from minigpt.model.build import (
     check_vocabulary,
     checkpoint_activations,
@@ -46,7 +46,7 @@ from minigpt.model.optim import (
     build_schedule,
 )
 from minigpt.model.parallel import full_weights, shard
-from minigpt.modules.totals import Totals
+from minigpt.modules.totals import Totals, gathered
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ class BaseModule(LightningModule, ABC):
         if self.activation_checkpointing:
             checkpoint_activations(model)
         self.lm = lm.train()
-        if self.device_mesh is not None:
+        trains = self.trainer.state.fn in ("fit", "validate")  # generation takes whole weights
+        if self.device_mesh is not None and trains:
             shard(self.lm, self.device_mesh)
         total, trained = count_parameters(self.lm)
         log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
@@ -313,21 +314,17 @@ class BaseModule(LightningModule, ABC):
         """Judge the replies to exam items, or add a held-out batch where there is no exam."""
         if isinstance(batch, PackedBatch):
             return self.validation_step(batch, batch_idx)
-        for judged in sit(self.engine(), batch, self.sampling):
-            self.judged.append(judged)
-            family = judged.item.family
-            self.held_out.add({family: float(judged.right), f"#{family}": 1.0}, self.device)
+        self.judged += sit(self.engine(), batch, self.sampling)
         return None
 
     def on_test_epoch_end(self) -> None:
         """Log each family's share of right replies, or the held-out means."""
-        totals = self.held_out.reduced()
-        if "count" in totals:
-            values = {f"val/{k}": v for k, v in self.metrics(totals).items()}
-        else:
-            families = [name for name in totals if not name.startswith("#")]
-            values = {f"exam/{f}": float(totals[f] / totals[f"#{f}"]) for f in families}
+        if self.held_out.sums:
+            return self.on_validation_epoch_end()
+        self.judged = gathered(self.judged)
+        values = {f"exam/{family}": share for family, share in shares(self.judged).items()}
         self.log_dict(values, rank_zero_only=True)
+        return None
 
     def predict_step(
         self, batch: list[Prompt], batch_idx: int
