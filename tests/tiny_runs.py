@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ ARCHITECTURE = {
 }
 STAGES = ("pretrain", "sft", "dpo", "lora")
 _KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "lora": "LoRA"}
+Fit = Callable[..., Any]  # what the fixture `fit` gives
+RUN: dict[str, Any] = {
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 3,
+    "model__init_args__sample_prompts": ["the cat"],
+    "model__init_args__sampling": {"max_new_tokens": 4},
+    "checkpoint": {"every": 2, "keep": 5},
+}
 _BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft"}
 
 
@@ -108,7 +117,7 @@ def config(root: Path, stage: str, run_dir: Path, **changes: Any) -> dict[str, A
 def arguments(verb: str, made: dict[str, Any], *more: str) -> list[str]:
     """Write a config beside its run directory and return the command line that uses it."""
     run_dir = Path(made["run_dir"])
-    file = run_dir.with_name(f"{run_dir.name}.yaml")
+    file = run_dir.with_name(f"{run_dir.name}-{verb}.yaml")
     file.write_text(json.dumps(made))  # JSON is YAML
     return [verb, "--config", str(file), *more]
 

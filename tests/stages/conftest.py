@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,6 @@ import tiny_runs
 import torch
 
 from minigpt.cli import MiniGPTCLI, run
-
-Fit = Callable[..., MiniGPTCLI]
-RUN: dict[str, Any] = {
-    "trainer__max_steps": 6,
-    "trainer__val_check_interval": 3,
-    "model__init_args__sample_prompts": ["the cat"],
-    "model__init_args__sampling": {"max_new_tokens": 4},
-    "checkpoint": {"every": 2, "keep": 5},
-}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,12 +28,12 @@ def world(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, tokenizer and a finished run of every stage: `pretrain`, `sft`, `dpo`, `lora`."""
     root = tiny_runs.write_data(tmp_path_factory.mktemp("world"))
     for stage in tiny_runs.STAGES:
-        _fit(root, stage, root / stage, **RUN)
+        _fit(root, stage, root / stage, **tiny_runs.RUN)
     return root
 
 
 @pytest.fixture
-def fit(world: Path, tmp_path: Path) -> Fit:
+def fit(world: Path, tmp_path: Path) -> tiny_runs.Fit:
     """Run a stage: `fit("sft", "name of the run", "--more", ..., dotted__path=value)`."""
 
     def start(stage: str, name: str = "run", *more: str, **changes: Any) -> MiniGPTCLI:
@@ -61,11 +51,3 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.optim.SGD(trained, lr=0.5)
 
     monkeypatch.setattr("minigpt.modules.base.build_optimizer", build)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ignore what only Lightning can mend: how it calls jsonargparse."""
-    known = "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings(known))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Fit  # type: ignore[import-not-found]
+from tiny_runs import Fit
 
 from minigpt.cli import MiniGPTCLI
 from minigpt.data.batch import PackedBatch

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from conftest import Fit  # type: ignore[import-not-found]
+from tiny_runs import Fit
 
 CHANGES: dict[str, dict[str, Any]] = {
     "pretrain": {"model__init_args__optimizer": {"name": "muon"}},

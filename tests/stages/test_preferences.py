@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from conftest import Fit  # type: ignore[import-not-found]
+from tiny_runs import Fit
 
 from minigpt.cli import run
 from minigpt.model.build import load_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from conftest import RUN, Fit  # type: ignore[import-not-found]
+from tiny_runs import RUN, Fit
 
 from minigpt.cli import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError

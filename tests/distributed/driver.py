@@ -1,0 +1,39 @@
+"""Runs the jobs of a file one after the other, so that libraries are imported once.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 driver.py JOBS.json
+
+A job is {"args": command line, "sgd": whether to train with plain SGD}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minigpt.modules.base as base
+from minigpt.cli import run
+
+RATE = 0.5
+
+
+def sgd(model: torch.nn.Module, options: Any) -> torch.optim.Optimizer:
+    """Plain SGD, which does not hide a wrong scale of the gradients."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def main(file: str) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    own = base.build_optimizer
+    for job in json.loads(Path(file).read_text()):
+        base.build_optimizer = sgd if job["sgd"] else own
+        run(job["args"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,180 @@
+"""Two processes train exactly as one does: DDP and FSDP2 on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from driver import sgd  # type: ignore[import-not-found]
+
+import minigpt.modules.base as base
+from minigpt.cli import run
+from minigpt.model.build import load_model
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp2": FSDP2}
+JOBS = [(stage, "sgd") for stage in tiny_runs.STAGES] + [("pretrain", "muon"), ("lora", "muon")]
+ALL = [(stage, kind, strategy) for stage, kind in JOBS for strategy in STRATEGIES]
+
+
+def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[str, Any]:
+    """Two epochs in steps of two micro-batches; the last step of an epoch may have only one."""
+    made = tiny_runs.config(
+        root,
+        stage,
+        root / f"{stage}-{kind}-{name}",
+        trainer__max_steps=-1,
+        trainer__max_epochs=2,
+        trainer__val_check_interval=1,
+        data__init_args__tokens_per_batch=400,
+        checkpoint={"every": 1, "keep": 9},
+        **changes,
+    )
+    if kind == "muon":
+        made["model"]["init_args"]["optimizer"] = {"name": "muon", "lr": 0.02}
+    if stage == "lora":
+        made["model"]["init_args"]["lora"] = {"dropout": 0.0}
+    return {"args": tiny_runs.arguments("fit", made), "sgd": kind == "sgd"}
+
+
+def launch(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def torchrun(root: Path, jobs: list[dict[str, Any]]) -> None:
+    file = root / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    start = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(*start, str(HERE / "driver.py"), str(file))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every job by one process and by two; run directories are stage-kind-strategy."""
+    torch.set_num_threads(1)
+    root = tiny_runs.write_data(tmp_path_factory.mktemp("runs"))
+    patch = pytest.MonkeyPatch()
+    for stage in ("pretrain", "sft"):
+        run(tiny_runs.arguments("fit", tiny_runs.config(root, stage, root / stage)))
+    for stage, kind in JOBS:
+        alone = job(root, stage, kind, "alone", trainer__accumulate_grad_batches=2)
+        with patch.context() as only:
+            if alone["sgd"]:
+                only.setattr(base, "build_optimizer", sgd)
+            run(alone["args"])
+    jobs = [job(root, stage, kind, name, **two(name)) for stage, kind, name in ALL]
+    torchrun(root, [*jobs, *later_jobs(root)])
+    return root
+
+
+def two(strategy: str) -> dict[str, Any]:
+    return {"trainer__devices": 2, "trainer__strategy": STRATEGIES[strategy]}
+
+
+def later_jobs(root: Path) -> list[dict[str, Any]]:
+    """Go on from checkpoints in the middle of an epoch; use finished runs."""
+    jobs = []
+    asked = [{"role": "user", "content": "the dog"}]  # an exam that leaves one process nothing
+    single = {"id": "1", "family": "single", "messages": asked, "answer": "no such reply"}
+    tiny_runs.write_jsonl(root / "single.jsonl", [single])
+    for name in STRATEGIES:
+        resumed = job(root, "pretrain", "muon", f"{name}-resumed", **two(name))
+        checkpoint = root / f"pretrain-muon-{name}" / "checkpoints" / "step=2.ckpt"
+        resumed["args"] += ["--ckpt_path", str(checkpoint)]
+        jobs.append(resumed)
+        tested = tiny_runs.config(root, "sft", root / f"sft-sgd-{name}", **two(name))
+        tested["model"]["init_args"]["sampling"] = {"max_new_tokens": 4}
+        tested["data"]["init_args"] |= {
+            "exam": [str(root / "exam.jsonl"), str(root / "single.jsonl")],
+            "predict": str(root / "prompts.jsonl"),
+        }
+        for verb in ("validate", "test", "predict"):
+            jobs.append({"args": tiny_runs.arguments(verb, tested), "sgd": False})
+    return jobs
+
+
+@pytest.mark.parametrize(("stage", "kind", "strategy"), ALL)
+def test_the_weights_are_those_of_one_process(
+    stage: str, kind: str, strategy: str, runs: Path
+) -> None:
+    alone = load_model(runs / f"{stage}-{kind}-alone").state_dict()
+    start = load_model(runs / "sft").state_dict()
+    together = load_model(runs / f"{stage}-{kind}-{strategy}").state_dict()
+    tolerance = 1e-4 if kind == "muon" else 1e-5
+    for name, value in together.items():
+        assert torch.allclose(value, alone[name], rtol=tolerance, atol=tolerance), name
+    assert any(not torch.allclose(value, start[name], atol=1e-3) for name, value in alone.items())
+
+
+@pytest.mark.parametrize(("stage", "kind", "strategy"), ALL)
+def test_the_logged_numbers_are_those_of_one_process(
+    stage: str, kind: str, strategy: str, runs: Path
+) -> None:
+    for name in ("train/loss", "grad_norm", "val/loss"):
+        alone = tiny_runs.metrics(runs / f"{stage}-{kind}-alone", name)
+        together = tiny_runs.metrics(runs / f"{stage}-{kind}-{strategy}", name)
+        if name == "val/loss":  # one process validates after every micro-batch
+            alone, together = ([values[0], values[-1]] for values in (alone, together))
+        assert len(together) > 1
+        assert together == pytest.approx(alone, rel=1e-3), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_ends_where_the_whole_one_did(strategy: str, runs: Path) -> None:
+    whole = load_model(runs / f"pretrain-muon-{strategy}").state_dict()
+    resumed = runs / f"pretrain-muon-{strategy}-resumed"
+    assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(runs / "pretrain-muon-ddp")) - 2
+    for name, value in load_model(resumed).state_dict().items():
+        assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exam_and_predictions_hold_every_item(strategy: str, runs: Path) -> None:
+    run_dir = runs / f"sft-sgd-{strategy}"
+    exam = json.loads((run_dir / "exam.json").read_text())
+    ids = [reply["id"] for reply in exam["replies"]]
+    assert sorted(ids) == ["1", "empty-0", "empty-1", "odd-0", "odd-1", "odd-2"]
+    assert exam["scores"].keys() == {"exam/empty", "exam/odd", "exam/single"}
+    rows = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert [row["mark"] for row in rows] == [*range(7)]
+
+
+def test_lightnings_own_launcher(runs: Path) -> None:
+    made = tiny_runs.config(runs, "sft", runs / "launched", trainer__devices="auto")
+    args = tiny_runs.arguments("fit", made, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    launch("minigpt", *args)
+    assert len(tiny_runs.metrics(runs / "launched")) == 3
+    summary = json.loads((runs / "launched" / "summary.json").read_text())
+    assert summary["final"] == {} or summary["steps"] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP1 refuses CPU")
+def test_fsdp1_trains_as_one_process(runs: Path) -> None:
+    fsdp = {"trainer__accelerator": "gpu", "trainer__strategy": "fsdp", "trainer__devices": 1}
+    args = job(runs, "sft", "adamw", "fsdp", **fsdp)["args"]
+    launch("minigpt", *args)
+    launch("minigpt", *job(runs, "sft", "adamw", "plain", trainer__accelerator="gpu")["args"])
+    sharded, plain = (tiny_runs.metrics(runs / f"sft-adamw-{name}") for name in ("fsdp", "plain"))
+    assert sharded == pytest.approx(plain, rel=1e-3)
