@@ -50,6 +50,7 @@ EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml --config configs/hardware/ddp.yaml
   minigpt fit --config configs/sft.yaml --run_dir outputs/mine --trainer.max_steps 100
   minigpt fit --config configs/sft.yaml --ckpt_path auto
+  minigpt validate --config configs/sft.yaml
   minigpt test --config configs/sft.yaml
   minigpt predict --config configs/sft.yaml --data.init_args.predict prompts.jsonl
 """

@@ -188,7 +188,10 @@ class JSONLDataModule(LightningDataModule):
         if bad := [path for path, weight in _weights(self.train).items() if weight <= 0]:
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
-            raise ConfigError("data.max_length must be at least 2: one token to predict another.")
+            raise ConfigError(
+                "data.max_length must be at least 2, one token to predict another, but is "
+                f"{self.limits.max_length}."
+            )
         for name in ("max_prompt_length", "data_limit"):
             if (value := getattr(self.limits, name)) is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, but is {value}.")

@@ -1,6 +1,27 @@
 """What the unit tests share."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import pytest
+import tiny_runs
+
+from minigpt.__main__ import main
+
+
+class Outcome(NamedTuple):
+    """What a user sees of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+Minigpt = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -9,3 +30,39 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def minigpt(capsys: pytest.CaptureFixture[str]) -> Iterator[Minigpt]:
+    """Run a command line in this process: `minigpt("fit", "--config", "sft.yaml")`."""
+    root = logging.getLogger()
+    kept = root.handlers[:]
+
+    def run(*args: object) -> Outcome:
+        root.handlers[:] = []  # so that the messages go to what stderr is now
+        capsys.readouterr()
+        return Outcome(main([str(arg) for arg in args]), *capsys.readouterr())
+
+    yield run
+    root.handlers[:] = kept
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, tokenizer and finished runs of three stages: `pretrain`, `sft` and `lora`."""
+    root = tiny_runs.write_data(tmp_path_factory.mktemp("trained"))
+    for stage in ("pretrain", "sft", "lora"):
+        made = tiny_runs.config(root, stage, root / stage)
+        assert main(tiny_runs.arguments("fit", made)) == 0
+    return root
+
+
+@pytest.fixture
+def fit(trained: Path, tmp_path: Path, minigpt: Minigpt) -> Minigpt:
+    """Fit a stage into `tmp_path / "run"`: `fit("sft", "--more", dotted__path=value)`."""
+
+    def start(stage: str, *more: object, **changes: Any) -> Outcome:
+        made = tiny_runs.config(trained, stage, tmp_path / "run", **changes)
+        return minigpt(*tiny_runs.arguments("fit", made), *more)
+
+    return start
