@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
@@ -189,7 +190,8 @@ class SampleText(Callback):
         prompts: list[str] = pl_module.sample_prompts
         if not prompts or trainer.state.fn != "fit":
             return
-        if pl_module.device_mesh is not None:  # one rank alone cannot compute with shards
+        sharded = pl_module.device_mesh is not None or isinstance(trainer.strategy, FSDPStrategy)
+        if sharded:  # one process alone cannot compute with shards
             return
         asked = (
             [(Message("user", prompt),) for prompt in prompts] if pl_module.needs_chat else prompts

@@ -44,3 +44,13 @@ def full_weights(lm: PackedLM) -> dict[str, Tensor] | None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     states: dict[str, Any] = get_model_state_dict(lm, options=options)
     return {name.removeprefix("hf."): v for name, v in states.items() if torch.is_tensor(v)}
+
+
+def flat_weights(lm: PackedLM, trainer: Any) -> dict[str, Tensor]:
+    """Gather the weights of a model that FSDP1 has wrapped; every process must call this."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    whole = FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False)
+    with whole:
+        states = lm.hf.state_dict().items()
+        return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}

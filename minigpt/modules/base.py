@@ -45,7 +45,7 @@ from minigpt.model.optim import (
     build_optimizer,
     build_schedule,
 )
-from minigpt.model.parallel import full_weights, shard
+from minigpt.model.parallel import flat_weights, full_weights, shard
 from minigpt.modules.totals import Totals, gathered
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class BaseModule(LightningModule, ABC):
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = _norm(grads) * scale
+        norm = _norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None and not torch.isfinite(norm):
             raise TrainingError(self._not_finite(totals))
@@ -359,7 +359,8 @@ class BaseModule(LightningModule, ABC):
 
     def export(self, directory: Path) -> None:
         """Write the model (or its adapter) as a directory that the next stage starts from."""
-        weights = full_weights(self.model)
+        flat = isinstance(self.trainer.strategy, FSDPStrategy)
+        weights = flat_weights(self.model, self.trainer) if flat else full_weights(self.model)
         if not self.trainer.is_global_zero:
             return
         if self.peft:
@@ -373,6 +374,10 @@ def bits_per_byte(totals: dict[str, Tensor]) -> float:
     return float(totals["loss"]) / math.log(2) / max(1.0, float(totals["bytes"]))
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
+def _norm(grads: list[Tensor], flat_shards: bool) -> Tensor:
     norm = torch.nn.utils.get_total_norm(grads)
+    if flat_shards:  # FSDP1: each process holds other parts of the gradients
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        return squares.sqrt()
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
