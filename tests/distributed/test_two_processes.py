@@ -161,12 +161,12 @@ def test_exam_and_predictions_hold_every_item(strategy: str, runs: Path) -> None
 
 
 def test_lightnings_own_launcher(runs: Path) -> None:
-    made = tiny_runs.config(runs, "sft", runs / "launched", trainer__devices="auto")
+    made = tiny_runs.config(runs, "sft", runs / "launched")
     args = tiny_runs.arguments("fit", made, "--trainer.devices", "2", "--trainer.strategy", "ddp")
     launch("minigpt", *args)
     assert len(tiny_runs.metrics(runs / "launched")) == 3
     summary = json.loads((runs / "launched" / "summary.json").read_text())
-    assert summary["final"] == {} or summary["steps"] == 3
+    assert summary["steps"] == 3
 
 
 @pytest.mark.gpu
