@@ -253,8 +253,8 @@ def choose_precision(asked: Any, accelerator: str) -> Any:
     fast = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16(device)
     chosen = "bf16-mixed" if fast else "32-true"
     if asked == "16-mixed":
-        told = "bf16 is used" if fast else "and this one has no native bf16 either: fp32 is used"
-        log.info("fp16 does not train on a CPU: %s.", told)
+        told = ": bf16 is used" if fast else ", nor has this one native bf16: fp32 is used"
+        log.info("fp16 does not train on a CPU%s.", told)
     else:
         log.info("Precision: %s (chosen by hardware).", chosen)
     return chosen
@@ -274,8 +274,9 @@ def claim(run_dir: Path, overwrite: bool) -> list[Path]:
     used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
     if used and not overwrite:
         raise RunExistsError(
-            f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto, "
-            "start over with --overwrite true, or choose another --run_dir."
+            f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto "
+            "(scripts: --resume), start over with --overwrite true (scripts: --overwrite), or "
+            "choose another --run_dir (scripts: --output_dir)."
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -327,6 +328,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")
     disable_progress_bar()
