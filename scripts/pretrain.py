@@ -22,7 +22,7 @@ def main() -> int:
     """Parse the flags and train."""
     parser = parser_for("pretrain", DEFAULTS)
     parser.set_defaults(tokenizer_path=str(ROOT / "mini_tokenizer"))
-    parser.add_argument("--weight_decay", type=float, default=0.01, help=" ")
+    parser.add_argument("--weight_decay", type=float, default=0.01, help="of matrices")
     parser.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps")
     parser.add_argument("--save_total_limit", type=int, default=2, help="checkpoints to keep")
     chosen = parser.parse_args()

@@ -45,9 +45,14 @@ def parser_for(stage: str, defaults: Defaults) -> argparse.ArgumentParser:
         "is one, otherwise every 20th row is held out",
     )
     add("--batch_size", type=int, default=defaults.batch_size, help="rows of max_length tokens")
-    add("--gradient_accumulation_steps", type=int, default=defaults.accumulation, help=" ")
-    add("--num_epochs", type=int, default=defaults.epochs, help=" ")
-    add("--learning_rate", type=float, default=defaults.learning_rate, help=" ")
+    add(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=defaults.accumulation,
+        help="batches to an optimizer step",
+    )
+    add("--num_epochs", type=int, default=defaults.epochs, help="passes over the rows")
+    add("--learning_rate", type=float, default=defaults.learning_rate, help="its peak")
     add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints")
     add("--logging_steps", type=int, default=10, help="optimizer steps between logged ones")
     add("--fp16", action="store_true", help="mixed precision (bf16 or fp32 on a CPU)")

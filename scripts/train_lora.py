@@ -23,7 +23,7 @@ def main() -> int:
     parser = parser_for("lora", DEFAULTS)
     parser.add_argument("--lora_r", type=int, default=8, help="rank")
     parser.add_argument("--lora_alpha", type=int, default=32, help="scale, divided by the rank")
-    parser.add_argument("--lora_dropout", type=float, default=0.1, help=" ")
+    parser.add_argument("--lora_dropout", type=float, default=0.1, help="of its input")
     chosen = parser.parse_args()
     model = {
         "lora.r": chosen.lora_r,

@@ -16,8 +16,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data_file", default=str(ROOT / "data" / "pretrain.jsonl"), help=" ")
-    parser.add_argument("--output_dir", default=str(ROOT / "mini_tokenizer"), help=" ")
+    parser.add_argument("--data_file", default=str(ROOT / "data" / "pretrain.jsonl"), help="JSONL")
+    parser.add_argument("--output_dir", default=str(ROOT / "mini_tokenizer"), help="where it goes")
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens in all")
     chosen = parser.parse_args()
     return minigpt(
