@@ -43,12 +43,28 @@ def main() -> int:
     from minigpt.errors import MiniGPTError
 
     try:
-        records = {name: recorded(name, stage, chosen.configs) for name, stage in STAGES.items()}
+        records = run_stages(chosen.configs)
     except MiniGPTError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return error.exit_code
+    except (KeyboardInterrupt, SystemExit):  # the latter is Lightning's answer to Ctrl-C
+        print("pipeline: interrupted; the next run goes on from here", file=sys.stderr)
+        return 130
     write_report(records)
     return 0
+
+
+def run_stages(configs: str) -> dict[str, Record]:
+    """Run what is not done; a stage after one that was run is made anew, too."""
+    records: dict[str, Record] = {}
+    anew = False
+    for name, stage in STAGES.items():
+        if anew:
+            (RECORDS / f"{name}.json").unlink(missing_ok=True)
+            shutil.rmtree(OUT / name / "checkpoints", ignore_errors=True)
+        anew = anew or not (RECORDS / f"{name}.json").is_file()
+        records[name] = recorded(name, stage, configs)
+    return records
 
 
 def recorded(name: str, stage: Callable[[str], Record], configs: str) -> Record:
@@ -57,7 +73,7 @@ def recorded(name: str, stage: Callable[[str], Record], configs: str) -> Record:
     if file.is_file():
         print(f"[{name}] done before", flush=True)
         return json.loads(file.read_text())  # type: ignore[no-any-return]
-    from minigpt.callbacks.run import write_json
+    from minigpt.files import write_json
 
     print(f"[{name}]", flush=True)
     start = time.perf_counter()
@@ -188,7 +204,8 @@ STAGES: dict[str, Callable[[str], Record]] = {
 
 def write_report(records: dict[str, Record]) -> None:
     """Write report.json and report.md, and print the exam table."""
-    from minigpt.callbacks.run import machine, write_json
+    from minigpt.callbacks.run import machine
+    from minigpt.files import write_json
 
     seconds = {name: record.pop("seconds") for name, record in records.items()}
     seconds["total"] = round(sum(seconds.values()), 1)
