@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
+from minigpt.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +150,6 @@ class RunRecorder(Callback):
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():
             log.info("%s: %.4g", name, score)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def peak_memory_mb() -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.commands.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
-from minigpt.model.build import name_tokenizer_class, whole_directory
+from minigpt.files import whole_directory
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ def train_to(
     try:
         with whole_directory(directory) as partial:
             tokenizers.save(trained, partial)
-            name_tokenizer_class(partial)
     except OSError as error:
         raise ConfigError(
             f"Cannot write to {directory}: {error.strerror}. Choose another --output_dir."

@@ -168,6 +168,11 @@ def load(path: str | Path) -> PreTrainedTokenizerFast:
 def save(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
     """Save a tokenizer, its template and its special tokens as a transformers directory."""
     tokenizer.save_pretrained(str(directory))
+    file = Path(directory) / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 lacks
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def document_end(tokenizer: PreTrainedTokenizerFast) -> int:

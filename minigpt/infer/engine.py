@@ -16,15 +16,9 @@ from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.attention import attention_of
-from minigpt.model.build import (
-    ADAPTER,
-    base_of,
-    check_vocabulary,
-    find_model,
-    generation_config,
-    load_model,
-)
+from minigpt.model.build import check_vocabulary
 from minigpt.model.lora import load_adapter, merge
+from minigpt.model.saved import ADAPTER, base_of, find_model, generation_config, load_model
 
 BATCH = 128
 

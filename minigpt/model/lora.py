@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
-from minigpt.model.build import fit_vocabulary, name_tokenizer_class, whole_directory
+from minigpt.files import whole_directory
+from minigpt.model.build import fit_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,5 @@ def save_adapter(
         weights = {f"base_model.model.{name}": value for name, value in weights.items()}
     with whole_directory(directory) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
-        tokenizer.save_pretrained(str(partial))
-        name_tokenizer_class(partial)
+        tokenizers.save(tokenizer, partial)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card

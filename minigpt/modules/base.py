@@ -32,10 +32,7 @@ from minigpt.model.build import (
     check_vocabulary,
     checkpoint_activations,
     count_parameters,
-    find_model,
     fit_vocabulary,
-    load_model,
-    save_model,
 )
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
@@ -46,6 +43,7 @@ from minigpt.model.optim import (
     build_schedule,
 )
 from minigpt.model.parallel import flat_weights, full_weights, shard
+from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.totals import Totals, gathered
 
 log = logging.getLogger(__name__)

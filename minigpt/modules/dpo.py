@@ -11,9 +11,10 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.build import fit_vocabulary, load_model
+from minigpt.model.build import fit_vocabulary
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import PreferenceLoss, dpo
+from minigpt.model.saved import load_model
 from minigpt.modules.base import BaseModule, Step
 
 

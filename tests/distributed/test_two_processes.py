@@ -16,7 +16,7 @@ from driver import sgd  # type: ignore[import-not-found]
 
 import minigpt.modules.base as base
 from minigpt.cli import run
-from minigpt.model.build import load_model
+from minigpt.model.saved import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from tiny_runs import Fit
 from minigpt.cli import MiniGPTCLI
 from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import PackedDataset
-from minigpt.model.build import load_model
 from minigpt.model.lm import PackedLM
 from minigpt.model.optim import learning_rate_factor
+from minigpt.model.saved import load_model
 
 pytestmark = pytest.mark.usefixtures("sgd")
 

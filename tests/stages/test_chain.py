@@ -16,7 +16,7 @@ from minigpt.cli import run
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.build import load_model, save_model
+from minigpt.model.saved import load_model, save_model
 
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
 OWN = {

@@ -14,7 +14,7 @@ import torch
 from tiny_runs import Fit
 
 from minigpt.cli import run
-from minigpt.model.build import load_model
+from minigpt.model.saved import load_model
 from minigpt.modules.dpo import DPOModule
 
 LORA = {"r": 4, "dropout": 0.0}

@@ -15,7 +15,7 @@ from tiny_runs import RUN, Fit
 from minigpt.cli import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.build import load_model
+from minigpt.model.saved import load_model
 
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
 SHORT = {"model__init_args__sampling": {"max_new_tokens": 4}}

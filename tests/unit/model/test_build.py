@@ -14,19 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import install_template
 from minigpt.errors import ModelError, TokenizerError
+from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
 from minigpt.model.build import (
     Architecture,
     build_native,
     check_vocabulary,
     count_parameters,
-    find_model,
     fit_vocabulary,
-    load_model,
-    save_model,
-    whole_directory,
 )
 from minigpt.model.lm import PackedLM
+from minigpt.model.saved import find_model, load_model, save_model
 
 SMALL = Architecture(
     hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, rope_theta=5000.0

@@ -14,12 +14,7 @@ from transformers import PreTrainedModel
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
-from minigpt.model.build import (
-    checkpoint_activations,
-    fit_vocabulary,
-    load_model,
-    save_model,
-)
+from minigpt.model.build import checkpoint_activations, fit_vocabulary
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import (
     Lora,
@@ -30,6 +25,7 @@ from minigpt.model.lora import (
     save_adapter,
 )
 from minigpt.model.optim import OptimizerOptions, build_optimizer
+from minigpt.model.saved import load_model, save_model
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 TARGETS = {

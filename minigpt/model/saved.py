@@ -1,0 +1,134 @@
+"""Models on disk: find, load and save them, adapters included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.tokenizer import END_OF_TEXT, TURN_END
+from minigpt.errors import ModelError
+from minigpt.files import whole_directory
+from minigpt.model.attention import PACKED
+from minigpt.model.lora import load_adapter, merge
+
+ADAPTER = "adapter_config.json"
+STAGES = ("pretrain", "sft", "dpo", "lora")
+
+
+def find_model(place: str | Path) -> Path | str:
+    """Return the model directory that a run directory, HF directory or hub id stands for.
+
+    Raises:
+        ModelError: when a local path holds no model, with the command that makes it.
+    """
+    path = Path(place)
+    for candidate in (path / "hf", path):
+        if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
+            return candidate
+    is_hub_id = str(place).count("/") <= 1 and not path.exists() and not str(place).startswith(".")
+    if is_hub_id and path.parent.name != "outputs":
+        return str(place)
+    stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
+    raise ModelError(
+        f"There is no trained model in {place}. Make it with: "
+        f"minigpt fit --config configs/{stage}.yaml, or run the whole road with: make pipeline"
+    )
+
+
+def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
+    """Load any causal LM in fp32; an adapter directory is merged into its base.
+
+    Raises:
+        ModelError: when it is missing, damaged, or no causal LM.
+    """
+    found = find_model(place)
+    if isinstance(found, Path) and (found / ADAPTER).is_file():
+        return merge(load_adapter(load_model(base_of(found), attention), found))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            found,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
+        raise ModelError(
+            f"The model at {found} cannot be loaded: {len(missing)} of its weights are missing, "
+            f"such as {missing[0]}. Copy it again, or give a causal language model."
+        )
+    return model
+
+
+def base_of(adapter: Path) -> Path | str:
+    """Return the base model that an adapter directory was trained on.
+
+    Raises:
+        ModelError: when the adapter names no base that can be found.
+    """
+    try:
+        name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{adapter / ADAPTER} is damaged: it is no JSON object.") from error
+    if not name:
+        raise ModelError(f"{adapter / ADAPTER} names no base model; give it with --model_path.")
+    for start in (Path(), adapter):
+        if (start / name).exists():
+            return find_model(start / name)
+    return find_model(name)
+
+
+def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Return the config by which any engine knows when an answer ends."""
+    backend = tokenizer.backend_tokenizer
+    ends = [backend.token_to_id(text) for text in (TURN_END, END_OF_TEXT)]
+    stop = {tokenizer.eos_token_id, *ends} - {None}
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        eos_token_id=sorted(stop), pad_token_id=min(stop) if pad is None else pad
+    )
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an HF directory that loads everywhere; it appears whole or not at all.
+
+    Args:
+        model: what to save; its config is written with the names older stacks read.
+        tokenizer: saved beside it, with its chat template.
+        directory: replaced when it exists.
+        weights: a full state dict, where the model's own parameters are sharded.
+    """
+    with whole_directory(directory) as partial:
+        model.generation_config = generation_config(tokenizer)
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizers.save(tokenizer, partial)
+        _name_for_older_stacks(partial)
+
+
+def _name_for_older_stacks(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["torch_dtype"] = config.get("dtype", "float32")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
