@@ -16,7 +16,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="minigpt-test-cache-")
 os.environ["MINIGPT_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Sums depend on how many threads share them, and golden losses must not depend on the machine.
-os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
 BYTES = 256
+# Chinese has no spaces, so in repetitive text BPE would join whole sentences into tokens that
+# say nothing about a new wording. Four Chinese characters or a long English word still fit.
+MAX_TOKEN_BYTES = 12
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -121,6 +124,7 @@ def train(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        max_token_length=MAX_TOKEN_BYTES,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
