@@ -164,9 +164,18 @@ def test_a_share_of_rows_is_held_out(module: Any, share: float, held: int) -> No
     assert len(val) == held
 
 
-@pytest.mark.parametrize("share", [0.01, 1.0, -0.5])
-def test_a_share_that_leaves_a_half_empty_is_refused(module: Any, share: float) -> None:
-    with pytest.raises(ConfigError, match="too few rows to hold out a share"):
+@pytest.mark.parametrize(
+    ("share", "problem"),
+    [
+        (0.01, "too few rows to hold out a share"),
+        (1.0, "val_share .* 0 to 1"),
+        (-0.5, "val_share .* 0 to 1"),
+    ],
+)
+def test_a_share_that_leaves_a_half_empty_is_refused(
+    module: Any, share: float, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
         module(val_share=share)
 
 
