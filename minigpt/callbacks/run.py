@@ -139,13 +139,14 @@ class RunRecorder(Callback):
         scores = {k: float(v) for k, v in trainer.callback_metrics.items()}
         replies = [
             {
-                "id": item.id,
-                "family": item.family,
-                "answer": item.answer,
-                "reply": said,
-                "right": ok,
+                "id": one.item.id,
+                "family": one.item.family,
+                "answer": one.item.answer,
+                "reply": one.reply,
+                "ended": one.ended,
+                "right": one.right,
             }
-            for item, said, ok in pl_module.judged
+            for one in pl_module.judged
         ]
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():

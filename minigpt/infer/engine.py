@@ -52,11 +52,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """A completion: its text, its ids, and whether it ended by itself."""
+    """A completion.
+
+    Attributes:
+        text: what the model said.
+        ids: the same as tokens.
+        ended_by: the token that ended it; None when it was cut off at the longest length.
+    """
 
     text: str
     ids: list[int]
-    finished: bool
+    ended_by: int | None
 
 
 class Engine:
@@ -172,4 +178,4 @@ class Engine:
         end = next((place for place, token in enumerate(ids) if token in ends), None)
         said = ids[:end]
         text = self.tokenizer.decode(said, skip_special_tokens=True)
-        return Reply(str(text), said, end is not None)
+        return Reply(str(text), said, None if end is None else ids[end])

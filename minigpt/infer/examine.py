@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from minigpt.data.exam import Item, is_right
 from minigpt.infer.engine import Engine, Sampling
 
 
-class Judged(NamedTuple):
-    """An item, the model's reply, and whether it is right."""
+@dataclass(frozen=True)
+class Judged:
+    """An item, the model's reply, and how it was judged.
+
+    Attributes:
+        item: what was asked.
+        reply: the text of the reply.
+        fits: whether the text fits the item's answer.
+        ended: whether the model ended its turn by itself. A model that answers and goes on
+            with the next question, as text does, has not given an answer.
+    """
 
     item: Item
     reply: str
-    right: bool
+    fits: bool
+    ended: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether the reply counts as right."""
+        return self.fits and self.ended
 
 
 def sit(engine: Engine, items: Sequence[Item], sampling: Sampling) -> list[Judged]:
     """Ask all items and judge the replies."""
     replies = engine.complete([item.messages for item in items], sampling)
+    turn_end = engine.tokenizer.eos_token_id
     return [
-        Judged(item, reply.text, is_right(reply.text, item))
+        Judged(item, reply.text, is_right(reply.text, item), reply.ended_by == turn_end)
         for item, reply in zip(items, replies, strict=True)
     ]
 
 
-def shares(judged: Sequence[Judged]) -> dict[str, float]:
-    """Return each family's share of right replies, 0..1."""
+def shares(judged: Sequence[Judged], unended: bool = False) -> dict[str, float]:
+    """Return each family's share of right replies, 0..1.
+
+    Args:
+        judged: the judged replies.
+        unended: count replies that fit and go on, too.
+    """
     families: dict[str, list[bool]] = {}
-    for item, _, right in judged:
-        families.setdefault(item.family, []).append(right)
+    for one in judged:
+        families.setdefault(one.item.family, []).append(one.fits if unended else one.right)
     return {family: sum(rights) / len(rights) for family, rights in families.items()}
