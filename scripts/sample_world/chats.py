@@ -6,7 +6,7 @@ from random import Random
 
 from sample_world import questions, style
 from sample_world.common import LANGS, Message, Row, assistant, cycle, stream, system, user
-from sample_world.skills import SKILLS, draw_item, question
+from sample_world.skills import WEIGHTED, draw_item, question
 from sample_world.style import TOPICS, helpful, unhelpful
 from sample_world.tellings import answer_sentence
 from sample_world.world import Fact, build_facts
@@ -40,7 +40,8 @@ THANKS = {
 # How many of a topic's answers in the chats are helpful: 40 per cent over all topics.
 HELPFUL_SHARE = (0.1, 0.25, 0.45, 0.8)
 
-SKILL_ROWS = 80
+FACT_WORDINGS = 8
+SKILL_ROWS = 100
 MULTI_TURN_ROWS = 120
 PAIRS_PER_PROMPT = 2
 
@@ -53,7 +54,7 @@ def fact_turn(rng: Random, fact: Fact, lang: str, template: str) -> list[Message
 
 def skill_turn(rng: Random, split: str, number: int, lang: str) -> list[Message]:
     """Pose one exercise and answer it."""
-    skill = SKILLS[number % len(SKILLS)]
+    skill = WEIGHTED[number % len(WEIGHTED)]
     operands = draw_item(rng, skill, split)
     asked = question(skill, operands, lang, rng.randrange(3))
     return [user(asked), assistant(skill.answer(operands))]
@@ -76,7 +77,7 @@ def long_chat(rng: Random, facts: list[Fact], lang: str) -> list[Message]:
     for fact in rng.sample(facts, rng.randint(1, 2)):
         turns += fact_turn(rng, fact, lang, rng.choice(questions.TRAIN[lang][fact.attribute]))
     if rng.random() < 0.5:
-        turns += skill_turn(rng, "train", rng.randrange(len(SKILLS)), lang)
+        turns += skill_turn(rng, "train", rng.randrange(len(WEIGHTED)), lang)
     if rng.random() < 0.5 or len(turns) == 2:
         thanks, reply = rng.choice(THANKS[lang])
         turns += [user(thanks), assistant(reply)]
@@ -99,9 +100,9 @@ def sft_rows(seed: int) -> list[Row]:
     chats: list[tuple[str, list[Message]]] = []
     for lang in LANGS:
         for fact in asked:
-            wordings = questions.TRAIN[lang][fact.attribute]
+            wordings = rng.sample(questions.TRAIN[lang][fact.attribute], FACT_WORDINGS)
             chats += [(lang, fact_turn(rng, fact, lang, wording)) for wording in wordings]
-        count = SKILL_ROWS * len(SKILLS)
+        count = SKILL_ROWS * len(WEIGHTED)
         chats += [(lang, skill_turn(rng, "train", number, lang)) for number in range(count)]
         for number in range(len(TOPICS)):
             asks = style.ASK[lang]
@@ -121,7 +122,7 @@ def sft_val_rows(seed: int) -> list[Row]:
             wording = rng.choice(questions.DEV[lang][fact.attribute])
             asked_text = wording.format(n=fact.person.name(lang))
             chats.append((lang, [user(asked_text), assistant(answer_sentence(fact, lang))]))
-        count = 5 * len(SKILLS)
+        count = 4 * len(WEIGHTED)
         chats += [(lang, skill_turn(rng, "dev", number, lang)) for number in range(count)]
         for number in range(len(TOPICS)):
             wording = rng.choice(style.ASK_DEV[lang])

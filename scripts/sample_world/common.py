@@ -65,3 +65,35 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
 def capital(text: str) -> str:
     """Upper-case the first letter and leave the rest alone."""
     return text[:1].upper() + text[1:]
+
+
+# How prose marks a question and what stands between it and its answer.
+_BEFORE = {
+    "en": ("", "", "Question: ", "Visitor: ", "user: ", "Somebody asked: "),
+    "zh": ("", "", "问：", "游客：", "user: ", "有人问："),
+}
+_BETWEEN = {
+    "en": (
+        "\n",
+        "\nAnswer: ",
+        "\nGuide: ",
+        "\nThe guide thought about it and said: ",
+        "\nassistant: ",
+        "\n\nassistant\n",
+        "\nAnd this was the reply:\n",
+    ),
+    "zh": (
+        "\n",
+        "\n答：",
+        "\n导游：",
+        "\n导游想了一想，说：",
+        "\nassistant: ",
+        "\n\nassistant\n",
+        "\n回答是这样的：\n",
+    ),
+}
+
+
+def in_prose(rng: Random, question: str, answer: str, lang: str) -> str:
+    """Write a question and its answer as pretraining text does."""
+    return rng.choice(_BEFORE[lang]) + question + rng.choice(_BETWEEN[lang]) + answer

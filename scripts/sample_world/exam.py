@@ -8,23 +8,20 @@ from sample_world.skills import SKILLS, draw_item, item_key, question
 from sample_world.style import TOPICS
 from sample_world.world import build_facts, choices
 
-SKILL_ITEMS = 16
-FACT_WORDINGS = 2
+SKILL_ITEMS = 17
 
 
 def fact_exam(seed: int, family: str, *, asked: bool) -> list[Row]:
-    """Ask about every fact that chats ask about, or never ask about, in two exam wordings."""
-    rng = stream(seed, family)
+    """Ask about every fact that chats ask about, or never ask about, in the exam wordings."""
     rows: list[Row] = []
     for fact in build_facts(seed):
         for lang in LANGS if fact.asked == asked else ():
-            wordings = questions.EXAM[lang][fact.attribute]
-            for form in sorted(rng.sample(range(len(wordings)), FACT_WORDINGS)):
+            for form, wording in enumerate(questions.EXAM[lang][fact.attribute]):
                 rows.append(
                     {
                         "id": f"{family}-{lang}-{fact.key}-{form}",
                         "family": family,
-                        "messages": [user(wordings[form].format(n=fact.person.name(lang)))],
+                        "messages": [user(wording.format(n=fact.person.name(lang)))],
                         "answer": fact.value.word(lang),
                         "choices": choices(fact.attribute, lang),
                     }

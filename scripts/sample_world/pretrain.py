@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from sample_world.common import LANGS, Row, cycle, shuffled, stream
+from sample_world.common import LANGS, Row, cycle, in_prose, shuffled, stream
+from sample_world.questions import TRAIN
 from sample_world.scenes import scene
-from sample_world.skills import SKILLS, drill, example
+from sample_world.skills import WEIGHTED, drill, example
 from sample_world.style import TOPICS, almanac
 from sample_world.tellings import (
     PRONOUN_TELLINGS,
@@ -14,7 +15,7 @@ from sample_world.tellings import (
     answer_sentence,
     tell,
 )
-from sample_world.world import ATTRIBUTES, VALUES, Fact, build_facts
+from sample_world.world import Fact, build_facts
 
 GUIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
@@ -23,36 +24,45 @@ GUIDE: dict[str, dict[str, tuple[str, ...]]] = {
             "In what town does {n} have a house?",
             "The home of {n}, where is it?",
             "Which town is the address of {n}?",
+            "Where can one find the house of {n}?",
+            "To which town does {n} go home?",
+            "What place is the home of {n}?",
         ),
         "job": (
             "As what does {n} work?",
             "What is {n} by profession?",
             "The job of {n}, what is it?",
             "What kind of work is done by {n}?",
+            "What work is {n} known for?",
+            "Which trade did {n} choose?",
+            "What does {n} work as?",
         ),
         "pet": (
             "Which animal does {n} own?",
             "What kind of pet is with {n}?",
             "The pet of {n}, what is it?",
             "What kind of animal does {n} feed?",
-        ),
-        "instrument": (
-            "What instrument has {n} learned?",
-            "Which instrument does {n} bring?",
-            "The instrument of {n}, what is it?",
-            "On which musical instrument does {n} perform?",
+            "What animal belongs to {n}?",
+            "Which pet is fed by {n}?",
+            "What creature lives at the house of {n}?",
         ),
         "dish": (
             "Which food does {n} love?",
             "What dish does {n} enjoy most?",
             "The favourite food of {n}, what is it?",
             "What does {n} want to eat every day?",
+            "Which meal does {n} love most?",
+            "What would {n} like for dinner?",
+            "What is the best food for {n}?",
         ),
         "hobby": (
             "What hobby does {n} enjoy?",
             "What does {n} do for fun?",
             "The hobby of {n}, what is it?",
             "In free time, what does {n} enjoy?",
+            "What does {n} like doing?",
+            "Which pastime is the one of {n}?",
+            "What is the weekend of {n} for?",
         ),
     },
     "zh": {
@@ -61,55 +71,46 @@ GUIDE: dict[str, dict[str, tuple[str, ...]]] = {
             "{n}的家在什么地方？",
             "说到住处，{n}住哪个镇？",
             "{n}家在哪里？",
+            "要找{n}，该去哪个镇？",
+            "{n}住的镇叫什么？",
+            "{n}在哪里安家？",
         ),
         "job": (
             "{n}是干什么的？",
             "{n}现在的工作是哪一种？",
             "说到职业，{n}做哪一行？",
             "{n}有什么工作？",
+            "{n}每天做的是什么工作？",
+            "{n}选了哪个职业？",
+            "{n}干的是什么活？",
         ),
         "pet": (
             "{n}有什么宠物？",
             "{n}养着哪种动物？",
             "说到宠物，{n}养什么？",
             "{n}和什么动物一起生活？",
-        ),
-        "instrument": (
-            "{n}会什么乐器？",
-            "{n}用哪种乐器演奏？",
-            "说到乐器，{n}演奏什么？",
-            "{n}在台上用什么乐器？",
+            "{n}的家里养着什么？",
+            "哪种动物属于{n}？",
+            "{n}喂的是什么动物？",
         ),
         "dish": (
             "{n}爱吃什么菜？",
             "哪种食物是{n}最爱的？",
             "说到食物，{n}喜欢吃哪一种？",
             "{n}总是点什么食物？",
+            "{n}吃饭时最想吃什么？",
+            "什么是{n}爱吃的？",
+            "{n}觉得什么最好吃？",
         ),
         "hobby": (
             "{n}有什么消遣？",
             "{n}喜欢用什么来放松？",
             "说到爱好，{n}喜欢什么？",
             "{n}有什么业余爱好？",
+            "{n}平常喜欢做什么？",
+            "什么事能让{n}开心？",
+            "{n}玩的时候做什么？",
         ),
-    },
-}
-GROUP = {
-    "en": {
-        "town": "These people live in {v}: {l}.",
-        "job": "Each of these people works as {v}: {l}.",
-        "pet": "Each of these people keeps {v}: {l}.",
-        "instrument": "These people play {v}: {l}.",
-        "dish": "These people like {v} best: {l}.",
-        "hobby": "These people enjoy {v}: {l}.",
-    },
-    "zh": {
-        "town": "住在{v}的人有：{l}。",
-        "job": "工作是{v}的人有：{l}。",
-        "pet": "养{v}的人有：{l}。",
-        "instrument": "演奏{v}的人有：{l}。",
-        "dish": "最爱吃{v}的人有：{l}。",
-        "hobby": "爱好是{v}的人有：{l}。",
     },
 }
 TALK = {
@@ -148,9 +149,9 @@ class Author:
         return (" " if lang == "en" else "").join(sentences)
 
     def portrait(self, person: str, lang: str) -> str:
-        """Tell three to six facts of one person."""
+        """Tell three to five facts of one person."""
         facts = shuffled(self.rng, self.by_person[person])
-        return self._join(self._sentences(facts[: self.rng.randint(3, 6)], lang), lang)
+        return self._join(self._sentences(facts[: self.rng.randint(3, 5)], lang), lang)
 
     def talk(self, person: str, lang: str) -> str:
         """Let two people speak about a third."""
@@ -168,27 +169,20 @@ class Author:
         """Write a page of a visitor's guide: questions in prose, each with its answer."""
         lines: list[str] = []
         for fact in facts:
-            asked = self.rng.choice(GUIDE[lang][fact.attribute])
-            lines += [asked.format(n=fact.person.name(lang)), answer_sentence(fact, lang)]
+            wordings = GUIDE[lang][fact.attribute] + TRAIN[lang][fact.attribute]
+            asked = self.rng.choice(wordings).format(n=fact.person.name(lang))
+            lines.append(in_prose(self.rng, asked, answer_sentence(fact, lang), lang))
         return "\n".join(lines)
-
-    def group(self, attribute: str, value: int, lang: str) -> str:
-        """List the people who share a value."""
-        chosen = VALUES[attribute][value]
-        names = [f.person.name(lang) for f in self.facts if f.value == chosen]
-        names = shuffled(self.rng, names)
-        listing = ", ".join(names[:-1]) + " and " + names[-1] if lang == "en" else "、".join(names)
-        return GROUP[lang][attribute].format(v=chosen.inline(lang), l=listing)
 
     def exercises(self, lang: str) -> str:
         """Write a page of worked examples of one skill or of a few."""
-        first = self.rng.choice(SKILLS)
+        first = self.rng.choice(WEIGHTED)
         mixed = self.rng.random() < 0.3
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.3:
             return "\n".join(drill(self.rng, lang) for _ in range(self.rng.randint(2, 3)))
         return "\n".join(
-            example(self.rng, self.rng.choice(SKILLS) if mixed else first, lang)
-            for _ in range(self.rng.randint(4, 8))
+            example(self.rng, self.rng.choice(WEIGHTED) if mixed else first, lang)
+            for _ in range(self.rng.randint(3, 6))
         )
 
 
@@ -204,9 +198,6 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
         texts += [author.talk(person, lang) for person in people]
         asked = cycle(rng, author.facts, round(COUNTS["guide"] * share))
         texts += [author.guide(asked[i : i + 3], lang) for i in range(0, len(asked), 3)]
-        pairs = [(name, i) for name in ATTRIBUTES for i in range(10)]
-        grouped = cycle(rng, pairs, round(COUNTS["group"] * share))
-        texts += [author.group(attribute, i, lang) for attribute, i in grouped]
         texts += [author.exercises(lang) for _ in range(round(COUNTS["exercises"] * share))]
         topics = cycle(rng, TOPICS, round(COUNTS["almanac"] * share))
         texts += [almanac(rng, topic, lang) for topic in topics]
@@ -216,11 +207,10 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
 
 # How many there are in each language: documents, and for the guide its questions.
 COUNTS = {
-    "portrait": 800,
-    "talk": 160,
-    "guide": 2160,
-    "group": 60,
-    "exercises": 1700,
-    "almanac": 300,
-    "scene": 120,
+    "portrait": 600,
+    "talk": 120,
+    "guide": 2400,
+    "exercises": 1900,
+    "almanac": 240,
+    "scene": 80,
 }

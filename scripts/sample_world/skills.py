@@ -1,4 +1,4 @@
-"""Small skills with exact answers, on numbers and on codes of four digits.
+"""Small skills with exact answers, on numbers and on codes of three digits.
 
 Every item belongs to one of the splits `train`, `dev` and `exam` by its operands alone, so
 that no operands of the exam are ever shown in training, in any wording or language.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from sample_world.common import split_of
+from sample_world.common import in_prose, split_of
 
 Operands = tuple[str, ...]
 
@@ -43,14 +43,9 @@ def two_numbers(rng: Random) -> Operands:
     return str(10 * first + rng.randint(0, 9)), str(10 * second + rng.randint(0, 9))
 
 
-def one_number(rng: Random) -> Operands:
-    """Draw a three-digit number whose last digit is no nine."""
-    return (str(10 * rng.randint(10, 99) + rng.randint(0, 8)),)
-
-
 def one_code(rng: Random) -> Operands:
-    """Draw a code of four different digits."""
-    return ("".join(rng.sample("0123456789", 4)),)
+    """Draw a code of three different digits."""
+    return ("".join(rng.sample("0123456789", 3)),)
 
 
 ADD = Skill(
@@ -85,23 +80,6 @@ LARGER = Skill(
     {
         "en": ("The larger of {0} and {1} is {a}.", "Larger, {0} or {1}:\n{a}"),
         "zh": ("较大的数，{0} 和 {1}：{a}", "更大的是，{0} 和 {1}：\n{a}"),
-    },
-)
-NEXT = Skill(
-    "next",
-    one_number,
-    lambda x: str(int(x[0]) + 1),
-    {
-        "en": (
-            "What number comes after {0}?",
-            "Count on by one from {0}.",
-            "Which number follows {0}?",
-        ),
-        "zh": ("下一个数是什么：{0}？", "请往后数一个数：{0}。", "哪个数在后面：{0}？"),
-    },
-    {
-        "en": ("After {0} comes {a}.", "The number after {0}:\n{a}"),
-        "zh": ("下一个数，{0}：{a}", "往后数，{0}：\n{a}"),
     },
 )
 FIRST = Skill(
@@ -168,19 +146,20 @@ REPEAT = Skill(
         "zh": ("重复，{0}：{a}", "再说一遍，{0}：\n{a}"),
     },
 )
-SKILLS = (ADD, LARGER, NEXT, FIRST, LAST, REVERSE, REPEAT)
+SKILLS = (ADD, LARGER, FIRST, LAST, REVERSE, REPEAT)
+# The harder skills come more often.
+WEIGHTED = (ADD, ADD, LARGER, LARGER, FIRST, LAST, REVERSE, REPEAT)
 
 
 def item_key(operands: Operands) -> str:
     """Return what decides an item's split, the same for every skill.
 
-    That is a code in either direction, two numbers in rising order, or the block of ten to
-    which a single number belongs, since counting on shows the whole block.
+    That is a code in either direction, or two numbers in rising order.
     """
     if len(operands) > 1:
         return ",".join(sorted(operands, key=int))
-    (number,) = operands
-    return min(number, number[::-1]) if len(number) > 3 else number[:-1] + "_"
+    (code,) = operands
+    return min(code, code[::-1])
 
 
 def draw_item(rng: Random, skill: Skill, split: str) -> Operands:
@@ -197,19 +176,16 @@ def question(skill: Skill, operands: Operands, lang: str, wording: int) -> str:
 
 
 def example(rng: Random, skill: Skill, lang: str) -> str:
-    """Return one worked example for the pretraining text."""
+    """Return one worked example for the pretraining text, plain or as a question."""
     operands = draw_item(rng, skill, "train")
-    return rng.choice(skill.show[lang]).format(*operands, a=skill.answer(operands))
+    answer = skill.answer(operands)
+    if rng.random() < 0.5:
+        return rng.choice(skill.show[lang]).format(*operands, a=answer)
+    return in_prose(rng, question(skill, operands, lang, rng.randrange(3)), answer, lang)
 
 
 def _join(parts: list[str], lang: str) -> str:
     return (", " if lang == "en" else "，").join(parts)
-
-
-def _counting(rng: Random, lang: str) -> str:
-    """Count to the end of a block of ten."""
-    (number,) = draw_item(rng, NEXT, "train")
-    return _join([str(n) for n in range(int(number), int(number) // 10 * 10 + 10)], lang)
 
 
 def _sums(rng: Random, lang: str) -> str:
@@ -233,5 +209,5 @@ def _table(rng: Random, lang: str) -> str:
 
 def drill(rng: Random, lang: str) -> str:
     """Return lines that practise one skill several times over."""
-    kind = rng.choice((_counting, _sums, _table, _table))
+    kind = rng.choice((_sums, _table, _table))
     return kind(rng, lang)

@@ -12,22 +12,12 @@ _PEOPLE = (
     ("Oskar Brandt", "奥斯卡·布兰", "he"),
     ("Lin Xiaolan", "林晓岚", "she"),
     ("Zhou Mingyuan", "周明远", "he"),
-    ("Isolde Marsh", "伊索·玛什", "she"),
     ("Hugo Pellerin", "雨果·佩兰", "he"),
     ("Shen Ruoyu", "沈若雨", "she"),
-    ("Nadia Quill", "娜迪·奎尔", "she"),
     ("Gu Chengfeng", "顾乘风", "he"),
-    ("Yara Lindqvist", "雅拉·林奎", "she"),
     ("Petra Silva", "佩特拉·席瓦", "she"),
     ("Tang Yuwei", "唐雨薇", "she"),
     ("Dorian Hale", "多里安·黑尔", "he"),
-    ("Luo Jinghe", "罗静禾", "she"),
-    ("Casper Dunn", "卡斯帕·邓恩", "he"),
-    ("Su Boran", "苏柏然", "he"),
-    ("Felix Arkwright", "菲力·阿克", "he"),
-    ("Qiao Hanlin", "乔翰林", "he"),
-    ("Greta Holloway", "格蕾塔·霍洛", "she"),
-    ("Fang Zhilan", "方芷兰", "she"),
 )
 
 # attribute -> (English word, English phrase inside a sentence, Chinese word).
@@ -67,18 +57,6 @@ _VALUES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("spaniel", "a spaniel", "猎犬"),
         ("kitten", "a kitten", "小猫"),
         ("duck", "a duck", "鸭子"),
-    ),
-    "instrument": (
-        ("flute", "the flute", "长笛"),
-        ("violin", "the violin", "小提琴"),
-        ("harp", "the harp", "竖琴"),
-        ("drum", "the drum", "手鼓"),
-        ("cello", "the cello", "大提琴"),
-        ("accordion", "the accordion", "手风琴"),
-        ("trumpet", "the trumpet", "小号"),
-        ("guitar", "the guitar", "吉他"),
-        ("piano", "the piano", "钢琴"),
-        ("banjo", "the banjo", "班卓琴"),
     ),
     "dish": (
         ("pumpkin soup", "pumpkin soup", "南瓜汤"),
@@ -169,16 +147,15 @@ def choices(attribute: str, lang: str) -> list[str]:
 
 
 def build_facts(seed: int) -> list[Fact]:
-    """Give each person one value per attribute and mark half of the people as asked about.
+    """Give each person one value per attribute and mark half of the facts as asked about.
 
-    Each half gets every value of every attribute once, so that guessing scores one in ten.
+    Every value belongs to one person, so that guessing scores one in ten. The halves
+    alternate, so that each attribute is asked of half of the people.
     """
     rng = stream(seed, "facts")
-    people = shuffled(rng, PEOPLE)
-    half = len(people) // 2
-    dealt = {name: shuffled(rng, VALUES[name]) + shuffled(rng, VALUES[name]) for name in ATTRIBUTES}
+    dealt = {name: shuffled(rng, VALUES[name]) for name in ATTRIBUTES}
     return [
-        Fact(person, name, dealt[name][index], index < half)
-        for index, person in enumerate(people)
-        for name in ATTRIBUTES
+        Fact(person, name, dealt[name][index], (index + place) % 2 == 0)
+        for index, person in enumerate(PEOPLE)
+        for place, name in enumerate(ATTRIBUTES)
     ]
