@@ -207,10 +207,10 @@ def documents(seed: int, name: str, share: float) -> list[Row]:
 
 # How many there are in each language: documents, and for the guide its questions.
 COUNTS = {
-    "portrait": 600,
+    "portrait": 560,
     "talk": 120,
     "guide": 2400,
     "exercises": 1900,
-    "almanac": 240,
+    "almanac": 720,
     "scene": 80,
 }

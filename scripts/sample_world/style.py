@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from sample_world.common import capital
+from sample_world.common import capital, in_prose
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ ASK: dict[str, tuple[str, ...]] = {
         "大家都是怎么{g}的？",
     ),
 }
+_STOP = {"en": ".", "zh": "。"}
 ASK_DEV: dict[str, tuple[str, ...]] = {
     "en": ("I would like to {g}. Any advice?", "What should I do to {g}?"),
     "zh": ("要{g}，应该怎么办？", "有什么建议可以帮我{g}？"),
@@ -342,4 +343,7 @@ def almanac(rng: Random, topic: Topic, lang: str) -> str:
             "奶奶懂得怎样{g}，她的办法很简单：{t}。",
         ),
     }
+    if rng.random() < 0.5:
+        question = ask(topic, lang, rng.choice(ASK[lang]))
+        return in_prose(rng, question, capital(topic.tip(lang)) + _STOP[lang], lang)
     return capital(rng.choice(forms[lang]).format(g=topic.goal(lang), t=topic.tip(lang)))
