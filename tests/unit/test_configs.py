@@ -52,7 +52,8 @@ def test_stage_config(build: Build, stage: str) -> None:
     assert type(made.model).__name__.lower() == f"{stage}module"
     assert str(made.run_dir) == f"outputs/{stage}"
     data = made.datamodule
-    for file in (data.train, data.val, *data.exam):
+    trained = data.train if isinstance(data.train, dict) else [data.train]
+    for file in (*trained, data.val, *data.exam):
         assert (ROOT / file).is_file()
 
 
