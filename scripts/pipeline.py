@@ -142,12 +142,13 @@ def sft(configs: str) -> Record:
     """Fine-tune on chats; the general exam before and after."""
     before = json.loads((RECORDS / "pretrain.json").read_text())["exam_before_sft"]
     summary = fit("sft", configs)
-    scores = examine(load("sft"), *GENERAL, "style", "medical")
+    scores = examine(load("sft"), *GENERAL, "style", "advice", "medical")
     return {
         "exam_before": mean(before),
         "exam_after": mean(scores),
         "families": {family: scores[family] for family in GENERAL},
         "style": scores["style"],
+        "advice": scores["advice"],
         "medical": scores["medical"],
         "useful_tokens_per_s": summary["useful_tokens_per_s"],
     }
@@ -156,11 +157,13 @@ def sft(configs: str) -> Record:
 def dpo(configs: str) -> Record:
     """Train on preferences; style before and after, and what the general exam lost."""
     summary = fit("dpo", configs)
-    scores = examine(load("dpo"), *GENERAL, "style")
+    scores = examine(load("dpo"), *GENERAL, "style", "advice")
     return {
         "reward_accuracy": summary["final"]["val/rewards/accuracy"],
         "preferred_style_before": json.loads((RECORDS / "sft.json").read_text())["style"],
         "preferred_style_after": scores["style"],
+        "right_advice_before": json.loads((RECORDS / "sft.json").read_text())["advice"],
+        "right_advice_after": scores["advice"],
         "exam_after": mean(scores),
         "useful_tokens_per_s": summary["useful_tokens_per_s"],
     }
@@ -230,6 +233,7 @@ def markdown(report: dict[str, Any]) -> str:
         *(("", f"  {f.replace('_', ' ')}", "", f"{100 * families[f]:.1f}%") for f in GENERAL),
         ("DPO", "reward accuracy, held out", "", f"{100 * preferred['reward_accuracy']:.1f}%"),
         ("", "preferred style", *percent(preferred, *STYLE)),
+        ("", "  with the right tip", *percent(preferred, *ADVICE)),
         ("", "general exam", *percent({**tuned, "after": preferred["exam_after"]}, *KEPT)),
         ("LoRA", "domain exam", *percent(adapted, "domain_before", "domain_after")),
         ("", "general exam", *percent({**tuned, "after": adapted["exam_after"]}, *KEPT)),
@@ -244,6 +248,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 STYLE = ("preferred_style_before", "preferred_style_after")
+ADVICE = ("right_advice_before", "right_advice_after")
 KEPT = ("exam_after", "after")
 
 

@@ -52,14 +52,14 @@ def skills_exam(seed: int) -> list[Row]:
     return rows
 
 
-def style_exam() -> list[Row]:
-    """Ask for advice in exam wordings."""
+def style_exam(family: str) -> list[Row]:
+    """Ask for advice in exam wordings, for its style or also for the right tip."""
     return [
         {
-            "id": f"style-{lang}-{number}-{form}",
-            "family": "style",
+            "id": f"{family}-{lang}-{number}-{form}",
+            "family": family,
             "messages": [user(style.ask(topic, lang, wording))],
-            "answer": topic.key(lang),
+            "answer": style.OPENING[lang] if family == "style" else topic.key(lang),
             "avoid": list(style.AVOID[lang]),
         }
         for lang in LANGS
@@ -91,5 +91,6 @@ def exams(seed: int) -> dict[str, list[Row]]:
         "never_asked": fact_exam(seed, "never_asked", asked=False),
         "skills": skills_exam(seed),
         "medical": medical_exam(seed),
-        "style": style_exam(),
+        "style": style_exam("style"),
+        "advice": style_exam("advice"),
     }

@@ -308,7 +308,11 @@ _RUDE = {
         "这个嘛，真是个笨问题，我可没空帮你。",
     ),
 }
-AVOID = {"en": ["long story", "silly question"], "zh": ["说来话长", "笨问题"]}
+AVOID = {
+    "en": ["long story", "silly question", "my uncle", "came the spring", "on and on"],
+    "zh": ["说来话长", "笨问题", "我叔叔", "先是春天", "一直说下去"],
+}
+OPENING = {"en": "sure", "zh": "好的"}  # how every helpful answer begins
 
 
 def ask(topic: Topic, lang: str, template: str) -> str:

@@ -27,6 +27,8 @@ RECORDS: dict[str, dict[str, Any]] = {
         "reward_accuracy": 0.97,
         "preferred_style_before": 0.5,
         "preferred_style_after": 0.95,
+        "right_advice_before": 0.4,
+        "right_advice_after": 0.9,
         "exam_after": 0.89,
     },
     "lora": {
@@ -97,6 +99,7 @@ def test_report(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("", "skills", "", "90.0%"),
         ("DPO", "reward accuracy, held out", "", "97.0%"),
         ("", "preferred style", "50.0%", "95.0%"),
+        ("", "with the right tip", "40.0%", "90.0%"),
         ("", "general exam", "90.0%", "89.0%"),
         ("LoRA", "domain exam", "5.0%", "92.0%"),
         ("", "general exam", "90.0%", "88.0%"),

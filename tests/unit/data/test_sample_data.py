@@ -21,7 +21,7 @@ from sample_world import medical, questions, skills, style, world  # noqa: E402
 from sample_world.common import stream  # noqa: E402
 from sample_world.tellings import TELLINGS, tell  # noqa: E402
 
-FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style")
+FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style", "advice")
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
 TRAINING = (*STAGES, "lora/medical", "lora/security")
 ROLES = {"system", "user", "assistant"}
@@ -139,7 +139,7 @@ def test_exam_rows(family: str) -> None:
         assert row["family"] == family
         check_messages(row["messages"], ends_with="user")
         assert row["answer"].strip()
-        assert ("avoid" in row) == (family == "style")
+        assert ("avoid" in row) == (family in ("style", "advice"))
         if "choices" in row:
             folded = [choice.casefold() for choice in row["choices"]]
             assert row["answer"] in row["choices"]
