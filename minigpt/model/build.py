@@ -1,9 +1,10 @@
-"""Build, load and save models: native ones, and any causal LM of transformers."""
+"""Build native models, and fit any model and its tokenizer to each other."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,26 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rows)
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def check_same_tokens(given: PreTrainedTokenizerFast, model: Path | str) -> None:
+    """Refuse a tokenizer whose ids mean other tokens than those the model was trained with.
+
+    Args:
+        given: the tokenizer named in the config.
+        model: the model's directory; without a tokenizer in it there is nothing to compare.
+
+    Raises:
+        ModelError: when the vocabularies differ.
+    """
+    if not isinstance(model, Path) or not (model / "tokenizer.json").is_file():
+        return
+    own = tokenizers.load(model)
+    if given.get_vocab() != own.get_vocab():
+        raise ModelError(
+            f"The tokenizer given has {len(given)} tokens, the model's own {len(own)}, and they "
+            "are not the same ones. Leave the tokenizer out: it travels with the model."
+        )
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from minigpt.errors import ConfigError, TrainingError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.examine import Judged, shares, sit
 from minigpt.model.build import (
+    check_same_tokens,
     check_vocabulary,
     checkpoint_activations,
     count_parameters,
@@ -119,6 +120,8 @@ class BaseModule(LightningModule, ABC):
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that travels with the model, with a chat template where needed."""
         tokenizer = tokenizers.load(self._tokenizer_place())
+        if self.tokenizer_path and self.init_from and not self.trained:
+            check_same_tokens(tokenizer, find_model(self.init_from))
         self.vocabulary = len(tokenizer)
         if self.needs_chat:
             install_template(tokenizer)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import minigpt as package
 from minigpt.__main__ import COMMANDS, TRAINER_VERBS
+from minigpt.data import tokenizer as tokenizers
 
 Minigpt = Callable[..., Any]
 
@@ -186,6 +187,18 @@ def test_tokenizer_larger_than_the_model(fit: Minigpt, trained: Path, tmp_path: 
         model__init_args__tokenizer=str(trained / "tokenizer"),
     )
     told(outcome, "The tokenizer has 320 tokens but the model only 300", "saved with the model")
+
+
+def test_tokenizer_of_other_tokens(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    other = tokenizers.load(trained / "tokenizer")
+    other.add_tokens(["another"])
+    tokenizers.save(other, tmp_path / "other")
+    outcome = fit("sft", model__init_args__tokenizer=str(tmp_path / "other"))
+    told(
+        outcome,
+        "The tokenizer given has 321 tokens, the model's own 320",
+        "Leave the tokenizer out",
+    )
 
 
 def test_damaged_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
