@@ -9,7 +9,8 @@ Each is printed as one paragraph without a traceback, and the process ends with
     ├── DataError            a file or row that cannot be read
     ├── TokenizerError       a tokenizer that cannot be made or used
     ├── ModelError           a model, adapter or checkpoint that cannot be used
-    └── TrainingError        a run that cannot go on (non-finite numbers, no targets)
+    ├── TrainingError        a run that cannot go on (non-finite numbers, no room to save)
+    └── Stopped              a run that was asked to stop, and has saved
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ class ModelError(MiniGPTError):
 
 class TrainingError(MiniGPTError):
     """A run that cannot go on, such as one whose loss is not finite."""
+
+
+class Stopped(MiniGPTError):  # noqa: N818  (no error: what was asked for)
+    """A run that was asked to stop, and has saved.
+
+    Args:
+        message: what the user reads.
+        exit_code: 75 after SIGTERM (preempted: try again), 130 after SIGINT.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DataError(MiniGPTError):

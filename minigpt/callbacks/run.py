@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, the exported model, a summary, samples, predictions."""
+"""What a run leaves behind: the exported model, a summary, samples, predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,41 +24,6 @@ from minigpt.data.records import Message
 from minigpt.files import write_json
 
 log = logging.getLogger(__name__)
-
-
-class Checkpoints(ModelCheckpoint):
-    """Keeps the newest checkpoints, and always the last step's.
-
-    Args:
-        run_dir: they go to its `checkpoints/`.
-        every: optimizer steps between two.
-        keep: how many are kept.
-    """
-
-    def __init__(self, run_dir: Path, every: int, keep: int) -> None:
-        super().__init__(
-            dirpath=run_dir / "checkpoints",
-            filename="{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every,
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
-        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the most steps, if there is any."""
-    found = {
-        int(path.stem.removeprefix("step=")): path
-        for path in (run_dir / "checkpoints").glob("step=*.ckpt")
-        if path.stem.removeprefix("step=").isdigit()
-    }
-    return found[max(found)] if found else None
 
 
 class MakeRoom(Callback):
@@ -103,6 +68,15 @@ class RunRecorder(Callback):
             self.before = {k: v for k, v in metrics.items() if k.startswith("val/")}
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on cannot measure again."""
+        return {"before": self.before, "seconds": time.time() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.before = state_dict["before"]
+        self.started -= state_dict["seconds"]
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export and sum up."""

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from minigpt.errors import ModelError
+from minigpt.files import damage, publish, write_manifest
 from minigpt.model.lm import PackedLM
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's FSDP2, with sharded checkpoints that are whole or absent.
+
+    All processes share the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1)
+
+    def setup_environment(self) -> None:
+        """Count the processes, then join them."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Let all processes write their shards beside the place, then publish them together."""
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(f".{path.name}-partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            write_manifest(partial)
+            publish(partial, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load shards, checked against their manifest.
+
+        Raises:
+            ModelError: when the checkpoint is damaged.
+        """
+        if problem := damage(Path(checkpoint_path)):
+            raise ModelError(f"The checkpoint {checkpoint_path} is damaged: {problem}.")
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(lm: PackedLM, mesh: DeviceMesh) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     "model": {"data"},
     "infer": {"data", "model"},
     "modules": {"data", "model", "infer"},
-    "callbacks": {"data"},
+    "callbacks": {"data", "model"},
     "commands": {"data", "model", "infer", "cli"},
     "parser": set(),
     "cli": {"data", "model", "modules", "callbacks", "parser"},

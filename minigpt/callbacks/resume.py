@@ -1,0 +1,171 @@
+"""Going on with a run: the same data, tokenizer and base, the same chance, the same threads."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
+from minigpt.errors import ConfigError
+from minigpt.files import digest
+from minigpt.model.saved import find_model
+
+log = logging.getLogger(__name__)
+
+FIXED = {"stage", "method"}  # the state of one does not fit another
+
+
+class SameRun(Callback):
+    """Keeps in each checkpoint what made it, and compares before a run goes on from it.
+
+    Args:
+        allow_changes: go on with other data, tokenizer, base or rates, and only say so.
+    """
+
+    def __init__(self, allow_changes: bool) -> None:
+        self.allow_changes = allow_changes
+        self.known: dict[str, str] = {}
+        self.changed: list[str] = []
+        self.fresh: list[dict[str, Any]] = []
+        self.chance: list[Tensor] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the optimizer's options before a checkpoint's are put over them."""
+        groups = trainer.optimizers[0].param_groups
+        self.fresh = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the run's identity, its threads, and the state of chance that dropout draws from."""
+        self.known = self.known or identity(trainer, pl_module)
+        checkpoint["run"] = self.known
+        checkpoint["machine"] = circumstances(trainer)
+        checkpoint["chance"] = all_chance(pl_module.device)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compare, and take up the threads and the state of chance.
+
+        Raises:
+            ConfigError: when the run is not the one that the checkpoint belongs to.
+        """
+        if trainer.state.fn != "fit":
+            return
+        self.known = identity(trainer, pl_module)
+        then, now = checkpoint.get("run", {}), self.known
+        self.changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+        if self.changed:
+            told = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in self.changed)
+            fixed = FIXED.intersection(self.changed)
+            if fixed or not self.allow_changes:
+                override = "" if fixed else ", or go on all the same with --allow_changes true"
+                raise ConfigError(
+                    f"This is not the run that the checkpoint belongs to: {told}. Put it back, "
+                    f"or start a new run{override}."
+                )
+            log.warning("Going on although this is another run: %s.", told)
+        take_up_machine(checkpoint.get("machine", {}), circumstances(trainer))
+        chances = checkpoint.get("chance", [])
+        self.chance = chances[trainer.global_rank] if trainer.global_rank < len(chances) else []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put changed rates in force; take out of the logs what a killed run did afterwards."""
+        if "optimizer" in self.changed:
+            schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+            schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
+            groups = trainer.optimizers[0].param_groups
+            for group, fresh, factor in zip(groups, self.fresh, schedule.lr_lambdas, strict=True):
+                group.update(fresh, lr=fresh["initial_lr"] * factor(schedule.last_epoch))
+        for logger in trainer.loggers:
+            if isinstance(logger, JSONLLogger | RunTensorBoard) and trainer.global_step:
+                logger.rewind(trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take up the state of chance with the first batch."""
+        if self.chance:
+            torch.set_rng_state(self.chance[0])
+            if pl_module.device.type == "cuda" and len(self.chance) > 1:
+                torch.cuda.set_rng_state(self.chance[1], pl_module.device)
+            self.chance = []
+
+
+def all_chance(device: torch.device) -> list[list[Tensor]]:
+    """Return the state of chance of every process, each CPU first and then GPU."""
+    mine = [torch.get_rng_state()]
+    if device.type == "cuda":
+        mine.append(torch.cuda.get_rng_state(device))
+    every = [mine]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        every = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, mine)
+    return every
+
+
+def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Use as many threads as before, and say what else is different."""
+    if then.get("threads", now["threads"]) != now["threads"]:
+        torch.set_num_threads(then["threads"])  # sums depend on how many threads share them
+        log.info("Threads: %d, as before.", then["threads"])
+    for name in ("processes", "precision", "torch"):
+        if then.get(name, now[name]) != now[name]:
+            log.warning(
+                "%s: %s before, %s now. The order of data is the same; numbers agree up to "
+                "rounding.",
+                *(name, then[name], now[name]),
+            )
+
+
+def identity(trainer: Any, pl_module: Any) -> dict[str, str]:
+    """Return what makes a run this run, as short texts that can be compared and read."""
+    data = trainer.datamodule
+    rates = asdict(pl_module.optimizer_options)
+    known = {
+        "stage": type(pl_module).__name__,
+        "method": f"{rates.pop('name')}, {pl_module.lora or 'all weights'}",
+        "optimizer": ", ".join(f"{name} {value}" for name, value in rates.items()),
+        "tokenizer": tokenizer_digest(pl_module.tokenizer),
+        "data": data.fingerprint(),
+        "seed": str(data.seed),
+        "tokens_per_batch": str(data.tokens_per_batch),
+        "batches_per_step": str(trainer.accumulate_grad_batches * trainer.world_size),
+    }
+    if pl_module.needs_base:
+        known["base"] = model_digest(pl_module.init_from)
+    return known
+
+
+def circumstances(trainer: Trainer) -> dict[str, Any]:
+    """Return what may change the last bits of a sum."""
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "torch": str(torch.__version__),
+    }
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of a tokenizer's vocabulary and template."""
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def model_digest(place: str) -> str:
+    """Return a digest of a model's weight files; of its name, for one on a hub."""
+    found = find_model(place)
+    if not isinstance(found, Path):
+        return found
+    joined = "".join(digest(file) for file in sorted(found.glob("*.safetensors")))
+    return hashlib.sha256(joined.encode()).hexdigest()[:12]
