@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import minigpt.modules  # noqa: F401  (makes the short class names known)
 from minigpt.callbacks.checkpoints import Checkpoints, WholeCheckpointIO, newest_checkpoint, verify
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
-from minigpt.callbacks.resume import SameRun
+from minigpt.callbacks.resume import FitLoop, SameRun
 from minigpt.callbacks.run import (
     MakeRoom,
     PredictionWriter,
@@ -180,6 +180,8 @@ class MiniGPTCLI(LightningCLI):
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
+            if newest is None and is_first_process():
+                self.stale = leftovers(self.run_dir, ("metrics.jsonl",))
         elif config.get("ckpt_path") is None and is_first_process():
             self.stale = claim(self.run_dir, config.overwrite)
         elif config.get("ckpt_path"):
@@ -244,6 +246,7 @@ class MiniGPTCLI(LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         if not isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        FitLoop.put_in(trainer)
         trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
         return trainer
 
@@ -314,7 +317,12 @@ def claim(run_dir: Path, overwrite: bool) -> list[Path]:
         raise ConfigError(
             f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
         ) from error
-    left = [*(run_dir / name for name in RUN_FILES), *run_dir.glob("events.out.tfevents.*")]
+    return leftovers(run_dir, RUN_FILES)
+
+
+def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
+    """Return which of the named files, and TensorBoard's, an earlier run left."""
+    left = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in left if path.exists()]
 
 
@@ -328,7 +336,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which readers that outlive a killed run would go on to hold.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunExistsError(
                 f"Another process is training in {run_dir}. Wait for it, or choose another "

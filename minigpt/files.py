@@ -73,7 +73,7 @@ def write_manifest(directory: Path) -> None:
     files = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != directory / MANIFEST
     }
     write_json(directory / MANIFEST, {"files": files})
 

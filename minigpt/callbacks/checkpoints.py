@@ -99,9 +99,9 @@ class Checkpoints(Checkpoint):
         self.directory, self.every, self.keep = run_dir / "checkpoints", every, keep
         self.saved = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Do not save again what the run goes on from; clear what was cut off."""
-        self.saved = trainer.global_step
+        self.saved, self.last = trainer.global_step, pl_module.total_steps()
         if trainer.is_global_zero:
             for partial in self.directory.glob(".step=*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -110,11 +110,11 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save after an optimizer step whose turn it is."""
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every == 0 or trainer.global_step >= self.last:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
+        """Save the last step of a run that ends before its time."""
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

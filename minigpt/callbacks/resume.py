@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor
 
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
@@ -36,6 +37,8 @@ class SameRun(Callback):
         self.changed: list[str] = []
         self.fresh: list[dict[str, Any]] = []
         self.chance: list[Tensor] = []
+        self.resumed = self.validation_due = False
+        self.validated_at = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the optimizer's options before a checkpoint's are put over them."""
@@ -50,6 +53,15 @@ class SameRun(Callback):
         checkpoint["run"] = self.known
         checkpoint["machine"] = circumstances(trainer)
         checkpoint["chance"] = all_chance(pl_module.device)
+        loop = trainer.fit_loop.epoch_loop
+        done = loop.total_batch_idx == self.validated_at
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        checkpoint["validation_due"] = not done and loop._should_check_val_fx(fetcher)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the validation after this batch is done."""
+        if not trainer.sanity_checking:
+            self.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -77,9 +89,12 @@ class SameRun(Callback):
         take_up_machine(checkpoint.get("machine", {}), circumstances(trainer))
         chances = checkpoint.get("chance", [])
         self.chance = chances[trainer.global_rank] if trainer.global_rank < len(chances) else []
+        self.resumed, self.validation_due = True, checkpoint["validation_due"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put changed rates in force; take out of the logs what a killed run did afterwards."""
+        """Take up the run where the checkpoint left it."""
+        if not self.resumed:
+            return
         if "optimizer" in self.changed:
             schedule: Any = trainer.lr_scheduler_configs[0].scheduler
             schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
@@ -87,8 +102,11 @@ class SameRun(Callback):
             for group, fresh, factor in zip(groups, self.fresh, schedule.lr_lambdas, strict=True):
                 group.update(fresh, lr=fresh["initial_lr"] * factor(schedule.last_epoch))
         for logger in trainer.loggers:
-            if isinstance(logger, JSONLLogger | RunTensorBoard) and trainer.global_step:
-                logger.rewind(trainer.global_step)
+            if isinstance(logger, JSONLLogger | RunTensorBoard):
+                logger.rewind(trainer.global_step, self.validation_due)
+        start_clean(trainer)
+        if self.validation_due:
+            validate(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -99,6 +117,51 @@ class SameRun(Callback):
             if pl_module.device.type == "cuda" and len(self.chance) > 1:
                 torch.cuda.set_rng_state(self.chance[1], pl_module.device)
             self.chance = []
+
+
+class FitLoop(_FitLoop):
+    """Lightning's, but a run that was cut off after its last step still gets its end."""
+
+    @classmethod
+    def put_in(cls, trainer: Trainer) -> None:
+        """Let a trainer use this loop."""
+        old = trainer.fit_loop
+        trainer.fit_loop = cls(trainer, old.min_epochs, old.max_epochs)
+        trainer.fit_loop.epoch_loop = old.epoch_loop
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do, not even the export at the end."""
+        return bool(self.trainer.limit_train_batches == 0)
+
+
+def start_clean(trainer: Any) -> None:
+    """Let Lightning begin an epoch at the DataModule's position, with nothing half done.
+
+    Its own way of going on guesses from counters what was under way, and takes the end of an
+    epoch of unknown length for its middle. Checkpoints are saved between two optimizer steps
+    only, so there is nothing to guess.
+    """
+    fit = trainer.fit_loop
+    for loop in (fit, fit.epoch_loop, fit.epoch_loop.val_loop):
+        loop._restarting = False
+        loop.reset_restart_stage()
+    fit.epoch_loop._batches_that_stepped = trainer.global_step
+    batches = fit.epoch_loop.batch_progress.total
+    batches.completed = batches.processed
+    epoch, _ = trainer.datamodule.position
+    for count in (fit.epoch_progress.total, fit.epoch_progress.current):
+        count.ready = count.started = count.processed = count.completed = epoch
+
+
+def validate(trainer: Any) -> None:
+    """Make up for the validation that the saved step was followed by; logged as that step's."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+    loop._batches_that_stepped += 1
 
 
 def all_chance(device: torch.device) -> list[list[Tensor]]:

@@ -56,6 +56,7 @@ class RunRecorder(Callback):
     def __init__(self, run_dir: Path, throughput: Throughput) -> None:
         self.run_dir, self.throughput = run_dir, throughput
         self.before: dict[str, float] = {}
+        self.final: dict[str, float] = {}
         self.started = time.time()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,25 +64,27 @@ class RunRecorder(Callback):
         if trainer.state.fn == "validate" and trainer.is_global_zero:
             for name, value in trainer.callback_metrics.items():
                 log.info("%s: %.4g", name, value)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.final = {k: v for k, v in metrics.items() if k.startswith("val/")}
         if trainer.sanity_checking:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            self.before = {k: v for k, v in metrics.items() if k.startswith("val/")}
+            self.before = self.final
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on cannot measure again."""
-        return {"before": self.before, "seconds": time.time() - self.started}
+        seconds = time.time() - self.started
+        return {"before": self.before, "final": self.final, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.before = state_dict["before"]
+        self.before, self.final = state_dict["before"], state_dict["final"]
         self.started -= state_dict["seconds"]
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export and sum up."""
         pl_module.export(self.run_dir / "hf")
-        final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        final = self.final
         if trainer.is_global_zero:
             self._write_summary(trainer, pl_module, final)
             for logger in trainer.loggers:
