@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-import minigpt.cli  # noqa: F401  (what every run imports)
+import minigpt.__main__
+import minigpt.cli  # what every run imports
 from minigpt.__main__ import main
 
 
@@ -25,10 +26,10 @@ def child(request: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(request.get("env", {}))
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), **request.get("env", {})}
     for name, limit in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
-    sys.argv = ["minigpt", *request["args"]]
+    sys.argv = [minigpt.__main__.__file__, *request["args"]]  # for Lightning's own launcher
     status = 1
     try:
         status = main(request["args"])
