@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ from minigpt.callbacks.run import (
     RunRecorder,
     SampleText,
 )
-from minigpt.callbacks.stopping import RunStatus, Stopping
+from minigpt.callbacks.stopping import RunStatus, Stopping, own_words
 from minigpt.data.datamodule import JSONLDataModule
-from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError
+from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
 from minigpt.modules.base import BaseModule
-from minigpt.parser import OptionError, Parser, chain, check_configs, explained
+from minigpt.parser import OptionError, Parser, check_configs, explained
 
 log = logging.getLogger("minigpt")
 
@@ -191,10 +191,16 @@ class MiniGPTCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; a run directory belongs to one training at a time."""
-        if self.verb != "fit" or not is_first_process():
+        if self.verb != "fit":
             return super()._run_subcommand(subcommand)
-        with locked(self.run_dir):
-            return super()._run_subcommand(subcommand)
+        with locked(self.run_dir) if is_first_process() else nullcontext():
+            try:
+                return super()._run_subcommand(subcommand)
+            except Exception as error:
+                own = own_words(error, self.run_dir)
+                if own is error:
+                    raise
+                raise own from error
 
     def instantiate_classes(self) -> None:
         """Build the stage; what its classes refuse is told in their own words."""

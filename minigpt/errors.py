@@ -10,11 +10,13 @@ Each is printed as one paragraph without a traceback, and the process ends with
     ├── TokenizerError       a tokenizer that cannot be made or used
     ├── ModelError           a model, adapter or checkpoint that cannot be used
     ├── TrainingError        a run that cannot go on (non-finite numbers, no room to save)
+    ├── ProcessLost          another process of the run has died
     └── Stopped              a run that was asked to stop, and has saved
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -42,6 +44,12 @@ class ModelError(MiniGPTError):
 
 class TrainingError(MiniGPTError):
     """A run that cannot go on, such as one whose loss is not finite."""
+
+
+class ProcessLost(MiniGPTError):  # noqa: N818  (what happened elsewhere)
+    """Another process of the run has died; the run may be tried again."""
+
+    exit_code = 1
 
 
 class Stopped(MiniGPTError):  # noqa: N818  (no error: what was asked for)
@@ -98,3 +106,10 @@ class DataError(MiniGPTError):
             remedy=self.remedy,
             reason=self.reason,
         )
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

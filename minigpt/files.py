@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minigpt.errors import MiniGPTError, TrainingError, chain
+
 MANIFEST = "manifest.json"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,3 +106,37 @@ def digest(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class told_when_unwritable:  # noqa: N801  (used like a function)
+    """Context manager that names what could not be written, and why.
+
+    Args:
+        place: the file or directory that is written.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if own := unwritable(error, self.place):
+            raise own from error
+
+
+def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
+    """Return how to tell that a place cannot be written to; None for another error."""
+    if isinstance(error, MiniGPTError):
+        return None
+    found = (e for e in chain(error) if isinstance(e, OSError))
+    reason = next((e.strerror for e in found if e.errno in NO_ROOM | NO_ENTRY), None)
+    if reason is None and "inline_container" in str(error):
+        reason = "the file is not whole"  # torch hides the system's error behind its own
+    if reason is None:
+        return None
+    return TrainingError(
+        f"{place} could not be written: {reason}. Earlier checkpoints are intact; make room and "
+        "go on with --ckpt_path auto."
+    )

@@ -19,8 +19,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from minigpt.errors import ModelError, TrainingError
-from minigpt.files import damage, whole_directory, write_manifest
+from minigpt.errors import ModelError
+from minigpt.files import damage, told_when_unwritable, whole_directory, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class WholeCheckpointIO(CheckpointIO):
         Raises:
             TrainingError: when it cannot be written; earlier checkpoints are untouched.
         """
-        with told_when_unwritable(Path(path)), whole_directory(Path(path)) as partial:
+        with told_when_unwritable(path), whole_directory(Path(path)) as partial:
             with (partial / STATE).open("wb") as file:
                 torch.save(checkpoint, file)
             write_manifest(partial)
@@ -66,24 +66,6 @@ class WholeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
         shutil.rmtree(path, ignore_errors=True)
-
-
-class told_when_unwritable:  # noqa: N801  (used like a function)
-    """Context manager that names the checkpoint which could not be written, and why."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise TrainingError(
-                f"The checkpoint {self.path} could not be saved: {reason}. Earlier checkpoints are "
-                "intact; make room and go on with --ckpt_path auto."
-            ) from error
 
 
 class Checkpoints(Checkpoint):

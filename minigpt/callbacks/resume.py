@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,26 @@ from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.errors import ConfigError
 from minigpt.files import digest
 from minigpt.model.saved import find_model
+from minigpt.modules.totals import gathered
 
 log = logging.getLogger(__name__)
 
 FIXED = {"stage", "method"}  # the state of one does not fit another
+
+
+@dataclass
+class Boundary:
+    """Where an optimizer step left a run; a checkpoint describes this, whenever it is saved.
+
+    Args:
+        batches: micro-batches of this process so far.
+        validation_due: whether a validation comes before the next batch.
+        chance: state of the generators that dropout draws from, CPU first and then GPU.
+    """
+
+    batches: int = 0
+    validation_due: bool = False
+    chance: list[Tensor] = field(default_factory=list)
 
 
 class SameRun(Callback):
@@ -37,31 +53,44 @@ class SameRun(Callback):
         self.changed: list[str] = []
         self.fresh: list[dict[str, Any]] = []
         self.chance: list[Tensor] = []
-        self.resumed = self.validation_due = False
-        self.validated_at = -1
+        self.resumed = False
+        self.step, self.boundary = -1, Boundary()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the optimizer's options before a checkpoint's are put over them."""
         groups = trainer.optimizers[0].param_groups
         self.fresh = [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note where the run stands after an optimizer step."""
+        if trainer.global_step != self.step:
+            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+            due = loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+            self._note(trainer, pl_module, due)
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule, validation_due: bool) -> None:
+        self.step = trainer.global_step
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self.boundary = Boundary(batches, validation_due, chance(pl_module.device))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the validation after the last step is done."""
+        self.boundary.validation_due = False
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the run's identity, its threads, and the state of chance that dropout draws from."""
+        """Add the run's identity and circumstances, and where its last step left it."""
         self.known = self.known or identity(trainer, pl_module)
         checkpoint["run"] = self.known
         checkpoint["machine"] = circumstances(trainer)
-        checkpoint["chance"] = all_chance(pl_module.device)
-        loop = trainer.fit_loop.epoch_loop
-        done = loop.total_batch_idx == self.validated_at
-        fetcher: Any = trainer.fit_loop._data_fetcher
-        checkpoint["validation_due"] = not done and loop._should_check_val_fx(fetcher)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the validation after this batch is done."""
-        if not trainer.sanity_checking:
-            self.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+        checkpoint["boundary"] = {
+            "batches": self.boundary.batches,
+            "validation_due": self.boundary.validation_due,
+            "chance": gathered([self.boundary.chance]),
+        }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -87,26 +116,32 @@ class SameRun(Callback):
                 )
             log.warning("Going on although this is another run: %s.", told)
         take_up_machine(checkpoint.get("machine", {}), circumstances(trainer))
-        chances = checkpoint.get("chance", [])
-        self.chance = chances[trainer.global_rank] if trainer.global_rank < len(chances) else []
-        self.resumed, self.validation_due = True, checkpoint["validation_due"]
+        then = checkpoint["boundary"]
+        chances, rank = then.pop("chance"), trainer.global_rank
+        self.boundary = Boundary(**then, chance=chances[rank] if rank < len(chances) else [])
+        self.resumed = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the run where the checkpoint left it."""
         if not self.resumed:
-            return
+            return self._note(trainer, pl_module, False)
         if "optimizer" in self.changed:
-            schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-            schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
-            groups = trainer.optimizers[0].param_groups
-            for group, fresh, factor in zip(groups, self.fresh, schedule.lr_lambdas, strict=True):
-                group.update(fresh, lr=fresh["initial_lr"] * factor(schedule.last_epoch))
+            self._take_up_rates(trainer)
+        self.step, self.chance = trainer.global_step, self.boundary.chance
         for logger in trainer.loggers:
             if isinstance(logger, JSONLLogger | RunTensorBoard):
-                logger.rewind(trainer.global_step, self.validation_due)
-        start_clean(trainer)
-        if self.validation_due:
+                logger.rewind(trainer.global_step, self.boundary.validation_due)
+        start_clean(trainer, self.boundary.batches)
+        if self.boundary.validation_due:
             validate(trainer)
+        return None
+
+    def _take_up_rates(self, trainer: Trainer) -> None:
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
+        groups = trainer.optimizers[0].param_groups
+        for group, fresh, factor in zip(groups, self.fresh, schedule.lr_lambdas, strict=True):
+            group.update(fresh, lr=fresh["initial_lr"] * factor(schedule.last_epoch))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -135,23 +170,23 @@ class FitLoop(_FitLoop):
         return bool(self.trainer.limit_train_batches == 0)
 
 
-def start_clean(trainer: Any) -> None:
+def start_clean(trainer: Any, batches: int) -> None:
     """Let Lightning begin an epoch at the DataModule's position, with nothing half done.
 
     Its own way of going on guesses from counters what was under way, and takes the end of an
-    epoch of unknown length for its middle. Checkpoints are saved between two optimizer steps
-    only, so there is nothing to guess.
+    epoch of unknown length for its middle. A checkpoint describes the end of an optimizer step,
+    so there is nothing to guess.
     """
     fit = trainer.fit_loop
     for loop in (fit, fit.epoch_loop, fit.epoch_loop.val_loop):
         loop._restarting = False
         loop.reset_restart_stage()
     fit.epoch_loop._batches_that_stepped = trainer.global_step
-    batches = fit.epoch_loop.batch_progress.total
-    batches.completed = batches.processed
     epoch, _ = trainer.datamodule.position
-    for count in (fit.epoch_progress.total, fit.epoch_progress.current):
-        count.ready = count.started = count.processed = count.completed = epoch
+    counts = [(fit.epoch_loop.batch_progress.total, batches)]
+    counts += [(fit.epoch_progress.total, epoch), (fit.epoch_progress.current, epoch)]
+    for count, done in counts:
+        count.ready = count.started = count.processed = count.completed = done
 
 
 def validate(trainer: Any) -> None:
@@ -164,16 +199,10 @@ def validate(trainer: Any) -> None:
     loop._batches_that_stepped += 1
 
 
-def all_chance(device: torch.device) -> list[list[Tensor]]:
-    """Return the state of chance of every process, each CPU first and then GPU."""
-    mine = [torch.get_rng_state()]
-    if device.type == "cuda":
-        mine.append(torch.cuda.get_rng_state(device))
-    every = [mine]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        every = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, mine)
-    return every
+def chance(device: torch.device) -> list[Tensor]:
+    """Return the state of this process's generators."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ class RunRecorder(Callback):
             "stage": type(pl_module).__name__,
             "steps": trainer.global_step,
             "seconds": round(time.time() - self.started, 1),
-            "tokens_seen": pl_module.tokens_seen * trainer.world_size,
+            "tokens_seen": pl_module.tokens_seen,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             "peak_rss_mb": peak_memory_mb(),
             "before": self.before,

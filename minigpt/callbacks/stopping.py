@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from minigpt.callbacks.checkpoints import Checkpoints
-from minigpt.errors import MiniGPTError, Stopped
-from minigpt.files import write_json
+from minigpt.errors import MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.files import unwritable, write_json
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ class Stopping(Callback):
         self.received = number
         log.warning("%s: stopping after this step.", signal.Signals(number).name)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step, see whether any process was asked to stop."""
+        """After an optimizer step, when all of it is logged, see whether any was asked to stop."""
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self._agree(trainer, pl_module)
@@ -109,6 +109,20 @@ def stopped(number: int, step: int | None) -> Stopped:
     name = signal.Signals(number).name
     saved = "before training began" if step is None else f"step {step} is saved"
     return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
+
+
+def own_words(error: BaseException, run_dir: Path) -> BaseException:
+    """Return how to tell a user of a failure that is not MiniGPT's; else the error itself."""
+    if isinstance(error, MiniGPTError):
+        return error
+    broken = isinstance(error, torch.distributed.DistBackendError)
+    if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return ProcessLost(
+            "Another process of this run has died or does not answer; its own output says why. "
+            "Go on from the last checkpoint with --ckpt_path auto."
+        )
+    place = next((e.filename for e in chain(error) if isinstance(e, OSError) and e.filename), None)
+    return unwritable(error, place or run_dir) or error
 
 
 def requeue() -> None:
@@ -150,6 +164,7 @@ class RunStatus(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """The run ended otherwise."""
+        exception = own_words(exception, self.path.parent)
         code = exception.exit_code if isinstance(exception, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
         if isinstance(exception, KeyboardInterrupt):

@@ -329,9 +329,9 @@ class JSONLDataModule(LightningDataModule):
         text = json.dumps([stores, list(_weights(self.train).values())])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def advance(self, batch: PackedBatch) -> None:
-        """Note that a training batch is done."""
-        self.position = batch.resume_at
+    def advance(self, position: tuple[int, int]) -> None:
+        """Note where a run goes on that is cut off from now on."""
+        self.position = position
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order of training batches."""

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ModelError
-from minigpt.files import damage, publish, write_manifest
+from minigpt.files import damage, publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
 
 
@@ -42,11 +42,12 @@ class FSDP2(ModelParallelStrategy):
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            write_manifest(partial)
-            publish(partial, path)
+        with told_when_unwritable(path):
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            self.barrier()
+            if self.is_global_zero:
+                write_manifest(partial)
+                publish(partial, path)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:

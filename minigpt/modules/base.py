@@ -112,7 +112,7 @@ class BaseModule(LightningModule, ABC):
         self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
         self.window, self.held_out = Totals(), Totals()
         self.parts, self.watch = Window(), LossWatch(spike)
-        self.tokens_seen = 0
+        self.tokens_seen = 0  # by all processes
 
     @abstractmethod
     def step(self, batch: PackedBatch) -> Step:
@@ -216,11 +216,8 @@ class BaseModule(LightningModule, ABC):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the batch's summed loss over a constant; the exact scale comes later."""
         step = self.step(batch)
-        self.tokens_seen += batch.n_tokens
         self.window.add(self._sums(step, batch), self.device)
-        self.parts.add(step.loss, batch.sources)
-        # Here, because a checkpoint is saved before this module's own on_train_batch_end.
-        self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
+        self.parts.add(step.loss, batch)
         return step.loss / self._nominal
 
     @property
@@ -254,6 +251,9 @@ class BaseModule(LightningModule, ABC):
             torch._foreach_mul_(grads, scale)
         else:
             optimizer.zero_grad(set_to_none=True)  # without gradients, weights and moments stay
+        # Not sooner: a checkpoint always describes the end of an optimizer step.
+        self.trainer.datamodule.advance(self.parts.resume_at)  # type: ignore[attr-defined]
+        self.tokens_seen += int(totals["tokens"])
         self._log_step(totals, norm)
         self.window.clear()
         self.parts.clear()
@@ -285,7 +285,7 @@ class BaseModule(LightningModule, ABC):
         return {
             "loss": step.loss,
             "count": float(step.count),
-            "tokens": float(batch.n_tokens),
+            "tokens": float(batch.n_tokens if step.count else 0),  # a filler teaches nothing
             "bytes": self.token_bytes[batch.labels].sum(),  # type: ignore[index]
             **step.sums,
         }
@@ -302,7 +302,7 @@ class BaseModule(LightningModule, ABC):
         values = {f"train/{name}": value for name, value in self.metrics(totals).items()}
         values["grad_norm"] = float(norm)
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        values["tokens_seen"] = float(self.tokens_seen * self.trainer.world_size)
+        values["tokens_seen"] = float(self.tokens_seen)
         self.log_dict(values, rank_zero_only=True)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, rank_zero_only=True)
 
@@ -362,7 +362,7 @@ class BaseModule(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of tokens; of an adapter's run, only the adapter."""
-        checkpoint["tokens_seen"] = self.tokens_seen * self.trainer.world_size
+        checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["loss_watch"] = self.watch.state_dict()
         if self.peft:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -371,7 +371,7 @@ class BaseModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the count of tokens and the running mean."""
-        self.tokens_seen = checkpoint["tokens_seen"] // self.trainer.world_size
+        self.tokens_seen = checkpoint["tokens_seen"]
         self.watch.load_state_dict(checkpoint["loss_watch"])
 
     def export(self, directory: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
+from minigpt.modules.totals import gathered
 
 SETTLED = 20  # steps before a jump can be told from the start of training
 MEMORY = 0.95  # of the running mean
@@ -58,25 +60,26 @@ class LossWatch:
 
 
 class Window:
-    """The micro-batches of one optimizer step: their losses and the rows they came from."""
+    """The micro-batches of one optimizer step: their losses and the rows they came from.
+
+    Attributes:
+        resume_at: where the data goes on after the last of them, as (epoch, micro-batches).
+    """
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Sequence[tuple[str, int]]]] = []
+        self.resume_at = (0, 0)
 
-    def add(self, loss: Tensor, sources: Sequence[tuple[str, int]]) -> None:
+    def add(self, loss: Tensor, batch: PackedBatch) -> None:
         """Note a micro-batch."""
-        self.parts.append((loss.detach(), sources))
+        self.parts.append((loss.detach(), batch.sources))
+        self.resume_at = batch.resume_at
 
     def rows(self) -> str:
         """Return the rows behind losses that are not finite (else all), over all processes."""
-        bad = [rows for loss, rows in self.parts if not torch.isfinite(loss)]
-        mine = [row for rows in (bad or [rows for _, rows in self.parts]) for row in rows]
-        every = [(bool(bad), mine)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            every = [every[0]] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, (bool(bad), mine))
-        guilty = [row for found, rows in every if found for row in rows]
-        named = guilty or [row for _, rows in every for row in rows]
+        mine = [(bool(torch.isfinite(loss)), row) for loss, rows in self.parts for row in rows]
+        every = gathered(mine)
+        named = [row for finite, row in every if not finite] or [row for _, row in every]
         told = ", ".join(f"{file}:{line}" for file, line in named[:NAMED])
         return told + (f" and {len(named) - NAMED} more" if len(named) > NAMED else "")
 

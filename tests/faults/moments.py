@@ -59,16 +59,16 @@ class Slow(Callback):
 
 
 class Poison(Callback):
-    """Makes one micro-batch's loss or gradient useless.
+    """Makes one micro-batch's loss useless.
 
     Args:
         number: which micro-batch of this process, from 0.
-        value: what a weight becomes: nan, inf, or a large number for a jump of the loss.
+        value: what the loss is multiplied by: nan, inf, or a large number for a jump.
         rank: in which process.
     """
 
-    def __init__(self, number: int, value: float, rank: int = 0) -> None:
-        self.number, self.value, self.rank, self.seen = number, value, rank, 0
+    def __init__(self, number: int, value: str, rank: int = 0) -> None:
+        self.number, self.value, self.rank, self.seen = number, float(value), rank, 0
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

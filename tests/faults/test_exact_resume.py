@@ -109,7 +109,7 @@ def test_without_its_state_a_run_does_not_go_on_exactly(
     assert checkpoint is not None
     saved = state(tmp_path / "run", checkpoint.name)
     if left_out == "chance":
-        saved["chance"] = []
+        saved["boundary"]["chance"] = []
     else:
         saved["SFTDataModule"]["position"] = [0, 0]
     torch.save(saved, checkpoint / STATE)

@@ -45,7 +45,7 @@ def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data__init_args__seed": 5}, "seed was 42, is 5"),
+        ({"data__init_args__seed": 5}, "seed was 0, is 5"),
         ({"data__init_args__tokens_per_batch": 300}, "tokens_per_batch was 256, is 300"),
         ({"trainer__accumulate_grad_batches": 3}, "batches_per_step was 2, is 3"),
     ],
