@@ -95,9 +95,9 @@ def test_slurm_requeues_once_after_the_save(start: Start, tmp_path: Path) -> Non
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("strategy", ["ddp", "minigpt.model.parallel.FSDP2"])
+@pytest.mark.parametrize("strategy", ["ddp", {"class_path": "minigpt.model.parallel.FSDP2"}])
 def test_two_processes_stop_together_whichever_was_asked(
-    rank: int, strategy: str, start: Start, tmp_path: Path
+    rank: int, strategy: Any, start: Start, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {**DDP, "trainer__strategy": strategy}
     assert start("pretrain", "whole", **changes).wait() == 0
