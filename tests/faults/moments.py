@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class At(Callback):
             return
         self.left -= 1
         if self.left == -1:
+            print(f"struck at {time.time()}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), self.signal)
 
 

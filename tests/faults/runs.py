@@ -30,6 +30,10 @@ class Running:
     def send(self, signal: int) -> None:
         os.kill(self.pid, signal)
 
+    def since_the_signal(self) -> float:
+        """Return the seconds since `moments.At` sent its signal."""
+        return time.time() - float(self.told.rpartition("struck at ")[2].split()[0])
+
     @property
     def told(self) -> str:
         return self.log.read_text()

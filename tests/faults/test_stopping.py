@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import Start, at, eventually, rows, slow, status  # type: ignore[import-not-found]
+from safetensors.torch import load_file
 
 from minigpt.callbacks.checkpoints import newest_checkpoint
 
 DDP = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
+FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
 
 
 @pytest.mark.parametrize(
@@ -28,9 +31,8 @@ def test_a_signal_ends_a_run_in_good_order(
     run = start(
         "sft", "run", trainer__callbacks=at("train_batch_start", 6, signal_name=name), **changes
     )
-    begun = time.monotonic()
     assert run.wait() == code
-    assert time.monotonic() - begun < 20
+    assert run.since_the_signal() < 20
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == (state, code)
     found = newest_checkpoint(tmp_path / "run")
@@ -95,7 +97,7 @@ def test_slurm_requeues_once_after_the_save(start: Start, tmp_path: Path) -> Non
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("strategy", ["ddp", {"class_path": "minigpt.model.parallel.FSDP2"}])
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2])
 def test_two_processes_stop_together_whichever_was_asked(
     rank: int, strategy: Any, start: Start, tmp_path: Path
 ) -> None:
@@ -103,9 +105,8 @@ def test_two_processes_stop_together_whichever_was_asked(
     assert start("pretrain", "whole", **changes).wait() == 0
     callbacks = at("train_batch_start", 4, signal_name="SIGTERM", rank=rank)
     run = start("pretrain", "run", trainer__callbacks=callbacks, **changes)
-    begun = time.monotonic()
     assert run.wait() == 75, run.told
-    assert time.monotonic() - begun < 60  # with the start of both
+    assert run.since_the_signal() < 30
     assert status(tmp_path / "run")["state"] == "preempted"
     resumed = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert resumed.wait() == 0, resumed.told
@@ -117,9 +118,8 @@ def test_two_processes_stop_together_whichever_was_asked(
 def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: Path) -> None:
     callbacks = at("train_batch_start", 4, rank=rank)
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
-    begun = time.monotonic()
     ended = run.wait()
-    assert time.monotonic() - begun < 90
+    assert run.since_the_signal() < 30
     if rank == 0:
         assert ended == -signal.SIGKILL
         eventually(lambda: "Another process of this run has died" in run.told)
@@ -129,3 +129,26 @@ def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: P
         assert status(tmp_path / "run")["state"] == "failed"
     resumed = start("pretrain", "run", "--ckpt_path", "auto", **DDP)
     assert resumed.wait() == 0, resumed.told
+
+
+@pytest.mark.faults
+def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"trainer__val_check_interval": 100}
+    one = start("pretrain", "one", trainer__accumulate_grad_batches=2, **changes)
+    assert one.wait() == 0
+    changes |= {**DDP, "trainer__strategy": FSDP2}
+    killed = start("pretrain", "run", trainer__callbacks=at("train_batch_start", 4), **changes)
+    assert killed.wait() == -signal.SIGKILL
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert len(list(checkpoint.glob("*.distcp"))) == 2  # a shard of each process
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    mine, other = tmp_path / "run" / "hf", tmp_path / "one" / "hf"
+    assert {p.name for p in mine.iterdir()} == {p.name for p in other.iterdir()}
+    for file in mine.iterdir():
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+    weights, expected = (load_file(place / "model.safetensors") for place in (mine, other))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
