@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import threading
 import time
@@ -126,18 +127,20 @@ def stores(cache: Path) -> tuple[list[Path], list[Path]]:
 def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> None:
     file, cache = corpus(tmp_path / "corpus.jsonl", 3), tmp_path / "cache"
     changes = {"data__init_args__train": str(file), "env": {"MINIGPT_CACHE": str(cache)}}
-    for _ in range(3):
+    for number in range(1, 4):
         run = start("pretrain", "run", **changes)
-        eventually(lambda: [p for d in stores(cache)[1] for p in d.glob("tokens.bin")])
+        eventually(lambda wanted=number: len(list(cache.glob("tokens/.*/tokens.bin"))) == wanted)
         time.sleep(0.05)
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         finished, partial = stores(cache)
         assert not [path for path in finished if path.name.startswith("corpus")]
-        assert partial
+        assert len(partial) == number
         for path in partial:
             (path / "cut off").touch()  # it would be seen, were it used
+    os.utime(stores(cache)[1][0], (0, 0))  # one of them is old
     assert start("pretrain", "run", **changes).wait() == 0
+    assert len(stores(cache)[1]) == 2
     (made,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
     assert not (made / "cut off").exists()
     store = TokenStore(made, file)
