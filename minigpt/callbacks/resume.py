@@ -17,8 +17,8 @@ from torch import Tensor
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.errors import ConfigError
 from minigpt.files import digest
+from minigpt.model.parallel import gathered
 from minigpt.model.saved import find_model
-from minigpt.modules.totals import gathered
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
 from minigpt.files import write_json
+from minigpt.model.parallel import gathered
 
 log = logging.getLogger(__name__)
 
@@ -192,15 +193,9 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any
     ) -> None:
         """Gather all processes' predictions and write them."""
-        mine = [done for batch in predictions for done in batch]
-        every: list[Any] = [mine]
-        if trainer.world_size > 1:
-            import torch.distributed as dist
-
-            every = [None] * trainer.world_size
-            dist.all_gather_object(every, mine)
+        every = gathered([done for batch in predictions for done in batch])
         if trainer.is_global_zero:
-            rows = sorted((done for part in every for done in part), key=lambda done: done[0])
+            rows = sorted(every, key=lambda done: done[0])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
             with partial.open("w", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
-"""FSDP2: shard a PackedLM over processes, and gather its weights again."""
+"""Several processes: FSDP2, which shards a PackedLM, and gathering what each one holds."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from minigpt.errors import ModelError
 from minigpt.files import damage, publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
+
+Item = TypeVar("Item")
 
 
 class FSDP2(ModelParallelStrategy):
@@ -101,3 +103,12 @@ def flat_weights(lm: PackedLM, trainer: Any) -> dict[str, Tensor]:
     with whole:
         states = lm.hf.state_dict().items()
         return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}
+
+
+def gathered(mine: list[Item]) -> list[Item]:
+    """Return the items of all processes, one process after the other."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    return [item for part in every for item in part]

@@ -43,10 +43,10 @@ from minigpt.model.optim import (
     build_optimizer,
     build_schedule,
 )
-from minigpt.model.parallel import flat_weights, full_weights, shard
+from minigpt.model.parallel import flat_weights, full_weights, gathered, shard
 from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.guard import LossWatch, Spike, Window
-from minigpt.modules.totals import Totals, gathered
+from minigpt.modules.totals import Totals
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.modules.totals import gathered
+from minigpt.model.parallel import gathered
 
 SETTLED = 20  # steps before a jump can be told from the start of training
 MEMORY = 0.95  # of the running mean
