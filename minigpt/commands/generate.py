@@ -42,7 +42,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--text", action="store_true", help="continue text instead of chatting")
     add_sampling(parser, max_new_tokens=128, temperature=0.0)
     chosen = parser.parse_args(args)
-    if chosen.file and ".jsonl" in Path(chosen.file).suffixes:
+    if chosen.file and {".jsonl", ".json"} & set(Path(chosen.file).suffixes):
         return complete_rows(chosen)
     prompt = chosen.prompt if chosen.prompt is not None else read_prompt(chosen.file)
     if not prompt:

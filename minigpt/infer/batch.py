@@ -87,15 +87,15 @@ class Batch:
         self._queue: deque[_Request] = deque()
         self._count = 0
 
-    def add(self, ids: list[int], sampling: Sampling) -> int:
-        """Queue a request and return its number.
+    def add(self, ids: list[int], sampling: Sampling, name: str = "") -> int:
+        """Queue a request and return its number; an error begins with its name.
 
         Raises:
             ConfigError: for a prompt that fills the model's context.
         """
         if len(ids) + 1 > self.engine.context:
             raise ConfigError(
-                f"The prompt has {len(ids)} tokens, but the model's context length is "
+                f"{name}The prompt has {len(ids)} tokens, but the model's context length is "
                 f"{self.engine.context} tokens, the reply included. Give a shorter prompt."
             )
         self._count += 1

@@ -191,7 +191,9 @@ class Engine:
     def _complete(self, ids: list[list[int]], how: list[Sampling]) -> list[Reply]:
         batch = Batch(self, BATCH[self.model.device.type == "cuda"])
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        numbers = {batch.add(ids[i], how[i]): i for i in order}
+        numbers = {
+            batch.add(ids[i], how[i], f"Prompt {i + 1}: " * (len(ids) > 1)): i for i in order
+        }
         deltas: list[list[Delta]] = [[] for _ in ids]
         while not batch.idle:
             for delta in batch.step():
