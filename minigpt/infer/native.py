@@ -69,7 +69,7 @@ class Matrix:
     def __call__(self, x: Tensor, whole: bool = False) -> Tensor:
         """Return x @ weight.T; x [T, in]; `whole` asks for the exact weight."""
         if self.packed is None or whole:
-            return x @ self.weight
+            return x.mm(self.weight)
         # 7 bits: without VNNI, products of full bytes overflow where they are summed in pairs.
         out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, True)
         return out
@@ -119,7 +119,11 @@ class Weights:
         self.dtype, self.heads = dtype, int(config.num_attention_heads)
         self.kv = int(config.num_key_value_heads)
         self.width = int(body.layers[0].self_attn.head_dim)
-        self.eps, self.rope, self.int8 = float(config.rms_norm_eps), body.rotary_emb, int8
+        self.rope, self.int8 = body.rotary_emb, int8
+        self._floors = {  # what the norms' epsilon adds to the length of a vector, by its size
+            size: torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
+            for size in (config.hidden_size, self.width)
+        }
         self.embedding: Tensor = body.embed_tokens.weight.to(dtype)
         # Rotary pairs, half a head apart, are put side by side: as one complex number each.
         self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
@@ -163,9 +167,8 @@ class Weights:
 
     def unit(self, x: Tensor) -> Tensor:
         """Return RMS-normed vectors over the root of their size: of length 1."""
-        floor = torch.tensor((x.shape[-1] * self.eps) ** 0.5, device=x.device)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        unit: Tensor = x / norm.hypot(floor)
+        unit: Tensor = x / norm.hypot(self._floors[x.shape[-1]])
         return unit.to(x.dtype)
 
     def forward(self, tokens: Tensor, turns: Tensor, attend: Attend, whole: bool) -> Tensor:
@@ -180,7 +183,7 @@ class Weights:
         x = F.embedding(tokens, self.embedding)
         turned = self.heads + self.kv
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(self.unit(x), whole).unflatten(1, (-1, self.width))
+            heads = layer.qkv(self.unit(x), whole).view(len(x), -1, self.width)
             self._turn(heads[:, :turned], layer.norm, turns)
             x = layer.out.add(x, attend(index, heads), whole)
             gate, up = layer.gate_up(self.unit(x), whole).chunk(2, -1)
@@ -192,7 +195,7 @@ class Weights:
         exact = heads.float()
         if norm is not None:
             exact = self.unit(exact).mul_(norm)
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        torch.view_as_complex(exact.view(*exact.shape[:2], -1, 2)).mul_(turns)
         if exact.data_ptr() != heads.data_ptr():
             heads.copy_(exact)
 
@@ -215,9 +218,10 @@ class Native:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.lengths: list[int] = []
-        self.caches: list[Tensor] = []  # by layer: [rows, 2K, positions, D], keys first
+        self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
         self.turns = weights.rotations(0)
 
+    @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
         first, device = len(self.lengths), self.turns.device
@@ -233,7 +237,8 @@ class Native:
             outs = []
             for row, (start, end) in enumerate(spans, first):
                 own = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
-                self.caches[layer][row, :, : end - start] = own[split[0] :]
+                kept = own[split[0] :].unflatten(0, (2, -1))
+                self.caches[layer][:, row, :, : end - start] = kept
                 q, k, v = (part[None] for part in own.split((*split, split[1])))
                 out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 outs.append(out[0].transpose(0, 1).flatten(1))
@@ -242,13 +247,16 @@ class Native:
         out = self.weights.forward(tokens, self.turns[places], attend, whole=True)
         return self.weights.logits(out[torch.tensor(ends[1:], device=device) - 1], whole=True)
 
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Add a token to each row; return the logits [n, V] that follow."""
         weights, rows, device = self.weights, len(self.lengths), self.turns.device
         places = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
         self._reserve()
-        longest, index = max(self.lengths), torch.arange(rows, device=device)
+        longest = max(self.lengths)
+        # One row is written by plain indices, which takes a third of the time.
+        at: Any = (0, longest - 1) if rows == 1 else (torch.arange(rows, device=device), places)
         mask = None
         if min(self.lengths) < longest:
             hidden = torch.arange(longest, device=device) > places[:, None]
@@ -257,40 +265,42 @@ class Native:
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             cache = self.caches[layer]
-            cache[index, :, places] = heads[:, weights.heads :]
+            new = heads[:, weights.heads :].view(rows, 2, weights.kv, weights.width)
+            cache[:, at[0], :, at[1]] = new[0] if rows == 1 else new
             # The query heads of a group are as several queries: its keys are read once.
-            q = heads[:, : weights.heads].unflatten(1, (weights.kv, -1))
-            keys, values = cache[:rows, :, :longest].chunk(2, 1)
+            q = heads[:, : weights.heads].view(rows, weights.kv, -1, weights.width)
+            keys, values = cache[:, :rows, :, :longest].unbind()
             return scaled_dot_product_attention(q, keys, values, mask).flatten(1)
 
         given = torch.tensor(tokens, device=device)
         out = weights.forward(given, self.turns[places], attend, whole=False)
         return weights.logits(out, whole=False)
 
+    @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
         last = self.lengths.pop()
         if row < (end := len(self.lengths)):
             self.lengths[row] = last
             for cache in self.caches:
-                cache[row, :, :last] = cache[end, :, :last]
+                cache[:, row, :, :last] = cache[:, end, :, :last]
 
     def _reserve(self) -> None:
         """Make room for the rows as they are now."""
         rows, length = len(self.lengths), max(self.lengths)
-        held = self.caches[0].shape if self.caches else (0, 0, 0, 0)
-        if rows <= held[0] and length <= held[2]:
+        held_rows, held = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
+        if rows <= held_rows and length <= held:
             return
-        new_rows = rows if rows <= held[0] else max(rows, 2 * held[0])
-        new_rows = max(new_rows, held[0])
-        positions = held[2] if length <= held[2] else max(length + ROOM, held[2] * 3 // 2)
-        shape = (new_rows, 2 * self.weights.kv, positions, self.weights.width)
-        old, self.caches = self.caches, []
+        more = held_rows if rows <= held_rows else max(rows, 2 * held_rows)
+        positions = held if length <= held else max(length + ROOM, held * 3 // 2)
+        shape = (2, more, self.weights.kv, positions, self.weights.width)
         for index in range(len(self.weights.layers)):
             # Zeros, because what the mask hides is still multiplied, by 0.
             cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
-            if old:
-                cache[: held[0], :, : held[2]] = old[index]
-            self.caches.append(cache)
+            if held:
+                cache[:, :held_rows, :, :held] = self.caches[index]
+                self.caches[index] = cache
+            else:
+                self.caches.append(cache)
         if positions > len(self.turns):
             self.turns = self.weights.rotations(positions)
