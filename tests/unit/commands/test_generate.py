@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.data.records import Message
+from minigpt.infer.cached import Cached
 from minigpt.infer.engine import Delta, Engine, Sampling
+from minigpt.infer.native import Native
 
 Minigpt = Callable[..., Any]
 SHORT = ("--max_new_tokens", "6")
@@ -145,6 +147,14 @@ def test_adapter_is_merged(minigpt: Minigpt, trained: Path, calls: list[Call], f
     merged = calls[0].engine.model.state_dict()[name]
     torch.testing.assert_close(merged, base + 4 * b @ a)  # alpha 32, r 8
     assert not torch.equal(merged, base)
+
+
+def test_an_adapter_beside_the_weights_says_the_same(trained: Path) -> None:
+    prompts, how = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
+    merged = Engine.load(trained / "lora")
+    beside = Engine.load(trained / "lora", merged=False)
+    assert (type(merged.runner()), type(beside.runner())) == (Native, Cached)
+    assert beside.complete(prompts, how) == merged.complete(prompts, how)
 
 
 @pytest.mark.parametrize(
