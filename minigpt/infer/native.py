@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,41 +27,25 @@ Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H
 
 def is_native(model: PreTrainedModel) -> bool:
     """Whether a model can be decoded here: a plain Qwen3 or Llama with whole weights."""
-    if not isinstance(model, Qwen3ForCausalLM | LlamaForCausalLM):
-        return False
     config: Any = model.config
+    if type(model) not in (Qwen3ForCausalLM, LlamaForCausalLM) or config.hidden_act != "silu":
+        return False
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    plain = config.hidden_act == "silu" and not windows and rope in ("default", "llama3", "linear")
-    return plain and all(map(_is_plain, _linear_layers(model)))
-
-
-def _linear_layers(model: Any) -> list[Any]:
-    blocks = [block for layer in model.model.layers for block in (layer.self_attn, layer.mlp)]
-    return [m for b in blocks for n, m in b.named_children() if n.endswith("_proj")] + [
-        model.lm_head
-    ]
+    layers = (m for n, m in model.named_modules() if n.endswith(("_proj", "lm_head")))
+    return rope in ("default", "llama3", "linear") and not windows and all(map(_is_plain, layers))
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is a matrix and no more: no adapter, no bias, no shard of one."""
     if type(layer) is not nn.Linear or layer.bias is not None:
         return False
-    return (
-        type(layer.weight) is nn.Parameter
-        and layer.weight.ndim == 2
-        and layer.weight.shape[0] == layer.out_features
-    )
+    whole = (layer.out_features, layer.in_features)
+    return type(layer.weight) is nn.Parameter and layer.weight.shape == whole
 
 
 class Matrix:
-    """A weight that rows are multiplied by.
-
-    Args:
-        weight: [out, in].
-        dtype: of the product.
-        int8: keep it as int8 as well, a scale per output, for single tokens.
-    """
+    """A weight [out, in] that rows are multiplied by; with `int8` kept as such as well."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, int8: bool) -> None:
         self.packed = _int8(weight) if int8 else None
@@ -119,7 +104,7 @@ class Weights:
         self.dtype, self.heads = dtype, int(config.num_attention_heads)
         self.kv = int(config.num_key_value_heads)
         self.width = int(body.layers[0].self_attn.head_dim)
-        self.rope, self.int8 = body.rotary_emb, int8
+        self.rope, self._matrix = body.rotary_emb, partial(Matrix, dtype=dtype, int8=int8)
         self._floors = {  # what the norms' epsilon adds to the length of a vector, by its size
             size: torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
             for size in (config.hidden_size, self.width)
@@ -129,9 +114,6 @@ class Weights:
         self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
         self.layers = [self._layer(layer) for layer in body.layers]
         self.head = self._matrix(head.weight.float() * self._folded(body.norm.weight))
-
-    def _matrix(self, weight: Tensor) -> Matrix:
-        return Matrix(weight, self.dtype, self.int8)
 
     def _folded(self, norm: Tensor) -> Tensor:
         folded: Tensor = norm.float() * norm.numel() ** 0.5  # `unit` gives vectors of length 1
@@ -175,8 +157,7 @@ class Weights:
         """Return the last layer's output [T, hidden] for a row of tokens [T].
 
         Args:
-            tokens: ids.
-            turns: the tokens' rotary factors [T, 1, D / 2].
+            tokens: ids; `turns` are their rotary factors [T, 1, D / 2].
             attend: keeps keys and values, and computes the attention.
             whole: use exact weights though there are int8 ones.
         """

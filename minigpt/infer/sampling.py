@@ -40,21 +40,20 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not self.temperature >= 0 or self.top_k < 0:
-            raise ConfigError(
-                "sampling: max_new_tokens must be at least 1, temperature and top_k at least 0."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"sampling: top_p must lie in (0, 1], but is {self.top_p}.")
-        if not 0 <= self.min_p < 1:
-            raise ConfigError(f"sampling: min_p must lie in [0, 1), but is {self.min_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            told = f"must be positive, but is {self.repetition_penalty}"
-            raise ConfigError(f"sampling: repetition_penalty {told}.")
-        if not all(self.stop):
-            raise ConfigError("sampling: a stop text must not be empty.")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ConfigError("sampling: logprobs must be at least 0.")
+        rules = {
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "temperature must be at least 0": self.temperature >= 0,
+            "top_k must be at least 0": self.top_k >= 0,
+            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must lie in [0, 1)": 0 <= self.min_p < 1,
+            "repetition_penalty must be positive": 0 < self.repetition_penalty < math.inf,
+            "a stop text must not be empty": all(self.stop),
+            "logprobs must be at least 0": self.logprobs is None or self.logprobs >= 0,
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                value = getattr(self, rule.split()[0], '""')
+                raise ConfigError(f"sampling: {rule}, but is {value}.")
 
     @property
     def plain(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
@@ -71,14 +70,15 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Pieces:
-    """What single tokens stand for.
-
-    Args:
-        tokenizer: whose vocabulary it is.
-    """
+    """What single tokens of a tokenizer's vocabulary stand for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
+        # A byte-level vocabulary writes each byte as a character; these are as they are.
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in shown]
+        letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+        self._letters = letters if "ByteLevel" in str(self.backend.decoder) else {}
 
     def text(self, token: int) -> str:
         """Return a token's text; bytes that are no character are replaced."""
@@ -87,17 +87,8 @@ class Pieces:
     def bytes(self, token: int) -> list[int]:
         """Return the UTF-8 bytes that a token stands for."""
         written = self.backend.id_to_token(token) or ""
-        if self._alphabet and all(char in self._alphabet for char in written):
-            return [self._alphabet[char] for char in written]
+        if all(char in self._letters for char in written):
+            return [self._letters[char] for char in written]
         if written.startswith("<0x") and written.endswith(">"):
             return [int(written[3:-1], 16)]
         return list(self.text(token).encode())
-
-    @cached_property
-    def _alphabet(self) -> dict[str, int]:
-        """The bytes by the characters that a byte-level vocabulary writes them with."""
-        if "ByteLevel" not in str(self.backend.decoder):
-            return {}
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in shown]
-        return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
