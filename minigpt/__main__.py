@@ -17,7 +17,9 @@ TRAINER_VERBS = {
 }
 COMMANDS = {
     "tokenizer": "train a tokenizer",
-    "generate": "complete one prompt",
+    "generate": "complete prompts",
+    "chat": "talk with a model in the terminal",
+    "bench": "measure speed against plain transformers",
 }
 
 HELP = """usage: minigpt <verb> [options]

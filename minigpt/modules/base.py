@@ -300,9 +300,15 @@ class BaseModule(LightningModule, ABC):
 
     # Exam and prediction
 
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.model.hf, self.tokenizer)
+
     def engine(self) -> Engine:
         """Return an inference engine over the model as it stands."""
-        return Engine(self.model.hf, self.tokenizer)
+        if self.trainer.state.fn == "fit":  # its copy of the weights is not kept
+            return Engine(self.model.hf, self.tokenizer)
+        return self._engine
 
     def on_test_epoch_start(self) -> None:
         """Start the exam's sums anew."""

@@ -26,6 +26,7 @@ ALLOWED = {
     "infer": {"data", "model"},
     "modules": {"data", "model", "infer"},
     "callbacks": {"data"},
+    "bench": {"data", "model", "infer", "commands", "cli"},
     "commands": {"data", "model", "infer", "cli"},
     "parser": set(),
     "cli": {"data", "model", "modules", "callbacks", "parser"},
