@@ -18,6 +18,7 @@ TRAINER_VERBS = {
 COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete one prompt",
+    "serve": "serve models: an OpenAI-compatible API and a web chat",
 }
 
 HELP = """usage: minigpt <verb> [options]
