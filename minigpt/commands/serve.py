@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -23,106 +22,63 @@ def main(args: list[str]) -> None:
     """Parse the command line, load the models and serve until a signal comes."""
     parser = CommandParser(
         prog="minigpt serve",
-        description="Serve models: an OpenAI-compatible API under /v1, a web chat at /.",
+        description="Serve models: an OpenAI-compatible API under /v1, a web chat at /. "
+        "MINIGPT_API_KEY sets the key that clients must send.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="[NAME=]MODEL",
-        help="run directory, HF directory, adapter directory or hub id; by default the directory "
-        "gives the name",
-    )
+    told = "run directory, HF directory or hub id; the name is the directory's by default"
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=told)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
-    parser.add_argument(
-        "--slots", type=positive, default=8, help="answers written at once, per model (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_queue", type=positive, default=256, help="answers that may wait (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_body", type=positive, default=2**20, help="longest request in bytes (%(default)s)"
-    )
-    parser.add_argument(
-        "--timeout", type=positive, default=600, help="seconds a request may take (%(default)s)"
-    )
-    parser.add_argument(
-        "--api_key_file",
-        type=Path,
-        help="file with the key that clients must send; or set MINIGPT_API_KEY",
-    )
+    for name, default, told in (
+        ("slots", 8, "answers written at once, per model"),
+        ("max_queue", 256, "answers that may wait, per model"),
+        ("max_body", 2**20, "longest request in bytes"),
+        ("timeout", 600, "seconds that an answer may take"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{told} ({default})")
     chosen = parser.parse_args(args)
-    places, key = named(chosen.models), read_key(chosen.api_key_file)
-    check_host(chosen.host, key)
-    serve(chosen, places, key)
+    key = os.environ.get("MINIGPT_API_KEY", "").strip() or None
+    places = named(chosen.models)
+    with listen(chosen.host, chosen.port, key) as listener:
+        serve(chosen, places, key, listener)
 
 
 def named(models: list[str]) -> dict[str, str]:
-    """Return the models' places by the names under which they are served.
-
-    Raises:
-        ConfigError: when two have the same name.
-    """
+    """Return the models' places by the names under which they are served."""
     places: dict[str, str] = {}
     for model in models:
         name, mark, place = model.partition("=")
         if not mark:
-            path = Path(model)
-            folder = path.parent if path.name == "hf" else path
-            name, place = (folder.resolve().name if path.exists() else model), model
+            path = Path(model).resolve()
+            known = (path.parent if path.name == "hf" else path).name
+            name, place = (known if path.exists() else model), model
         if not name or not place or name in places:
             raise ConfigError(f"Every model needs a name of its own: give NAME=MODEL for {model}.")
         places[name] = place
     return places
 
 
-def read_key(file: Path | None) -> str | None:
-    """Return the key that clients must send, if any.
-
-    Raises:
-        ConfigError: when the file gives none.
-    """
-    if file is None:
-        return os.environ.get("MINIGPT_API_KEY", "").strip() or None
+def listen(host: str, port: int, key: str | None) -> socket.socket:
+    """Return a socket that listens; one that others can reach needs a key."""
     try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api_key_file: {file} cannot be read: {error}") from error
-    if not key:
-        raise ConfigError(f"--api_key_file: {file} is empty. Write a key into it.")
-    return key
-
-
-def check_host(host: str, key: str | None) -> None:
-    """Refuse to listen where others can reach it without a key."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and key is None:
-        raise ConfigError(
-            f"--host {host} can be reached by others, so it needs a key: set MINIGPT_API_KEY, "
-            "for example to the output of: openssl rand -hex 32"
-        )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
-
-    Raises:
-        ConfigError: when the address cannot be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        loopback = str(address[0]).startswith("127.") or address[0] == "::1"
+        if not loopback and key is None:
+            raise ConfigError(
+                f"--host {host} can be reached by others, so it needs a key: set MINIGPT_API_KEY, "
+                "for example to the output of: openssl rand -hex 32"
+            )
+        return socket.create_server((str(address[0]), port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        message = f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
-        raise ConfigError(message) from error
+        words = f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
+        raise ConfigError(words) from error
 
 
-def serve(chosen: argparse.Namespace, places: dict[str, str], key: str | None) -> None:
-    """Load the models and serve them until SIGTERM, or Ctrl-C, which raises."""
+def serve(
+    chosen: argparse.Namespace, places: dict[str, str], key: str | None, listener: socket.socket
+) -> None:
+    """Load the models and serve them until SIGTERM; Ctrl-C raises."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -132,15 +88,14 @@ def serve(chosen: argparse.Namespace, places: dict[str, str], key: str | None) -
     from minigpt.cli import quiet
     from minigpt.infer.engine import Engine
     from minigpt.serve.app import create_app
-    from minigpt.serve.run import run
+    from minigpt.serve.network import run
     from minigpt.serve.worker import Worker
 
     quiet()
-    with listen(chosen.host, chosen.port) as listener:
-        engines = {name: Engine.load(place) for name, place in places.items()}
-        worker = Worker(engines, chosen.slots, chosen.max_queue)
-        app = create_app(worker, key, chosen.max_body, chosen.timeout)
-        host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
-        place = f"http://{host}:{listener.getsockname()[1]}"
-        print(f"Serving {', '.join(engines)} at {place} (Ctrl-C stops)", flush=True)
-        run(app, worker, listener)
+    engines = {name: Engine.load(place) for name, place in places.items()}
+    worker = Worker(engines, chosen.slots, chosen.max_queue)
+    app = create_app(worker, key, chosen.max_body, chosen.timeout)
+    host, port = listener.getsockname()[:2]
+    place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"Serving {', '.join(engines)} at {place} (Ctrl-C stops)", flush=True)
+    run(app, worker, listener)

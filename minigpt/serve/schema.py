@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,38 +13,12 @@ from minigpt.data.records import Message
 from minigpt.infer.batch import Delta, TokenLogprob
 from minigpt.infer.engine import Sampling
 
-MAX_MESSAGES = 1024
-MAX_PROMPTS = 64
 # Clients send these as a matter of course; they change nothing about an answer.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# Known to the API but not to MiniGPT: taken only at the value that asks for nothing.
-NEUTRAL: dict[str, list[Any]] = {
-    "frequency_penalty": [0],
-    "presence_penalty": [0],
-    "logit_bias": [{}],
-    "tools": [[]],
-    "tool_choice": ["none", "auto"],
-    "parallel_tool_calls": [True, False],
-    "response_format": [{"type": "text"}],
-    "modalities": [["text"]],
-    "echo": [False],
-    "best_of": [1],
-    "suffix": [""],
-}
-
-
-def refuse_unsupported(body: Any) -> Any:
-    """Drop what asks for nothing and refuse what MiniGPT cannot do, by name."""
-    if not isinstance(body, dict):
-        return body
-    kept = {}
-    for name, value in body.items():
-        if name in HARMLESS or value is None or (name in NEUTRAL and value in NEUTRAL[name]):
-            continue
-        if name in NEUTRAL:
-            raise ValueError(f"{name!r} is not supported: leave it out.")
-        kept[name] = value
-    return kept
+# What MiniGPT cannot do, at the value that asks for nothing; any other value is refused.
+IDLE: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+IDLE |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+IDLE |= {"echo": False, "best_of": 1, "suffix": ""}
 
 
 class _Strict(BaseModel):
@@ -78,7 +51,6 @@ class StreamOptions(_Strict):
     """What a stream tells besides the text."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -92,7 +64,7 @@ class Wanted(_Strict):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=16)
@@ -100,92 +72,81 @@ class Wanted(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    _refuse = model_validator(mode="before")(refuse_unsupported)
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_idle(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        asks = {name: value for name, value in body.items() if value is not None}
+        return {k: v for k, v in asks.items() if k not in HARMLESS and (k, v) not in IDLE.items()}
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Wanted:
+    def _options_have_their_option(self) -> Wanted:
         if self.stream_options and not self.stream:
-            raise ValueError("'stream_options' is only allowed when 'stream' is true.")
+            raise ValueError("'stream_options' needs 'stream' to be true.")
+        if getattr(self, "top_logprobs", 0) and not getattr(self, "logprobs", 0):
+            raise ValueError("'top_logprobs' needs 'logprobs' to be true.")
         return self
 
-    @property
-    def alternatives(self) -> int | None:
-        """How many likely tokens to tell at each place; None for no log-probabilities."""
-        raise NotImplementedError
-
     def samplings(self, room: int) -> list[Sampling]:
-        """Return the sampling of each of the `n` choices.
-
-        Args:
-            room: how many tokens fit after the prompt; more are not asked for.
-        """
+        """Return the sampling of each of the `n` choices; `room` tokens fit after the prompt."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
-        base = {
-            "max_new_tokens": max(1, min(self.max_tokens or room, room)),
-            "temperature": self.temperature,
-            "top_k": max(self.top_k, 0),
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            "logprobs": self.alternatives,
-        }
-        return [Sampling(**base, seed=(seed + index) % 2**63) for index in range(self.n)]
+        return [
+            Sampling(
+                max_new_tokens=min(self.max_tokens or room, room),
+                temperature=self.temperature,
+                top_k=max(self.top_k, 0),
+                top_p=self.top_p,
+                seed=(seed + choice) % 2**63,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                logprobs=self.likeliest(),
+            )
+            for choice in range(self.n)
+        ]
+
+    def likeliest(self) -> int | None:
+        """Return how many tokens to tell at each place; None for no log-probs at all."""
+        raise NotImplementedError
 
 
 class ChatRequest(Wanted):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        self.max_tokens = self.max_completion_tokens or self.max_tokens
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("'top_logprobs' needs 'logprobs' to be true.")
-        return self
-
-    @property
-    def alternatives(self) -> int | None:
-        """How many likely tokens to tell at each place; None for no log-probabilities."""
+    def likeliest(self) -> int | None:
+        """Return how many tokens to tell at each place; None for no log-probs at all."""
         return self.top_logprobs if self.logprobs else None
 
+    def model_post_init(self, _: Any) -> None:
+        """Take the newer name of the limit where both are given."""
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
 
-Ids = list[Annotated[int, Field(ge=0)]]
-Prompts = Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Several = Field(min_length=1, max_length=64)
 
 
 class TextRequest(Wanted):
     """The body of `/v1/completions`; prompts are texts or token ids."""
 
-    prompt: str | Ids | Prompts
+    prompt: str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    @property
-    def alternatives(self) -> int | None:
-        """How many likely tokens to tell at each place; None for no log-probabilities."""
+    def likeliest(self) -> int | None:
+        """Return how many tokens to tell at each place; None for no log-probs at all."""
         return self.logprobs
 
-    def prompts(self) -> list[str | list[int]]:
-        """Return all prompts, of whichever form."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
-
-
-@dataclass
-class Choice:
-    """What has been said of one choice so far."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: str | None = None
+    def prompts(self) -> list[Any]:
+        """Return all prompts: each a text, or a list of ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)
 
 
 class Answer:
@@ -199,119 +160,79 @@ class Answer:
 
     def __init__(self, wanted: Wanted, prompt_tokens: int, choices: int) -> None:
         self.wanted, self.chat = wanted, isinstance(wanted, ChatRequest)
-        self.choices = [Choice() for _ in range(choices)]
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self._head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "object": "chat.completion" if self.chat else "text_completion",
-            "created": int(time.time()),
-            "model": wanted.model,
-        }
+        self.texts, self.finish = [""] * choices, [""] * choices
+        self.logprobs: list[list[TokenLogprob]] = [[] for _ in range(choices)]
+        self.started: set[int] = set()
+        self.tells_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        kind = "chat.completion" if self.chat else "text_completion"
+        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": wanted.model}
+        self.head |= {"created": int(time.time())}
+        if wanted.stream and self.chat:
+            self.head["object"] = "chat.completion.chunk"
 
-    def add(self, index: int, delta: Delta) -> None:
-        """Count a new part in."""
-        choice = self.choices[index]
-        choice.text += delta.text
-        choice.logprobs += delta.logprobs
-        choice.finish = delta.finish
+    def add(self, index: int, delta: Delta) -> dict[str, Any] | None:
+        """Count a new part in; return the chunk of a stream that tells it, if it says anything."""
+        told = self._logprobs(delta.logprobs, len(self.texts[index]))
+        self.texts[index] += delta.text
+        self.logprobs[index] += delta.logprobs
+        self.finish[index] = delta.finish or ""
         self.completion_tokens += len(delta.ids)
+        if not (delta.text or told or delta.finish):
+            return None
+        said: dict[str, Any] = {"text": delta.text}
+        if self.chat:
+            said = {"delta": {"content": delta.text}}
+            if index not in self.started:
+                said["delta"]["role"] = "assistant"
+        self.started.add(index)
+        choice = {"index": index, **said, "logprobs": told, "finish_reason": delta.finish}
+        return self.head | {"choices": [choice]} | ({"usage": None} if self.tells_usage else {})
 
     def whole(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
         choices = []
-        for index, choice in enumerate(self.choices):
-            said: dict[str, Any] = {"text": choice.text}
-            if self.chat:
-                message = {"role": "assistant", "content": choice.text, "refusal": None}
-                said = {"message": message}
-            told = self._logprobs(choice.logprobs, 0)
-            choices.append(
-                {"index": index, **said, "logprobs": told, "finish_reason": choice.finish}
-            )
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        for index, text in enumerate(self.texts):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            said = {"message": message} if self.chat else {"text": text}
+            told = self._logprobs(self.logprobs[index], 0)
+            finish = self.finish[index]
+            choices.append({"index": index, **said, "logprobs": told, "finish_reason": finish})
+        return self.closing() | {"choices": choices}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Return the chunks that open a stream: those of a chat say who speaks."""
-        said = {"role": "assistant", "content": "", "refusal": None}
-        count = len(self.choices) if self.chat else 0
-        return [self._chunk(index, {"delta": said}, None, None) for index in range(count)]
-
-    def part(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        """Return the chunks of a stream that tell a new part; `add` comes after."""
-        told = self._logprobs(delta.logprobs, len(self.choices[index].text))
-        silent = not delta.text and told is None
-        if not self.chat:
-            silent = silent and delta.finish is None
-            chunk = self._chunk(index, {"text": delta.text}, told, delta.finish)
-            return [] if silent else [chunk]
-        chunks = []
-        if not silent:
-            chunks.append(self._chunk(index, {"delta": {"content": delta.text}}, told, None))
-        if delta.finish is not None:
-            chunks.append(self._chunk(index, {"delta": {}}, None, delta.finish))
-        return chunks
-
-    def closing(self) -> list[dict[str, Any]]:
-        """Return the chunk with the usage, where the client asked for it."""
-        if not self._tells_usage:
-            return []
-        return [{**self._chunk_head, "choices": [], "usage": self._usage()}]
-
-    @property
-    def _tells_usage(self) -> bool:
-        options = self.wanted.stream_options
-        return options is not None and options.include_usage
-
-    @property
-    def _chunk_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk" if self.chat else "text_completion"}
-
-    def _chunk(
-        self, index: int, said: dict[str, Any], logprobs: Any, finish: str | None
-    ) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
-        usage = {"usage": None} if self._tells_usage else {}
-        return {**self._chunk_head, "choices": [choice], **usage}
-
-    def _usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
+    def closing(self) -> dict[str, Any]:
+        """Return the last chunk of a stream that tells the usage."""
+        used = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        used["total_tokens"] = self.prompt_tokens + self.completion_tokens
+        return self.head | {"choices": [], "usage": used}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any] | None:
-        if self.wanted.alternatives is None or not tokens:
+        if self.wanted.likeliest() is None or not tokens:
             return None
-        return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, start)
+        return _of_chat(tokens) if self.chat else _of_text(tokens, start)
 
 
-def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    def likely(token: str, logprob: float) -> dict[str, Any]:
-        whole = "\ufffd" not in token  # half a character has no text, and its bytes are not told
-        said = list(token.encode()) if whole else None
+def _of_chat(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def told(token: str, logprob: float, said: list[int] | None) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": said}
 
+    def likely(token: str, logprob: float) -> dict[str, Any]:
+        # Half a character has no text from which its bytes could be had.
+        return told(token, logprob, None if "\ufffd" in token else list(token.encode()))
+
+    tops = [[likely(token, logprob) for _, token, logprob in one.top] for one in tokens]
     content = [
-        {
-            "token": one.token,
-            "logprob": one.logprob,
-            "bytes": one.bytes,
-            "top_logprobs": [likely(token, logprob) for _, token, logprob in one.top],
-        }
-        for one in tokens
+        told(one.token, one.logprob, one.bytes) | {"top_logprobs": top}
+        for one, top in zip(tokens, tops, strict=True)
     ]
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
-    offsets, place = [], start
-    for one in tokens:
-        offsets.append(place)
-        place += len(one.token)
+def _of_text(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
+    said = [one.token for one in tokens]
     return {
-        "tokens": [one.token for one in tokens],
+        "tokens": said,
         "token_logprobs": [one.logprob for one in tokens],
         "top_logprobs": [{token: logprob for _, token, logprob in one.top} for one in tokens],
-        "text_offset": offsets,
+        "text_offset": [start + len("".join(said[:place])) for place in range(len(said))],
     }

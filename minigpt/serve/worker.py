@@ -6,8 +6,10 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError
@@ -18,27 +20,23 @@ log = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
-    """All places are taken and the queue is full: the client should come back later."""
+    """All places are taken: the client should come back later."""
 
 
 class ServingError(Exception):
-    """An answer that was begun and cannot be finished, through no fault of the client's."""
+    """An answer that cannot be finished, through no fault of the client's."""
 
 
 class Job:
     """The sequences of one request, of which some may still be written."""
 
     def __init__(self, model: str, sequences: Sequence[tuple[list[int], Sampling]]) -> None:
-        self.model, self.sequences = model, sequences
+        self.model, self.sequences, self.since = model, sequences, time.perf_counter()
         self.open = set(range(len(sequences)))
         self.inbox: asyncio.Queue[tuple[int, Delta] | ServingError] = asyncio.Queue()
 
     async def parts(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (sequence, new part) until all sequences are finished.
-
-        Raises:
-            ServingError: when they never will be.
-        """
+        """Yield (sequence, new part) until all are finished, or raise ServingError."""
         left = len(self.sequences)
         while left:
             part = await self.inbox.get()
@@ -51,22 +49,23 @@ class Job:
 class Worker:
     """Continuous batching of all requests, one batch for each model.
 
-    `submit`, `cancel` and `fail` belong to the event loop, everything with a batch to the
-    thread; between them go commands one way and parts of answers the other.
+    The public methods belong to the event loop and everything with a batch to the thread.
+    Between them go commands one way and parts of answers the other.
 
     Args:
         engines: the served models by name.
         slots: how many sequences of a model are written at once.
-        max_queue: how many more may wait for a place.
+        max_queue: how many more may wait.
     """
 
     def __init__(self, engines: Mapping[str, Engine], slots: int, max_queue: int) -> None:
-        self.engines, self.slots, self.max_queue = engines, slots, max_queue
+        self.engines, self.slots, self.places = engines, slots, slots + max_queue
         self.batches = {name: Batch(engine, slots) for name, engine in engines.items()}
         self.jobs: set[Job] = set()
-        self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[Job], None], Job] | None]
+        self._commands = queue.SimpleQueue()
         self._owners: dict[str, dict[int, tuple[Job, int]]] = {name: {} for name in engines}
-        # One thread, because chat templates and tokenizers are not safe to share.
+        # One thread, because chat templates and tokenizers are not made to be shared.
         self._encoder = ThreadPoolExecutor(1, "minigpt-encode")
         self._thread = threading.Thread(target=self._run, name="minigpt-decode", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -78,7 +77,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its current step."""
-        self._commands.put(("stop", None))
+        self._commands.put(None)
         self._thread.join()
         self._encoder.shutdown()
 
@@ -99,14 +98,13 @@ class Worker:
             QueueFullError: when they find no place.
             ConfigError: when they never could.
         """
-        places = self.slots + self.max_queue
-        if len(sequences) > places:
-            raise ConfigError(f"The request asks for {len(sequences)} answers; {places} is most.")
-        if self.load(model) + len(sequences) > places:
+        if len(sequences) > self.places:
+            raise ConfigError(f"{len(sequences)} answers are more than {self.places}, the most.")
+        if self.load(model) + len(sequences) > self.places:
             raise QueueFullError
         job = Job(model, sequences)
         self.jobs.add(job)
-        self._commands.put(("add", job))
+        self._commands.put((self._admit, job))
         return job
 
     def load(self, model: str) -> int:
@@ -117,38 +115,37 @@ class Worker:
         """Free what a request holds; nothing happens when it is finished."""
         if job in self.jobs:
             self.jobs.discard(job)
-            self._commands.put(("cancel", job))
+            self._commands.put((self._drop, job))
 
-    def fail(self, reason: str) -> None:
-        """End all requests with an error."""
-        for job in list(self.jobs):
+    def fail(self, jobs: set[Job], reason: str) -> None:
+        """End requests with an error."""
+        for job in set(jobs):
             self.cancel(job)
             job.inbox.put_nowait(ServingError(reason))
 
     def _run(self) -> None:
         while True:
-            wait = all(batch.idle for batch in self.batches.values())
-            while wait or not self._commands.empty():
-                what, job = self._commands.get()
-                wait = False
-                if job is None:
+            idle = all(batch.idle for batch in self.batches.values())
+            while idle or not self._commands.empty():
+                command, idle = self._commands.get(), False
+                if command is None:
                     return
-                self._guarded(job.model, self._admit if what == "add" else self._drop, job)
+                self._guarded(command[1].model, command[0], command[1])
             for model, batch in self.batches.items():
                 if not batch.idle:
                     self._guarded(model, self._step, model)
 
-    def _guarded(self, model: str, action: object, argument: object) -> None:
+    def _guarded(self, model: str, action: Callable[[Any], None], argument: Any) -> None:
         """Act on a model's batch; should it break, its requests fail and a new one goes on."""
         try:
-            action(argument)  # type: ignore[operator]
+            action(argument)
         except Exception:
             log.exception("The batch of %s broke; its requests are given up.", model)
             jobs = {job for job, _ in self._owners[model].values()}
             jobs |= {argument} if isinstance(argument, Job) else set()
             self._owners[model].clear()
             self.batches[model] = Batch(self.engines[model], self.slots)
-            self._loop.call_soon_threadsafe(self._give_up, jobs)
+            self._loop.call_soon_threadsafe(self.fail, jobs, "The model failed on this request.")
 
     def _admit(self, job: Job) -> None:
         for index, (ids, sampling) in enumerate(job.sequences):
@@ -164,10 +161,9 @@ class Worker:
     def _step(self, model: str) -> None:
         owners, parts = self._owners[model], []
         for delta in self.batches[model].step():
-            job, index = owners[delta.request]
+            parts.append((*owners[delta.request], delta))
             if delta.finish is not None:
                 del owners[delta.request]
-            parts.append((job, index, delta))
         self._loop.call_soon_threadsafe(self._deliver, parts)
 
     def _deliver(self, parts: Sequence[tuple[Job, int, Delta]]) -> None:
@@ -177,8 +173,3 @@ class Worker:
                 job.open.discard(index)
                 if not job.open:
                     self.jobs.discard(job)
-
-    def _give_up(self, jobs: set[Job]) -> None:
-        self.jobs -= jobs
-        for job in jobs:
-            job.inbox.put_nowait(ServingError("The model failed on this request."))
