@@ -207,7 +207,7 @@ def failure(error: Exception) -> Response:
 
 def invalid(error: RequestValidationError) -> Response:
     """Return the answer to a body that is no JSON, or not what the API takes."""
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of several forms, the nearest
     if first["type"] == "json_invalid":
         return refusal(400, f"The body is not valid JSON: {first['ctx']['error']}.", "invalid_json")
     words = str(first["msg"]).removeprefix("Value error, ")

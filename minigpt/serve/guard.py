@@ -101,7 +101,8 @@ class Guard:
                 return None
             return refusal(403, "This server answers to localhost only.")
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
-        same = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), self.digest)
+        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
+        same = hmac.compare_digest(digest, self.digest)
         if scope["path"] in OPEN or (same and scheme.lower() == "bearer"):
             return None
         words = "Incorrect API key. Send it as: Authorization: Bearer <key>."

@@ -24,6 +24,8 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Wait for a request."""
         super().connection_made(transport)
+        # asyncio leaves Nagle's delay on where a socket was made without naming its protocol.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timers: dict[str, asyncio.TimerHandle] = {}
         self._wait("read", True)
 

@@ -32,6 +32,5 @@ def served(engines: dict[str, Engine]) -> Iterator[Served]:
 
 
 @pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with served.client as made:
-        yield made
+def client(served: Served) -> openai.OpenAI:
+    return served.client

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,18 @@ class Served:
 
     url: str
     worker: Worker
+    http: httpx.Client
+    server: Server
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def get(self, path: str, **more: Any) -> httpx.Response:
-        return httpx.get(self.url + path, **more)
+        return self.http.get(self.url + path, **more)
 
     def post(self, path: str, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=60, **more)
+        return self.http.post(self.url + path, **more)
 
     def connect(self) -> socket.socket:
         host, _, port = self.url.removeprefix("http://").partition(":")
@@ -88,12 +91,17 @@ def running(
     """Serve models from a thread of this process."""
     worker = Worker(engines, slots, max_queue)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # soon full
         server = Server(create_app(worker, **options), worker)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", worker)
-        served.until(lambda: server.started)
-        yield served
-        server.should_exit = True
-        thread.join()
+        with httpx.Client(timeout=30, verify=False) as http:  # there is nothing to verify
+            served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", worker, http, server)
+            try:
+                served.until(lambda: server.started)
+                yield served
+            finally:
+                served.client.close()
+                server.should_exit = True
+                thread.join(20)
     assert not worker.alive
