@@ -61,6 +61,8 @@ def named(models: list[str]) -> dict[str, str]:
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
     """Return a socket that listens; one that others can reach needs a key."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: a port is a number from 0 to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         loopback = str(address[0]).startswith("127.") or address[0] == "::1"
@@ -70,7 +72,7 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
                 "for example to the output of: openssl rand -hex 32"
             )
         return socket.create_server((str(address[0]), port), family=family)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         words = f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
         raise ConfigError(words) from error
 
