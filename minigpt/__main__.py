@@ -17,8 +17,10 @@ TRAINER_VERBS = {
 }
 COMMANDS = {
     "tokenizer": "train a tokenizer",
-    "generate": "complete one prompt",
+    "generate": "complete prompts",
+    "chat": "talk with a model in the terminal",
     "serve": "serve models: an OpenAI-compatible API and a web chat",
+    "bench": "measure speed against plain transformers",
 }
 
 HELP = """usage: minigpt <verb> [options]

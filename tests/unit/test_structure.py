@@ -26,6 +26,7 @@ ALLOWED = {
     "infer": {"data", "model"},
     "modules": {"data", "model", "infer"},
     "callbacks": {"data"},
+    "bench": {"data", "model", "infer", "commands", "cli"},
     "serve": {"data", "infer"},
     "commands": {"data", "model", "infer", "serve", "cli"},
     "parser": set(),
