@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -57,6 +57,18 @@ class Endpoints:
     def __init__(self, worker: Worker, timeout: float) -> None:
         self.worker, self.timeout, self.since = worker, timeout, int(time.time())
         self.metrics, self.html = Metrics(worker), page()
+
+    def paths(self) -> dict[str, Callable[..., Any]]:
+        """Return the endpoints by their paths."""
+        return {
+            "/v1/chat/completions": self.chat,
+            "/v1/completions": self.text,
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+            "/health": self.health,
+            "/metrics": self.prometheus,
+            "/": self.page,
+        }
 
     async def models(self) -> dict[str, Any]:
         """List the models."""
@@ -236,14 +248,23 @@ def create_app(
 
     app = FastAPI(title="MiniGPT", lifespan=lifespan, docs_url=None, redoc_url=None)
     ends = Endpoints(worker, timeout)
-    app.post("/v1/chat/completions", response_model=None)(ends.chat)
-    app.post("/v1/completions", response_model=None)(ends.text)
-    reads = {"/v1/models": ends.models, "/v1/models/{name:path}": ends.model, "/": ends.page}
-    for path, end in (reads | {"/health": ends.health, "/metrics": ends.prometheus}).items():
-        app.get(path, response_model=None)(end)
+    for path, end in ends.paths().items():
+        method = "POST" if path.endswith("completions") else "GET"
+        app.add_api_route(path, end, methods=[method], response_model=None)
     app.add_middleware(Guard, metrics=ends.metrics, key=key, max_body=max_body)
+    for kind, answer in refusals().items():
+
+        async def handler(_: Request, error: Exception, answer: Any = answer) -> Response:
+            return answer(error)  # type: ignore[no-any-return]
+
+        app.exception_handler(kind)(handler)
+    return app
+
+
+def refusals() -> dict[type[Exception], Any]:
+    """Return the answers to errors: all in OpenAI's form."""
     full = ("All places are taken. Try again.", "queue_full")
-    answers: dict[type[Exception], Any] = {
+    return {
         RefusedError: lambda error: refusal(*error.args),
         MiniGPTError: lambda error: refusal(400, str(error)),
         RequestValidationError: invalid,
@@ -253,10 +274,3 @@ def create_app(
         ServingError: failure,
         Exception: lambda _: failure(Exception()),
     }
-    for kind, answer in answers.items():
-
-        async def handler(_: Request, error: Exception, answer: Any = answer) -> Response:
-            return answer(error)  # type: ignore[no-any-return]
-
-        app.exception_handler(kind)(handler)
-    return app

@@ -7,6 +7,8 @@ import hmac
 import json
 import re
 import time
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
@@ -36,20 +38,17 @@ class Metrics:
     """What is counted, for Prometheus."""
 
     def __init__(self, worker: Worker) -> None:
-        self.registry = everything = CollectorRegistry()
-        by, told = ["model"], "minigpt_"
-        self.requests = Counter(
-            f"{told}requests", "Answers.", ["path", "status"], registry=everything
-        )
-        self.seconds = Histogram(f"{told}request_seconds", "Time.", ["path"], registry=everything)
-        self.prompt = Counter(f"{told}prompt_tokens", "Tokens read.", by, registry=everything)
-        self.said = Counter(f"{told}generated_tokens", "Tokens said.", by, registry=everything)
-        words = "Time until an answer begins."
-        self.first = Histogram(f"{told}first_token_seconds", words, by, registry=everything)
-        words = "Sequences that are being written or wait."
-        load = Gauge(f"{told}load_sequences", words, by, registry=everything)
+        self.registry = CollectorRegistry()
+        by: dict[str, Any] = {"namespace": "minigpt", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **by)
+        self.seconds = Histogram("request_seconds", "Time to the end.", ["path"], **by)
+        by["labelnames"] = ["model"]
+        self.prompt = Counter("prompt_tokens", "Tokens of prompts.", **by)
+        self.said = Counter("generated_tokens", "Tokens of answers.", **by)
+        self.first = Histogram("first_token_seconds", "Time until an answer begins.", **by)
+        load = Gauge("load_sequences", "Sequences that are written or wait.", **by)
         for name in worker.engines:
-            load.labels(name).set_function(lambda name=name: worker.load(name))
+            load.labels(name).set_function(partial(worker.load, name))
 
 
 class Guard:

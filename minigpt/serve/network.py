@@ -66,9 +66,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, worker: Worker) -> None:
-        quiet = {"log_config": None, "log_level": "error", "access_log": False}
-        limits = {"timeout_graceful_shutdown": int(GRACE) + 2, "ws": "none"}
-        super().__init__(uvicorn.Config(app, http=Protocol, server_header=False, **quiet, **limits))
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
+        wait = int(GRACE) + 2  # longer than the answers that are ended
+        config = uvicorn.Config(app, http=Protocol, ws="none", server_header=False, **quiet)
+        config.timeout_graceful_shutdown = wait
+        super().__init__(config)
         self.worker = worker
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

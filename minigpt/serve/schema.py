@@ -108,7 +108,9 @@ class Wanted(_Strict):
 
     def likeliest(self) -> int | None:
         """Return how many tokens to tell at each place; None for no log-probs at all."""
-        raise NotImplementedError
+        if isinstance(self, ChatRequest):
+            return self.top_logprobs if self.logprobs else None
+        return self.logprobs if isinstance(self, TextRequest) else None
 
 
 class ChatRequest(Wanted):
@@ -118,10 +120,6 @@ class ChatRequest(Wanted):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-
-    def likeliest(self) -> int | None:
-        """Return how many tokens to tell at each place; None for no log-probs at all."""
-        return self.top_logprobs if self.logprobs else None
 
     def model_post_init(self, _: Any) -> None:
         """Take the newer name of the limit where both are given."""
@@ -138,10 +136,6 @@ class TextRequest(Wanted):
     prompt: str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
-
-    def likeliest(self) -> int | None:
-        """Return how many tokens to tell at each place; None for no log-probs at all."""
-        return self.logprobs
 
     def prompts(self) -> list[Any]:
         """Return all prompts: each a text, or a list of ids."""
@@ -166,10 +160,9 @@ class Answer:
         self.started: set[int] = set()
         self.tells_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         kind = "chat.completion" if self.chat else "text_completion"
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": wanted.model}
-        self.head |= {"created": int(time.time())}
-        if wanted.stream and self.chat:
-            self.head["object"] = "chat.completion.chunk"
+        kind += ".chunk" if wanted.stream and self.chat else ""
+        self.head: dict[str, Any] = {"object": kind, "model": wanted.model}
+        self.head |= {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time())}
 
     def add(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """Count a new part in; return the chunk of a stream that tells it, if it says anything."""
