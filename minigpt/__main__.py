@@ -18,6 +18,7 @@ TRAINER_VERBS = {
 COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete one prompt",
+    "export": "write a model for transformers, peft, llama.cpp and Ollama",
 }
 
 HELP = """usage: minigpt <verb> [options]
