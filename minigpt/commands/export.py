@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ EXAMPLES = """examples:
   minigpt export gguf --model outputs/sft --output sft.gguf
 """
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+# What an export writes, and so what a later one may replace.
+WRITTEN = (
+    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "README.md"),
+    *("special_tokens_map.json", "chat_template.jinja", "*.gguf", "Modelfile"),
+)
 
 
 def main(args: list[str]) -> None:
@@ -28,36 +34,47 @@ def main(args: list[str]) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     hf = kinds.add_parser("hf", help="a transformers directory or a peft adapter", epilog=EXAMPLES)
-    add_common(hf)
+    gguf = kinds.add_parser("gguf", help="a file for llama.cpp and Ollama", epilog=EXAMPLES)
+    for kind in (hf, gguf):
+        kind.add_argument("--model", required=True, help="run directory, HF directory or hub id")
+        kind.add_argument("--adapter", help="LoRA directory to put on the model")
+        kind.add_argument("--name", help="of the model (by default the run's)")
+        kind.add_argument("--license", help="of the model, such as apache-2.0")
+        kind.add_argument("--results", nargs="+", default=(), help="JSON files for the model card")
+        kind.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     hf.add_argument("--output_dir", required=True, help="directory to write")
     hf.add_argument("--keep_adapter", action="store_true", help="the adapter alone, not merged")
-    hf.add_argument("--base_model_name", help="hub id to write into the adapter as its base")
-    gguf = kinds.add_parser("gguf", help="a file for llama.cpp and Ollama", epilog=EXAMPLES)
-    add_common(gguf)
+    hf.add_argument("--base_model_name", help="hub id of the kept adapter's base")
     place = gguf.add_mutually_exclusive_group(required=True)
-    place.add_argument("--output_dir", help="directory to write: GGUF, Modelfile, model card")
+    place.add_argument("--output_dir", help="directory for GGUF, Modelfile and model card")
     place.add_argument("--output", help="file to write, ending in .gguf")
     gguf.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (f16)")
     chosen = parser.parse_args(args)
     if chosen.kind == "hf" and chosen.base_model_name and not chosen.keep_adapter:
-        parser.error("--base_model_name names the base of an adapter: add --keep_adapter")
-    if chosen.kind == "gguf" and chosen.output and not chosen.output.endswith(".gguf"):
-        parser.error(f"--output must end in .gguf, but is {chosen.output}")
+        hf.error("--base_model_name goes with --keep_adapter")
+    if chosen.kind == "gguf" and (chosen.output_dir is None) != str(chosen.output).endswith(
+        ".gguf"
+    ):
+        gguf.error("--output names a file ending in .gguf, --output_dir a directory")
     for name, value in export(chosen).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options of both kinds of export."""
-    parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
-    parser.add_argument("--adapter", help="LoRA directory to put on the model")
-    parser.add_argument("--name", help="of the model (by default the run's)")
-    parser.add_argument("--license", help="of the model, such as apache-2.0, for its card")
-    parser.add_argument(
-        "--results", nargs="+", default=[], help="JSON files of numbers to show in the model card"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--json", help="write the numbers of the check to this file")
+def check_room(place: Path, overwrite: bool) -> None:
+    """Refuse a place where an export would replace something else.
+
+    Raises:
+        ConfigError: when the place is taken.
+    """
+    if not place.exists():
+        return
+    held = [path.name for path in place.iterdir()] if place.is_dir() else [place.name]
+    if others := sorted(name for name in held if not any(fnmatch(name, w) for w in WRITTEN)):
+        raise ConfigError(
+            f"{place} is no place for an export: it holds {', '.join(others[:3])}. Choose another."
+        )
+    if held and not overwrite:
+        raise ConfigError(f"{place} is there already. Choose another place, or add --overwrite.")
 
 
 def export(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -66,27 +83,27 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: when the place is taken or cannot be written to.
     """
+    place = Path(chosen.output_dir or chosen.output)
+    source = Path(chosen.adapter or chosen.model)
+    for model in filter(None, (chosen.model, chosen.adapter)):
+        if place.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
+            raise ConfigError(f"{place} holds the model itself. Export it to another place.")
+    check_room(place, chosen.overwrite)
     from minigpt.cli import quiet
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf
     from minigpt.export.hf import export_hf
-    from minigpt.export.place import check_room, name_of
-    from minigpt.files import write_json
 
     quiet()
-    place = Path(chosen.output_dir or chosen.output)
-    for source in filter(None, (chosen.model, chosen.adapter)):
-        check_room(place, source, chosen.overwrite)
-    name = chosen.name or name_of(chosen.adapter or chosen.model)
-    card = Card(name, chosen.adapter or chosen.model, chosen.license, chosen.results)
+    whole = source.resolve()
+    name = chosen.name or (whole.parent if whole.name == "hf" else whole).name
+    card = Card(name, str(source), chosen.license, chosen.results)
     try:
         if chosen.kind == "gguf":
             numbers = export_gguf(chosen.model, place, card, chosen.dtype, chosen.adapter)
         else:
-            adapter = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
-            numbers = export_hf(chosen.model, place, card, *adapter)
-        if chosen.json:
-            write_json(Path(chosen.json), numbers)
+            options = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
+            numbers = export_hf(chosen.model, place, card, *options)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"Cannot write to {place}: {reason}. Choose another place.") from error

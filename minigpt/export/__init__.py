@@ -1,1 +1,1 @@
-"""Models for other engines: transformers directories, peft adapters and GGUF files, each checked."""
+"""Models for other engines: transformers, peft, llama.cpp, Ollama; each export is checked."""

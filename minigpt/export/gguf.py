@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import QWEN2_PATTERN
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
-from minigpt.export.check import Numbers, check_llamacpp, has_llamacpp, hold, observe, render
-from minigpt.export.place import use_plain_template
+from minigpt.export.check import Numbers, check_llamacpp, hold, observe, render
+from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
 from minigpt.model.build import embedding_rows
@@ -47,6 +46,11 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [{**_BYTES, "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True}],
 }
+BPE_SETTINGS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("byte_fallback", "ignore_merges"),
+)
+TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 # ChatML as MiniGPT's own template renders it, in Ollama's language.
 OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
@@ -55,35 +59,29 @@ OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def export_gguf(
-    model: str,
-    place: Path,
-    card: Card,
-    dtype: str = "f16",
-    adapter: str | None = None,
+    model: str, place: Path, card: Card, dtype: str = "f16", adapter: str | None = None
 ) -> Numbers:
-    """Write a GGUF file and check it.
+    """Write a GGUF file, check it and return the numbers.
 
     Args:
         model: run directory, HF directory or hub id; an adapter is merged.
         place: a file that ends in .gguf, or a directory that gets the file, a Modelfile for
             Ollama and a model card. It appears whole once the file has passed its check.
-        card: of the model.
+        card: writes the model card.
         dtype: of the matrices; vectors are always f32.
         adapter: LoRA directory to put on the model.
-
-    Returns:
-        The numbers of the parity check.
 
     Raises:
         ConfigError: for models and tokenizers that llama.cpp would not compute alike.
         ModelError: when the export does not do what the model does; nothing is kept.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("GGUF needs one more package: pip install 'minigpt[gguf]'")
+        raise ConfigError("GGUF export needs one more package: pip install 'minigpt[gguf]'")
     engine = Engine.load(model, adapter)
     check_config(engine.model.config)
     pre = pre_tokenizer(engine.tokenizer)
-    expected = observe(engine) if has_llamacpp() else None
+    has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
+    expected = observe(engine) if has_llamacpp else None
     use_plain_template(engine.tokenizer)
     alone = place.suffix == ".gguf"
     beside: AbstractContextManager[Path] = whole_file(place) if alone else whole_directory(place)
@@ -102,32 +100,21 @@ def export_gguf(
 
 
 def check_config(config: Any) -> None:
-    """Refuse models of which GGUF, as written here, would hold only a part.
-
-    Raises:
-        ConfigError: for another architecture, or a setting of it.
-    """
-    if config.model_type not in ARCHITECTURES:
+    """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
+    odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
+    if config.rope_parameters and config.rope_parameters["rope_type"] != "default":
+        odd.append(f"rope_type {config.rope_parameters['rope_type']}")
+    settings = ("attention_bias", "mlp_bias", "use_sliding_window")
+    odd += [name for name in settings if getattr(config, name, False)]
+    odd += [f"hidden_act {config.hidden_act}"] if config.hidden_act != "silu" else []
+    if odd:
         raise ConfigError(
-            f"GGUF export knows the architectures {' and '.join(ARCHITECTURES)}, and this model "
-            f"is {config.model_type}. Use llama.cpp's convert_hf_to_gguf.py on `export hf`."
-        )
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    odd = {
-        "rope_type": rope if rope != "default" else None,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "use_sliding_window": getattr(config, "use_sliding_window", False),
-        "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
-    }
-    if given := [f"{name} {value}" for name, value in odd.items() if value]:
-        raise ConfigError(
-            f"GGUF export does not know {config.model_type} with {', '.join(given)}. Use "
-            "llama.cpp's convert_hf_to_gguf.py on `export hf`."
+            f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3 and Llama models. "
+            "Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
         )
 
 
-def pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+def pre_tokenizer(tokenizer: Any) -> str:
     """Return llama.cpp's name of the pre-tokenizer that gives the same ids.
 
     Raises:
@@ -135,62 +122,43 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe, pre = spec["model"], spec["pre_tokenizer"] or {}
-    steps = pre.get("pretokenizers", [pre])
-    steps = [{key: v for key, v in step.items() if key != "trim_offsets"} for step in steps]
-    name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
-    odd = [] if name else ["its pre-tokenizer"]
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in pre.get("pretokenizers", [pre])
+    ]
+    names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
+    odd = [] if names else ["its pre-tokenizer"]
     odd += ["its normalizer"] if spec["normalizer"] else []
-    settings = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-    settings += ("byte_fallback", "ignore_merges")
-    if bpe["type"] != "BPE" or any(bpe.get(setting) for setting in settings):
+    if bpe["type"] != "BPE" or any(bpe.get(setting) for setting in BPE_SETTINGS):
         odd.append("its model")
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    if any(token.get(flag) for token in spec["added_tokens"] for flag in flags):
+    if any(token.get(flag) for token in spec["added_tokens"] for flag in TOKEN_FLAGS):
         odd.append("an added token that takes in what is beside it")
-    if odd or name is None:
+    if odd:
         raise ConfigError(
-            "This tokenizer cannot be exported: llama.cpp would give other token ids, because of "
-            f"{' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
+            "This tokenizer cannot be exported to GGUF: llama.cpp would give other token ids, "
+            f"because of {' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
         )
-    return name
-
-
-def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> tuple[list[str], list[int]]:
-    """Return the text and GGUF type of each of the model's rows."""
-    from gguf import TokenType
-
-    added = tokenizer.added_tokens_decoder
-    names: Any = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    names += [None] * (rows - len(names))
-    types = [TokenType.UNUSED if name is None else TokenType.NORMAL for name in names]
-    for index, token in added.items():
-        types[index] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
-    texts = [f"[UNUSED{i}]" if name is None else name for i, name in enumerate(names)]
-    return texts, [int(kind) for kind in types]
+    return names[0]
 
 
 def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the weights under their GGUF names, in llama.cpp's order of rows."""
+    """Yield the weights under their GGUF names, with llama.cpp's order of rows."""
     import gguf
 
     config = engine.model.config
     arch = gguf.MODEL_ARCH[config.model_type.upper()]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names: Any = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, weight in engine.model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         value = weight.detach().float().numpy()
-        if config.model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            query = name.endswith("q_proj.weight")
-            heads = config.num_attention_heads if query else config.num_key_value_heads
-            value = interleaved(value, heads)
+        part = name.split(".")[-2]
+        if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+            # A head's halves are rotated by transformers, its neighbouring pairs by llama.cpp.
+            kv = part == "k_proj"
+            heads = config.num_key_value_heads if kv else config.num_attention_heads
+            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
         yield names.get_name(name, (".weight",)), value
-
-
-def interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder a head's rows from halves, as transformers rotates them, to neighbouring pairs."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def storage(name: str, value: NDArray[np.float32], dtype: str) -> Any:
@@ -210,22 +178,22 @@ def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
     """Write the GGUF file."""
     import gguf
 
-    config = engine.model.config
-    writer = gguf.GGUFWriter(file, config.model_type)
+    writer = gguf.GGUFWriter(file, engine.model.config.model_type)
     writer.add_name(card.name)
     if card.license:
         writer.add_license(card.license)
     kind = ("ALL_" if dtype == "f32" else "MOSTLY_") + dtype.upper()
     writer.add_file_type(gguf.LlamaFileType[kind])
-    add_sizes(writer, config, embedding_rows(engine.model))
-    add_tokenizer(writer, engine.tokenizer, pre, embedding_rows(engine.model))
+    rows = embedding_rows(engine.model)
+    add_sizes(writer, engine.model.config, rows)
+    add_tokenizer(writer, engine.tokenizer, pre, rows)
     odd = []
     for name, value in tensors(engine):
         kind = storage(name, value, dtype)
-        odd += [name] if value.ndim > 1 and kind.name != dtype.upper() else []
+        odd += [f"{name} {kind.name}"] if value.ndim > 1 and kind.name != dtype.upper() else []
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     if odd:
-        log.warning("%d matrices are not stored as %s, such as %s.", len(odd), dtype, odd[0])
+        log.warning("%d matrices are not stored as %s: %s, ...", len(odd), dtype, odd[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -241,25 +209,34 @@ def add_sizes(writer: Any, config: Any, rows: int) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, pre: str, rows: int) -> None:
-    """Write the tokenizer and its chat template."""
+def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
+    """Write the tokenizer, with a text and a type for each row of the embedding."""
+    from gguf import TokenType
+
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
-    texts, types = vocabulary(tokenizer, rows)
+    added = tokenizer.added_tokens_decoder
+    texts, types = [], []
+    for index in range(rows):
+        text = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        kind = TokenType.UNUSED if text is None else TokenType.NORMAL
+        if index in added:
+            kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+        texts.append(f"[UNUSED{index}]" if text is None else text)
+        types.append(int(kind))
     end = tokenizers.document_end(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    # llama.cpp takes token 11 when none is named. It is never put before a text.
+    # llama.cpp takes token 11 where none is named. It is never put before a text.
     writer.add_bos_token_id(end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_add_bos_token(False)
     writer.add_eos_token_id(end if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
@@ -278,40 +255,37 @@ def check_weights(engine: Engine, file: Path) -> Numbers:
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    worst, kinds, count = 0.0, set(), 0
+    worst: dict[str, float] = {}
+    count = 0
     for name, value in tensors(engine):
         kind = stored[name].tensor_type
         read = gguf.quants.dequantize(stored[name].data, kind).reshape(value.shape)
-        largest = float(np.abs(value).max()) or 1.0
-        error = float(np.abs(read - value).max()) / largest
-        numbers = {"tensor": name, "stored_as": kind.name, "error": error}
-        hold(numbers, "weights differ", error <= ROUNDING[kind.name])
-        worst, count = max(worst, error), count + 1
-        kinds.add(kind.name)
-    numbers = {"tensors": f"{count} of {len(stored)}", "stored_as": "+".join(sorted(kinds))}
-    hold(numbers, "it holds other tensors", count == len(stored))
-    return numbers | {"max_weight_error": worst}
+        error = float(np.abs(read - value).max()) / (float(np.abs(value).max()) or 1.0)
+        told = {"tensor": name, "stored_as": kind.name, "error": error}
+        hold(told, "weights differ", error <= ROUNDING[kind.name])
+        worst[kind.name], count = max(worst.get(kind.name, 0.0), error), count + 1
+    hold({"tensors": count}, f"the file has {len(stored)} tensors", count == len(stored))
+    return {"tensors": count} | {f"max_error_{kind}": error for kind, error in worst.items()}
 
 
 def modelfile(engine: Engine, name: str) -> str:
     """Return the text of an Ollama Modelfile."""
-    tokenizer = engine.tokenizer
+    tokenizer: Any = engine.tokenizer
     lines = [f"FROM ./{name}"]
     if not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif is_chatml(tokenizer):
         lines.append(f'TEMPLATE """{OLLAMA_TEMPLATE}"""')
     else:
-        log.warning("The chat template is not ChatML: Ollama takes what it makes of the GGUF's.")
+        log.warning("The chat template is not ChatML: Ollama makes what it can of the GGUF's.")
     ends: Any = generation_config(tokenizer).eos_token_id
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in ends]
     lines.append(f"PARAMETER num_ctx {min(engine.model.config.max_position_embeddings, 4096)}")
     return "\n".join(lines) + "\n"
 
 
-def is_chatml(tokenizer: PreTrainedTokenizerFast) -> bool:
+def is_chatml(tokenizer: Any) -> bool:
     """Whether chats are rendered as MiniGPT's own template renders them."""
-    roles = ("system", "user", "assistant", "user")
-    chat = [{"role": role, "content": f"{role} 1\n"} for role in roles]
+    chat = [{"role": r, "content": f"{r} 1\n"} for r in ("system", "user", "assistant", "user")]
     turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]
     return render(tokenizer, chat) == "".join(turns) + "<|im_start|>assistant\n"
