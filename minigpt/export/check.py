@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,14 @@ class LlamaCpp:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ModelError(f"llama.cpp cannot load the export: {error}") from error
-        self.connection = http.client.HTTPConnection(urlsplit(self.server.listening_address).netloc)
+        self.host = urlsplit(self.server.listening_address).netloc
 
     def ask(self, path: str, **body: Any) -> Any:
         """Post a request; return the decoded answer."""
-        headers = {"Content-Type": "application/json"}
-        self.connection.request("POST", path, json.dumps(body), headers)
-        return json.loads(self.connection.getresponse().read())
+        with closing(http.client.HTTPConnection(self.host)) as connection:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            return json.loads(connection.getresponse().read())
 
     def ids_of(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts, asked in one row with -1 after each."""

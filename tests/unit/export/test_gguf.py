@@ -340,7 +340,7 @@ def unknown_pre(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
     add = format_of.GGUFWriter.add_chat_template
-    monkeypatch.setattr(format_of.GGUFWriter, "add_chat_template", lambda s, v: add(s, v[:-9]))
+    monkeypatch.setattr(format_of.GGUFWriter, "add_chat_template", lambda s, v: add(s, f"{v}!"))
 
 
 def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
