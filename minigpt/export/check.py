@@ -54,13 +54,15 @@ class Expected:
     cases: list[tuple[list[int], list[int], Tensor]]
 
 
-def random_texts(count: int, special: Sequence[str] = (), seed: int = 0) -> list[str]:
-    """Return strings of many scripts, spaces, signs and special tokens."""
+def random_texts(
+    count: int, special: Sequence[str], words: Sequence[str], seed: int = 0
+) -> list[str]:
+    """Return strings of many scripts, spaces, signs, special tokens and a tokenizer's words."""
     rng = random.Random(seed)
 
     def piece() -> str:
-        if rng.random() < 0.25:
-            return rng.choice([*SIGNS, *special])
+        if (kind := rng.random()) < 0.5:
+            return rng.choice([*SIGNS, *special] if kind < 0.2 else words)
         first, last = rng.choice(BLOCKS)
         return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 6)))
 
@@ -106,7 +108,9 @@ def observe(engine: Engine) -> Expected:
         ids = reply.ids + ([] if reply.ended_by is None else [reply.ended_by])
         prompt = engine.encode(question)
         cases.append((prompt, ids, logits_of(engine.model, prompt, ids)))
-    texts = random_texts(TEXTS, special_texts(engine.tokenizer))
+    backend = engine.tokenizer.backend_tokenizer
+    words = backend.decode_batch([[token] for token in range(backend.get_vocab_size())])
+    texts = random_texts(TEXTS, special_texts(engine.tokenizer), words)
     ids_of_texts = encode(engine.tokenizer, texts)
     return Expected(list(zip(texts, ids_of_texts, strict=True)), prompts(engine.tokenizer), cases)
 

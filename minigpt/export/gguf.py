@@ -102,11 +102,11 @@ def export_gguf(
 def check_config(config: Any) -> None:
     """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
     odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
-    if config.rope_parameters and config.rope_parameters["rope_type"] != "default":
-        odd.append(f"rope_type {config.rope_parameters['rope_type']}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    odd += [f"rope_type {rope}"] if rope != "default" else []
     settings = ("attention_bias", "mlp_bias", "use_sliding_window")
     odd += [name for name in settings if getattr(config, name, False)]
-    odd += [f"hidden_act {config.hidden_act}"] if config.hidden_act != "silu" else []
+    odd += [f"hidden_act {act}"] if (act := getattr(config, "hidden_act", "silu")) != "silu" else []
     if odd:
         raise ConfigError(
             f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3 and Llama models. "
