@@ -66,7 +66,7 @@ def random_texts(
         first, last = rng.choice(BLOCKS)
         return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 6)))
 
-    return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(count)]
+    return ["".join(piece() for _ in range(rng.randint(2, 12))) for _ in range(count)]
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -110,7 +110,7 @@ def observe(engine: Engine) -> Expected:
         cases.append((prompt, ids, logits_of(engine.model, prompt, ids)))
     backend = engine.tokenizer.backend_tokenizer
     words = backend.decode_batch([[token] for token in range(backend.get_vocab_size())])
-    texts = random_texts(TEXTS, special_texts(engine.tokenizer), words)
+    texts = random_texts(TEXTS, special_texts(engine.tokenizer), list(filter(None, words)))
     ids_of_texts = encode(engine.tokenizer, texts)
     return Expected(list(zip(texts, ids_of_texts, strict=True)), prompts(engine.tokenizer), cases)
 
