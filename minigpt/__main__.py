@@ -19,6 +19,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete prompts",
     "chat": "talk with a model in the terminal",
+    "export": "write a model for transformers, peft, llama.cpp and Ollama",
     "serve": "serve models: an OpenAI-compatible API and a web chat",
     "bench": "measure speed against plain transformers",
 }
