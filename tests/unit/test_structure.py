@@ -29,6 +29,7 @@ ALLOWED = {
     "commands": {"data", "model", "infer", "cli"},
     "parser": set(),
     "cli": {"data", "model", "modules", "callbacks", "parser"},
+    "report": {"data"},
     "errors": set(),
     "files": set(),
     "__main__": {"cli"},
