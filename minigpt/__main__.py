@@ -18,6 +18,8 @@ TRAINER_VERBS = {
 COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete one prompt",
+    "evaluate": "measure models side by side",
+    "report": "write a page about runs",
 }
 
 HELP = """usage: minigpt <verb> [options]
