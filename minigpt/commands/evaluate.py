@@ -96,27 +96,28 @@ def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 
 
 def html(results: dict[str, Results]) -> str:
-    """Return a page: a table for each test, and a bar chart of each share."""
+    """Return a page: the main share of each test as bars, then a table for each test."""
     from minigpt.evaluate.suite import rows
-    from minigpt.report.page import bar_chart, charts, escape, page, table
+    from minigpt.report.page import Html, bar_chart, charts, escape, page, table
 
-    parts: list[str] = []
+    figures: list[Html] = []
+    tables: list[str] = []
     every = rows(results)
     for test in dict.fromkeys(test for test, _, _ in every):
         own = [(name, scores) for t, name, scores in every if t == test]
-        firsts = [next(s for s in scores if s) for _, scores in own]
-        body = [
-            [name, *(None if s is None else str(s) for s in scores), first.chance, first.n]
-            for (name, scores), first in zip(own, firsts, strict=True)
-        ]
-        parts += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
-        figures = []
+        body = []
         for name, scores in own:
-            bars = [(m, s) for m, s in zip(results, scores, strict=True) if s and s.low is not None]
-            if bars:
-                values = [(model, 100 * s.value) for model, s in bars]
-                bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for _, s in bars]
-                figures.append(bar_chart(name, values, intervals=bounds, largest=100, unit="%"))
-        parts.append(charts(figures))
+            first = next(s for s in scores if s)
+            chance = None if first.chance is None else f"{100 * first.chance:.1f}%"
+            said = [None if s is None else str(s) for s in scores]
+            body.append([name, *said, chance, first.n])
+        tables += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
+        name, scores = next((o for o in own if any(s and s.high for s in o[1])), ("", []))
+        bars = [(m, s) for m, s in zip(results, scores, strict=bool(scores)) if s]
+        if bars:
+            values = [(model, round(100 * s.value, 1)) for model, s in bars]
+            bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for _, s in bars]
+            title = f"{test}: {name}"
+            figures.append(bar_chart(title, values, intervals=bounds, largest=100, unit="%"))
     note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
-    return page("Evaluation", note + "".join(parts))
+    return page("Evaluation", note + charts(figures) + "".join(tables))

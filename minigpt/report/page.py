@@ -172,7 +172,7 @@ def _drawn(points: Points) -> list[tuple[float, float]]:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
-    return (low if low == 0 else low - room), high + room
+    return (0.0 if 0 <= low < high / 4 else low - room), high + room
 
 
 def _line(points: Sequence[tuple[float, ...]], index: int, name: str, x_label: str) -> str:
@@ -233,13 +233,14 @@ def bar_chart(
 
 
 def _short(label: str) -> str:
-    """Cut a label to the room there is; a Chinese character takes twice that of a Latin one."""
+    """Cut a label to the room there is: a path at its start, a text at its end."""
+    path = "/" in label
     room, kept = LABEL / 7.4, ""
-    for character in label:
+    for character in reversed(label) if path else label:
         room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
         if room < 1:
-            return kept + "…"
-        kept += character
+            return f"…{kept}" if path else f"{kept}…"
+        kept = character + kept if path else kept + character
     return kept
 
 
