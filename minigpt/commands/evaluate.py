@@ -53,7 +53,12 @@ def main(args: list[str]) -> None:
         raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
     if len(set(chosen.model)) < len(chosen.model):
         raise ConfigError("--model names the same model twice.")
-    report(chosen, measure(chosen))
+    results = measure(chosen)
+    try:
+        report(chosen, results)
+    except OSError as error:
+        path = chosen.html if error.filename == str(chosen.html) else chosen.json
+        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Results]:

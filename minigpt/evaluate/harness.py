@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.evaluate.likelihood import continuation, score
 from minigpt.evaluate.scores import Score, wilson
 from minigpt.infer.engine import Engine, Sampling
@@ -33,16 +34,25 @@ def load_tasks(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise DataError("no such file", path=path, remedy="Name a task's YAML.", reason="missing")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
+    with _blaming(path):
         task = load_yaml(path)
         task["dataset_kwargs"] = _found(dict(task.get("dataset_kwargs") or {}), Path(path).parent)
         tasks: dict[str, Any] = TaskManager(include_defaults=False).load([task])["tasks"]
-    except Exception as error:  # whatever a task's own file makes the harness raise
+    return tasks
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Tell whatever a task's own file makes the harness raise."""
+    try:
+        yield
+    except MiniGPTError:
+        raise
+    except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"{path}: lm-evaluation-harness cannot build the task: {type(error).__name__}: {first}"
+            f"{path}: lm-evaluation-harness cannot run the task: {type(error).__name__}: {first}"
         ) from error
-    return tasks
 
 
 def _found(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -59,13 +69,17 @@ def _found(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return options
 
 
-def run_tasks(engine: Engine, tasks: dict[str, Any]) -> dict[str, Score]:
-    """Run tasks on a model; accuracies get an interval as ours do."""
+def run_tasks(engine: Engine, tasks: dict[str, Any], path: str) -> dict[str, Score]:
+    """Run the tasks of a file on a model; accuracies get an interval as ours do.
+
+    Raises:
+        ConfigError: when the file makes the harness fail.
+    """
     from lm_eval import simple_evaluate
 
-    results: Any = simple_evaluate(
-        model=_adapter(engine), tasks=list(tasks.values()), log_samples=False, bootstrap_iters=0
-    )
+    model, every = _adapter(engine), list(tasks.values())
+    with _blaming(path):
+        results: Any = simple_evaluate(model, tasks=every, log_samples=False, bootstrap_iters=0)
     scores: dict[str, Score] = {}
     for task, metrics in results["results"].items():
         n = int(results["n-samples"][task]["effective"])

@@ -75,7 +75,9 @@ class Suite:
                 health.write, prompts=prompts, sampling=self.sampling
             )
         for path in self.lm_eval:
-            tests[f"lm-eval {path}"] = partial(harness.run_tasks, tasks=harness.load_tasks(path))
+            tests[f"lm-eval {path}"] = partial(
+                harness.run_tasks, tasks=harness.load_tasks(path), path=path
+            )
         if not tests:
             raise ConfigError("There is nothing to measure: name files, such as --text FILE.")
         return tests
