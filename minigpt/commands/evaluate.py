@@ -67,13 +67,13 @@ def measure(chosen: argparse.Namespace) -> dict[str, Results]:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
     from minigpt.cli import quiet
-    from minigpt.evaluate.suite import Suite
+    from minigpt.evaluate.suite import Settings, prepare
     from minigpt.infer.engine import Engine, Sampling
 
     quiet()
     sampling = Sampling(chosen.max_new_tokens, chosen.temperature, seed=chosen.seed)
-    options = {name: getattr(chosen, name) for name in (*KINDS, "reference", "beta", "max_length")}
-    tests = Suite(**options, sampling=sampling).tests()
+    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling)
+    tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
     results: dict[str, Results] = {}
     for model in chosen.model:
         engine = Engine.load(model)
@@ -102,27 +102,22 @@ def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 
 def html(results: dict[str, Results]) -> str:
     """Return a page: the main share of each test as bars, then a table for each test."""
-    from minigpt.evaluate.suite import rows
+    from minigpt.evaluate.suite import tables
     from minigpt.report.page import Html, bar_chart, charts, escape, page, table
 
     figures: list[Html] = []
-    tables: list[str] = []
-    every = rows(results)
-    for test in dict.fromkeys(test for test, _, _ in every):
-        own = [(name, scores) for t, name, scores in every if t == test]
-        body = []
-        for name, scores in own:
-            first = next(s for s in scores if s)
-            chance = None if first.chance is None else f"{100 * first.chance:.1f}%"
-            said = [None if s is None else str(s) for s in scores]
-            body.append([name, *said, chance, first.n])
-        tables += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
-        name, scores = next((o for o in own if any(s and s.high for s in o[1])), ("", []))
-        bars = [(m, s) for m, s in zip(results, scores, strict=bool(scores)) if s]
-        if bars:
-            values = [(model, round(100 * s.value, 1)) for model, s in bars]
-            bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for _, s in bars]
-            title = f"{test}: {name}"
-            figures.append(bar_chart(title, values, intervals=bounds, largest=100, unit="%"))
+    parts: list[str] = []
+    for test, body in tables(results).items():
+        parts += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
+        for name in (row[0] for row in body):
+            found = {m: s for m, tests in results.items() if (s := tests[test].get(name))}
+            if all(score.high is not None for score in found.values()):
+                values = [(model, round(100 * s.value, 1)) for model, s in found.items()]
+                bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for s in found.values()]
+                chart = bar_chart(
+                    f"{test}: {name}", values, intervals=bounds, largest=100, unit="%"
+                )
+                figures.append(chart)
+                break
     note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
-    return page("Evaluation", note + charts(figures) + "".join(tables))
+    return page("Evaluation", note + charts(figures) + "".join(parts))

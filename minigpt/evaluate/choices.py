@@ -15,6 +15,8 @@ from minigpt.evaluate.likelihood import Pair, continuation, score
 from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,25 +36,15 @@ class Choice:
     answer: int
 
 
-def load_choices(path: str) -> list[Choice]:
-    """Read ``{prompt | messages, choices, answer, family?}``; the answer is an index or a choice.
+Parser = Callable[[Row, str], Choice]
+
+
+def load(path: str, parse: Parser) -> list[Choice]:
+    """Read a file's items: rows that are each a `choice`, or each a `pair`.
 
     Raises:
         DataError: with the file, line and field of what cannot be used.
     """
-    return _load(path, _choice)
-
-
-def load_pairs(path: str) -> list[Choice]:
-    """Read ``{good, bad, family?}``: two texts of which a good model prefers the first.
-
-    Raises:
-        DataError: with the file, line and field of what cannot be used.
-    """
-    return _load(path, _pair)
-
-
-def _load(path: str, parse: Callable[[dict[str, Any], str], Choice]) -> list[Choice]:
     items = []
     for line, row in iter_rows(path):
         try:
@@ -68,7 +60,8 @@ def _error(field: str | None, problem: str) -> DataError:
     return DataError(problem, field=field, reason="wrong_type")
 
 
-def _choice(row: dict[str, Any], family: str) -> Choice:
+def choice(row: Row, family: str) -> Choice:
+    """Read ``{prompt | messages, choices, answer}``; the answer is an index or a choice."""
     prompt, given, answer = parse_prompt(row), row.get("choices"), row.get("answer")
     if not isinstance(given, list) or len(given) < 2:
         raise _error("choices", "must be a list of at least two strings")
@@ -82,7 +75,8 @@ def _choice(row: dict[str, Any], family: str) -> Choice:
     return Choice(family, prompt, choices, answer)
 
 
-def _pair(row: dict[str, Any], family: str) -> Choice:
+def pair(row: Row, family: str) -> Choice:
+    """Read ``{good, bad}``: two texts of which a good model prefers the first."""
     good, bad = (_text(row.get(key), key) for key in ("good", "bad"))
     if good == bad:
         raise _error("bad", "equals 'good'")
@@ -123,27 +117,21 @@ def choose(engine: Engine, items: Sequence[Choice], source: str) -> dict[str, Sc
     """
     pairs = [_alternatives(engine, item) for item in items]
     logp = iter(score(engine, [pair for group in pairs for pair in group], source)[0])
-    sums = [[next(logp) for _ in group] for group in pairs]
-    scores = {}
-    if any(item.prompt for item in items):
-        scores["accuracy"] = _accuracy(items, sums, per_byte=True)
-        scores["accuracy (sum)"] = _accuracy(items, sums, per_byte=False)
-    else:
-        scores["accuracy"] = _accuracy(items, sums, per_byte=False)
+    judged = [(item, [next(logp) for _ in group]) for item, group in zip(items, pairs, strict=True)]
+    asked = any(item.prompt for item in items)
+    scores = {"accuracy": _accuracy(judged, per_byte=asked)}
+    if asked:
+        scores["accuracy (sum)"] = _accuracy(judged, per_byte=False)
     families = list(dict.fromkeys(item.family for item in items))
     for family in families if len(families) > 1 else []:
-        own = [(i, s) for i, s in zip(items, sums, strict=True) if i.family == family]
-        scores[family] = _accuracy(
-            [i for i, _ in own], [s for _, s in own], any(i.prompt for i, _ in own)
-        )
+        scores[family] = _accuracy([j for j in judged if j[0].family == family], asked)
     return scores
 
 
-def _accuracy(items: Sequence[Choice], sums: Sequence[Sequence[float]], per_byte: bool) -> Score:
+def _accuracy(judged: Sequence[tuple[Choice, list[float]]], per_byte: bool) -> Score:
     rights = []
-    for item, logp in zip(items, sums, strict=True):
+    for item, logp in judged:
         sizes = [len(choice.encode()) if per_byte else 1 for choice in item.choices]
         means = [x / size for x, size in zip(logp, sizes, strict=True)]
         rights.append(means.index(max(means)) == item.answer)
-    chance = sum(1 / len(item.choices) for item in items) / len(items)
-    return share(rights, chance)
+    return share(rights, sum(1 / len(item.choices) for item, _ in judged) / len(judged))

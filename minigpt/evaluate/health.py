@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from minigpt.data.records import Message
 from minigpt.evaluate.scores import Score, share
-from minigpt.infer.engine import Engine, Reply, Sampling
+from minigpt.infer.engine import Reply
 
 # Words, single characters of scripts that write without spaces, and marks, so that models
 # with different tokenizers compare.
@@ -60,10 +59,3 @@ def health(replies: Sequence[Reply]) -> dict[str, Score]:
         "end rate": share([reply.ended_by is not None for reply in replies]),
         "length": Score(sum(len(reply.ids) for reply in replies) / len(replies), len(replies)),
     }
-
-
-def write(
-    engine: Engine, prompts: Sequence[str | Sequence[Message]], sampling: Sampling
-) -> dict[str, Score]:
-    """Complete prompts and measure the replies."""
-    return health(engine.complete(prompts, sampling))

@@ -85,10 +85,10 @@ def continuation(engine: Engine, context: str, rest: str) -> Pair:
     belongs to what follows.
     """
     start, whole = engine.encode(context), engine.encode(context + rest)
-    if not context:
+    if not context:  # an end of text stands in for it
         return start, whole
-    kept = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), None)
-    kept = min(len(start), len(whole)) if kept is None else kept
+    pairs = enumerate(zip(start, whole, strict=False))
+    kept = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
     return (whole[:kept], whole[kept:]) if kept else (engine.encode(""), whole)
 
 
@@ -107,21 +107,19 @@ def score(
         decoding would say.
     """
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    samples = (_sample(*pairs[i], (source, 0)) for i in order)
-    sums: list[float] = []
-    greedy: list[bool] = []
+    samples = (
+        Sample(np.array(a + b), len(a), len(b), 0, None, (source, 0))
+        for a, b in (pairs[i] for i in order)
+    )
+    found: list[tuple[float, bool]] = []
     for batch in batches(engine, samples):
         logp = log_softmax(engine, batch)
         missed = (logp.argmax(-1) != batch.labels).float()
-        sums += sum_by(of_labels(logp, batch), batch.answers, batch.n_answers).tolist()
-        greedy += (sum_by(missed, batch.answers, batch.n_answers) == 0).tolist()
-    place = {index: rank for rank, index in enumerate(order)}
-    ranks = [place[i] for i in range(len(pairs))]
-    return [sums[r] for r in ranks], [greedy[r] for r in ranks]
-
-
-def _sample(context: list[int], rest: list[int], source: tuple[str, int]) -> Sample:
-    return Sample(np.array(context + rest), len(context), len(rest), 0, None, source)
+        sums = sum_by(of_labels(logp, batch), batch.answers, batch.n_answers)
+        greedy = sum_by(missed, batch.answers, batch.n_answers) == 0
+        found += zip(sums.tolist(), greedy.tolist(), strict=True)
+    scores = dict(zip(order, found, strict=True))
+    return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
 
 
 def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:

@@ -72,13 +72,13 @@ def test_two_models_on_everything(minigpt: Minigpt, trained: Path, files: Path) 
     first, second = (values(files / "out/scores.json", model) for model in models)
     assert first["text pretrain_val.jsonl"] != second["text pretrain_val.jsonl"]
     assert first["exam exam.jsonl"].keys() == {"right", "empty", "odd"}
-    assert first["generation prompts.jsonl"]["length"] <= 6
+    assert first["prompts prompts.jsonl"]["length"] <= 6
     lines = outcome.out.splitlines()
     assert lines[0].split() == [*map(str, models), "chance", "items"]
     (choices,) = [line for line in lines if line.startswith("  accuracy (sum)")]
     assert choices.endswith("33.3%   4")
     page = (files / "out/scores.html").read_text()
-    assert page.count("<svg") == 4  # what holds shares: choices, pairs, exam, generation
+    assert page.count("<figure>") == 4  # what holds shares: choices, pairs, exam, generation
     assert "<td>accuracy (sum)</td>" in page
 
 
@@ -117,7 +117,7 @@ def test_the_seed_and_the_temperature_reach_the_replies(
     def health(*options: object) -> dict[str, float]:
         asked = ("--prompts", "prompts.jsonl", "--max_new_tokens", "20", "--json", "s.json")
         assert minigpt("evaluate", "--model", trained / "sft", *asked, *options).status == 0
-        return values(files / "s.json", trained / "sft")["generation prompts.jsonl"]
+        return values(files / "s.json", trained / "sft")["prompts prompts.jsonl"]
 
     assert health() == health("--seed", "5")
     assert health("--temperature", "3") != health("--temperature", "3", "--seed", "5")
@@ -159,11 +159,11 @@ def test_all_kinds_of_requests_of_the_harness(
     outcome = minigpt("evaluate", "--model", trained / "sft", *asked)
     assert outcome.status == 0, outcome.err
     found = values(files / "s.json", trained / "sft")
-    assert found["lm-eval said.yaml"] == {"said: exact_match": 0.0}
+    assert found["lm_eval said.yaml"] == {"said: exact_match": 0.0}
     engine = Engine.load(trained / "sft")
     (logp,) = harness.score(engine, [(engine.encode(""), engine.encode("the cat"))])[0]
     wanted = 2.718281828 ** (-logp / len("the cat"))
-    assert found["lm-eval words.yaml"]["words: byte_perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert found["lm_eval words.yaml"]["words: byte_perplexity"] == pytest.approx(wanted, rel=1e-4)
 
 
 @needs_harness

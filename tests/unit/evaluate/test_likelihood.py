@@ -13,7 +13,8 @@ import torch
 from minigpt.data.tokenizer import load
 from minigpt.errors import DataError
 from minigpt.evaluate import likelihood
-from minigpt.evaluate.choices import choose, load_choices, load_pairs
+from minigpt.evaluate.choices import choice, choose, pair
+from minigpt.evaluate.choices import load as load_items
 from minigpt.evaluate.likelihood import bits_per_byte, continuation, score
 from minigpt.evaluate.scores import Score, share, wilson
 from minigpt.infer.engine import Engine
@@ -115,7 +116,7 @@ def test_multiple_choice_by_byte_and_by_sum(places: Path, tmp_path: Path) -> Non
     model = engine(places)
     file = tmp_path / "c.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
-    items = load_choices(str(file))
+    items = load_items(str(file), choice)
     assert [(i.family, i.answer) for i in items] == [("a", 1), ("b", 2), ("c", 0)]
     per_byte, by_sum = [], []
     for item in items:
@@ -148,7 +149,7 @@ def test_minimal_pairs_are_judged_by_the_whole_text(places: Path, tmp_path: Path
         start = [] if texts[0][0] == texts[1][0] else model.encode("")
         first, second = (plainly(model, (start + t)[:1], (start + t)[1:])[0] for t in texts)
         wanted.append(first > second)
-    assert choose(model, load_pairs(str(file)), str(file)) == {"accuracy": share(wanted, 0.5)}
+    assert choose(model, load_items(str(file), pair), str(file)) == {"accuracy": share(wanted, 0.5)}
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (81, 100), (1, 1), (2.5, 7)])

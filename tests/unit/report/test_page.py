@@ -89,9 +89,10 @@ def test_a_flat_line_and_a_single_point_can_be_drawn() -> None:
 def test_bars_are_as_long_as_their_values() -> None:
     bars = [("一个很长很长很长的中文标签", 0.5), ("b", 1.0), ("none", 0.0)]
     intervals = [(0.4, 0.6), (0.9, 1.0), (0.0, 0.1)]
-    (svg,) = drawings(bar_chart("Exam", bars, intervals=intervals, largest=1.0))
-    widths = [float(rect.get("width", 0)) for rect in svg.iter("rect")]
-    assert widths[1] == pytest.approx(2 * widths[0])
-    assert widths[2] == 1
-    assert next(t.text for t in svg.iter("text")) == "一个很长很长很长…"
-    assert drawings(bar_chart("nothing", []))
+    chart = bar_chart("Exam", bars, intervals=intervals, largest=2.0, unit=" m")
+    assert re.findall(r'<i style="width:([\d.]+)%"', chart) == ["25.00", "50.00", "0.00"]
+    assert re.findall(r"left:([\d.]+)%;width:([\d.]+)%", chart)[1] == ("45.00", "5.00")
+    assert "<span>一个很长很长很长的中文标签</span>" in chart
+    assert "<b>0.5 m</b>" in chart
+    assert "width:100.00%" in bar_chart("by the largest", bars)
+    assert "<figcaption>nothing" in bar_chart("nothing", [])
