@@ -103,7 +103,8 @@ def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 def html(results: dict[str, Results]) -> str:
     """Return a page: the main share of each test as bars, then a table for each test."""
     from minigpt.evaluate.suite import tables
-    from minigpt.report.page import Html, bar_chart, charts, escape, page, table
+    from minigpt.report.build import bars
+    from minigpt.report.page import Html, charts, escape, page, table
 
     figures: list[Html] = []
     parts: list[str] = []
@@ -112,12 +113,7 @@ def html(results: dict[str, Results]) -> str:
         for name in (row[0] for row in body):
             found = {m: s for m, tests in results.items() if (s := tests[test].get(name))}
             if all(score.high is not None for score in found.values()):
-                values = [(model, round(100 * s.value, 1)) for model, s in found.items()]
-                bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for s in found.values()]
-                chart = bar_chart(
-                    f"{test}: {name}", values, intervals=bounds, largest=100, unit="%"
-                )
-                figures.append(chart)
+                figures.append(bars(f"{test}: {name}", found))
                 break
     note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
     return page("Evaluation", note + charts(figures) + "".join(parts))

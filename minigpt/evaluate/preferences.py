@@ -42,7 +42,7 @@ def prefer(
     Raises:
         ModelError: when the reference has another vocabulary.
     """
-    if reference and engine.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+    if reference and _tokens(engine) != _tokens(reference):
         raise ModelError(
             "The reference has other tokens than the model: name the model it started from."
         )
@@ -66,6 +66,10 @@ def prefer(
     if reference:
         found["KL per token"] = Score(divergence / tokens, tokens)
     return found | _length_bias(np.array(margins), np.array(lengths))
+
+
+def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
+    return engine.tokenizer.get_vocab(), engine.model.config.vocab_size
 
 
 def _samples(engine: Engine, path: str, max_length: int) -> Iterator[Sample]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def write_report(places: Sequence[str | Path], output: Path) -> str:
     if runs:
         _runs(document, runs)
         first = first or "\n".join(document.markdown)
-        for part in (_curves, _exams, _samples, _data, _machines, _configs, _gaps):
+        for part in (_curves, _exams, _samples, _data, _origins):
             part(document, runs)
     write_text(output, page("MiniGPT report", "".join(document.html)))
     write_text(output.with_suffix(".md"), "\n".join(["# MiniGPT report", "", *document.markdown]))
@@ -149,21 +148,19 @@ def _pipeline(document: Document, report: dict[str, Any]) -> None:
     bits = [found(report, f"stages pretrain {k}") for k in ("val_bpb_untrained", "val_bpb")]
     told = [f"{b:.3f}" if is_number(b) else "" for b in bits]
     rows = [("pretrain", "bits per byte, held out", *told)]
-    bars: dict[str, list[tuple[str, Score]]] = {}
+    steps: dict[str, dict[str, Score]] = {}
     stage = ""
     for name, exam, before, after, families in EXAMS:
         stage = name or stage
         scores = [_scored(report, path, families) for path in (before, after)]
         rows.append((name, exam, *map(_percent, scores)))
         for label, score in zip((f"before {stage}", stage), scores, strict=True):
-            if score and not (label.startswith("before") and exam in bars):
-                bars.setdefault(exam, []).append((label, score))
+            if score and not (label.startswith("before") and exam in steps):
+                steps.setdefault(exam, {})[label] = score
     document.table(("stage", "exam", "before", "after"), rows)
     if report.get("items"):
         document.note("In brackets: 95% intervals (Wilson).")
-    document.figures(
-        [_bars(exam.strip(), scores) for exam, scores in bars.items() if len(scores) > 1]
-    )
+    document.figures([bars(exam.strip(), s) for exam, s in steps.items() if len(s) > 1])
     for key, what in (
         ("merged_equals_adapter", "Merged adapter gives the same answers"),
         ("adapter_off_equals_base", "Adapter off equals the base"),
@@ -174,15 +171,16 @@ def _pipeline(document: Document, report: dict[str, Any]) -> None:
     document.note("Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
 
 
-def _bars(title: str, scores: Sequence[tuple[str, Score]]) -> Html:
-    bounds = [(100 * (s.low or 0), 100 * (s.high or 0)) for _, s in scores if s.high is not None]
-    return bar_chart(
-        title,
-        [(label, round(100 * s.value, 1)) for label, s in scores],
-        intervals=bounds if len(bounds) == len(scores) else (),
-        largest=100,
-        unit="%",
-    )
+def bars(title: str, scores: Mapping[str, Score]) -> Html:
+    """Draw shares as bars in percent, with their intervals where all have one."""
+    bounds = [
+        (100 * s.low, 100 * s.high)
+        for s in scores.values()
+        if s.low is not None and s.high is not None
+    ]
+    values = [(label, round(100 * s.value, 1)) for label, s in scores.items()]
+    whiskers = bounds if len(bounds) == len(values) else ()
+    return bar_chart(title, values, intervals=whiskers, largest=100, unit="%")
 
 
 def _runs(document: Document, runs: Sequence[Run]) -> None:
@@ -192,48 +190,34 @@ def _runs(document: Document, runs: Sequence[Run]) -> None:
     head = ("run", "stage", "steps", "tokens", "seconds", "tokens/s", "peak MB", "loss", "bpb")
     rows = []
     for run in runs:
-        reached = [
-            "\u00a0→\u00a0".join(
-                number(v) for when in EDGES if is_number(v := found(run.summary, f"{when} {key}"))
-            )
-            for key in ("val/loss", "val/bits_per_byte")
-        ]
+        edges = (
+            [found(run.summary, f"{when} val/{metric}") for when in ("before", "final")]
+            for metric in ("loss", "bits_per_byte")
+        )
+        reached = ["\u00a0→\u00a0".join(number(v) for v in e if is_number(v)) for e in edges]
         rows.append((run.name, run.stage, *(found(run.summary, k) for k in keys), *reached))
     document.table(head, rows)
     document.note("Loss (nats per target) and bits per byte: held out, before → after.")
 
 
-EDGES = ("before", "final")
-
-
-def _by_stage(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    stages = list(dict.fromkeys(run.stage for run in runs))
-    ordered = sorted(runs, key=lambda run: stages.index(run.stage))
-    for stage, group in groupby(ordered, key=lambda run: run.stage):
-        yield stage, list(group)
-
-
 def _curves(document: Document, runs: Sequence[Run]) -> None:
     """Draw the runs of a stage over each other."""
-    for stage, group in _by_stage(runs):
+    for stage in dict.fromkeys(run.stage for run in runs):
+        group = [run for run in runs if run.stage == stage]
         figures = []
         for title, (metric, unit) in CURVES.items():
+            kinds = {"train": f"train/{metric}", "val": f"val/{metric}", "": metric}
             lines = {
                 f"{run.name} {kind}".strip() if len(group) > 1 else kind or metric: points
                 for run in group
-                for kind, key in (
-                    ("train", f"train/{metric}"),
-                    ("val", f"val/{metric}"),
-                    ("", metric),
-                )
+                for kind, key in kinds.items()
                 if (points := run.series(key))
             }
             if lines:
                 figures.append(line_chart(title, lines, y_label=unit))
         if figures:
-            document.html.append(
-                f"<h2>{escape(stage)}: {escape(', '.join(r.name for r in group))}</h2>"
-            )
+            names = ", ".join(run.name for run in group)
+            document.html.append(f"<h2>{escape(stage)}: {escape(names)}</h2>")
             document.figures(figures)
 
 
@@ -253,7 +237,7 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
         names = list(dict.fromkeys(name for scores in taken.values() for name in scores))
         rows = [(f, *(_percent(scores.get(name)) for name in names)) for f, scores in taken.items()]
         document.table(("exam", *names), rows)
-        document.figures([_bars(f, list(scores.items())) for f, scores in taken.items()])
+        document.figures([bars(family, scores) for family, scores in taken.items()])
 
 
 def _samples(document: Document, runs: Sequence[Run]) -> None:
@@ -292,8 +276,8 @@ def _files(option: object) -> str | None:
     return None if option is None else str(option)
 
 
-def _machines(document: Document, runs: Sequence[Run]) -> None:
-    """Add hardware and versions."""
+def _origins(document: Document, runs: Sequence[Run]) -> None:
+    """Add hardware, versions and configs, and say what could not be read."""
     document.heading("Hardware and versions")
     told = {run.name: found(run.summary, "machine", dict) or {} for run in runs}
     keys = list(dict.fromkeys(key for machine in told.values() for key in machine))
@@ -302,18 +286,10 @@ def _machines(document: Document, runs: Sequence[Run]) -> None:
         document.table(("run", *keys), rows)
     else:
         document.note("The runs did not record them.")
-
-
-def _configs(document: Document, runs: Sequence[Run]) -> None:
-    """Add the whole config of each run to the page."""
     document.html.append("<h2>Configs</h2>")
     for run in runs:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
         document.folded(run.name, f"<pre>{escape(text)}</pre>")
-
-
-def _gaps(document: Document, runs: Sequence[Run]) -> None:
-    """Say what could not be read."""
     for run in runs:
         for gap in run.gaps:
             document.note(f"{run.name}: {gap}.")

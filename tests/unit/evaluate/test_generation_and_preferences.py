@@ -144,3 +144,6 @@ def test_a_reference_with_other_tokens_is_refused(tmp_path: Path, pairs: str) ->
     other = Engine(tiny.model("llama"), load(tiny.tokenizer(tmp_path / "plain", template=False)))
     with pytest.raises(ModelError, match="other tokens"):
         prefer(model, pairs, 512, other)
+    wider = engine(tmp_path, 0, vocab_size=tiny.VOCABULARY + 8)  # rows that no token has
+    with pytest.raises(ModelError, match="other tokens"):
+        prefer(model, pairs, 512, wider)
