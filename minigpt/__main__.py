@@ -19,8 +19,10 @@ COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete prompts",
     "chat": "talk with a model in the terminal",
+    "evaluate": "measure models side by side",
     "export": "write a model for transformers, peft, llama.cpp and Ollama",
     "serve": "serve models: an OpenAI-compatible API and a web chat",
+    "report": "write a page about runs",
     "bench": "measure speed against plain transformers",
 }
 

@@ -20,7 +20,7 @@ from minigpt.commands.options import (
     sampling,
 )
 from minigpt.errors import ConfigError, DataError, MiniGPTError
-from minigpt.files import write_whole
+from minigpt.files import write_text
 
 if TYPE_CHECKING:
     from minigpt.data.records import Message
@@ -152,7 +152,7 @@ class Chat:
         messages = [{"role": m.role, "content": m.content} for m in self._sent(self.history)]
         row = json.dumps({"messages": messages}, ensure_ascii=False)
         try:
-            write_whole(Path(rest), row + "\n")
+            write_text(Path(rest), row + "\n")
         except OSError as error:
             raise ConfigError(f"Cannot write to {rest}: {error.strerror}.") from error
         self.tell(f"Saved to {rest}.")
