@@ -17,6 +17,7 @@ TRAINER_VERBS = {
 }
 COMMANDS = {
     "tokenizer": "train a tokenizer",
+    "data": "check, measure, look at and fetch data",
     "generate": "complete one prompt",
 }
 

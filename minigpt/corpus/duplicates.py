@@ -47,7 +47,7 @@ def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     return folded, kinds
 
 
-def _characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
+def characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
     """Return the folded characters [C] of all texts, their kinds [C] and owners [C]."""
     folded, kinds = _tables()
     codes = folded[np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")]
@@ -63,7 +63,7 @@ def _mixed(values: Hashes) -> Hashes:
 
 def _units(texts: Sequence[str]) -> tuple[Hashes, Owners]:
     """Return the hashes [U] of all texts' units and their owners [U]."""
-    codes, kinds, owner = _characters(texts)
+    codes, kinds, owner = characters(texts)
     inside = (kinds[1:] == _WORD) & (kinds[:-1] == _WORD) & (owner[1:] == owner[:-1])
     starts = np.flatnonzero((kinds > 0) & ~np.concatenate([[False], inside]))
     if not len(starts):
@@ -140,7 +140,7 @@ class NearDuplicates:
 
     def add(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
         """Take in texts under their numbers; those of fewer than 5 characters are left out."""
-        codes, kinds, owner = _characters(texts)
+        codes, kinds, owner = characters(texts)
         runs, owner = _runs(codes[kinds > 0].astype(np.uint64), owner[kinds > 0], SHINGLE)
         if not len(runs):
             return
