@@ -82,7 +82,7 @@ class Options:
     near: float | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Findings(BadRows):
     """The problems found: all are counted, and the first of each reason and file kept.
 
@@ -100,7 +100,8 @@ class Findings(BadRows):
     def handle(self, error: DataError) -> None:
         """Take in a problem."""
         if self.count(error.reason, str(error.path), error.line):
-            self.kept.append(error)
+            error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
+            self.kept.append(error.at(error.path or "", error.line))
 
     def count(self, reason: str, path: str, line: int | None) -> bool:
         """Count a problem and return whether it is to be kept."""

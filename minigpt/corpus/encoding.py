@@ -7,8 +7,9 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from minigpt.errors import DataError
 
@@ -38,11 +39,12 @@ def readable(path: Path, copy: Path, add: Add) -> Path:
     return copy
 
 
-def open_data(path: Path) -> IO[bytes]:
+@contextmanager
+def open_data(path: Path) -> Iterator[IO[bytes]]:
     """Open a plain or gzipped file."""
-    raw = path.open("rb")
-    zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-    return gzip.open(raw) if zipped else raw  # type: ignore[return-value]
+    with path.open("rb") as raw:
+        zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
@@ -66,8 +68,8 @@ def _utf8_lines(path: Path, stream: IO[bytes], add: Add) -> Iterator[bytes]:
         yield from stream
         return
     add(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))
-    for text in io.TextIOWrapper(stream, "utf-16", newline="\n"):
-        yield text.encode()
+    with io.TextIOWrapper(stream, "utf-16", newline="\n") as lines:
+        yield from (line.encode() for line in lines)
 
 
 def _mended(path: Path, line: int, data: bytes, add: Add) -> bytes:
