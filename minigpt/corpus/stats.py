@@ -24,6 +24,7 @@ from minigpt.corpus.duplicates import characters
 from minigpt.data.packing import pack, utilisation
 from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, read_records
 from minigpt.data.store import Encoder, Limits
+from minigpt.errors import DataError
 from minigpt.report.page import bar_chart, charts, escape, number, table
 
 Rows = list[tuple[Record, Source]]
@@ -58,7 +59,7 @@ def languages(texts: Sequence[str]) -> Counter[str]:
     kinds = len(_SCRIPTS) + 1
     cells = np.bincount(owner * kinds + _scripts()[codes], minlength=kinds * len(texts))
     counts = cells.reshape(len(texts), kinds)[:, 1:]
-    counts[:, 0] //= _LETTERS
+    counts[:, 1:] *= _LETTERS
     counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
     most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
     names = [*(name for name, _ in _SCRIPTS), "other"]
@@ -90,6 +91,8 @@ class _Tokens:
     def report(self, tokens_per_batch: int) -> dict[str, Any]:
         lengths, packed = np.array(self.lengths), np.array(self.packed)
         limit = self.max_length
+        if not len(packed):
+            raise DataError(f"no row leaves a token to train on in {limit}", reason="no_targets")
         budget = max(tokens_per_batch, int(packed.max()))
         bins = pack(packed, budget, np.random.default_rng(0))
         edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]

@@ -17,11 +17,6 @@ from minigpt.data import tokenizer as tokenizers
 Write = Callable[..., Path]
 
 
-def chat(question: str, answer: str) -> dict[str, object]:
-    roles = (("user", question), ("assistant", answer))
-    return {"messages": [{"role": role, "content": text} for role, text in roles]}
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write rows (values, or bytes as they are) as a JSONL file of the test's own."""
