@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ Rows = Iterator[dict[str, Any]]
 HUB, MODELSCOPE = "https://huggingface.co", "https://modelscope.cn"
 GITHUB = "https://raw.githubusercontent.com"
 _TIMEOUT, _BLOCK = 30, 1 << 20
-_MARKS = re.compile(r"\s*(?:<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>)\s*")
+_MARKS = re.compile(r"(?:\s*(?:<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>))+\s*")
 
 
 def _as_is(path: Path) -> Rows:
@@ -159,30 +160,35 @@ def fetch(
     sources: dict[str, Any] = {}
     skipped: Counter[str] = Counter()
     partial = directory / f".{name}.jsonl.partial"
-    written = 0
-    with partial.open("w", encoding="utf-8") as lines:
+
+    def every() -> Rows:
         for file in files or corpus.files:
-            if limit is not None and written >= limit:
-                break
             path, sources[file] = _download(corpus.home, file, directory / ".downloads", modelscope)
-            for row in corpus.convert(path):
-                if limit is not None and written >= limit:
-                    break
-                try:
-                    parse_row(row, corpus.kind, SPECIAL_TOKENS)
-                except DataError as error:
-                    skipped[error.reason] += 1
-                else:
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    written += 1
-    if not written:
-        raise DataError(
-            f"no row can be used: {dict(skipped)}", path=partial, remedy="Has its form changed?"
-        )
-    home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
-    write_json(directory / f"{name}.source.json", home | {"rows": written, "skipped": skipped})
-    partial.replace(out)
+            yield from corpus.convert(path)
+
+    good = islice(_usable(every(), corpus.kind, skipped), limit)
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            written = sum(bool(lines.write(json.dumps(r, ensure_ascii=False) + "\n")) for r in good)
+        if not written:
+            raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
+        home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
+        write_json(directory / f"{name}.source.json", home | {"rows": written, "skipped": skipped})
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return out, written, skipped
+
+
+def _usable(rows: Rows, kind: Kind, skipped: Counter[str]) -> Rows:
+    """Yield the rows that training can use, and count the others by reason."""
+    for row in rows:
+        try:
+            parse_row(row, kind, SPECIAL_TOKENS)
+        except DataError as error:
+            skipped[error.reason] += 1
+        else:
+            yield row
 
 
 def _download(

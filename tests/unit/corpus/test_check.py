@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,14 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
         assert left.errors() == 0, list(left.lines())
         assert set(left.counts) <= {"replacement_character"}
         assert again.rows == written
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from minigpt.__main__ import main; code = main(['data', 'check', '--help']);"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules);"
+        "sys.exit(f'{heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "minigpt data check raw.jsonl --fix clean.jsonl" in done.stdout
