@@ -101,7 +101,7 @@ class Findings(BadRows):
         """Take in a problem."""
         if self.count(error.reason, str(error.path), error.line):
             error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
-            self.kept.append(error.at(error.path or "", error.line))
+            self.kept.append(error.at(str(error.path), error.line))
 
     def count(self, reason: str, path: str, line: int | None) -> bool:
         """Count a problem and return whether it is to be kept."""
@@ -115,14 +115,22 @@ class Findings(BadRows):
         """Return the number of problems that are not mere hints."""
         return sum(count for reason, count in self.counts.items() if reason not in HINTS)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts and the kept problems as plain values."""
+        names = ("path", "line", "field", "reason", "problem", "remedy")
+        kept = [{name: getattr(error, name) for name in names} for error in self.kept]
+        return {"errors": self.errors(), "counts": self.counts, "problems": kept}
+
     def lines(self) -> Iterator[str]:
-        """Yield a line for each kept problem, by place, and for what was not kept."""
+        """Yield a line for each kept problem, by place, and for each count."""
         for error in sorted(self.kept, key=lambda e: (str(e.path), e.line or 0)):
             level = "hint" if error.reason in HINTS else "error"
             yield f"{level}: {error} [{error.reason}]"
         for (path, reason), count in sorted(self.by_file.items()):
             if count > self.limit:
                 yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
+        for reason, count in self.counts.most_common():
+            yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
 
 
 def texts_of(record: Record) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
@@ -17,8 +17,7 @@ from minigpt.data.tokenizer import special_texts
 from minigpt.report.page import escape
 
 STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
-LOST = "\ufffd"
-LEGEND = "What is underlined is trained on, the rest only read. Each shade is one token."
+LOST = "\ufffd"  # what a part of a character decodes to
 CSS = """<style>
 figure { margin-top: 1rem; }
 .tokens { white-space: pre-wrap; font: .9rem/1.9 ui-monospace, monospace; }
@@ -28,22 +27,15 @@ figure { margin-top: 1rem; }
 .m { color: var(--soft); }
 .m.o { background: color-mix(in srgb, var(--soft) 14%, transparent); }
 </style>
+<p class="soft">What is underlined is trained on, the rest only read. Each shade is one token.</p>
 """
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of tokens that attention never leaves, or a part of a preference.
+class Segment(NamedTuple):
+    """A sample, or a part of a preference: its place, and (text, is a target) for each token."""
 
-    Attributes:
-        title: the place of its row, and what part of it this is.
-        tokens: text of each token and whether it is a target.
-        count: tokens, and how many of them are targets.
-    """
-
-    title: str
-    tokens: tuple[tuple[str, bool], ...]
-    count: tuple[int, int]
+    heading: str
+    tokens: list[tuple[str, bool]]
 
 
 def segments(
@@ -54,10 +46,10 @@ def segments(
     start: int = 1,
     rows: int = 3,
 ) -> Iterator[Segment]:
-    """Yield the segments that training makes of rows from line `start` on, in order.
+    """Yield the segments that training makes of the first `rows` rows from line `start` on.
 
     Raises:
-        DataError: for a bad row, or when there is none from `start` on.
+        DataError: for a bad row.
     """
     kind = kind or guess_kind(path)
     encoder, bad = Encoder(kind, tokenizer, Limits(max_length=max_length)), BadRows()
@@ -65,8 +57,9 @@ def segments(
     wanted = list(islice((row for row in records if row[1].line >= start), rows))
     for sample, source in encoder.encode(wanted, bad):
         for part, ids, targets in _parts(sample, kind):
-            tokens = tuple(_pieces(tokenizer, ids, targets))
-            yield Segment(f"{path}:{source.line}{part}", tokens, (len(ids), sum(targets)))
+            counts = f"{len(ids)} tokens, {sum(targets)} trained on"
+            tokens = list(_pieces(tokenizer, ids, targets))
+            yield Segment(f"{path}:{source.line}{part}: {counts}", tokens)
 
 
 def _parts(sample: Encoded, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
@@ -91,11 +84,6 @@ def _pieces(
             held = end
 
 
-def heading(segment: Segment) -> str:
-    """Return a segment's place and its counts."""
-    return f"{segment.title}: {segment.count[0]} tokens, {segment.count[1]} trained on"
-
-
 def coloured(segment: Segment) -> Text:
     """Return a segment for a terminal with colours."""
     line = Text()
@@ -108,20 +96,19 @@ def plain(segment: Segment) -> str:
     """Return a segment for a terminal without colours: targets stand in ⟦ ⟧."""
     text, before = "", False
     for piece, target in (*segment.tokens, ("", False)):
-        text += ("⟦" if target else "⟧") if target != before else ""
-        text, before = text + piece, target
+        text += ("⟦" if target else "⟧") * (target != before) + piece
+        before = target
     return text
 
 
 def html(parts: list[Segment]) -> str:
     """Return segments as the body of an HTML page."""
-    body = [CSS, f'<p class="soft">{LEGEND}</p>']
-    for part in parts:
-        spans = (
-            f'<span class="{"t" if target else "m"}{" o" if number % 2 else ""}">'
-            f"{escape(text).replace(chr(10), '↵' + chr(10))}</span>"
-            for number, (text, target) in enumerate(part.tokens)
-        )
-        title = f"<figcaption>{escape(heading(part))}</figcaption>"
-        body.append(f'<figure>{title}<div class="tokens">{"".join(spans)}</div></figure>')
-    return "\n".join(body)
+    body = CSS
+    for heading, tokens in parts:
+        body += f'<figure><figcaption>{escape(heading)}</figcaption><div class="tokens">'
+        for number, (text, target) in enumerate(tokens):
+            kind = ("t" if target else "m") + " o" * (number % 2)
+            shown = escape(text.replace("\n", "↵\n"))
+            body += f'<span class="{kind}">{shown}</span>'
+        body += "</div></figure>\n"
+    return body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ def test_targets_are_those_of_the_batch(
     store = open_store(path, kind, tokenizer, Limits(64), tmp_path / "cache")
     batch = collate([Selection(store).sample(i) for i in range(len(store))])
     parts = list(segments(path, tokenizer, None, 64, rows=10))
-    assert sum(part.count[0] for part in parts) == batch.n_tokens
-    assert sum(part.count[1] for part in parts) == len(batch.labels)
-    borders = np.cumsum([0, *(part.count[0] for part in parts)])
+    counts = [list(map(int, re.findall(r"(\d+) t", part.heading))) for part in parts]
+    assert sum(tokens for tokens, _ in counts) == batch.n_tokens
+    assert sum(targets for _, targets in counts) == len(batch.labels)
+    borders = np.cumsum([0, *(tokens for tokens, _ in counts)])
     assert set(batch.cu_seqlens.tolist()) <= set(borders.tolist())
     decode = tokenizer.backend_tokenizer.decode
     shown = "".join(text for part in parts for text, _ in part.tokens)
@@ -84,6 +86,7 @@ def test_the_verb(write: Any, tokenizer_dir: Path, tmp_path: Path, minigpt: Any)
     assert f"{path}:4: " not in outcome.out
     assert page.read_text("utf-8").count("<figure>") == 2
     assert f"{path}:3:" in minigpt(*options).out  # three rows by default
-    assert "has no row from line 9" in minigpt(*options, "--start", 9).err
+    assert "There is no row from line 9" in minigpt(*options, "--start", 9).err
     assert "not a text row" in minigpt(*options, "--kind", "text").err
+    assert "need --tokenizer" in minigpt("data", "show", path).err
     assert "no tokenizer at" in minigpt("data", "show", path, "--tokenizer", tmp_path).err

@@ -143,4 +143,4 @@ def test_what_cannot_be_measured(
     (tmp_path / "file").write_text("")
     blocked = minigpt("data", "stats", path, "--html", tmp_path / "file" / "x.html")
     assert blocked.status == 2
-    assert "Cannot write" in blocked.err
+    assert "Cannot write below" in blocked.err
