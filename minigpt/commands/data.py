@@ -92,18 +92,15 @@ def check(chosen: argparse.Namespace) -> None:
     Raises:
         DataError: when there are errors, not only hints.
     """
-    from minigpt.corpus.check import Checker, Findings, Options
+    from minigpt.corpus.check import Checker, Findings
 
     files, fix = list(dict.fromkeys(map(Path, chosen.files))), chosen.fix and Path(chosen.fix)
     if fix and (len(files) > 1 or fix.exists()):
         raise ConfigError("--fix mends one file at a time and writes to a new one.")
     findings = Findings(limit=10**9 if chosen.all else 20)
-    options = Options(
-        *(chosen.kind, tuple(chosen.val), tuple(chosen.exam), tokenizer_of(chosen)),
-        *(chosen.max_length, chosen.near),
-    )
+    options = (chosen.kind, chosen.val, chosen.exam, tokenizer_of(chosen))
     with tempfile.TemporaryDirectory(prefix="minigpt-check-") as scratch:
-        checker = Checker(options, findings, Path(scratch))
+        checker = Checker(findings, Path(scratch), *options, chosen.max_length, chosen.near)
         for file in files:
             checker.check(file)
         checker.finish()

@@ -1,7 +1,7 @@
 """Check data files: every problem with its place and what to do about it.
 
 One pass over the rows finds what training would stop at and what would spoil it. Memory
-grows by about 40 bytes a row (600 more with near duplicates), not with the rows' length.
+grows by about 40 bytes a row (300 more with near duplicates), not with the rows' length.
 """
 
 from __future__ import annotations
@@ -11,28 +11,18 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, open_data, readable
-from minigpt.data.records import (
-    BadRows,
-    Chat,
-    Kind,
-    Message,
-    Preference,
-    Record,
-    Source,
-    Text,
-    parse_row,
-    read_records,
-)
+from minigpt.data import records as forms
+from minigpt.data.records import BadRows, Kind, Message, Record, Source, parse_row
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
@@ -43,13 +33,14 @@ HINTS = {
     *("bom", "control_character", "replacement_character", "duplicate", "near_duplicate"),
     *("near_validation", "same_prompt", "cut"),
 }
-_KEPT = HINTS - {"duplicate"} | {"encoding"}  # their rows stay in the mended file
+_STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
 _AT_A_TIME = 2000  # rows whose texts are compared or tokenised together
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 _TRIED = 8  # short rows of a batch that are tokenised as well
 _CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
 _ODD, _STRAY = re.compile(f"[{_CONTROL}\ufffd]"), re.compile(f"[{_CONTROL}]")
 _REMEDIES = {
+    "control_character": "Use --fix.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
     "duplicate": "Leave it out; --fix does.",
     "near_duplicate": "Keep one of them.",
@@ -60,26 +51,7 @@ _REMEDIES = {
     "cut": "Raise --max_length, or shorten the rows.",
 }
 
-
-@dataclass(frozen=True)
-class Options:
-    """What to check.
-
-    Attributes:
-        kind: of all files; guessed from each file's first rows when None.
-        validation: files that must not share rows with those checked.
-        exams: exam files that must not leak.
-        tokenizer: for its special tokens and for what the maximum length leaves to train on.
-        max_length: tokens of a sample, as in training.
-        near: similarity from which rows count as near duplicates, 0..1; None to not look.
-    """
-
-    kind: Kind | None = None
-    validation: tuple[str, ...] = ()
-    exams: tuple[str, ...] = ()
-    tokenizer: Any = None
-    max_length: int = 512
-    near: float | None = None
+Batch = list[tuple[int, Record]]  # with the line of each record
 
 
 @dataclass(slots=True)
@@ -107,7 +79,7 @@ class Findings(BadRows):
         """Count a problem and return whether it is to be kept."""
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
-        if reason not in _KEPT:
+        if reason not in _STAY:
             self.dropped.setdefault(path, set()).add(line or 0)
         return self.by_file[path, reason] <= self.limit
 
@@ -115,7 +87,7 @@ class Findings(BadRows):
         """Return the number of problems that are not mere hints."""
         return sum(count for reason, count in self.counts.items() if reason not in HINTS)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the counts and the kept problems as plain values."""
         names = ("path", "line", "field", "reason", "problem", "remedy")
         kept = [{name: getattr(error, name) for name in names} for error in self.kept]
@@ -124,8 +96,7 @@ class Findings(BadRows):
     def lines(self) -> Iterator[str]:
         """Yield a line for each kept problem, by place, and for each count."""
         for error in sorted(self.kept, key=lambda e: (str(e.path), e.line or 0)):
-            level = "hint" if error.reason in HINTS else "error"
-            yield f"{level}: {error} [{error.reason}]"
+            yield f"{'hint' if error.reason in HINTS else 'error'}: {error} [{error.reason}]"
         for (path, reason), count in sorted(self.by_file.items()):
             if count > self.limit:
                 yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
@@ -133,24 +104,24 @@ class Findings(BadRows):
             yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
 
 
+def prompt_of(record: Record) -> tuple[Message, ...]:
+    """Return the messages before the last answer; a text has none."""
+    if isinstance(record, forms.Text):
+        return ()
+    return record.messages[:-1] if isinstance(record, forms.Chat) else record.prompt
+
+
 def texts_of(record: Record) -> list[str]:
     """Return the texts that a record is made of."""
-    if isinstance(record, Text):
+    if isinstance(record, forms.Text):
         return [record.text]
-    if isinstance(record, Chat):
+    if isinstance(record, forms.Chat):
         return [message.content for message in record.messages]
     return [message.content for message in (*record.prompt, record.chosen, record.rejected)]
 
 
-def prompt_of(record: Record) -> tuple[Message, ...]:
-    """Return the messages before the last answer; a text has none."""
-    if isinstance(record, Chat):
-        return record.messages[:-1]
-    return record.prompt if isinstance(record, Preference) else ()
-
-
 def guess_kind(path: Path) -> Kind:
-    """Tell a file's kind by the keys of its first good row; "chat" is the default."""
+    """Tell a file's kind by the keys of its first object; "chat" is the default."""
     for _, row in islice(scan_rows(path), _PEEKED):
         if isinstance(row, dict):
             if row.get("chosen") is not None and row.get("rejected") is not None:
@@ -162,22 +133,42 @@ def guess_kind(path: Path) -> Kind:
 class Checker:
     """Checks files one after the other, then what they have in common.
 
+    Args:
+        findings: takes the problems in.
+        scratch: a directory for mended copies.
+        kind: of all files; guessed from each file's first rows when None.
+        validation: files that must not share rows with those checked.
+        exams: exam files that must not leak.
+        tokenizer: for its special tokens and for what the maximum length leaves to train on.
+        max_length: tokens of a sample, as in training.
+        near: similarity from which rows count as near duplicates, 0..1; None to not look.
+
     Attributes:
         rows: rows read so far, good and bad.
     """
 
-    def __init__(self, options: Options, findings: Findings, scratch: Path) -> None:
-        """Read the validation and exam files; mended copies go to `scratch`."""
-        self.options, self.findings, self.scratch, self.rows = options, findings, scratch, 0
-        self.special = special_texts(options.tokenizer) if options.tokenizer else SPECIAL_TOKENS
-        self.exam = ExamIndex(options.exams) if options.exams else None
-        self.near = NearDuplicates() if options.near is not None else None
+    def __init__(
+        self,
+        findings: Findings,
+        scratch: Path,
+        kind: Kind | None = None,
+        validation: Sequence[str] = (),
+        exams: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        max_length: int = 512,
+        near: float | None = None,
+    ) -> None:
+        self.findings, self.scratch, self.kind, self.rows = findings, scratch, kind, 0
+        self.tokenizer, self.limits = tokenizer, Limits(max_length=max_length)
+        self.special = special_texts(tokenizer) if tokenizer else SPECIAL_TOKENS
+        self.exam = ExamIndex(exams) if exams else None
+        self.near, self.similar = NearDuplicates() if near else None, near or 0.0
         self.hashes, self.lines = array("q"), array("q")  # of all good rows
         self.starts: list[tuple[int, Path]] = []  # the first good row of each file
         self.places: dict[int, str] = {}  # of validation rows and prompts, by hash
         self.copies: dict[Path, Path] = {}
         self.mended: dict[Path, set[int]] = {}
-        for path in map(Path, options.validation):
+        for path in map(Path, validation):
             self._read_validation(path)
         self.compared = len(self.hashes)  # rows before this one belong to validation files
 
@@ -185,19 +176,20 @@ class Checker:
         """Check one file."""
         copy = self.scratch / f"{len(self.copies)}.jsonl"
         self.starts.append((len(self.hashes), path))
-        self.copies[path] = readable(path, copy, self.findings.handle)
+        self.copies[path] = copy = readable(path, copy, self.findings.handle)
         self.mended[path] = set()
         try:
-            kind = self.options.kind or guess_kind(self.copies[path])
-            # Whatever its length, a text leaves targets.
-            encoder = self._encoder(kind) if self.options.tokenizer and kind != "text" else None
+            kind = self.kind or guess_kind(copy)
+            encoder = None
+            if self.tokenizer and kind != "text":  # of a text, every part is a target
+                encoder = Encoder(kind, self.tokenizer, self.limits)
             records = self._records(path, kind)
             while batch := list(islice(records, _AT_A_TIME)):
                 self._compare(path, batch)
                 if encoder:
                     self._encode(encoder, path, batch)
             if encoder and encoder.cut:
-                self._add("cut", f"{encoder.cut} rows are cut to {self.options.max_length}", path)
+                self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
         except DataError as error:
             self.findings.handle(error.at(path, error.line))
 
@@ -207,12 +199,12 @@ class Checker:
         order = np.argsort(hashes, kind="stable")
         same = hashes[order][1:] == hashes[order][:-1]
         first = np.maximum.accumulate(np.where(np.append(False, same), 0, np.arange(len(order))))
-        again = order[1:][same] + self.compared
-        earlier = order[first[1:][same]] + self.compared
-        for row, other in sorted(zip(again.tolist(), earlier.tolist(), strict=True)):
+        again = (order[1:][same] + self.compared).tolist()
+        earlier = (order[first[1:][same]] + self.compared).tolist()
+        for row, other in sorted(zip(again, earlier, strict=True)):
             self._add_pair("duplicate", "the row is the same as", row, other)
-        known = set(again.tolist()) if self.near else ()
-        for row, other in self.near.pairs(self.options.near or 0) if self.near else ():
+        known = set(again) if self.near else ()
+        for row, other in self.near.pairs(self.similar) if self.near else ():
             if row >= self.compared and row not in known:
                 reason = "near_validation" if other < self.compared else "near_duplicate"
                 self._add_pair(reason, "the row is nearly", row, other)
@@ -249,40 +241,37 @@ class Checker:
                 record = parse_row(row, kind, self.special)
                 text = "\n".join(texts_of(record))
                 if _ODD.search(text):
-                    record = self._odd(row, record, text, path, line)
+                    record = parse_row(self._mend(row, text, path, line), kind, self.special)
             except DataError as error:
                 self.findings.handle(error.at(path, line))
                 continue
-            self.hashes.append(hash(record))
-            self.lines.append(line)
+            self._keep(line, record)
             if self.places:
                 self._look_up(record, path, line)
             yield line, record
 
-    def _odd(self, row: object, record: Record, text: str, path: Path, line: int) -> Record:
+    def _keep(self, line: int, record: Record) -> None:
+        self.hashes.append(hash(record))
+        self.lines.append(line)
+
+    def _mend(self, row: object, text: str, path: Path, line: int) -> object:
+        """Report odd characters, and return the row without those that can go."""
         if "\ufffd" in text:
-            problem = "holds U+FFFD, which stands for a lost character"
-            self._add("replacement_character", problem, path, line)
-        if not _STRAY.search(text):
-            return record
-        self.mended[path].add(line)
-        problem = "holds control characters"
-        self.findings.handle(finding(path, line, "control_character", problem))
-        kind: Kind = "text" if isinstance(record, Text) else "chat"
-        kind = "preference" if isinstance(record, Preference) else kind
-        return parse_row(_without_control(row), kind, self.special)
+            self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
+        if _STRAY.search(text):
+            self.mended[path].add(line)
+            self._add("control_character", "holds control characters", path, line)
+        return _without_control(row)
 
     def _read_validation(self, path: Path) -> None:
         """Remember where the rows and prompts of a validation file are."""
         self.starts.append((len(self.hashes), path))
-        rows = read_records([path], self.options.kind or guess_kind(path), BadRows("skip", 1.0))
-        batch = [(source.line, record) for record, source in rows]
+        bad, kind = BadRows("skip", 1.0), self.kind or guess_kind(path)
+        batch = [(s.line, record) for record, s in forms.read_records([path], kind, bad)]
         for line, record in batch:
-            self.hashes.append(hash(record))
-            self.lines.append(line)
-            self.places.setdefault(hash(record), f"{path}:{line}")
-            if prompt := prompt_of(record):
-                self.places.setdefault(hash(prompt), f"{path}:{line}")
+            self._keep(line, record)
+            for part in filter(None, (record, prompt_of(record))):
+                self.places.setdefault(hash(part), f"{path}:{line}")
         self._add_near(batch)
 
     def _look_up(self, record: Record, path: Path, line: int) -> None:
@@ -291,27 +280,20 @@ class Checker:
         elif (prompt := prompt_of(record)) and (place := self.places.get(hash(prompt))):
             self._add("same_prompt", f"the validation data have this prompt: {place}", path, line)
 
-    def _compare(self, path: Path, batch: list[tuple[int, Record]]) -> None:
+    def _compare(self, path: Path, batch: Batch) -> None:
         self._add_near(batch)
-        if not self.exam:
-            return
-        texts: list[str] = []
-        lines: list[int] = []
-        for line, record in batch:
-            texts += texts_of(record)
-            lines += [line] * (len(texts) - len(lines))
-        for line, item in {lines[i]: item for i, item in self.exam.hits(texts).items()}.items():
-            self._add("exam", f"holds a question of the exam {item}", path, line)
+        if self.exam:
+            texts = [(line, text) for line, record in batch for text in texts_of(record)]
+            leaked = self.exam.hits([text for _, text in texts]).items()
+            for line, item in {texts[i][0]: item for i, item in leaked}.items():
+                self._add("exam", f"holds a question of the exam {item}", path, line)
 
-    def _add_near(self, batch: list[tuple[int, Record]]) -> None:
+    def _add_near(self, batch: Batch) -> None:
         if self.near:
             numbers = range(len(self.hashes) - len(batch), len(self.hashes))
             self.near.add(["\n".join(texts_of(record)) for _, record in batch], numbers)
 
-    def _encoder(self, kind: Kind) -> Encoder:
-        return Encoder(kind, self.options.tokenizer, Limits(max_length=self.options.max_length))
-
-    def _encode(self, encoder: Encoder, path: Path, batch: list[tuple[int, Record]]) -> None:
+    def _encode(self, encoder: Encoder, path: Path, batch: Batch) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
         A byte is at least the text of one token, so most rows need not be tokenised.
@@ -322,7 +304,7 @@ class Checker:
         for number, (line, record) in enumerate(batch):
             texts = texts_of(record)
             longest = len("".join(texts).encode()) + frame * (len(texts) + 1)
-            if number < _TRIED or longest > self.options.max_length:
+            if number < _TRIED or longest > self.limits.max_length:
                 some.append((record, Source(path, line)))
         for _ in encoder.encode(some, self.findings):
             pass

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.corpus.check import Checker, Findings, Options
+from minigpt.corpus.check import Checker, Findings
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 
@@ -299,7 +299,7 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
 
         def check(file: Path) -> tuple[Checker, Findings]:
             findings = Findings()
-            checker = Checker(Options(kind="text"), findings, Path(directory))
+            checker = Checker(findings, Path(directory), kind="text")
             checker.check(file)
             checker.finish()
             return checker, findings
