@@ -142,7 +142,7 @@ def measure(
     found: Counter[str] = Counter()
     prompts: Counter[str] = Counter()
     kept: Rows = []
-    rows = size = 0
+    rows = length = 0
     records = read_records([path], kind, bad)
     while batch := list(islice(records, _AT_A_TIME)):
         texts = []
@@ -155,7 +155,7 @@ def measure(
             elif isinstance(record, Preference):
                 turns[sum(m.role == "user" for m in prompt)] += 1
                 bias += _bias(len(record.chosen.content), len(record.rejected.content))
-        size += sum(map(len, texts))
+        length += sum(map(len, texts))
         found += languages(texts)
         if len(prompts) > _PROMPTS:
             prompts = Counter({text: n for text, n in prompts.most_common(_PROMPTS // 2) if n > 1})
@@ -172,16 +172,12 @@ def measure(
         "bytes": path.stat().st_size,
         "rows": rows,
         "bad_rows": dict(bad.counts),
-        "characters": size,
+        "characters": length,
         "turns": {str(n): count for n, count in sorted(turns.items())},
         "languages": {name: count / rows for name, count in found.most_common()},
         "repeated": [(text, n) for text, n in prompts.most_common(_TOP) if n > 1],
-        **(
-            {"length_bias": {key: bias[key] / rows for key in _BIAS}}
-            if kind == "preference"
-            else {}
-        ),
-        **({"tokens": tokens.report(tokens_per_batch)} if tokens else {}),
+        "length_bias": {key: bias[key] / rows for key in _BIAS} if kind == "preference" else None,
+        "tokens": tokens.report(tokens_per_batch) if tokens else None,
     }
 
 
@@ -193,22 +189,19 @@ def _bias(chosen: int, rejected: int) -> Counter[str]:
 
 def _sample(kept: Rows, batch: Rows, before: int, size: int, chance: random.Random) -> None:
     """Keep a fair sample of all rows so far (reservoir sampling)."""
-    for number_, row in enumerate(batch, before):
-        if number_ < size:
+    for seen, row in enumerate(batch, before + 1):
+        if seen <= size:
             kept.append(row)
-        elif (place := int(chance.random() * (number_ + 1))) < size:
+        elif (place := int(chance.random() * seen)) < size:
             kept[place] = row
 
 
 def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a report's single numbers in words: name and value."""
-    tokens, bias = report.get("tokens"), report.get("length_bias")
-    bad = ", ".join(f"{n} {reason}" for reason, n in report["bad_rows"].items())
+    tokens, bias = report["tokens"], report["length_bias"]
+    bad = "".join(f"; bad: {n} {reason}" for reason, n in report["bad_rows"].items())
     lines = [
-        (
-            "rows",
-            f"{number(report['rows'])} of {report['kind']}" + (f"; bad: {bad}" if bad else ""),
-        ),
+        ("rows", f"{number(report['rows'])} of {report['kind']}{bad}"),
         ("size", f"{report['bytes'] / 1e6:.1f} MB, {number(report['characters'])} characters"),
     ]
     if tokens:
@@ -232,14 +225,14 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def plots(report: dict[str, Any]) -> dict[str, list[tuple[str, float]]]:
     """Return a report's distributions: title to (label, value) bars."""
-    tokens = report.get("tokens", {"histogram": [], "over_max_length": 0, "max_length": 0})
-    over = f"{tokens['over_max_length']:.1%} over {tokens['max_length']}"
     drawn = {
-        f"Rows by tokens ({over})": tokens["histogram"],
         "Rows by turns": [*report["turns"].items()][:20],
         "Rows by language, %": [(k, round(v * 100, 1)) for k, v in report["languages"].items()],
     }
-    if bias := report.get("length_bias"):
+    if tokens := report["tokens"]:
+        over = f"{tokens['over_max_length']:.1%} over {tokens['max_length']}"
+        drawn = {f"Rows by tokens ({over})": tokens["histogram"]} | drawn
+    if bias := report["length_bias"]:
         parts = {"chosen": bias["chosen_longer"], "equal": bias["equally_long"]}
         parts["rejected"] = 1 - sum(parts.values())
         drawn["Pairs by the longer answer, %"] = [(k, round(v * 100, 1)) for k, v in parts.items()]
@@ -267,5 +260,7 @@ def terminal(report: dict[str, Any], width: int = 36) -> str:
             lines.append(f"    {label:>22} {bar} {number(value)}")
     if report["repeated"]:
         lines.append("  Most repeated prompts")
-        lines += [f"    {n:>6} × {' '.join(text.split())[:60]}" for text, n in report["repeated"]]
+        for text, times in report["repeated"]:
+            shown = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+            lines.append(f"    {times:>6} × {shown[:60]}")
     return "\n".join(lines)

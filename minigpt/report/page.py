@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 Points = Sequence[tuple[float, float]]
@@ -15,7 +14,6 @@ Points = Sequence[tuple[float, float]]
 COLOURS = 6  # then the dashes change
 SHOWN = 300  # points of a line; more only make the file larger
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 230, 50, 12, 38
-LABEL, ROW = 130, 24  # of a bar chart: width of its labels, height of a bar
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c1d21; --soft: #5d6068;
@@ -35,11 +33,20 @@ p.soft, small, .legend { color: var(--soft); } a { color: var(--c0); }
 figure, details, .tile { margin: 0; padding: .8rem 1rem; background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; } details { margin: .6rem 0; }
 summary { cursor: pointer; } svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .ink { fill: var(--ink); }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 @media (max-width: 30rem) { svg text { font-size: 14px; } }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .85rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem;
   border-radius: .2rem; }
+.bars { display: grid; grid-template-columns: fit-content(45%) 1fr max-content; gap: .35rem .6rem;
+  align-items: center; margin-top: .5rem; font-size: .85rem; }
+.bars span { text-align: right; color: var(--soft); overflow-wrap: anywhere; }
+.bars b { font-weight: 400; } .bars div { position: relative; height: 1rem; }
+.bars i { display: block; min-width: 1px; height: 100%; background: var(--c0);
+  border-radius: .15rem; }
+.bars u { position: absolute; top: .25rem; height: .5rem; border: solid var(--ink);
+  border-width: 0 1.5px;
+  background: linear-gradient(var(--ink), var(--ink)) center / 100% 1.5px no-repeat; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top;
@@ -159,7 +166,8 @@ def line_chart(
         label = name if len(lines) > 1 else ""
         marks.append(_line([(*place(x, y), x, y) for x, y in points], index, label, x_label))
     unit = f" <small>({escape(y_label)})</small>" if y_label else ""
-    drawing = _svg(HEIGHT, title, "".join(marks))
+    box = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    drawing = f"{box}{''.join(marks)}</svg>"
     return _figure(title, (_legend(list(lines)) if len(lines) > 1 else "") + drawing, unit)
 
 
@@ -172,7 +180,7 @@ def _drawn(points: Points) -> list[tuple[float, float]]:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
-    return (low if low == 0 else low - room), high + room
+    return (0.0 if 0 <= low < high / 4 else low - room), high + room
 
 
 def _line(points: Sequence[tuple[float, ...]], index: int, name: str, x_label: str) -> str:
@@ -209,48 +217,18 @@ def bar_chart(
         unit: written after each value.
     """
     full = largest or max([v for _, v in bars] + [high for _, high in intervals], default=0) or 1
-    scale = (WIDTH - LABEL - 80) / full
-    marks = []
+    parts = []
     for index, (label, value) in enumerate(bars):
-        top, end = index * ROW + 4, LABEL + value * scale
-        reach = end
-        marks.append(
-            f"<g><title>{escape(label)}: {escape(value)}{escape(unit)}</title>"
-            f"{_text(LABEL - 8, top + 13, _short(label), 'end')}"
-            f'<rect x="{LABEL}" y="{top}" width="{max(1, value * scale):.1f}" height="{ROW - 8}" '
-            'rx="2" fill="var(--c0)"/></g>'
-        )
-        if intervals:
-            low, reach = (LABEL + x * scale for x in intervals[index])
-            middle = top + (ROW - 8) / 2
-            marks.append(
-                f'<path d="M{low:.1f} {middle - 4}v8m0-4H{reach:.1f}m0-4v8" fill="none" '
-                'stroke="var(--ink)" stroke-width="1.4"/>'
-            )
-        said = f"{number(value)}{unit}"
-        marks.append(_text(max(end, reach) + 6, top + 13, said, "start", "ink"))
-    return _figure(title, _svg(len(bars) * ROW + 6, title, "".join(marks)))
+        low, high = (100 * x / full for x in intervals[index]) if intervals else (0, 0)
+        whisker = f'<u style="left:{low:.2f}%;width:{high - low:.2f}%"></u>' if intervals else ""
+        bar = f'<i style="width:{100 * value / full:.2f}%"></i>{whisker}'
+        said = f"{escape(value)}{escape(unit)}"
+        parts.append(f"<span>{escape(label)}</span><div>{bar}</div><b>{said}</b>")
+    return _figure(title, f'<div class="bars">{"".join(parts)}</div>')
 
 
-def _short(label: str) -> str:
-    """Cut a label to the room there is; a Chinese character takes twice that of a Latin one."""
-    room, kept = LABEL / 7.4, ""
-    for character in label:
-        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if room < 1:
-            return kept + "…"
-        kept += character
-    return kept
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    extra = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
-
-
-def _svg(height: float, title: str, inside: str) -> str:
-    label = escape(title)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{inside}</svg>'
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _legend(names: Sequence[str]) -> str:
