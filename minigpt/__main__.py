@@ -17,6 +17,7 @@ TRAINER_VERBS = {
 }
 COMMANDS = {
     "tokenizer": "train a tokenizer",
+    "data": "check, measure, look at and fetch data",
     "generate": "complete prompts",
     "chat": "talk with a model in the terminal",
     "evaluate": "measure models side by side",
