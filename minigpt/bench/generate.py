@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minigpt.commands.options import CommandParser, positive
+from minigpt.commands.options import CommandParser, positive, writing
 from minigpt.errors import ConfigError
 from minigpt.files import write_json
 
@@ -40,7 +40,8 @@ def main(args: list[str]) -> None:
     for name, value in report.items():
         print(f"{name:36} {value}")
     if chosen.json:
-        write_json(Path(chosen.json), report)
+        with writing(chosen.json):
+            write_json(Path(chosen.json), report)
 
 
 def measure(chosen: Namespace) -> dict[str, Any]:

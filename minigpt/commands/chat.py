@@ -16,8 +16,10 @@ from minigpt.commands.options import (
     CommandParser,
     add_model,
     add_sampling,
+    add_weights,
     load_engine,
     sampling,
+    writing,
 )
 from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.files import write_text
@@ -38,6 +40,7 @@ def main(args: list[str]) -> None:
     """Parse the command line, load the model and talk."""
     parser = CommandParser(prog="minigpt chat", description="Talk with a model.", epilog=EXAMPLES)
     add_model(parser)
+    add_weights(parser)
     parser.add_argument("--system", default="", help="system message")
     add_sampling(parser, max_new_tokens=512, temperature=0.7)
     chosen = parser.parse_args(args)
@@ -151,10 +154,8 @@ class Chat:
             raise ConfigError("Give a file: !save FILE, after an answer.")
         messages = [{"role": m.role, "content": m.content} for m in self._sent(self.history)]
         row = json.dumps({"messages": messages}, ensure_ascii=False)
-        try:
+        with writing(rest):
             write_text(Path(rest), row + "\n")
-        except OSError as error:
-            raise ConfigError(f"Cannot write to {rest}: {error.strerror}.") from error
         self.tell(f"Saved to {rest}.")
 
     def load(self, rest: str) -> None:

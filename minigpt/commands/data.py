@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt.commands.options import CommandParser, positive
+from minigpt.commands.options import CommandParser, positive, writing
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
 
@@ -21,18 +21,9 @@ EXAMPLES = """examples:
 
 
 def main(args: list[str]) -> None:
-    """Parse the command line and do what is asked.
-
-    Raises:
-        ConfigError: for a wrong option, or a file that cannot be written.
-    """
+    """Parse the command line and do what is asked."""
     chosen = parser().parse_args(args)
-    try:
-        chosen.run(chosen)
-    except PermissionError as error:
-        raise ConfigError(f"Cannot write {error.filename}: {error.strerror}.") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"Cannot write below {error.filename}, which is a file.") from error
+    chosen.run(chosen)
 
 
 def parser() -> CommandParser:
@@ -108,10 +99,12 @@ def check(chosen: argparse.Namespace) -> None:
         hints = findings.counts.total() - findings.errors()
         print(f"{checker.rows:,} rows checked: {findings.errors():,} errors, {hints:,} hints")
         if fix:
-            written = checker.write_fixed(files[0], fix)
+            with writing(fix):
+                written = checker.write_fixed(files[0], fix)
             print(f"{fix}: {written:,} rows, {checker.rows - written:,} left out")
     if chosen.json:
-        write_json(Path(chosen.json), {"rows": checker.rows, **findings.as_dict()})
+        with writing(chosen.json):
+            write_json(Path(chosen.json), {"rows": checker.rows, **findings.as_dict()})
     if findings.errors():
         raise DataError(f"{findings.errors():,} errors in {', '.join(chosen.files)}; see above")
 
@@ -128,9 +121,11 @@ def stats(chosen: argparse.Namespace) -> None:
         reports.append(measure(Path(file), *options, None if chosen.all else chosen.sample))
         print(terminal(reports[-1]), end="\n\n")
     if chosen.json:
-        write_json(Path(chosen.json), {"files": reports})
+        with writing(chosen.json):
+            write_json(Path(chosen.json), {"files": reports})
     if chosen.html:
-        write_text(Path(chosen.html), page("Data", "\n".join(map(section, reports))))
+        with writing(chosen.html):
+            write_text(Path(chosen.html), page("Data", "\n".join(map(section, reports))))
 
 
 def show(chosen: argparse.Namespace) -> None:
@@ -152,7 +147,8 @@ def show(chosen: argparse.Namespace) -> None:
     if not parts:
         raise ConfigError(f"There is no row from line {chosen.start} on.")
     if chosen.html:
-        write_text(Path(chosen.html), page("What is learnt", show.html(parts)))
+        with writing(chosen.html):
+            write_text(Path(chosen.html), page("What is learnt", show.html(parts)))
 
 
 def fetch(chosen: argparse.Namespace) -> None:
@@ -168,7 +164,8 @@ def fetch(chosen: argparse.Namespace) -> None:
     corpus, home = CORPORA[chosen.name], CORPORA[chosen.name].home
     print(f"{chosen.name}: {corpus.about}\nlicence: {home.licence}\npage: {home.page}")
     options = (chosen.source == "modelscope", chosen.limit, tuple(chosen.file))
-    out, rows, skipped = fetch(chosen.name, Path(chosen.output_dir), *options)
+    with writing(chosen.output_dir):
+        out, rows, skipped = fetch(chosen.name, Path(chosen.output_dir), *options)
     left = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     print(f"{out}: {rows:,} rows" + (f"; left out: {left}" if left else ""))
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.commands.options import CommandParser, positive
+from minigpt.commands.options import CommandParser, positive, writing
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,12 +53,7 @@ def main(args: list[str]) -> None:
         raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
     if len(set(chosen.model)) < len(chosen.model):
         raise ConfigError("--model names the same model twice.")
-    results = measure(chosen)
-    try:
-        report(chosen, results)
-    except OSError as error:
-        path = chosen.html if error.filename == str(chosen.html) else chosen.json
-        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
+    report(chosen, measure(chosen))
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Results]:
@@ -95,9 +90,11 @@ def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
             }
             for model, tests in results.items()
         }
-        write_json(chosen.json, {"models": models})
+        with writing(chosen.json):
+            write_json(chosen.json, {"models": models})
     if chosen.html:
-        write_text(chosen.html, html(results))
+        with writing(chosen.html):
+            write_text(chosen.html, html(results))
 
 
 def html(results: dict[str, Results]) -> str:

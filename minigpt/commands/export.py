@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from minigpt.commands.options import CommandParser
+from minigpt.commands.options import CommandParser, add_model, run_name, writing
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -36,8 +36,7 @@ def main(args: list[str]) -> None:
     hf = kinds.add_parser("hf", help="a transformers directory or a peft adapter", epilog=EXAMPLES)
     gguf = kinds.add_parser("gguf", help="a file for llama.cpp and Ollama", epilog=EXAMPLES)
     for kind in (hf, gguf):
-        kind.add_argument("--model", required=True, help="run directory, HF directory or hub id")
-        kind.add_argument("--adapter", help="LoRA directory to put on the model")
+        add_model(kind)
         kind.add_argument("--name", help="of the model (by default the run's)")
         kind.add_argument("--license", help="of the model, such as apache-2.0")
         kind.add_argument("--results", nargs="+", default=(), help="JSON files for the model card")
@@ -95,17 +94,12 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     from minigpt.export.hf import export_hf
 
     quiet()
-    whole = source.resolve()
-    name = chosen.name or (whole.parent if whole.name == "hf" else whole).name
-    card = Card(name, str(source), chosen.license, chosen.results)
-    try:
+    card = Card(chosen.name or run_name(source), str(source), chosen.license, chosen.results)
+    with writing(place):
         if chosen.kind == "gguf":
             numbers = export_gguf(chosen.model, place, card, chosen.dtype, chosen.adapter)
         else:
             options = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
             numbers = export_hf(chosen.model, place, card, *options)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"Cannot write to {place}: {reason}. Choose another place.") from error
     print(f"exported to {place}")
     return numbers

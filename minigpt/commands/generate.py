@@ -12,6 +12,7 @@ from minigpt.commands.options import (
     CommandParser,
     add_model,
     add_sampling,
+    add_weights,
     load_engine,
     sampling,
 )
@@ -31,6 +32,7 @@ def main(args: list[str]) -> None:
         prog="minigpt generate", description="Complete prompts.", epilog=EXAMPLES
     )
     add_model(parser)
+    add_weights(parser)
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", help="by default what is on standard input")
     given.add_argument(

@@ -1,8 +1,11 @@
-"""The argument parser of the verbs that need no Trainer."""
+"""What the verbs that need no Trainer have in common: parser, options, errors of writing."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt.errors import ConfigError
@@ -34,18 +37,41 @@ def add_model(parser: CommandParser) -> None:
     """Add the options that say which model answers."""
     parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
     parser.add_argument("--adapter", help="LoRA directory to put on the model")
-    parser.add_argument(
-        "--weights", choices=("fp32", "bf16", "int8"), default="fp32", help="kept in (fp32)"
-    )
+
+
+def add_weights(parser: CommandParser) -> None:
+    """Add the option that says what the weights are kept in."""
+    told = "what they are kept in; int8 for CPUs (fp32)"
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=told)
 
 
 def load_engine(chosen: argparse.Namespace) -> Engine:
-    """Load the model that the options of `add_model` name."""
+    """Load the model that the options of `add_model` and `add_weights` name."""
     from minigpt.cli import quiet
     from minigpt.infer.engine import Engine
 
     quiet()
     return Engine.load(chosen.model, chosen.adapter, weights=chosen.weights)
+
+
+def run_name(place: str | Path) -> str:
+    """Return the name of a run by its directory, or by the model in it."""
+    path = Path(place).resolve()
+    return (path.parent if path.name == "hf" else path).name
+
+
+@contextmanager
+def writing(place: str | Path) -> Iterator[None]:
+    """Tell the user what keeps a file or directory from being written.
+
+    Raises:
+        ConfigError: with the place and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"Cannot write to {place}: {reason}. Choose another place.") from error
 
 
 def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt.commands.options import CommandParser
+from minigpt.commands.options import CommandParser, writing
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -29,8 +29,7 @@ def main(args: list[str]) -> None:
     output = Path(chosen.output or Path(chosen.runs[0]) / "report.html")
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
-    try:
-        print(write_report(chosen.runs, output))
-    except OSError as error:
-        raise ConfigError(f"Cannot write {output}: {error.strerror}.") from error
+    with writing(output):
+        first = write_report(chosen.runs, output)
+    print(first)
     print(f"written to {output} and {output.with_suffix('.md').name}")

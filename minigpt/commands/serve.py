@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from minigpt.commands.options import CommandParser, positive
+from minigpt.commands.options import CommandParser, add_weights, positive, run_name
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -37,6 +37,7 @@ def main(args: list[str]) -> None:
         ("timeout", 600, "seconds that an answer may take"),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{told} ({default})")
+    add_weights(parser)
     chosen = parser.parse_args(args)
     key = os.environ.get("MINIGPT_API_KEY", "").strip() or None
     places = named(chosen.models)
@@ -50,9 +51,7 @@ def named(models: list[str]) -> dict[str, str]:
     for model in models:
         name, mark, place = model.partition("=")
         if not mark:
-            path = Path(model).resolve()
-            known = (path.parent if path.name == "hf" else path).name
-            name, place = (known if path.exists() else model), model
+            name, place = (run_name(model) if Path(model).exists() else model), model
         if not name or not place or name in places:
             raise ConfigError(f"Every model needs a name of its own: give NAME=MODEL for {model}.")
         places[name] = place
@@ -94,7 +93,7 @@ def serve(
     from minigpt.serve.worker import Worker
 
     quiet()
-    engines = {name: Engine.load(place) for name, place in places.items()}
+    engines = {name: Engine.load(place, weights=chosen.weights) for name, place in places.items()}
     worker = Worker(engines, chosen.slots, chosen.max_queue)
     app = create_app(worker, key, chosen.max_body, chosen.timeout)
     host, port = listener.getsockname()[:2]

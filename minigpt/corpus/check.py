@@ -27,6 +27,7 @@ from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
 from minigpt.errors import DataError
+from minigpt.files import whole_file
 
 # Training takes these rows as they are; all other findings are errors.
 HINTS = {
@@ -215,23 +216,17 @@ class Checker:
         Raises:
             DataError: when the file cannot be read to its end, or no row is good.
         """
-        dropped = self.findings.dropped.get(str(path), set())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        written = 0
-        try:
-            with partial.open("wb") as file:
+        dropped, written = self.findings.dropped.get(str(path), set()), 0
+        with whole_file(out) as partial, partial.open("wb") as file:
+            try:
                 for line, row in _raw_rows(self.copies[path]):
                     if line not in dropped:
                         file.write(_line(row, line in self.mended[path]))
                         written += 1
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"cannot be mended: {error}", path=path) from error
             if not written:
                 raise DataError("no row is good, so nothing was written", path=path)
-            partial.replace(out)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot be mended: {error}", path=path) from error
-        finally:
-            partial.unlink(missing_ok=True)
         return written
 
     def _records(self, path: Path, kind: Kind) -> Iterator[tuple[int, Record]]:

@@ -24,7 +24,7 @@ from minigpt.data.records import Kind, parse_row
 from minigpt.data.rows import iter_rows
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
-from minigpt.files import write_json
+from minigpt.files import whole_file, write_json
 
 Rows = Iterator[dict[str, Any]]
 
@@ -156,10 +156,8 @@ def fetch(
         raise ConfigError(f"{name} is not on ModelScope. Leave out --source modelscope.")
     if out.exists():
         raise ConfigError(f"{out} exists already. Remove it, or choose another --output_dir.")
-    directory.mkdir(parents=True, exist_ok=True)
     sources: dict[str, Any] = {}
     skipped: Counter[str] = Counter()
-    partial = directory / f".{name}.jsonl.partial"
 
     def every() -> Rows:
         for file in files or corpus.files:
@@ -167,16 +165,13 @@ def fetch(
             yield from corpus.convert(path)
 
     good = islice(_usable(every(), corpus.kind, skipped), limit)
-    try:
+    with whole_file(out) as partial:
         with partial.open("w", encoding="utf-8") as lines:
             written = sum(bool(lines.write(json.dumps(r, ensure_ascii=False) + "\n")) for r in good)
         if not written:
             raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
         home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
         write_json(directory / f"{name}.source.json", home | {"rows": written, "skipped": skipped})
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out, written, skipped
 
 

@@ -52,14 +52,19 @@ def test_unknown_verb(minigpt: Minigpt) -> None:
 
 
 VERBS = [*((verb,) for verb in TRAINER_VERBS), ("tokenizer",), ("tokenizer", "train")]
+OTHERS = [(verb,) for verb in COMMANDS if verb != "tokenizer"]
+PARTS = {"data": ("check", "stats", "show", "fetch"), "export": ("hf", "gguf")}
+PARTS["bench"] = ("generate",)
+OTHERS += [(verb, part) for verb, parts in PARTS.items() for part in parts]
 
 
-@pytest.mark.parametrize("verb", [*VERBS, ("generate",)], ids=" ".join)
+@pytest.mark.parametrize("verb", [*VERBS, *OTHERS], ids=" ".join)
 def test_each_verb_explains_itself(minigpt: Minigpt, verb: tuple[str, ...]) -> None:
     outcome = minigpt(*verb, "--help")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: minigpt {' '.join(verb)} ")
-    examples = outcome.out.partition("\nexamples:\n")[2].splitlines()
+    examples = outcome.out.partition("\nexamples:\n")[2].replace("\\\n", "")
+    examples = examples.partition("\n\n")[0].splitlines()
     assert any(line.startswith(f"  minigpt {verb[0]} ") for line in examples)
     assert all(re.match("  .*minigpt ", line) for line in examples)
 

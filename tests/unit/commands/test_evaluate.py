@@ -262,7 +262,7 @@ def test_bad_rows(
         (("--text", "pretrain_val.jsonl", "--reference", "x"), "--reference is for --preferences"),
         (("--choices", "chat.jsonl"), "no chat template: give 'prompt'"),
         (("--choices", "long.jsonl"), "more than the 128 that the model reads"),
-        (("--json", "empty.txt/x.json", "--pairs", "pairs.jsonl"), "Cannot write empty.txt/x.json"),
+        (("--json", "empty.txt/x.json", "--pairs", "pairs.jsonl"), "write to empty.txt/x.json"),
     ],
 )
 def test_bad_input(

@@ -122,6 +122,14 @@ def test_host_of_others_with_a_key(minigpt: Minigpt, monkeypatch: pytest.MonkeyP
     assert "no trained model in ./none" in outcome.err  # it got so far
 
 
+def test_weights_that_a_model_cannot_have(minigpt: Minigpt, tmp_path: Path) -> None:
+    tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer(tmp_path / "gpt2")
+    outcome = minigpt("serve", tmp_path / "gpt2", "--port", 0, "--weights", "int8")
+    assert outcome.status == 2
+    assert "int8 weights are for Qwen3 and Llama models" in outcome.err
+
+
 def test_missing_extra(minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     outcome = minigpt("serve", "a", "--port", 0)

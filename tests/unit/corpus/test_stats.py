@@ -143,4 +143,7 @@ def test_what_cannot_be_measured(
     (tmp_path / "file").write_text("")
     blocked = minigpt("data", "stats", path, "--html", tmp_path / "file" / "x.html")
     assert blocked.status == 2
-    assert "Cannot write below" in blocked.err
+    assert f"Cannot write to {tmp_path / 'file' / 'x.html'}: " in blocked.err
+    blocked = minigpt("data", "stats", path, "--json", tmp_path)
+    assert blocked.status == 2
+    assert f"Cannot write to {tmp_path}: Is a directory. Choose another place." in blocked.err

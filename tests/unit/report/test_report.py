@@ -155,7 +155,7 @@ def test_markup_in_a_run_is_text(runs: Path, tmp_path: Path) -> None:
         ((".",), "minigpt fit"),
         (("pipeline",), "pipeline/report.json is damaged"),
         (("sft", "--output", "x.txt"), "must end in .html"),
-        (("sft", "--output", "file/x.html"), "Cannot write file/x.html"),
+        (("sft", "--output", "file/x.html"), "Cannot write to file/x.html"),
         ((), "the following arguments are required: runs"),
     ],
 )
