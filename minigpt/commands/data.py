@@ -97,16 +97,18 @@ def check(chosen: argparse.Namespace) -> None:
         checker.finish()
         print(*findings.lines(), sep="\n", end="\n" if findings.counts else "")
         hints = findings.counts.total() - findings.errors()
-        print(f"{checker.rows:,} rows checked: {findings.errors():,} errors, {hints:,} hints")
+        found = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
+        print(f"{counted(checker.rows, 'row')} checked: {found}")
         if fix:
             with writing(fix):
                 written = checker.write_fixed(files[0], fix)
-            print(f"{fix}: {written:,} rows, {checker.rows - written:,} left out")
+            print(f"{fix}: {counted(written, 'row')}, {checker.rows - written:,} left out")
     if chosen.json:
         with writing(chosen.json):
             write_json(Path(chosen.json), {"rows": checker.rows, **findings.as_dict()})
     if findings.errors():
-        raise DataError(f"{findings.errors():,} errors in {', '.join(chosen.files)}; see above")
+        told = f"{counted(findings.errors(), 'error')} in {', '.join(chosen.files)}; see above"
+        raise DataError(told)
 
 
 def stats(chosen: argparse.Namespace) -> None:
@@ -167,7 +169,12 @@ def fetch(chosen: argparse.Namespace) -> None:
     with writing(chosen.output_dir):
         out, rows, skipped = fetch(chosen.name, Path(chosen.output_dir), *options)
     left = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    print(f"{out}: {rows:,} rows" + (f"; left out: {left}" if left else ""))
+    print(f"{out}: {counted(rows, 'row')}" + (f"; left out: {left}" if left else ""))
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def tokenizer_of(chosen: argparse.Namespace) -> Any:

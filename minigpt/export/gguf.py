@@ -193,7 +193,8 @@ def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
         odd += [f"{name} {kind.name}"] if value.ndim > 1 and kind.name != dtype.upper() else []
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     if odd:
-        log.warning("%d matrices are not stored as %s: %s, ...", len(odd), dtype, odd[0])
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        log.warning("Not stored as %s: %s%s.", dtype, odd[0], others)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

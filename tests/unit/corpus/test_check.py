@@ -63,8 +63,8 @@ def test_an_error_is_found_at_its_line(reason: str, write: Any, minigpt: Any) ->
     assert found.startswith(f"error: {path}:2:")
     assert words in found
     assert ". " in found  # what to do comes after what is wrong
-    assert "2 rows checked: 1 errors, 0 hints" in outcome.out
-    assert outcome.err == f"minigpt: 1 errors in {path}; see above\n"
+    assert "2 rows checked: 1 error, 0 hints" in outcome.out
+    assert outcome.err == f"minigpt: 1 error in {path}; see above\n"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_hint_is_no_error(row: bytes, reason: str, write: Any, minigpt: Any) -
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith(f"hint: {path}:1: ")
     assert f"[{reason}]" in outcome.out
-    assert "1 rows checked: 0 errors, 1 hints" in outcome.out
+    assert "1 row checked: 0 errors, 1 hint" in outcome.out
 
 
 def test_good_files_of_every_form_are_clean(write: Any, tmp_path: Path, minigpt: Any) -> None:
@@ -137,7 +137,7 @@ def test_fix_mends_what_is_safe_and_changes_nothing_else(
     assert path.read_bytes().splitlines() == b"\n".join([*rows, b""]).splitlines()
     again = minigpt("data", "check", out)
     assert again.status == 0
-    assert "0 errors, 1 hints" in again.out
+    assert "0 errors, 1 hint" in again.out
 
 
 def test_fix_turns_other_encodings_and_arrays_into_jsonl(tmp_path: Path, minigpt: Any) -> None:
@@ -243,7 +243,7 @@ def test_what_the_maximum_length_leaves(write: Any, tokenizer_dir: Path, minigpt
     assert minigpt(*options, 4096).status == 0
     long_text = write([{"text": "word " * 60}], "text.jsonl")
     clean = minigpt("data", "check", long_text, "--tokenizer", tokenizer_dir, "--max_length", 8)
-    assert clean == (0, "1 rows checked: 0 errors, 0 hints\n", "")
+    assert clean == (0, "1 row checked: 0 errors, 0 hints\n", "")
 
 
 def test_pairs_that_differ_only_after_the_cut(
