@@ -225,6 +225,8 @@ class Checker:
                         written += 1
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"cannot be mended: {error}", path=path) from error
+            except DataError as error:
+                raise error.at(path, error.line) from None
             if not written:
                 raise DataError("no row is good, so nothing was written", path=path)
         return written

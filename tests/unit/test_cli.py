@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,28 @@ def test_help_lists_the_verbs(minigpt: Minigpt, args: tuple[str, ...]) -> None:
 
 def test_version(minigpt: Minigpt) -> None:
     assert minigpt("--version") == (0, f"{package.__version__}\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_leaves_ends_the_verb_without_a_traceback(unbuffered: str) -> None:
+    out, left = os.pipe()
+    os.close(out)
+    command = [sys.executable, "-m", "minigpt", "data", "fetch"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=left, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(left)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_a_defect(
+    minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.commands.data.main", lambda _: os.write(sink, b"x"))
+    out, sink = os.pipe()
+    os.close(out)
+    with pytest.raises(BrokenPipeError):
+        minigpt("data")
+    os.close(sink)
 
 
 def test_unknown_verb(minigpt: Minigpt) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.corpus.check import Checker, Findings
+from minigpt.corpus.encoding import CONTROL
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 
@@ -290,6 +291,15 @@ JUNK = st.one_of(
 )
 
 
+def test_a_broken_array_cannot_be_mended(tmp_path: Path, minigpt: Any) -> None:
+    path, out = tmp_path / "in.json", tmp_path / "out.jsonl"
+    path.write_bytes(b'[{"text": "a\xff\x01"}]')  # read from a copy without the last character
+    outcome = minigpt("data", "check", path, "--fix", out)
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"minigpt: {path}:1: byte 13 of the line is not UTF-8")
+    assert not out.exists()
+
+
 @settings(max_examples=120, deadline=None)
 @given(st.lists(JUNK, min_size=1, max_size=8))
 def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> None:
@@ -305,7 +315,9 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
             return checker, findings
 
         checker, findings = check(path)
-        if {"no_rows", "bad_json"} & set(findings.counts) and rows[0].lstrip().startswith(b"["):
+        broken = {"no_rows", "bad_json", "bad_utf8"} & set(findings.counts)
+        text = b"\n".join(rows).removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL)
+        if broken and text.lstrip().startswith(b"["):
             return  # one broken array
         written = checker.write_fixed(path, out)
         again, left = check(out)
