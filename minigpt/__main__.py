@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import select
 import sys
 
 from minigpt.errors import MiniGPTError
@@ -17,7 +18,14 @@ TRAINER_VERBS = {
 }
 COMMANDS = {
     "tokenizer": "train a tokenizer",
-    "generate": "complete one prompt",
+    "data": "check, measure, look at and fetch data",
+    "generate": "complete prompts",
+    "chat": "talk with a model in the terminal",
+    "evaluate": "measure models side by side",
+    "export": "write a model for transformers, peft, llama.cpp and Ollama",
+    "serve": "serve models: an OpenAI-compatible API and a web chat",
+    "report": "write a page about runs",
+    "bench": "measure speed against plain transformers",
 }
 
 HELP = """usage: minigpt <verb> [options]
@@ -38,7 +46,10 @@ Each verb explains itself: minigpt <verb> --help
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Run a verb and return the exit status: 0, 2 for a user's error, 130 after Ctrl-C.
+
+    141 says that nobody reads the output any more, as after ``| head``.
+    """
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
@@ -66,9 +77,12 @@ def guarded(args: list[str]) -> int:
         else:
             known = ", ".join(TRAINER_VERBS | COMMANDS)
             raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")
+        sys.stdout.flush()
     except MiniGPTError as error:
         print(f"minigpt: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError as error:
+        return unread(error)
     except KeyboardInterrupt:
         return interrupted()
     except SystemExit as stop:  # after --help, or Lightning's answer to Ctrl-C
@@ -77,6 +91,16 @@ def guarded(args: list[str]) -> int:
         if stop.code not in (0, None):
             raise
     return 0
+
+
+def unread(error: BrokenPipeError) -> int:
+    """Return the exit status when it was the reader of the output who left, else raise."""
+    output = select.poll()
+    output.register(1, 0)  # of errors it tells unasked
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+    return 141
 
 
 def interrupted() -> int:

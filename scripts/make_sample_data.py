@@ -14,6 +14,7 @@ from pathlib import Path
 from sample_world import medical
 from sample_world.chats import dpo_rows, dpo_val_rows, sft_rows, sft_val_rows
 from sample_world.common import Row
+from sample_world.evaluation import minimal_pairs, multiple_choice
 from sample_world.exam import exams
 from sample_world.pretrain import documents
 from sample_world.security import security_rows, security_val_rows
@@ -44,6 +45,7 @@ def build(seed: int) -> dict[str, list[Row]]:
         for stage in STAGES:
             files[f"mini/{stage}{split}"] = files[stage + split][:MINI_ROWS]
     files.update({f"exam/{family}": rows for family, rows in exams(seed).items()})
+    files |= {"eval/choices": multiple_choice(seed), "eval/pairs": minimal_pairs(seed)}
     return files
 
 

@@ -209,57 +209,19 @@ STAGES: dict[str, Callable[[str], Record]] = {
 
 
 def write_report(records: dict[str, Record]) -> None:
-    """Write report.json and report.md, and print the exam table."""
+    """Write report.json, report.html and report.md, and print the exam table."""
     from minigpt.callbacks.run import machine
     from minigpt.files import write_json
+    from minigpt.report.build import write_report
 
     seconds = {name: record.pop("seconds") for name, record in records.items()}
     seconds["total"] = round(sum(seconds.values()), 1)
-    report = {"seconds": seconds, "machine": machine(), "stages": records}
+    files = [*Path("data/exam").glob("*.jsonl"), *Path("data").glob("dpo_val.jsonl")]
+    items = {file.stem: len(file.read_bytes().splitlines()) for file in sorted(files)}
+    report = {"seconds": seconds, "machine": machine(), "items": items, "stages": records}
     write_json(RECORDS / "report.json", report)
-    text = markdown(report)
-    (RECORDS / "report.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nwritten to {RECORDS}/report.json and report.md")
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return the report as Markdown: the exam table, times, machine."""
-    stages, seconds = report["stages"], report["seconds"]
-    pretrained, tuned, preferred, adapted = (stages[s] for s in ("pretrain", "sft", "dpo", "lora"))
-    families = tuned["families"]
-    rows = [
-        ("pretrain", "bits per byte, held out", *two(pretrained, "val_bpb_untrained", "val_bpb")),
-        ("SFT", "general exam", *percent(tuned, "exam_before", "exam_after")),
-        *(("", f"  {f.replace('_', ' ')}", "", f"{100 * families[f]:.1f}%") for f in GENERAL),
-        ("DPO", "reward accuracy, held out", "", f"{100 * preferred['reward_accuracy']:.1f}%"),
-        ("", "preferred style", *percent(preferred, *STYLE)),
-        ("", "  with the right tip", *percent(preferred, *ADVICE)),
-        ("", "general exam", *percent({**tuned, "after": preferred["exam_after"]}, *KEPT)),
-        ("LoRA", "domain exam", *percent(adapted, "domain_before", "domain_after")),
-        ("", "general exam", *percent({**tuned, "after": adapted["exam_after"]}, *KEPT)),
-    ]
-    lines = ["# MiniGPT pipeline", "", "| stage | exam | before | after |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Merged adapter gives the same answers: {adapted['merged_equals_adapter']}."]
-    lines += [f"Adapter off equals the base: {adapted['adapter_off_equals_base']}.", ""]
-    lines += ["| stage | seconds |", "|---|---|", *(f"| {s} | {t} |" for s, t in seconds.items())]
-    lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in report["machine"].items()), ""]
-    return "\n".join(lines)
-
-
-STYLE = ("preferred_style_before", "preferred_style_after")
-ADVICE = ("right_advice_before", "right_advice_after")
-KEPT = ("exam_after", "after")
-
-
-def two(record: Record, *names: str) -> list[str]:
-    """Format numbers."""
-    return [f"{record[name]:.3f}" for name in names]
-
-
-def percent(record: Record, *names: str) -> list[str]:
-    """Format shares."""
-    return [f"{100 * record[name]:.1f}%" for name in names]
+    print(f"\n{write_report([RECORDS], RECORDS / 'report.html')}")
+    print(f"written to {RECORDS}/report.html, report.md and report.json")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ class RunRecorder(Callback):
             "peak_rss_mb": peak_memory_mb(),
             "before": self.before,
             "final": final,
+            "data": trainer.datamodule.statistics(),  # type: ignore[attr-defined]
+            "machine": machine(),
         }
         write_json(self.run_dir / "summary.json", summary)
         told = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"

@@ -1,11 +1,17 @@
-"""The argument parser of the verbs that need no Trainer."""
+"""What the verbs that need no Trainer have in common: parser, options, errors of writing."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.infer.engine import Engine, Sampling
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -25,3 +31,71 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
     return int(text)
+
+
+def add_model(parser: CommandParser) -> None:
+    """Add the options that say which model answers."""
+    parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
+    parser.add_argument("--adapter", help="LoRA directory to put on the model")
+
+
+def add_weights(parser: CommandParser) -> None:
+    """Add the option that says what the weights are kept in."""
+    told = "what they are kept in; int8 for CPUs (fp32)"
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=told)
+
+
+def load_engine(chosen: argparse.Namespace) -> Engine:
+    """Load the model that the options of `add_model` and `add_weights` name."""
+    from minigpt.cli import quiet
+    from minigpt.infer.engine import Engine
+
+    quiet()
+    return Engine.load(chosen.model, chosen.adapter, weights=chosen.weights)
+
+
+def run_name(place: str | Path) -> str:
+    """Return the name of a run by its directory, or by the model in it."""
+    path = Path(place).resolve()
+    return (path.parent if path.name == "hf" else path).name
+
+
+@contextmanager
+def writing(place: str | Path) -> Iterator[None]:
+    """Tell the user what keeps a file or directory from being written.
+
+    Raises:
+        ConfigError: with the place and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"Cannot write to {place}: {reason}. Choose another place.") from error
+
+
+def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float) -> None:
+    """Add the options that say how tokens are chosen, with a verb's own defaults."""
+    add = parser.add_argument
+    add("--max_new_tokens", type=positive, default=max_new_tokens, help=f"({max_new_tokens})")
+    told = f"0 takes the likeliest token ({temperature:g})"
+    add("--temperature", type=float, default=temperature, help=told)
+    add("--top_k", type=int, default=0, help="choose among so many tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="or those that hold this probability (1)")
+    add("--min_p", type=float, default=0.0, help="leave out tokens below this share of the best's")
+    add("--repetition_penalty", type=float, default=1.0, help="1 is none")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--seed", type=int, default=0)
+
+
+def sampling(chosen: argparse.Namespace) -> Sampling:
+    """Return what the options of `add_sampling` say.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+    from minigpt.infer.engine import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p")
+    values = {name: getattr(chosen, name) for name in (*names, "repetition_penalty")}
+    return Sampling(**values, stop=tuple(chosen.stop))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.commands.options import CommandParser, positive
+from minigpt.commands.options import CommandParser, positive, writing
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.files import whole_directory
@@ -62,13 +62,8 @@ def train_to(
     """
     check_room(directory, overwrite)
     trained = tokenizers.train(files, vocab_size, limit)
-    try:
-        with whole_directory(directory) as partial:
-            tokenizers.save(trained, partial)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to {directory}: {error.strerror}. Choose another --output_dir."
-        ) from error
+    with writing(directory), whole_directory(directory) as partial:
+        tokenizers.save(trained, partial)
     ratio = characters_per_token(
         trained, files, MEASURED if limit is None else min(limit, MEASURED)
     )

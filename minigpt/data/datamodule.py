@@ -265,6 +265,14 @@ class JSONLDataModule(LightningDataModule):
     def _open(self, path: str) -> TokenStore:
         return open_store(path, self.kind, self.tokenizer, self.limits, self.cache_dir)
 
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what the training and the held-out part of each file hold."""
+        parts = {"train": self.train_parts, "val": self.val_parts}
+        return {
+            split: [{**s.store.meta, "file": str(s.store.source), "samples": len(s)} for s in some]
+            for split, some in parts.items()
+        }
+
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:
         """Return the optimizer steps of some epochs: each epoch ends with a step."""
         assert self.order is not None

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, DataError
+from minigpt.infer.batch import Batch, Delta, Finish, TokenLogprob
+from minigpt.infer.cached import Cached
+from minigpt.infer.native import Native, Weights, is_native
+from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
 from minigpt.model.build import check_vocabulary
 from minigpt.model.lora import load_adapter, merge
 from minigpt.model.saved import ADAPTER, base_of, find_model, generation_config, load_model
 
-BATCH = 128
+__all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
 
+BATCH = (32, 128)  # requests that `complete` decodes at once, on a CPU and on a GPU
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        max_new_tokens: length of the longest reply.
-        temperature: 0 takes the likeliest token.
-        top_k: choose among so many tokens; 0 for all.
-        top_p: choose among the likeliest tokens that hold this share of the probability.
-        seed: of the random choices.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
-            raise ConfigError(
-                "sampling: max_new_tokens must be at least 1, temperature and top_k at least 0."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"sampling: top_p must lie in (0, 1], but is {self.top_p}.")
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +39,16 @@ class Reply:
     Attributes:
         text: what the model said.
         ids: the same as tokens.
-        ended_by: the token that ended it; None when it was cut off at the longest length.
+        ended_by: the token that ended it; None when a stop text did, or it was cut off.
+        finish: "stop", or "length" when it was cut off.
+        logprobs: of the tokens, where they were asked for.
     """
 
     text: str
     ids: list[int]
     ended_by: int | None
+    finish: Finish = "length"
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Engine:
@@ -71,15 +57,32 @@ class Engine:
     Args:
         model: any causal LM; only its attention function is changed, and put back.
         tokenizer: the model's own.
+        int8: decode with int8 weights.
 
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
+        ends: the tokens that end a reply.
+
+    Raises:
+        ConfigError: when int8 weights are asked for and the model cannot have them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, int8: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.int8 = model, tokenizer, int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
+        config: Any = model.generation_config
+        own = getattr(config, "eos_token_id", None)
+        known: Any = generation_config(tokenizer).eos_token_id
+        self.ends = {*known, *(own if isinstance(own, list) else [own])} - {None}
+        self._weights: tuple[object, Weights] | None = None
+        if int8 and (model.device.type != "cpu" or not is_native(model)):
+            raise ConfigError(
+                "int8 weights are for Qwen3 and Llama models on a CPU, without an adapter beside "
+                "them. Leave --weights out."
+            )
 
     @classmethod
     def load(
@@ -88,17 +91,20 @@ class Engine:
         adapter: str | Path | None = None,
         tokenizer: str | Path | None = None,
         merged: bool = True,
+        weights: Precision = "fp32",
     ) -> Engine:
-        """Load a model, or a base with an adapter.
+        """Load a model, or a base with an adapter; onto the GPU where there is one.
 
         Args:
             model: run directory, HF directory or hub id; an adapter directory brings its base.
             adapter: LoRA directory to put on the model.
             tokenizer: by default the one saved with the model.
             merged: add the adapter to the weights, or compute it beside them.
+            weights: what to keep them in.
 
         Raises:
             ModelError, TokenizerError: when something is missing or does not fit.
+            ConfigError: when the model cannot have such weights.
         """
         found = find_model(model)
         if adapter is None and isinstance(found, Path) and (found / ADAPTER).is_file():
@@ -107,10 +113,19 @@ class Engine:
         adapted = load_adapter(base, Path(find_model(adapter))) if adapter is not None else None
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
-        engine = cls(base.eval(), tokenizers.load(tokenizer or find_model(adapter or model)))
+        base.to(torch.bfloat16 if weights == "bf16" else torch.float32)  # type: ignore[arg-type]
+        base.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        own = tokenizers.load(tokenizer or find_model(adapter or model))
+        check_vocabulary(base, len(own))
+        engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted
-        check_vocabulary(base, len(engine.tokenizer))
         return engine
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes, in tokens."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return int(longest) if longest else sys.maxsize
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.
@@ -135,47 +150,71 @@ class Engine:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         return self.codec.encode_prompt(prompt)
 
-    @torch.no_grad()
+    def runner(self) -> Native | Cached:
+        """Return what computes the steps of a batch, over the weights as they are now."""
+        if not is_native(self.model):
+            return Cached(self.model)
+        device = self.model.device.type
+        dtype = self.model.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        state = (dtype, *((p.data_ptr(), p._version) for p in self.model.parameters()))
+        if self._weights is None or self._weights[0] != state:
+            self._weights = (state, Weights(self.model, dtype, self.int8))
+        return Native(self._weights[1])
+
     def complete(
-        self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        sampling: Sampling | Sequence[Sampling],
     ) -> list[Reply]:
-        """Complete prompts, in batches of like length; replies come in the order asked."""
+        """Complete prompts together; replies come in the order asked.
+
+        Args:
+            prompts: texts to continue, or chats to answer.
+            sampling: for all of them, or one for each. Each prompt draws from a generator of
+                its own, so its reply does not depend on the others.
+
+        Raises:
+            ConfigError: for a prompt that fills the model's context.
+        """
         ids = [self.encode(prompt) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        replies: dict[int, Reply] = {}
+        how = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         training = self.model.training
         self.model.eval()
-        with attention_of(self.model, "sdpa"), torch.random.fork_rng(enabled=True):
-            torch.manual_seed(sampling.seed)
-            for start in range(0, len(order), BATCH):
-                members = order[start : start + BATCH]
-                out = self._generate([ids[i] for i in members], sampling)
-                replies.update(zip(members, out, strict=True))
-        self.model.train(training)
-        return [replies[i] for i in range(len(ids))]
+        try:
+            with attention_of(self.model, "sdpa"):
+                return self._complete(ids, how)
+        finally:
+            self.model.train(training)
 
-    def _generate(self, ids: list[list[int]], sampling: Sampling) -> list[Reply]:
-        config = generation_config(self.tokenizer)
-        config.max_new_tokens = sampling.max_new_tokens
-        config.do_sample = sampling.temperature > 0
-        if config.do_sample:
-            config.temperature, config.top_p = sampling.temperature, sampling.top_p
-            config.top_k = sampling.top_k
-        longest = max(map(len, ids))
-        shape = (len(ids), longest)
-        tokens = torch.full(shape, int(config.pad_token_id))
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, prompt in enumerate(ids):  # padding on the left, so that all replies start level
-            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        device = self.model.device
-        out: Tensor = self.model.generate(  # type: ignore[operator]
-            tokens.to(device), attention_mask=mask.to(device), generation_config=config
-        )
-        return [self._reply(row, config.eos_token_id) for row in out[:, longest:].tolist()]
+    def _complete(self, ids: list[list[int]], how: list[Sampling]) -> list[Reply]:
+        batch = Batch(self, BATCH[self.model.device.type == "cuda"])
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        numbers = {
+            batch.add(ids[i], how[i], f"Prompt {i + 1}: " * (len(ids) > 1)): i for i in order
+        }
+        deltas: list[list[Delta]] = [[] for _ in ids]
+        while not batch.idle:
+            for delta in batch.step():
+                deltas[numbers[delta.request]].append(delta)
+        return [_reply(*given) for given in zip(deltas, how, strict=True)]
 
-    def _reply(self, ids: list[int], ends: list[int]) -> Reply:
-        end = next((place for place, token in enumerate(ids) if token in ends), None)
-        said = ids[:end]
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
-        return Reply(str(text), said, None if end is None else ids[end])
+    def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
+        """Complete one prompt and yield the reply token by token."""
+        batch = Batch(self, 1)
+        batch.add(self.encode(prompt), sampling)
+        while not batch.idle:
+            yield from batch.step()
+
+
+def _reply(deltas: list[Delta], sampling: Sampling) -> Reply:
+    last = deltas[-1]
+    assert last.finish is not None
+    return Reply(
+        "".join(delta.text for delta in deltas),
+        [token for delta in deltas for token in delta.ids],
+        last.ended_by,
+        last.finish,
+        None if sampling.logprobs is None else [one for d in deltas for one in d.logprobs],
+    )

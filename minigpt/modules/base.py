@@ -25,7 +25,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.data.chat import install_template
 from minigpt.data.exam import Item
 from minigpt.data.prompts import Prompt
-from minigpt.errors import ConfigError, TrainingError
+from minigpt.errors import ConfigError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.examine import Judged, shares, sit
 from minigpt.model.build import (
@@ -45,7 +45,7 @@ from minigpt.model.optim import (
 )
 from minigpt.model.parallel import flat_weights, full_weights, gathered, shard
 from minigpt.model.saved import find_model, load_model, save_model
-from minigpt.modules.guard import LossWatch, Spike, Window
+from minigpt.modules.guard import LossWatch, Spike, Window, may_step
 from minigpt.modules.totals import Totals
 
 log = logging.getLogger(__name__)
@@ -245,7 +245,12 @@ class BaseModule(LightningModule, ABC):
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = _norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
-        if self._is_sound(totals, norm):
+        loss = float(totals["loss"] / totals["count"].clamp(min=1))
+        scaler = getattr(
+            self.trainer.precision_plugin, "scaler", None
+        )  # it looks at gradients itself
+        number = self.trainer.global_step + 1
+        if may_step(number, loss, 0.0 if scaler else float(norm), self.parts, self.watch):
             if gradient_clip_val:
                 scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, scale)
@@ -257,27 +262,6 @@ class BaseModule(LightningModule, ABC):
         self._log_step(totals, norm)
         self.window.clear()
         self.parts.clear()
-
-    def _is_sound(self, totals: dict[str, Tensor], norm: Tensor) -> bool:
-        """Whether the step may be taken; every process comes to the same answer."""
-        loss = float(totals["loss"] / totals["count"].clamp(min=1))
-        number = self.trainer.global_step + 1
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if not math.isfinite(loss) or (scaler is None and not torch.isfinite(norm)):
-            raise TrainingError(
-                f"Step {number}: the loss is {loss:.4g} and the gradient's norm {float(norm):.4g}, "
-                f"so no update was made. The rows: {self.parts.rows()}. Look at them, lower the "
-                "learning rate, or go on from the last good checkpoint with --ckpt_path auto."
-            )
-        spike = self.watch.spike
-        if spike.action == "off" or not self.watch.jumps(loss):
-            return True
-        told = f"Step {number}: the loss jumped to {loss:.4g} (mean {self.watch.mean:.4g})"
-        if spike.action == "stop":
-            raise TrainingError(f"{told}, and spike.action is stop. Rows: {self.parts.rows()}.")
-        skipped = spike.action == "skip"
-        log.warning("%s; rows: %s%s.", told, self.parts.rows(), "; left out" if skipped else "")
-        return not skipped
 
     # Logging
 
@@ -324,9 +308,15 @@ class BaseModule(LightningModule, ABC):
 
     # Exam and prediction
 
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.model.hf, self.tokenizer)
+
     def engine(self) -> Engine:
         """Return an inference engine over the model as it stands."""
-        return Engine(self.model.hf, self.tokenizer)
+        if self.trainer.state.fn == "fit":  # its copy of the weights is not kept
+            return Engine(self.model.hf, self.tokenizer)
+        return self._engine
 
     def on_test_epoch_start(self) -> None:
         """Start the exam's sums anew."""

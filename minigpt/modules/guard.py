@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, TrainingError
 from minigpt.model.parallel import gathered
+
+log = logging.getLogger(__name__)
 
 SETTLED = 20  # steps before a jump can be told from the start of training
 MEMORY = 0.95  # of the running mean
@@ -86,3 +90,34 @@ class Window:
     def clear(self) -> None:
         """Start over."""
         self.parts = []
+
+
+def may_step(number: int, loss: float, norm: float, window: Window, watch: LossWatch) -> bool:
+    """Whether an optimizer step may be taken; every process comes to the same answer.
+
+    Args:
+        number: of the step, from 1.
+        loss: mean over all targets of the step.
+        norm: of the gradient.
+        window: the step's micro-batches.
+        watch: judges whether the loss jumps.
+
+    Raises:
+        TrainingError: when the loss or the norm is not finite, or the loss jumps and
+            `spike.action` is stop.
+    """
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingError(
+            f"Step {number}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}, so no "
+            f"update was made. The rows: {window.rows()}. Look at them, lower the learning rate, "
+            "or go on from the last good checkpoint with --ckpt_path auto."
+        )
+    action = watch.spike.action
+    if action == "off" or not watch.jumps(loss):
+        return True
+    told = f"Step {number}: the loss jumped to {loss:.4g} (mean {watch.mean:.4g})"
+    if action == "stop":
+        raise TrainingError(f"{told}, and spike.action is stop. Rows: {window.rows()}.")
+    skipped = action == "skip"
+    log.warning("%s; rows: %s%s.", told, window.rows(), "; left out" if skipped else "")
+    return not skipped

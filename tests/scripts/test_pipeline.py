@@ -87,7 +87,9 @@ def test_report(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(isinstance(value, float) for value in report["seconds"].values())
     assert report["machine"].keys() >= {"processor", "threads", "python", "torch", "system"}
     text = (tmp_path / "outputs/pipeline/report.md").read_text(encoding="utf-8")
-    assert text in capsys.readouterr().out
+    assert text.removeprefix("# MiniGPT report\n\n") in capsys.readouterr().out
+    page = (tmp_path / "outputs/pipeline/report.html").read_text(encoding="utf-8")
+    assert "<h2>Pipeline</h2>" in page
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     table = [tuple(row[1:-1]) for row in rows if len(row) == 6]
     assert table == [
@@ -105,6 +107,16 @@ def test_report(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("LoRA", "domain exam", "5.0%", "92.0%"),
         ("", "general exam", "90.0%", "88.0%"),
     ]
+
+
+def test_intervals_come_from_the_number_of_items(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "data/exam").mkdir(parents=True)
+    (tmp_path / "data/exam/never_asked.jsonl").write_text("{}\n" * 100)
+    run()
+    report = json.loads((tmp_path / "outputs/pipeline/report.json").read_text())
+    assert report["items"] == {"never_asked": 100}
+    text = (tmp_path / "outputs/pipeline/report.md").read_text(encoding="utf-8")
+    assert "|   never asked |  | 81.0% (72.2–87.5) |" in text
 
 
 def test_the_seconds_are_those_of_the_run_that_made_each_stage(run: Any, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,19 +50,46 @@ def test_version(minigpt: Minigpt) -> None:
     assert minigpt("--version") == (0, f"{package.__version__}\n", "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_leaves_ends_the_verb_without_a_traceback(unbuffered: str) -> None:
+    out, left = os.pipe()
+    os.close(out)
+    command = [sys.executable, "-m", "minigpt", "data", "fetch"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=left, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(left)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_a_defect(
+    minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.commands.data.main", lambda _: os.write(sink, b"x"))
+    out, sink = os.pipe()
+    os.close(out)
+    with pytest.raises(BrokenPipeError):
+        minigpt("data")
+    os.close(sink)
+
+
 def test_unknown_verb(minigpt: Minigpt) -> None:
     told(minigpt("fitt", "--config", "x"), "fitt", "fit, validate", "minigpt --help")
 
 
 VERBS = [*((verb,) for verb in TRAINER_VERBS), ("tokenizer",), ("tokenizer", "train")]
+OTHERS = [(verb,) for verb in COMMANDS if verb != "tokenizer"]
+PARTS = {"data": ("check", "stats", "show", "fetch"), "export": ("hf", "gguf")}
+PARTS["bench"] = ("generate",)
+OTHERS += [(verb, part) for verb, parts in PARTS.items() for part in parts]
 
 
-@pytest.mark.parametrize("verb", [*VERBS, ("generate",)], ids=" ".join)
+@pytest.mark.parametrize("verb", [*VERBS, *OTHERS], ids=" ".join)
 def test_each_verb_explains_itself(minigpt: Minigpt, verb: tuple[str, ...]) -> None:
     outcome = minigpt(*verb, "--help")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: minigpt {' '.join(verb)} ")
-    examples = outcome.out.partition("\nexamples:\n")[2].splitlines()
+    examples = outcome.out.partition("\nexamples:\n")[2].replace("\\\n", "")
+    examples = examples.partition("\n\n")[0].splitlines()
     assert any(line.startswith(f"  minigpt {verb[0]} ") for line in examples)
     assert all(re.match("  .*minigpt ", line) for line in examples)
 

@@ -1,43 +1,48 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 from safetensors.torch import load_file
 
 from minigpt.data.records import Message
-from minigpt.infer.engine import Engine, Reply, Sampling
+from minigpt.infer.cached import Cached
+from minigpt.infer.engine import Delta, Engine, Sampling
+from minigpt.infer.native import Native
 
 Minigpt = Callable[..., Any]
 SHORT = ("--max_new_tokens", "6")
 
 
 class Call(NamedTuple):
-    """What the engine was asked, and which engine."""
+    """What the engine was asked, which engine, and the text it said."""
 
     engine: Engine
-    prompts: Sequence[str | Sequence[Message]]
+    prompt: str | Sequence[Message]
     sampling: Sampling
-    replies: list[Reply]
+    said: list[str]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What is asked of the engine, and its true replies."""
     made: list[Call] = []
-    complete = Engine.complete
+    stream = Engine.stream
 
-    def spy(self: Engine, prompts: Any, sampling: Sampling) -> list[Reply]:
-        replies = complete(self, prompts, sampling)
-        made.append(Call(self, prompts, sampling, replies))
-        return replies
+    def spy(self: Engine, prompt: Any, sampling: Sampling) -> Iterator[Delta]:
+        made.append(Call(self, prompt, sampling, []))
+        for delta in stream(self, prompt, sampling):
+            made[-1].said.append(delta.text)
+            yield delta
 
-    monkeypatch.setattr(Engine, "complete", spy)
+    monkeypatch.setattr(Engine, "stream", spy)
     return made
 
 
@@ -58,8 +63,9 @@ def test_what_is_asked_is_what_was_given(
     outcome = minigpt("generate", "--model", trained / "sft", *args, *SHORT)
     assert (outcome.status, outcome.err) == (0, "")
     (call,) = calls
-    assert list(call.prompts) == [asked]
-    assert outcome.out == call.replies[0].text + "\n"
+    assert call.prompt == asked
+    assert outcome.out == "".join(call.said) + "\n"
+    assert len(call.said) > 1
     assert call.sampling == Sampling(max_new_tokens=6)
 
 
@@ -72,13 +78,54 @@ def test_prompt_from_standard_input(
 ) -> None:
     stdin(monkeypatch, "你好 cat\n".encode())
     assert minigpt("generate", "--model", trained / "sft", *SHORT).status == 0
-    assert list(calls[0].prompts) == [(Message("user", "你好 cat"),)]
+    assert calls[0].prompt == (Message("user", "你好 cat"),)
 
 
 def test_sampling_options(minigpt: Minigpt, trained: Path, calls: list[Call]) -> None:
-    free = ("--temperature", 0.5, "--top_k", 3, "--top_p", 0.9, "--seed", 4, *SHORT)
+    free = ["--temperature", 0.5, "--top_k", 3, "--top_p", 0.9, "--seed", 4, *SHORT]
+    free += ["--min_p", 0.1, "--repetition_penalty", 1.2, "--stop", "x", "--stop", "yz"]
     assert minigpt("generate", "--model", trained / "sft", "--prompt", "a", *free).status == 0
-    assert calls[0].sampling == Sampling(6, 0.5, 3, 0.9, 4)
+    assert calls[0].sampling == Sampling(6, 0.5, 3, 0.9, 4, 0.1, 1.2, ("x", "yz"))
+    assert calls[0].engine.model.dtype == torch.float32
+
+
+def test_weights_may_be_smaller(minigpt: Minigpt, trained: Path, calls: list[Call]) -> None:
+    for weights in ("bf16", "int8"):
+        args = ("--model", trained / "sft", "--prompt", "a", "--weights", weights, *SHORT)
+        assert minigpt("generate", *args).status == 0
+    assert calls[0].engine.model.dtype == torch.bfloat16
+    assert [call.engine.int8 for call in calls] == [False, True]
+
+
+def test_a_file_of_text_is_the_prompt(
+    minigpt: Minigpt, trained: Path, tmp_path: Path, calls: list[Call]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("你好\n the cat\n", encoding="utf-8")
+    assert minigpt("generate", "--model", trained / "sft", "--file", file, *SHORT).status == 0
+    assert calls[0].prompt == (Message("user", "你好\n the cat"),)
+
+
+@pytest.mark.parametrize("more", [(), ("--text",), ("--system", "a dog")])
+def test_a_file_of_rows_is_completed_row_by_row(
+    minigpt: Minigpt, trained: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    chat = [{"role": "system", "content": "猫"}, {"role": "user", "content": "a mat"}]
+    rows: list[Any] = [{"prompt": "the cat", "mark": 1}, {"messages": chat}, {"prompt": "a log"}]
+    tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", rows)
+    outcome = minigpt("generate", "--model", trained / "sft", "--file", file, *more, *SHORT)
+    assert (outcome.status, outcome.err) == (0, "")
+    said = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [{k: v for k, v in row.items() if k != "completion"} for row in said] == rows
+    before = (SYSTEM,) if "--system" in more else ()
+    messages = tuple(Message(turn["role"], turn["content"]) for turn in chat)
+    asked: list[Any] = [
+        text if "--text" in more else (*before, Message("user", text))
+        for text in ("the cat", "a log")
+    ]
+    asked.insert(1, messages)
+    replies = Engine.load(trained / "sft").complete(asked, Sampling(max_new_tokens=6))
+    assert [row["completion"] for row in said] == [reply.text for reply in replies]
 
 
 def test_sampling_is_seeded(minigpt: Minigpt, trained: Path) -> None:
@@ -102,6 +149,14 @@ def test_adapter_is_merged(minigpt: Minigpt, trained: Path, calls: list[Call], f
     assert not torch.equal(merged, base)
 
 
+def test_an_adapter_beside_the_weights_says_the_same(trained: Path) -> None:
+    prompts, how = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
+    merged = Engine.load(trained / "lora")
+    beside = Engine.load(trained / "lora", merged=False)
+    assert (type(merged.runner()), type(beside.runner())) == (Native, Cached)
+    assert beside.complete(prompts, how) == merged.complete(prompts, how)
+
+
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [
@@ -116,6 +171,14 @@ def test_adapter_is_merged(minigpt: Minigpt, trained: Path, calls: list[Call], f
         (("--model", "sft", "--prompt", "a", "--max_new_tokens", "x"), ["at least 1, but is 'x'"]),
         (("--model", "sft", "--prompt", "a", "--temperature", "-1"), ["temperature"]),
         (("--model", "sft", "--prompt", "a", "--top_p", "0"), ["top_p must lie in (0, 1]"]),
+        (("--model", "sft", "--prompt", "a", "--min_p", "1"), ["min_p must lie in [0, 1)"]),
+        (("--model", "sft", "--prompt", "a", "--stop", ""), ["stop text must not be empty"]),
+        (("--model", "sft", "--prompt", "a", "--file", "b"), ["not allowed with"]),
+        (("--model", "sft", "--file", "none.txt"), ["Cannot read none.txt: No such file"]),
+        (("--model", "sft", "--file", "none.jsonl"), ["none.jsonl: cannot be read: No such file"]),
+        (("--model", "sft", "--file", "long.jsonl"), ["Prompt 2: ", "context length is 128"]),
+        (("--model", "sft", "--prompt", "a " * 200), ["the model's context length is 128"]),
+        (("--model", "sft", "--prompt", "a", "--weights", "int4"), ["invalid choice: 'int4'"]),
         (("--model", "sft", "--prompt", "a", "--topk", "5"), ["unrecognized arguments: --topk"]),
     ],
 )
@@ -127,6 +190,7 @@ def test_bad_input(
     fragments: list[str],
 ) -> None:
     monkeypatch.chdir(trained)
+    tiny_runs.write_jsonl(trained / "long.jsonl", [{"prompt": "a"}, {"prompt": "a " * 200}])
     outcome = minigpt("generate", *args)
     assert (outcome.status, outcome.out) == (2, "")
     assert outcome.err.startswith("minigpt: ")

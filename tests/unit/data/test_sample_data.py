@@ -83,6 +83,27 @@ def test_no_validation_row_stands_in_the_training_file(name: str) -> None:
     assert [row for row in rows(f"{name}_val") if row in trained] == []
 
 
+def test_choices_ask_for_every_fact_in_beginnings_that_no_training_text_holds() -> None:
+    items = rows("eval/choices")
+    facts = world.build_facts(1)
+    assert len(items) == 2 * 2 * len(facts)
+    assert [row["answer"] for row in items[::4]] == [
+        world.VALUES[fact.attribute].index(fact.value) for fact in facts
+    ]
+    assert all(len(set(row["choices"])) == 10 for row in items)
+    training = corpus(*TRAINING, *(f"{stage}_val" for stage in STAGES))
+    assert not [row["prompt"] for row in items if row["prompt"] in training]
+
+
+def test_the_worse_text_of_a_minimal_pair_is_never_told() -> None:
+    items = rows("eval/pairs")
+    training = corpus("pretrain", "sft")
+    assert len({(row["good"], row["bad"]) for row in items}) == len(items)
+    for row in items:
+        assert row["bad"] not in training
+        assert row["family"].endswith("_pronoun") or row["good"] in training
+
+
 def test_total_size_stays_small() -> None:
     assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 10_000_000
 

@@ -1,0 +1,167 @@
+"""`minigpt bench generate`: tokens per second of decoding, against transformers' `generate`."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.errors import ConfigError
+from minigpt.files import write_json
+
+EXAMPLES = """examples:
+  minigpt bench generate
+  minigpt bench generate --model outputs/sft --tokens 256 --json generate.json
+"""
+VOCABULARY = 6400  # of a model with random weights
+PROMPTS = 32  # of the batch, 8 to 160 tokens long
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, measure, print and write the result."""
+    parser = CommandParser(
+        prog="minigpt bench generate",
+        description="Measure decoding against transformers' generate, the arms in turn.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--model", help="by default one of --size with random weights")
+    parser.add_argument("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
+    parser.add_argument("--tokens", type=positive, default=128, help="of each reply (128)")
+    parser.add_argument("--repeats", type=positive, default=5, help="of each arm (5)")
+    parser.add_argument("--json", help="where to write the result")
+    chosen = parser.parse_args(args)
+    report = measure(chosen)
+    for name, value in report.items():
+        print(f"{name:36} {value}")
+    if chosen.json:
+        with writing(chosen.json):
+            write_json(Path(chosen.json), report)
+
+
+def measure(chosen: Namespace) -> dict[str, Any]:
+    """Run all arms in turn; return the median rates [tokens/s] and their ratios."""
+    import torch
+
+    from minigpt.cli import quiet
+    from minigpt.model.optim import fast_bf16
+
+    quiet()
+    model, tokenizer = load(chosen)
+    bf16 = fast_bf16(torch.device("cpu"))
+    arms = arms_of(model, tokenizer, chosen, "fp32")
+    if bf16:
+        arms |= arms_of(copy.deepcopy(model).to(torch.bfloat16), tokenizer, chosen, "bf16")
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for arm in arms.values():  # once unmeasured, with what is only done once
+        arm()
+    for _ in range(chosen.repeats):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            rates[name].append(arm() / (time.perf_counter() - start))
+    rate = {name: round(median(values), 1) for name, values in rates.items()}
+    pairs = {
+        "ratio_fp32": ("fp32", "transformers_fp32"),
+        "ratio_bf16": ("bf16", "transformers_bf16"),
+        "ratio_int8": ("int8", "transformers_fp32"),
+        "ratio_batch": ("batch_fp32", "one_by_one_fp32"),
+    }
+    ratios = {n: round(rate[a] / rate[b], 2) for n, (a, b) in pairs.items() if a in rate}
+    return {
+        **{f"{name}_tokens_per_s": value for name, value in rate.items()},
+        **ratios,
+        "bf16": "measured" if bf16 else "not measured: this CPU has no bf16 instructions",
+        "parameters": model.num_parameters(),
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def arms_of(
+    model: Any, tokenizer: Any, chosen: Namespace, dtype: str
+) -> dict[str, Callable[[], int]]:
+    """Return what is measured in a dtype; each arm returns how many tokens it made."""
+    import torch
+
+    from minigpt.infer.engine import Engine, Sampling
+
+    engine, how = Engine(model, tokenizer), Sampling(chosen.tokens)
+    engine.ends = set()  # random weights may end a reply at once
+    letters = random.Random(0)
+    prompts = ["x" * letters.randint(8, 160) for _ in range(PROMPTS)]
+    prompt = "x" * 32
+
+    def stream(engine: Engine) -> int:
+        return sum(len(delta.ids) for delta in engine.stream(prompt, how))
+
+    def transformers() -> int:
+        ids = torch.tensor([engine.encode(prompt)])
+        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        out = model.generate(ids, **given, max_new_tokens=chosen.tokens, do_sample=False)
+        return int(out.shape[1] - ids.shape[1])
+
+    def complete(*groups: list[str]) -> int:
+        return sum(len(reply.ids) for group in groups for reply in engine.complete(group, how))
+
+    arms = {f"transformers_{dtype}": transformers, dtype: lambda: stream(engine)}
+    if dtype == "fp32":
+        small = Engine(model, tokenizer, int8=True)
+        small.ends = set()
+        arms["int8"] = lambda: stream(small)
+    alone = [[one] for one in prompts]
+    arms[f"one_by_one_{dtype}"] = lambda: complete(*alone)
+    arms[f"batch_{dtype}"] = lambda: complete(prompts)
+    return arms
+
+
+def load(chosen: Namespace) -> tuple[Any, Any]:
+    """Return the model on the CPU and its tokenizer: one saved, or a size with random weights.
+
+    Raises:
+        ConfigError: when the size has no such file.
+    """
+    from minigpt.data import tokenizer as tokenizers
+    from minigpt.model.build import Architecture, build_native
+    from minigpt.model.saved import find_model, load_model
+
+    if chosen.model:
+        model: Any = load_model(chosen.model, "sdpa").eval()
+        tokenizer = tokenizers.load(find_model(chosen.model))
+    else:
+        tokenizer = bytes_only()
+        sizes: Any = architecture(chosen.size)
+        model = build_native(Architecture(**sizes), tokenizer)
+        model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+        model.config._attn_implementation = "sdpa"
+    model.generation_config.eos_token_id = None
+    return model.eval(), tokenizer
+
+
+def architecture(size: str) -> dict[str, int]:
+    """Read a size's overlay."""
+    import yaml
+
+    here = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
+    path = here if here.is_file() else Path(size)
+    if not path.is_file():
+        raise ConfigError(f"--size {size}: there is no {here} and no such file. Try 26m.")
+    sizes: dict[str, int] = yaml.safe_load(path.read_text())["model"]["init_args"]["architecture"]
+    return sizes
+
+
+def bytes_only() -> Any:
+    """Return a tokenizer whose tokens are the bytes: a model without training says no words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from minigpt.data.tokenizer import SPECIAL_TOKENS, wrap
+
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return wrap(bpe)

@@ -1,0 +1,116 @@
+"""`minigpt evaluate`: measure one or several models on files, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.evaluate.suite import Results
+
+KINDS = {
+    "text": "bits per byte of {text} rows or a .txt file",
+    "choices": "multiple choice: {prompt | messages, choices, answer} rows",
+    "pairs": "minimal pairs: {good, bad} rows",
+    "exam": "exams: {messages, answer} rows; the model must reply",
+    "preferences": "preference pairs: accuracy, margin, KL to --reference, length bias",
+    "prompts": "prompts to complete: repetition, loops, length of the replies",
+    "lm_eval": "task files (YAML) of lm-evaluation-harness, run offline",
+}
+EXAMPLES = """examples:
+  minigpt evaluate --model outputs/pretrain outputs/sft --text data/pretrain_val.jsonl
+  minigpt evaluate --model outputs/sft --choices data/eval/choices.jsonl \\
+    --pairs data/eval/pairs.jsonl --exam data/exam/*.jsonl --json scores.json --html scores.html
+  minigpt evaluate --model outputs/dpo --reference outputs/sft --preferences data/dpo_val.jsonl
+  minigpt evaluate --model outputs/sft --lm-eval data/eval/choices.yaml
+"""
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, measure, and print the table."""
+    parser = CommandParser(
+        prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
+    )
+    parser.add_argument("--model", nargs="+", required=True, help="run directories, HF directories")
+    for kind, what in KINDS.items():
+        names = {f"--{kind.replace('_', '-')}", f"--{kind}"}
+        parser.add_argument(*sorted(names), nargs="+", default=[], metavar="FILE", help=what)
+    parser.add_argument("--reference", help="model that --preferences are compared with")
+    parser.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
+    parser.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
+    parser.add_argument("--max_new_tokens", type=positive, default=64, help="of a reply (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all scores")
+    parser.add_argument("--html", type=Path, help="write a page with tables and charts")
+    chosen = parser.parse_args(args)
+    if chosen.reference and not chosen.preferences:
+        raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
+    if len(set(chosen.model)) < len(chosen.model):
+        raise ConfigError("--model names the same model twice.")
+    report(chosen, measure(chosen))
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Results]:
+    """Run every test on every model, one model in memory at a time."""
+    if chosen.lm_eval:  # before anything reads them
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+            os.environ.setdefault(name, "1")
+    from minigpt.cli import quiet
+    from minigpt.evaluate.suite import Settings, prepare
+    from minigpt.infer.engine import Engine, Sampling
+
+    quiet()
+    sampling = Sampling(chosen.max_new_tokens, chosen.temperature, seed=chosen.seed)
+    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling)
+    tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
+    results: dict[str, Results] = {}
+    for model in chosen.model:
+        engine = Engine.load(model)
+        results[model] = {name: test(engine) for name, test in tests.items()}
+    return results
+
+
+def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Print the table and write the files asked for."""
+    from minigpt.evaluate.suite import lines
+    from minigpt.files import write_json, write_text
+
+    print("\n".join(lines(results)))
+    if chosen.json:
+        models = {
+            model: {
+                test: {name: score.plain() for name, score in scores.items()}
+                for test, scores in tests.items()
+            }
+            for model, tests in results.items()
+        }
+        with writing(chosen.json):
+            write_json(chosen.json, {"models": models})
+    if chosen.html:
+        with writing(chosen.html):
+            write_text(chosen.html, html(results))
+
+
+def html(results: dict[str, Results]) -> str:
+    """Return a page: the main share of each test as bars, then a table for each test."""
+    from minigpt.evaluate.suite import tables
+    from minigpt.report.build import bars
+    from minigpt.report.page import Html, charts, escape, page, table
+
+    figures: list[Html] = []
+    parts: list[str] = []
+    for test, body in tables(results).items():
+        parts += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
+        for name in (row[0] for row in body):
+            found = {m: s for m, tests in results.items() if (s := tests[test].get(name))}
+            if all(score.high is not None for score in found.values()):
+                figures.append(bars(f"{test}: {name}", found))
+                break
+    note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
+    return page("Evaluation", note + charts(figures) + "".join(parts))

@@ -1,0 +1,179 @@
+"""Rows that nearly repeat each other, or an exam: found with arrays instead of loops.
+
+Text is folded (case, width) and cut into units: a Chinese or Japanese character is one, a
+word or number of other scripts is one. Runs of units are hashed in 64 bits.
+
+Arrays (C characters, U units, S texts):
+    codes [C] uint32, units [U] uint64, owner [U] int64 the text that each unit belongs to
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.data.exam import fold, load_exam, normalise
+
+Hashes = NDArray[np.uint64]
+Owners = NDArray[np.int64]
+
+EXAM_UNITS = 13  # the run that counts as leaked (Brown et al. 2020)
+SHINGLE = 5  # characters
+BANDS, ROWS = 16, 4  # of a MinHash signature: pairs above 0.8 are met with 99.98% certainty
+_COMPARED = 1 << 14  # pairs at a time
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_SINGLE, _WORD = 1, 2
+_SINGLES = ((0x3040, 0x3100), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00))
+
+
+@cache
+def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Return for each code point what it folds to, and whether it is a unit or part of one."""
+    folded = np.arange(0x110000, dtype=np.uint32)
+    kinds = np.zeros(0x110000, np.uint8)
+    for code in range(0xD800):
+        plain = fold(chr(code)) if code < 0x3400 else chr(code)
+        folded[code] = ord(plain) if len(plain) == 1 else code
+        kinds[code] = _WORD if chr(code).isalnum() else 0
+    for code in range(0xFF00, 0xFFF0):  # full and half width
+        folded[code] = ord(fold(chr(code))[:1] or chr(code))
+    for start, end in (*_SINGLES, (0x20000, 0x33480)):
+        kinds[start:end] = _SINGLE
+    return folded, kinds
+
+
+def characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
+    """Return the folded characters [C] of all texts, their kinds [C] and owners [C]."""
+    folded, kinds = _tables()
+    codes = folded[np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")]
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return codes, kinds[codes], np.repeat(np.arange(len(texts)), lengths)
+
+
+def _mixed(values: Hashes) -> Hashes:
+    values = (values ^ (values >> np.uint64(30))) * _MIX
+    mixed: Hashes = values ^ (values >> np.uint64(27))
+    return mixed
+
+
+def _units(texts: Sequence[str]) -> tuple[Hashes, Owners]:
+    """Return the hashes [U] of all texts' units and their owners [U]."""
+    codes, kinds, owner = characters(texts)
+    inside = (kinds[1:] == _WORD) & (kinds[:-1] == _WORD) & (owner[1:] == owner[:-1])
+    starts = np.flatnonzero((kinds > 0) & ~np.concatenate([[False], inside]))
+    if not len(starts):
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    lengths = np.diff(np.append(starts, len(codes)))
+    offset = np.arange(starts[0], len(codes)) - np.repeat(starts, lengths)
+    powers = np.multiply.accumulate(np.full(64, _BASE, np.uint64))
+    parts = _mixed(codes[starts[0] :].astype(np.uint64) * _BASE) * powers[np.minimum(offset, 63)]
+    parts[kinds[starts[0] :] == 0] = 0
+    return np.add.reduceat(parts, starts - starts[0]), owner[starts]
+
+
+def _runs(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
+    """Return the hashes of all runs of `n` units inside one text, and their owners."""
+    count = max(0, len(units) - n + 1)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(n):
+        hashes = hashes * _BASE + units[i : i + count]
+    whole = owner[:count] == owner[n - 1 :][:count]
+    return _mixed(hashes[whole]), owner[:count][whole]
+
+
+class ExamIndex:
+    """The questions of exams, to be looked up in training data.
+
+    A question leaks when a text shares a run of 13 units with it; a question of fewer units,
+    when a whole message or text equals it.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self.short: dict[str, str] = {}
+        questions, names = [], []
+        for path in paths:
+            for item in load_exam(path):
+                said = [m.content for m in item.messages if m.role != "system"]
+                questions += said
+                names += [f"{path} ({item.id})"] * len(said)
+        runs, owner = _runs(*_units(questions), EXAM_UNITS)
+        self.runs, first = np.unique(runs, return_index=True)
+        self.names = [names[i] for i in owner[first]]
+        self.sieve = np.zeros(1 << 20, np.bool_)
+        self.sieve[self.runs >> np.uint64(44)] = True
+        for i in set(range(len(questions))) - set(owner.tolist()):
+            self.short[normalise(questions[i])] = names[i]
+        self.longest = max(map(len, self.short), default=0)
+
+    def hits(self, texts: Sequence[str]) -> dict[int, str]:
+        """Return the leaked item for each of the texts that leaks one."""
+        found = {}
+        if len(self.runs):
+            runs, owner = _runs(*_units(texts), EXAM_UNITS)
+            likely = self.sieve[runs >> np.uint64(44)]
+            runs, owner = runs[likely], owner[likely]
+            place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
+            for i in np.flatnonzero(self.runs[place] == runs).tolist():
+                found[int(owner[i])] = self.names[place[i]]
+        for i, text in enumerate(texts):
+            if len(text) <= self.longest + 8 and (name := self.short.get(normalise(text))):
+                found[i] = name
+        return found
+
+
+class NearDuplicates:
+    """MinHash signatures of texts, and the pairs that are alike.
+
+    Memory: 256 bytes for the signature of each text, and as much again for a moment at the end.
+    """
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(1)
+        self.factors = random.integers(1 << 63, size=(2, BANDS * ROWS), dtype=np.uint64) | 1
+        self.signatures: list[NDArray[np.uint32]] = []
+        self.numbers: list[NDArray[np.int64]] = []
+
+    def add(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
+        """Take in texts under their numbers; those of fewer than 5 characters are left out."""
+        codes, kinds, owner = characters(texts)
+        runs, owner = _runs(codes[kinds > 0].astype(np.uint64), owner[kinds > 0], SHINGLE)
+        if not len(runs):
+            return
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        signature = np.empty((len(starts), BANDS * ROWS), np.uint32)
+        for i, (factor, shift) in enumerate(self.factors.T):
+            hashed = ((runs * factor + shift) >> np.uint64(32)).astype(np.uint32)
+            signature[:, i] = np.minimum.reduceat(hashed, starts)
+        self.signatures.append(signature)
+        self.numbers.append(np.asarray(numbers, np.int64)[owner[starts]])
+
+    def pairs(self, threshold: float) -> Iterator[tuple[int, int]]:
+        """Yield each text that is like an earlier one, by numbers: (text, the earlier one).
+
+        Alike are texts whose estimated Jaccard similarity of 5-character shingles is at
+        least `threshold`; the estimate's standard error is 0.05 at 0.8.
+        """
+        if not self.signatures:
+            return
+        table, numbers = np.concatenate(self.signatures), np.concatenate(self.numbers)
+        self.signatures.clear()
+        earlier = np.arange(len(table))
+        for band in range(BANDS):
+            keys = np.zeros(len(table), np.uint64)
+            for column in table[:, band * ROWS : (band + 1) * ROWS].T:
+                keys = keys * _BASE + column
+            order = np.argsort(keys, kind="stable")
+            new = np.append(True, keys[order][1:] != keys[order][:-1])
+            alike, starts = np.flatnonzero(~new), np.flatnonzero(new)
+            for part in np.array_split(alike, len(alike) // _COMPARED + 1):
+                runs = starts[np.searchsorted(starts, part, "right") - 1]
+                for mine, other in ((order[part], order[part - 1]), (order[part], order[runs])):
+                    same = (table[mine] == table[other]).mean(1) >= threshold
+                    np.minimum.at(earlier, mine[same], other[same])
+        for i in np.flatnonzero(earlier < np.arange(len(table))).tolist():
+            yield int(numbers[i]), int(numbers[earlier[i]])

@@ -1,0 +1,266 @@
+"""Measure data files: lengths, turns, languages, repeated prompts, the bias of preferences.
+
+One pass; memory does not grow with the file, but for two numbers a row where the tokens of
+all rows are counted.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.corpus.check import guess_kind, prompt_of, texts_of
+from minigpt.corpus.duplicates import characters
+from minigpt.data.packing import pack, utilisation
+from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, read_records
+from minigpt.data.store import Encoder, Limits
+from minigpt.errors import DataError
+from minigpt.report.page import bar_chart, charts, escape, number, table
+
+Rows = list[tuple[Record, Source]]
+
+_AT_A_TIME = 2000
+_PROMPTS = 100_000  # different prompts that are counted at a time
+_TOP = 10
+_SCRIPTS = (  # what most of a row's letters belong to, and where these lie in Unicode
+    ("Latin script", ((0x41, 0x5B), (0x61, 0x7B), (0xC0, 0x250), (0x1E00, 0x1F00))),
+    ("Chinese", ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x33480))),
+    ("Japanese", ((0x3041, 0x3100),)),
+    ("Korean", ((0x1100, 0x1200), (0xAC00, 0xD7A4))),
+    ("Cyrillic", ((0x400, 0x530),)),
+    ("Arabic", ((0x600, 0x780),)),
+)
+_BIAS = ("chosen_longer", "equally_long", "chosen_characters", "rejected_characters")
+_LETTERS = 3  # of Latin script that weigh as much as one Chinese character
+
+
+@cache
+def _scripts() -> NDArray[np.uint8]:
+    scripts = np.zeros(0x110000, np.uint8)
+    for index, (_, ranges) in enumerate(_SCRIPTS, 1):
+        for start, end in ranges:
+            scripts[start:end] = index
+    return scripts
+
+
+def languages(texts: Sequence[str]) -> Counter[str]:
+    """Count texts by the script of most of their letters; a tenth of kana makes Japanese."""
+    codes, _, owner = characters(texts)
+    kinds = len(_SCRIPTS) + 1
+    cells = np.bincount(owner * kinds + _scripts()[codes], minlength=kinds * len(texts))
+    counts = cells.reshape(len(texts), kinds)[:, 1:]
+    counts[:, 1:] *= _LETTERS
+    counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
+    most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
+    names = [*(name for name, _ in _SCRIPTS), "other"]
+    return Counter({names[i]: int(n) for i, n in enumerate(np.bincount(most)) if n})
+
+
+class _Tokens:
+    """Counts the tokens of rows, whole and as training cuts them."""
+
+    def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+        self.max_length, self.backend = max_length, tokenizer.backend_tokenizer
+        self.whole = Encoder(kind, tokenizer, Limits(max_length=1 << 30))
+        self.cut = Encoder(kind, tokenizer, Limits(max_length=max_length))
+        self.lengths, self.packed = array("q"), array("q")
+        self.texts = self.text_tokens = 0
+
+    def add(self, rows: Rows) -> None:
+        bad = BadRows("skip", 1.0)
+        for sample, _ in self.whole.encode(rows, bad):
+            longest = max(len(sample.first), len(sample.second))
+            self.lengths.append(len(sample.prompt) + longest)
+        for sample, _ in self.cut.encode(rows, bad):
+            self.packed.append(len(sample.prompt) + len(sample.first) + len(sample.second))
+        texts = [text for record, _ in rows[:_AT_A_TIME] for text in texts_of(record)]
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        self.texts += sum(map(len, texts))
+        self.text_tokens += sum(len(e.ids) for e in encoded)
+
+    def report(self, tokens_per_batch: int) -> dict[str, Any]:
+        lengths, packed = np.array(self.lengths), np.array(self.packed)
+        limit = self.max_length
+        if not len(packed):
+            raise DataError(f"no row leaves a token to train on in {limit}", reason="no_targets")
+        budget = max(tokens_per_batch, int(packed.max()))
+        bins = pack(packed, budget, np.random.default_rng(0))
+        edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
+        counts = np.histogram(lengths, edges)[0]
+        used = np.flatnonzero(counts)
+        labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
+        bars = list(zip(labels, counts.tolist(), strict=True))
+        quantiles = np.quantile(lengths, [0.5, 0.9, 0.99, 1]).tolist()
+        return {
+            "rows_measured": len(lengths),
+            "mean": float(lengths.mean()),
+            **dict(zip(("median", "p90", "p99", "longest"), quantiles, strict=True)),
+            "max_length": limit,
+            "over_max_length": float((lengths > limit).mean()),
+            "histogram": bars[used[0] : used[-1] + 1],
+            "characters_per_token": self.texts / max(1, self.text_tokens),
+            "packing_efficiency": utilisation(packed, bins, budget),
+            "padding_efficiency": float(np.minimum(lengths, limit).mean() / limit),
+        }
+
+
+def measure(
+    path: Path,
+    kind: Kind | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    max_length: int = 512,
+    tokens_per_batch: int = 8192,
+    sample: int | None = 2000,
+) -> dict[str, Any]:
+    """Measure one file.
+
+    Args:
+        path: the file.
+        kind: of its rows; guessed when None.
+        tokenizer: counts tokens; without one there is no "tokens" part.
+        max_length: tokens of a sample in training.
+        tokens_per_batch: the budget that samples are packed into.
+        sample: rows whose tokens are counted, spread evenly by chance; None for all.
+
+    Raises:
+        DataError: when the file cannot be read or no row can be used.
+    """
+    kind = kind or guess_kind(path)
+    bad, chance, bias = BadRows("skip", 1.0), random.Random(0), Counter[str]()
+    tokens = _Tokens(kind, tokenizer, max_length) if tokenizer else None
+    turns: Counter[int] = Counter()
+    found: Counter[str] = Counter()
+    prompts: Counter[str] = Counter()
+    kept: Rows = []
+    rows = length = 0
+    records = read_records([path], kind, bad)
+    while batch := list(islice(records, _AT_A_TIME)):
+        texts = []
+        for record, _ in batch:
+            prompt = prompt_of(record)
+            texts.append("\n".join(texts_of(record)))
+            prompts[prompt[-1].content[:200] if prompt else texts[-1][:80]] += 1
+            if isinstance(record, Chat):
+                turns[sum(m.role == "assistant" for m in record.messages)] += 1
+            elif isinstance(record, Preference):
+                turns[sum(m.role == "user" for m in prompt)] += 1
+                bias += _bias(len(record.chosen.content), len(record.rejected.content))
+        length += sum(map(len, texts))
+        found += languages(texts)
+        if len(prompts) > _PROMPTS:
+            prompts = Counter({text: n for text, n in prompts.most_common(_PROMPTS // 2) if n > 1})
+        if tokens and sample is None:
+            tokens.add(batch)
+        elif tokens and sample:
+            _sample(kept, batch, rows, sample, chance)
+        rows += len(batch)
+    if tokens and kept:
+        tokens.add(kept)
+    return {
+        "file": str(path),
+        "kind": kind,
+        "bytes": path.stat().st_size,
+        "rows": rows,
+        "bad_rows": dict(bad.counts),
+        "characters": length,
+        "turns": {str(n): count for n, count in sorted(turns.items())},
+        "languages": {name: count / rows for name, count in found.most_common()},
+        "repeated": [(text, n) for text, n in prompts.most_common(_TOP) if n > 1],
+        "length_bias": {key: bias[key] / rows for key in _BIAS} if kind == "preference" else None,
+        "tokens": tokens.report(tokens_per_batch) if tokens else None,
+    }
+
+
+def _bias(chosen: int, rejected: int) -> Counter[str]:
+    """Tell which of a pair's answers is the longer one, by their characters."""
+    longer, equal = chosen > rejected, chosen == rejected
+    return Counter(dict(zip(_BIAS, (longer, equal, chosen, rejected), strict=True)))
+
+
+def _sample(kept: Rows, batch: Rows, before: int, size: int, chance: random.Random) -> None:
+    """Keep a fair sample of all rows so far (reservoir sampling)."""
+    for seen, row in enumerate(batch, before + 1):
+        if seen <= size:
+            kept.append(row)
+        elif (place := int(chance.random() * seen)) < size:
+            kept[place] = row
+
+
+def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a report's single numbers in words: name and value."""
+    tokens, bias = report["tokens"], report["length_bias"]
+    bad = "".join(f"; bad: {n} {reason}" for reason, n in report["bad_rows"].items())
+    lines = [
+        ("rows", f"{number(report['rows'])} of {report['kind']}{bad}"),
+        ("size", f"{report['bytes'] / 1e6:.1f} MB, {number(report['characters'])} characters"),
+    ]
+    if tokens:
+        named = ("mean", "median", "p90", "p99", "longest")
+        lines += [
+            ("tokens of a row", ", ".join(f"{name} {tokens[name]:.0f}" for name in named)),
+            ("tokens counted in", f"{number(tokens['rows_measured'])} rows"),
+            (f"over {tokens['max_length']} tokens", f"{tokens['over_max_length']:.1%} of rows"),
+            ("characters per token", f"{tokens['characters_per_token']:.2f}"),
+            ("packing efficiency", f"{tokens['packing_efficiency']:.1%} of a micro-batch is data"),
+            ("the same, padded", f"{tokens['padding_efficiency']:.1%}, each row to the maximum"),
+        ]
+    if bias:
+        size = f"{bias['chosen_characters']:.0f} to {bias['rejected_characters']:.0f}"
+        lines += [
+            ("chosen is longer", f"{bias['chosen_longer']:.1%}; equal: {bias['equally_long']:.1%}"),
+            ("mean characters", f"{size}, chosen to rejected"),
+        ]
+    return lines
+
+
+def plots(report: dict[str, Any]) -> dict[str, list[tuple[str, float]]]:
+    """Return a report's distributions: title to (label, value) bars."""
+    drawn = {
+        "Rows by turns": [*report["turns"].items()][:20],
+        "Rows by language, %": [(k, round(v * 100, 1)) for k, v in report["languages"].items()],
+    }
+    if tokens := report["tokens"]:
+        over = f"{tokens['over_max_length']:.1%} over {tokens['max_length']}"
+        drawn = {f"Rows by tokens ({over})": tokens["histogram"]} | drawn
+    if bias := report["length_bias"]:
+        parts = {"chosen": bias["chosen_longer"], "equal": bias["equally_long"]}
+        parts["rejected"] = 1 - sum(parts.values())
+        drawn["Pairs by the longer answer, %"] = [(k, round(v * 100, 1)) for k, v in parts.items()]
+    return {title: bars for title, bars in drawn.items() if bars}
+
+
+def section(report: dict[str, Any]) -> str:
+    """Return a report as a part of an HTML page."""
+    figures = [bar_chart(title, bars) for title, bars in plots(report).items()]
+    repeated = table(("times", "starts with"), [(n, text) for text, n in report["repeated"]])
+    return (
+        f"<h2>{escape(report['file'])}</h2>\n{table(('', ''), facts(report))}{charts(figures)}"
+        f"<h3>Most repeated prompts</h3>{repeated if report['repeated'] else '<p>None.</p>'}\n"
+    )
+
+
+def terminal(report: dict[str, Any], width: int = 36) -> str:
+    """Return a report as plain text with bars."""
+    lines = [report["file"], *(f"  {name:22} {value}" for name, value in facts(report))]
+    for title, bars in plots(report).items():
+        most = max(value for _, value in bars) or 1
+        lines.append(f"  {title}")
+        for label, value in bars:
+            bar = "█" * round(value / most * width) or "▏"
+            lines.append(f"    {label:>22} {bar} {number(value)}")
+    if report["repeated"]:
+        lines.append("  Most repeated prompts")
+        for text, times in report["repeated"]:
+            shown = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+            lines.append(f"    {times:>6} × {shown[:60]}")
+    return "\n".join(lines)

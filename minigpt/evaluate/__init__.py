@@ -1,0 +1,1 @@
+"""What a model can do, in numbers that bear comparison: likelihoods, exams, generation, taste."""

@@ -1,0 +1,122 @@
+"""Local tasks of lm-evaluation-harness, run on our models. The command keeps it offline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minigpt.errors import ConfigError, DataError, MiniGPTError
+from minigpt.evaluate.likelihood import continuation, score
+from minigpt.evaluate.scores import Score, wilson
+from minigpt.infer.engine import Engine, Sampling
+
+MAX_NEW = 256  # tokens of a reply where the task does not say
+
+
+def load_tasks(path: str) -> dict[str, Any]:
+    """Build the tasks of a YAML file; its relative data files are looked for beside it, too.
+
+    Raises:
+        ConfigError: without the harness, or when it cannot build the task.
+        DataError: for a missing file.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError as error:
+        raise ConfigError(
+            f"--lm-eval needs lm-evaluation-harness ({error}). Install it with: "
+            "pip install 'minigpt[lm-eval]'"
+        ) from None
+    if not Path(path).is_file():
+        raise DataError("no such file", path=path, remedy="Name a task's YAML.", reason="missing")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with _blaming(path):
+        task = load_yaml(path)
+        task["dataset_kwargs"] = _found(dict(task.get("dataset_kwargs") or {}), Path(path).parent)
+        tasks: dict[str, Any] = TaskManager(include_defaults=False).load([task])["tasks"]
+    return tasks
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Tell whatever a task's own file makes the harness raise."""
+    try:
+        yield
+    except MiniGPTError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{path}: lm-evaluation-harness cannot run the task: {type(error).__name__}: {first}"
+        ) from error
+
+
+def _found(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        beside = folder / str(value)
+        return str(beside.resolve()) if beside.is_file() else value
+
+    if "data_files" in options:
+        options["data_files"] = resolve(options["data_files"])
+    return options
+
+
+def run_tasks(engine: Engine, tasks: dict[str, Any], path: str) -> dict[str, Score]:
+    """Run the tasks of a file on a model; accuracies get an interval as ours do.
+
+    Raises:
+        ConfigError: when the file makes the harness fail.
+    """
+    from lm_eval import simple_evaluate
+
+    model, every = _adapter(engine), list(tasks.values())
+    with _blaming(path):
+        results: Any = simple_evaluate(model, tasks=every, log_samples=False, bootstrap_iters=0)
+    scores: dict[str, Score] = {}
+    for task, metrics in results["results"].items():
+        n = int(results["n-samples"][task]["effective"])
+        for key, value in metrics.items():
+            name = key.partition(",")[0]
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                bounds = wilson(value * n, n) if name.startswith(("acc", "exact")) else (None, None)
+                scores[f"{task}: {name}"] = Score(value, n, *bounds)
+    return scores
+
+
+def _adapter(engine: Engine) -> Any:
+    """Return a model as the harness wants it."""
+    from lm_eval.api.model import LM
+
+    class MiniGPT(LM):  # type: ignore[misc]
+        tokenizer_name = "minigpt"
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            pairs = [continuation(engine, *request.args) for request in requests]
+            return list(zip(*score(engine, pairs), strict=True))
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            pairs = [continuation(engine, "", request.args[0]) for request in requests]
+            return score(engine, pairs)[0]
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            options = [request.args[1] for request in requests]
+            longest = max(int(o.get("max_gen_toks", MAX_NEW)) for o in options)
+            contexts = [request.args[0] for request in requests]
+            replies = engine.complete(contexts, Sampling(max_new_tokens=longest))
+            return [_cut(r.text, o.get("until")) for r, o in zip(replies, options, strict=True)]
+
+    return MiniGPT()
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """Cut a reply before the first of the strings that end it."""
+    ends = [until] if isinstance(until, str) else until or []
+    return text[: min([text.find(end) for end in ends if end and end in text], default=len(text))]

@@ -1,0 +1,166 @@
+"""How likely a model finds given tokens: the base of every score that samples nothing.
+
+Shape legend: N target tokens of a batch, A answers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.records import BadRows, Record, Source, Text, parse_row, read_records
+from minigpt.data.store import Encoder, Limits
+from minigpt.data.tokenizer import special_texts, token_bytes
+from minigpt.errors import DataError
+from minigpt.evaluate.scores import Score
+from minigpt.infer.engine import Engine
+from minigpt.model.attention import PACKED, attention_of
+from minigpt.model.losses import sum_by
+
+TOKENS = 4096  # of a packed batch, at most
+LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
+
+Pair = tuple[list[int], list[int]]
+
+
+def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
+    """Pack samples in their order; a long one has a batch of its own.
+
+    Raises:
+        DataError: for a sample that is longer than the model can read.
+    """
+    config = engine.model.config
+    budget = min(TOKENS, LOGITS // int(config.vocab_size))
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    members: list[Sample] = []
+    for sample in samples:
+        length = sample.prompt + max(sample.first, sample.second)
+        if length > limit:
+            raise DataError(
+                f"{length} tokens are more than the {limit} that the model reads",
+                path=sample.source[0],
+                line=sample.source[1],
+                remedy="Shorten the row, or lower --max_length for texts.",
+                reason="oversize",
+            )
+        if members and sum(len(s.ids) for s in members) + len(sample.ids) > budget:
+            yield collate(members).to(engine.model.device)
+            members = []
+        members.append(sample)
+    if members:
+        yield collate(members).to(engine.model.device)
+
+
+@torch.no_grad()
+def log_softmax(engine: Engine, batch: PackedBatch) -> Tensor:
+    """Return the log-probabilities [N, V], fp32, that a model gives at the batch's targets."""
+    with attention_of(engine.model, PACKED):
+        out: Any = engine.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            plan=batch.plan,
+            use_cache=False,
+            logits_to_keep=batch.predict_at,
+        )
+    logits: Tensor = out.logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the labels' log-probabilities [N] out of all [N, V]."""
+    return logp.gather(1, batch.labels[:, None]).squeeze(1)
+
+
+def continuation(engine: Engine, context: str, rest: str) -> Pair:
+    """Return the ids of a text's start and of what follows.
+
+    The whole text is tokenised at once, as in training; where a token spans the border, it
+    belongs to what follows.
+    """
+    start, whole = engine.encode(context), engine.encode(context + rest)
+    if not context:  # an end of text stands in for it
+        return start, whole
+    pairs = enumerate(zip(start, whole, strict=False))
+    kept = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
+    return (whole[:kept], whole[kept:]) if kept else (engine.encode(""), whole)
+
+
+def score(
+    engine: Engine, pairs: Sequence[Pair], source: str = ""
+) -> tuple[list[float], list[bool]]:
+    """Score continuations.
+
+    Args:
+        engine: the model.
+        pairs: (context, continuation) ids, neither empty.
+        source: the file they come from, for errors.
+
+    Returns:
+        Each continuation's summed log-probability in nats, and whether it is what greedy
+        decoding would say.
+    """
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    samples = (
+        Sample(np.array(a + b), len(a), len(b), 0, None, (source, 0))
+        for a, b in (pairs[i] for i in order)
+    )
+    found: list[tuple[float, bool]] = []
+    for batch in batches(engine, samples):
+        logp = log_softmax(engine, batch)
+        missed = (logp.argmax(-1) != batch.labels).float()
+        sums = sum_by(of_labels(logp, batch), batch.answers, batch.n_answers)
+        greedy = sum_by(missed, batch.answers, batch.n_answers) == 0
+        found += zip(sums.tolist(), greedy.tolist(), strict=True)
+    scores = dict(zip(order, found, strict=True))
+    return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
+
+
+def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:
+    """Read texts: rows with ``text``, or all of a ``.txt`` file as one.
+
+    Raises:
+        DataError: for a file or row that cannot be read.
+    """
+    if not path.endswith(".txt"):
+        yield from read_records([path], "text", BadRows(), special_tokens=special)
+        return
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        yield parse_row({"text": text}, "text", special), Source(Path(path), 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", path=path, reason="unreadable") from None
+    except DataError as error:
+        raise error.at(path, 1) from None
+
+
+def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score]:
+    """Measure the loss on text, in windows of at most `max_length` tokens, as training does.
+
+    The first token of a document has nothing before it and is not counted.
+    """
+    encoder = Encoder("text", engine.tokenizer, Limits(max_length=max_length))
+    sizes = torch.tensor(token_bytes(engine.tokenizer), device=engine.model.device)
+    nats, tokens, size = 0.0, 0, 0
+
+    def samples() -> Iterator[Sample]:
+        for row in documents(path, special_texts(engine.tokenizer)):
+            assert isinstance(row[0], Text)
+            for one, source in encoder.encode([row], BadRows()):
+                ids = np.array(one.first)
+                yield Sample(ids, 0, len(ids), 0, None, (path, source.line))
+
+    for batch in batches(engine, samples()):
+        nats -= float(of_labels(log_softmax(engine, batch), batch).double().sum())
+        tokens += len(batch.labels)
+        size += int(sizes[batch.labels].sum())
+    return {
+        "bits_per_byte": Score(nats / math.log(2) / max(1, size), size),
+        "loss": Score(nats / max(1, tokens), tokens),
+    }

@@ -1,0 +1,98 @@
+"""Preference pairs: which answer a model prefers, how far it went from its reference, and
+whether it takes length for quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from minigpt.data.batch import Sample
+from minigpt.data.records import BadRows, read_records
+from minigpt.data.store import Encoder, Limits
+from minigpt.data.tokenizer import special_texts
+from minigpt.errors import ModelError
+from minigpt.evaluate.likelihood import batches, log_softmax, of_labels
+from minigpt.evaluate.scores import Score, share
+from minigpt.infer.engine import Engine
+from minigpt.model.losses import sum_by
+
+
+def prefer(
+    engine: Engine, path: str, max_length: int, reference: Engine | None = None, beta: float = 0.1
+) -> dict[str, Score]:
+    """Measure a model on preference pairs.
+
+    Args:
+        engine: the model.
+        path: file of the pairs.
+        max_length: tokens of a prompt with its longer answer; longer ones are cut.
+        reference: the model it started from.
+        beta: scale of the rewards, as in DPO.
+
+    Returns:
+        ``accuracy`` and ``margin``: of the rewards β(log π - log π_ref) with a reference, else
+        of the answers' log-probabilities, in nats; ``KL per token`` of the whole distributions
+        at the answers' tokens, in nats; and of length: mean tokens of both answers, accuracy
+        where the better one is the shorter and where it is the longer, and the correlation of
+        the margin with the difference in length.
+
+    Raises:
+        ModelError: when the reference has another vocabulary.
+    """
+    if reference and _tokens(engine) != _tokens(reference):
+        raise ModelError(
+            "The reference has other tokens than the model: name the model it started from."
+        )
+    margins: list[float] = []
+    lengths: list[tuple[int, int]] = []
+    divergence, tokens = 0.0, 0
+    for batch in batches(engine, _samples(engine, path, max_length)):
+        logp = log_softmax(engine, batch)
+        rewards = of_labels(logp, batch)
+        if reference:
+            known = log_softmax(reference, batch)
+            divergence += float((logp.exp() * (logp - known)).sum(-1).double().sum())
+            rewards = beta * (rewards - of_labels(known, batch))
+        sums = sum_by(rewards, batch.answers, batch.n_answers)
+        counts = torch.bincount(batch.answers, minlength=batch.n_answers)
+        margins += (sums[0::2] - sums[1::2]).tolist()
+        lengths += zip(counts[0::2].tolist(), counts[1::2].tolist(), strict=True)
+        tokens += len(batch.labels)
+    found = {"accuracy": share([m > 0 for m in margins], 0.5)}
+    found["margin"] = Score(float(np.mean(margins)), len(margins))
+    if reference:
+        found["KL per token"] = Score(divergence / tokens, tokens)
+    return found | _length_bias(np.array(margins), np.array(lengths))
+
+
+def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
+    return engine.tokenizer.get_vocab(), engine.model.config.vocab_size
+
+
+def _samples(engine: Engine, path: str, max_length: int) -> Iterator[Sample]:
+    encoder = Encoder("preference", engine.tokenizer, Limits(max_length=max_length))
+    bad = BadRows()
+    for row in read_records([path], "preference", bad, None, special_texts(engine.tokenizer)):
+        for one, source in encoder.encode([row], bad):
+            runs = (len(one.prompt), len(one.first), len(one.second))
+            ids = np.array(one.prompt + one.first + one.second)
+            yield Sample(ids, *runs, None, (path, source.line))
+
+
+def _length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, Score]:
+    """Measure what length explains; `margins` [P], `lengths` [P, 2] in tokens."""
+    longer = lengths[:, 0] - lengths[:, 1]
+    found = {
+        "tokens of the better answer": Score(float(lengths[:, 0].mean()), len(lengths)),
+        "tokens of the worse answer": Score(float(lengths[:, 1].mean()), len(lengths)),
+    }
+    for name, some in (("shorter", longer < 0), ("longer", longer > 0)):
+        if some.any():
+            found[f"accuracy, better is {name}"] = share((margins[some] > 0).tolist(), 0.5)
+    if longer.std() > 0 and margins.std() > 0:
+        correlation = float(np.corrcoef(margins, longer)[0, 1])
+        found["margin and length"] = Score(correlation, len(margins))
+    return found

@@ -1,0 +1,57 @@
+"""Scores with what is needed to judge them: interval, number of items, chance level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+Z95 = 1.959964  # standard deviations of a normal distribution that hold 95% of it
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a share (Wilson 1927), which stays inside 0..1.
+
+    Args:
+        right: items that count, of `total`; a share times the items need not be whole.
+        total: items; with none nothing is known.
+    """
+    if total < 1:
+        return 0.0, 1.0
+    share, spread = right / total, Z95**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt((share * (1 - share) + spread / 4) / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number.
+
+    Attributes:
+        value: the score; shares lie in 0..1.
+        n: items it was taken over.
+        low, high: 95% interval of a share.
+        chance: what guessing would reach.
+    """
+
+    value: float
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{100 * self.value:.1f}% ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+    def plain(self) -> dict[str, float]:
+        """Return the fields that are known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def share(rights: Sequence[bool], chance: float | None = None) -> Score:
+    """Return the share of items that are right, with its interval."""
+    right, total = sum(rights), len(rights)
+    return Score(right / total if total else 0.0, total, *wilson(right, total), chance)

@@ -1,0 +1,149 @@
+"""The model card: how to use the model, what it was trained on, and how well it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minigpt.data.rows import iter_rows
+from minigpt.errors import ConfigError, DataError
+
+COUNTED_MB = 500  # of larger data files, the size is told instead of the rows
+IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+MODEL = 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
+TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+PEFT = 'model = PeftModel.from_pretrained(model, "{name}")\n'
+USES = {
+    "transformers": IMPORTS + MODEL + TOKENIZER,
+    "peft": "from peft import PeftModel\n" + IMPORTS + MODEL + PEFT + TOKENIZER,
+    "gguf": "ollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {place}\n",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Writes the model card.
+
+    Args:
+        name: of the model.
+        model: run directory, whose stages before it are told, too. Of others only the name is.
+        license: an SPDX name such as apache-2.0.
+        results: JSON files of numbers, as the `--json` of other verbs writes them.
+    """
+
+    name: str
+    model: str
+    license: str | None = None
+    results: Sequence[str] = ()
+
+    def write(
+        self, directory: Path, numbers: dict[str, Any], base: str | None = None, gguf: str = ""
+    ) -> None:
+        """Write README.md.
+
+        Args:
+            directory: where the export lies.
+            numbers: of the parity check.
+            base: of an adapter.
+            gguf: name of the GGUF file.
+
+        Raises:
+            ConfigError: for results that are no JSON object.
+        """
+        kind = "gguf" if gguf else "peft" if base else "transformers"
+        head = {"library_name": kind, "pipeline_tag": "text-generation", "tags": ["minigpt"]}
+        head |= {"license": self.license} if self.license else {}
+        if base and Path(base).exists():
+            base = "path/to/the/base"
+        head |= {"base_model": base} if base and "/the/" not in base else {}
+        use = USES[kind].format(name=self.name, place=gguf or base or self.name)
+        used = [f"{name} {version(name)}" for name in ("minigpt", "torch", "transformers", "peft")]
+        parts = [
+            f"---\n{yaml.safe_dump(head)}---\n# {self.name}\n\n```\n{use}```",
+            table("Training", TRAINING, stages(Path(self.model))),
+            *(table(title, ("measure", "value"), flat(told)) for title, told in self._results()),
+            table("Parity of this export", ("check", "value"), flat(numbers)),
+            f"## Licence\n\n{self.license or 'Not stated.'}",
+            f"Made with {', '.join(used)}.\n",
+        ]
+        (directory / "README.md").write_text("\n\n".join(filter(None, parts)), encoding="utf-8")
+
+    def _results(self) -> Iterator[tuple[str, Any]]:
+        run = Path(self.model)
+        if (run / "exam.json").is_file():
+            yield "Exam", read_object(run / "exam.json").get("scores")
+        report = run.parent / "pipeline" / "report.json"
+        if report.is_file():
+            yield "Exam of the pipeline", read_object(report).get("stages", {}).get(run.name)
+        for file in self.results:
+            yield f"Results: {Path(file).stem}", read_object(Path(file))
+
+
+TRAINING = ("stage", "data", "steps", "tokens seen", "held-out loss before", "after")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise a ConfigError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} holds no JSON object. Give results as --json writes them.")
+    return value
+
+
+def stages(run: Path) -> list[list[Any]]:
+    """Return a row for a run and each that it started from, the first one first."""
+    run = run.parent if run.name == "hf" else run
+    if not (run / "summary.json").is_file() or not (run / "config.yaml").is_file():
+        return []
+    summary = read_object(run / "summary.json")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    train = config["data"]["init_args"].get("train")
+    files = [train] if isinstance(train, str) else train or []
+    losses = [summary.get(when, {}).get("val/loss") for when in ("before", "final")]
+    data = ", ".join(f"{Path(file).name} ({rows_of(Path(file))})" for file in files)
+    row = [run.resolve().name, data, summary.get("steps"), summary.get("tokens_seen"), *losses]
+    start = config["model"]["init_args"].get("init_from")
+    before = start and Path(start).resolve() not in (run.resolve(), run.resolve() / "hf")
+    return [*(stages(Path(start)) if before else []), row]
+
+
+def rows_of(file: Path) -> str:
+    """Return how many rows a data file has now, or why that is not known."""
+    if not file.is_file():
+        return "not found any more"
+    if (size := file.stat().st_size / 1e6) > COUNTED_MB:
+        return f"{size:.0f} MB"
+    try:
+        return f"{sum(1 for _ in iter_rows(file))} rows"
+    except DataError:
+        return "not readable any more"
+
+
+def flat(values: Any, path: str = "") -> list[list[Any]]:
+    """Return [path, value] for each number or word in nested objects; lists are left out."""
+    if isinstance(values, dict):
+        return [row for key in values for row in flat(values[key], f"{path}.{key}".strip("."))]
+    return [[path, values]] if isinstance(values, str | int | float) else []
+
+
+def table(title: str, head: Sequence[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown section with a table; nothing without rows."""
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """Return a value as it stands in a table."""
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return " ".join(text.split()).replace("|", "\\|")

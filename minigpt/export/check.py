@@ -1,0 +1,217 @@
+"""Parity: what an export computes is held against what the run's model computes."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from minigpt.data.records import Message
+from minigpt.data.tokenizer import special_texts
+from minigpt.errors import ModelError
+from minigpt.infer.engine import Engine, Sampling
+
+Numbers = dict[str, Any]
+Chat = list[dict[str, str]]
+TEXTS, NEW_TOKENS, TOP = 3000, 16, 20
+QUESTIONS = ("Hello", "你好，你是谁？", "1 + 1 =")
+CHATS: list[list[tuple[str, str]]] = [
+    [("user", "Hello\n")],
+    [("system", "你是助手。"), ("user", "1 + 1 = ?")],
+    [("user", "你好"), ("assistant", "Hi, 你好！"), ("user", "<b> & {{ x }} 'n' \"m\"")],
+]
+# Texts are drawn from blocks of Unicode (scripts, symbols, everything), spaces and signs.
+BLOCKS = [(0, 0x7F), (0x80, 0x24F), (0x370, 0x6FF), (0x900, 0xDFF), (0x1E00, 0x30FF)]
+BLOCKS += [(0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0, 0xD7FF), (0xE000, 0x10FFFF)]
+SIGNS = (" ", "  ", "\n", "\r\n", "\t", "\u3000", " \n ", "'s", "'LL", "123", "，", "\u0301")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the run's model and tokenizer do.
+
+    Attributes:
+        texts: random strings, each with its ids.
+        chats: each with the prompt it becomes.
+        cases: a prompt, the likeliest reply with its end, both as ids, and the logits (reply,
+            vocabulary) that gave the reply.
+    """
+
+    texts: list[tuple[str, list[int]]]
+    chats: list[tuple[Chat, str]]
+    cases: list[tuple[list[int], list[int], Tensor]]
+
+
+def random_texts(
+    count: int, special: Sequence[str], words: Sequence[str], seed: int = 0
+) -> list[str]:
+    """Return strings of many scripts, spaces, signs, special tokens and a tokenizer's words."""
+    rng = random.Random(seed)
+
+    def piece() -> str:
+        if (kind := rng.random()) < 0.5:
+            return rng.choice([*SIGNS, *special] if kind < 0.2 else words)
+        first, last = rng.choice(BLOCKS)
+        return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 6)))
+
+    return ["".join(piece() for _ in range(rng.randint(2, 12))) for _ in range(count)]
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts, as training and inference make them."""
+    batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [one.ids for one in batch]
+
+
+def render(tokenizer: Any, chat: Chat) -> str | None:
+    """Return a chat as a prompt; None when the template refuses such a chat."""
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return None
+    return str(text)
+
+
+def prompts(tokenizer: Any) -> list[tuple[Chat, str]]:
+    """Return the chats that the tokenizer's template takes, each with the prompt it becomes."""
+    if not tokenizer.chat_template:
+        return []
+    chats = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
+    return [(chat, text) for chat in chats if (text := render(tokenizer, chat)) is not None]
+
+
+@torch.no_grad()
+def logits_of(model: Any, prompt: list[int], reply: list[int]) -> Tensor:
+    """Return the logits (reply, vocabulary) by which a model chooses the reply's tokens."""
+    out: Tensor = model(torch.tensor([prompt + reply]), use_cache=False).logits
+    return out[0, len(prompt) - 1 : -1].float()
+
+
+def observe(engine: Engine) -> Expected:
+    """Record what a model does."""
+    asked = [(Message("user", text),) if engine.codec else text for text in QUESTIONS]
+    said = engine.complete(asked, Sampling(max_new_tokens=NEW_TOKENS))
+    cases = []
+    for question, reply in zip(asked, said, strict=True):
+        ids = reply.ids + ([] if reply.ended_by is None else [reply.ended_by])
+        prompt = engine.encode(question)
+        cases.append((prompt, ids, logits_of(engine.model, prompt, ids)))
+    backend = engine.tokenizer.backend_tokenizer
+    words = backend.decode_batch([[token] for token in range(backend.get_vocab_size())])
+    texts = random_texts(TEXTS, special_texts(engine.tokenizer), list(filter(None, words)))
+    ids_of_texts = encode(engine.tokenizer, texts)
+    return Expected(list(zip(texts, ids_of_texts, strict=True)), prompts(engine.tokenizer), cases)
+
+
+def hold(numbers: Numbers, what: str, fits: bool) -> None:
+    """Raise a ModelError with the numbers of a check, unless it fits."""
+    if not fits:
+        told = ", ".join(f"{name} {value}" for name, value in numbers.items())
+        raise ModelError(
+            f"The export does not do what the model does: {what} ({told}). Nothing was kept. "
+            "Choose a finer --dtype if it was one of few bits; else please report this."
+        )
+
+
+def check_texts(
+    expected: Expected,
+    ids_of: Callable[[list[str]], list[list[int]]],
+    prompt_of: Callable[[Chat], str | None],
+) -> Numbers:
+    """Compare the ids of texts, and the prompts that chats become."""
+    texts, ids = [text for text, _ in expected.texts], [ids for _, ids in expected.texts]
+    same = sum(one == other for one, other in zip(ids_of(texts), ids, strict=True))
+    chats = sum(prompt_of(chat) == text for chat, text in expected.chats)
+    numbers = {
+        "texts_with_equal_ids": f"{same} of {len(texts)}",
+        "chats_rendered_equal": f"{chats} of {len(expected.chats)}",
+    }
+    hold(numbers, "token ids differ", same == len(texts))
+    hold(numbers, "chats are rendered otherwise", chats == len(expected.chats))
+    return numbers
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file, asked over its loopback port.
+
+    Raises:
+        ModelError: when llama.cpp refuses the file.
+    """
+
+    def __init__(self, file: Path, context: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
+        params.warmup, params.verbosity = False, 1  # errors only
+        # As exact as it gets: the cache in f32, and attention that does not round to f16.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ModelError(f"llama.cpp cannot load the export: {error}") from error
+        self.host = urlsplit(self.server.listening_address).netloc
+
+    def ask(self, path: str, **body: Any) -> Any:
+        """Post a request; return the decoded answer."""
+        with closing(http.client.HTTPConnection(self.host)) as connection:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            return json.loads(connection.getresponse().read())
+
+    def ids_of(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts, asked in one row with -1 after each."""
+        row = [part for text in texts for part in (text, -1)]
+        ids = self.ask("/tokenize", content=row, add_special=False, parse_special=True)["tokens"]
+        parts = itertools.groupby(ids, lambda token: token == -1)
+        return [list(part) for mark, part in parts if not mark]
+
+    def prompt_of(self, chat: Chat) -> str:
+        """Return the prompt that a chat becomes."""
+        return str(self.ask("/apply-template", messages=chat).get("prompt"))
+
+
+def check_llamacpp(expected: Expected, file: Path, limit: float) -> Numbers:
+    """Compare llama.cpp's ids, prompts, replies and log-probabilities of the model's replies.
+
+    Replies may part where the model itself is undecided within the limit.
+    """
+    llama = LlamaCpp(file, max(len(prompt) for prompt, _, _ in expected.cases) + NEW_TOKENS + 8)
+    numbers = check_texts(expected, llama.ids_of, llama.prompt_of)
+    same, compared, worst, parted = 0, 0, 0.0, 0.0
+    for prompt, reply, logits in expected.cases:
+        scores = logits.log_softmax(-1)
+        asked: dict[str, Any] = {"temperature": 0, "return_tokens": True}
+        said = llama.ask("/completion", prompt=prompt, n_predict=NEW_TOKENS, **asked)["tokens"]
+        same += said == reply
+        for place, (one, other) in enumerate(zip(said, reply, strict=False)):
+            if one != other:
+                parted = max(parted, float(scores[place, other] - scores[place, one]))
+                break
+        for place, token in enumerate(reply):
+            ids = prompt + reply[:place]
+            steps = llama.ask("/completion", prompt=ids, n_predict=1, n_probs=TOP, **asked)
+            # llama.cpp tells nothing where the best token is a part of a character.
+            for step in steps.get("completion_probabilities", []):
+                found = {top["id"]: top["logprob"] for top in step["top_logprobs"]}
+                moved = abs(found.get(token, -math.inf) - float(scores[place, token]))
+                worst, compared = max(worst, moved), compared + 1
+    numbers |= {"replies_equal": f"{same} of {len(expected.cases)}", "parted_at_a_gap_of": parted}
+    numbers |= {"tokens_compared": compared, "max_logprob_difference": worst, "limit": limit}
+    hold(numbers, "log-probabilities differ", worst <= limit and compared > 0)
+    hold(numbers, "replies differ", parted <= 2 * limit)
+    return numbers

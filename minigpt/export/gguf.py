@@ -1,0 +1,292 @@
+"""Export as GGUF, for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.tokenizer import QWEN2_PATTERN
+from minigpt.errors import ConfigError
+from minigpt.export.card import Card
+from minigpt.export.check import Numbers, check_llamacpp, hold, observe, render
+from minigpt.export.hf import use_plain_template
+from minigpt.files import whole_directory, whole_file
+from minigpt.infer.engine import Engine
+from minigpt.model.build import embedding_rows
+from minigpt.model.saved import generation_config
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = ("qwen3", "llama")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+BLOCK = 32  # values of a row that share a scale in q8_0 and q4_0
+# A weight's error, as a share of its tensor's largest value.
+ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045, "Q4_0": 0.126}
+LOGPROBS = {"f32": 0.01, "f16": 0.01, "bf16": 0.15, "q8_0": 0.15, "q4_0": 2.0}
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_QWEN2 = {
+    "type": "Split",
+    "pattern": {"Regex": QWEN2_PATTERN},
+    "behavior": "Isolated",
+    "invert": False,
+}
+# The pre-tokenizers that llama.cpp computes alike, by its names for them.
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "qwen2": [_QWEN2, {**_BYTES, "use_regex": False}],
+    "gpt-2": [{**_BYTES, "use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True}],
+}
+BPE_SETTINGS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("byte_fallback", "ignore_merges"),
+)
+TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+# ChatML as MiniGPT's own template renders it, in Ollama's language.
+OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+
+
+def export_gguf(
+    model: str, place: Path, card: Card, dtype: str = "f16", adapter: str | None = None
+) -> Numbers:
+    """Write a GGUF file, check it and return the numbers.
+
+    Args:
+        model: run directory, HF directory or hub id; an adapter is merged.
+        place: a file that ends in .gguf, or a directory that gets the file, a Modelfile for
+            Ollama and a model card. It appears whole once the file has passed its check.
+        card: writes the model card.
+        dtype: of the matrices; vectors are always f32.
+        adapter: LoRA directory to put on the model.
+
+    Raises:
+        ConfigError: for models and tokenizers that llama.cpp would not compute alike.
+        ModelError: when the export does not do what the model does; nothing is kept.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("GGUF export needs one more package: pip install 'minigpt[gguf]'")
+    engine = Engine.load(model, adapter)
+    check_config(engine.model.config)
+    pre = pre_tokenizer(engine.tokenizer)
+    has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
+    expected = observe(engine) if has_llamacpp else None
+    use_plain_template(engine.tokenizer)
+    alone = place.suffix == ".gguf"
+    beside: AbstractContextManager[Path] = whole_file(place) if alone else whole_directory(place)
+    with beside as partial:
+        file = partial if alone else partial / f"{card.name}-{dtype}.gguf"
+        write(engine, file, dtype, pre, card)
+        numbers = check_weights(engine, file)
+        if expected is not None:
+            numbers |= check_llamacpp(expected, file, LOGPROBS[dtype])
+        else:
+            numbers["llama.cpp"] = "not run; it needs: pip install 'minigpt[gguf]'"
+        if not alone:
+            (partial / "Modelfile").write_text(modelfile(engine, file.name), encoding="utf-8")
+            card.write(partial, numbers, gguf=file.name)
+    return numbers
+
+
+def check_config(config: Any) -> None:
+    """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
+    odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    odd += [f"rope_type {rope}"] if rope != "default" else []
+    settings = ("attention_bias", "mlp_bias", "use_sliding_window")
+    odd += [name for name in settings if getattr(config, name, False)]
+    odd += [f"hidden_act {act}"] if (act := getattr(config, "hidden_act", "silu")) != "silu" else []
+    if odd:
+        raise ConfigError(
+            f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3 and Llama models. "
+            "Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
+        )
+
+
+def pre_tokenizer(tokenizer: Any) -> str:
+    """Return llama.cpp's name of the pre-tokenizer that gives the same ids.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    bpe, pre = spec["model"], spec["pre_tokenizer"] or {}
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in pre.get("pretokenizers", [pre])
+    ]
+    names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
+    odd = [] if names else ["its pre-tokenizer"]
+    odd += ["its normalizer"] if spec["normalizer"] else []
+    if bpe["type"] != "BPE" or any(bpe.get(setting) for setting in BPE_SETTINGS):
+        odd.append("its model")
+    if any(token.get(flag) for token in spec["added_tokens"] for flag in TOKEN_FLAGS):
+        odd.append("an added token that takes in what is beside it")
+    if odd:
+        raise ConfigError(
+            "This tokenizer cannot be exported to GGUF: llama.cpp would give other token ids, "
+            f"because of {' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
+        )
+    return names[0]
+
+
+def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield the weights under their GGUF names, with llama.cpp's order of rows."""
+    import gguf
+
+    config = engine.model.config
+    arch = gguf.MODEL_ARCH[config.model_type.upper()]
+    names: Any = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, weight in engine.model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        value = weight.detach().float().numpy()
+        part = name.split(".")[-2]
+        if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+            # A head's halves are rotated by transformers, its neighbouring pairs by llama.cpp.
+            kv = part == "k_proj"
+            heads = config.num_key_value_heads if kv else config.num_attention_heads
+            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        yield names.get_name(name, (".weight",)), value
+
+
+def storage(name: str, value: NDArray[np.float32], dtype: str) -> Any:
+    """Return how a weight is stored: vectors exactly, odd rows as f16, 4-bit embeddings as q8_0."""
+    from gguf import GGMLQuantizationType as Kind
+
+    if value.ndim == 1:
+        return Kind.F32
+    if dtype.startswith("q") and value.shape[-1] % BLOCK:
+        return Kind.F16
+    if dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        return Kind.Q8_0
+    return Kind[dtype.upper()]
+
+
+def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
+    """Write the GGUF file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, engine.model.config.model_type)
+    writer.add_name(card.name)
+    if card.license:
+        writer.add_license(card.license)
+    kind = ("ALL_" if dtype == "f32" else "MOSTLY_") + dtype.upper()
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    rows = embedding_rows(engine.model)
+    add_sizes(writer, engine.model.config, rows)
+    add_tokenizer(writer, engine.tokenizer, pre, rows)
+    odd = []
+    for name, value in tensors(engine):
+        kind = storage(name, value, dtype)
+        odd += [f"{name} {kind.name}"] if value.ndim > 1 and kind.name != dtype.upper() else []
+        writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+    if odd:
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        log.warning("Not stored as %s: %s%s.", dtype, odd[0], others)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_sizes(writer: Any, config: Any, rows: int) -> None:
+    """Write the sizes of the model."""
+    writer.add_vocab_size(rows)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
+    """Write the tokenizer, with a text and a type for each row of the embedding."""
+    from gguf import TokenType
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
+    added = tokenizer.added_tokens_decoder
+    texts, types = [], []
+    for index in range(rows):
+        text = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        kind = TokenType.UNUSED if text is None else TokenType.NORMAL
+        if index in added:
+            kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+        texts.append(f"[UNUSED{index}]" if text is None else text)
+        types.append(int(kind))
+    end = tokenizers.document_end(tokenizer)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    # llama.cpp takes token 11 where none is named. It is never put before a text.
+    writer.add_bos_token_id(end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_eos_token_id(end if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_weights(engine: Engine, file: Path) -> Numbers:
+    """Read a GGUF file again and compare each weight with the model's.
+
+    Raises:
+        ModelError: when one is missing or further off than its storage rounds.
+    """
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    worst: dict[str, float] = {}
+    count = 0
+    for name, value in tensors(engine):
+        kind = stored[name].tensor_type
+        read = gguf.quants.dequantize(stored[name].data, kind).reshape(value.shape)
+        error = float(np.abs(read - value).max()) / (float(np.abs(value).max()) or 1.0)
+        told = {"tensor": name, "stored_as": kind.name, "error": error}
+        hold(told, "weights differ", error <= ROUNDING[kind.name])
+        worst[kind.name], count = max(worst.get(kind.name, 0.0), error), count + 1
+    hold({"tensors": count}, f"the file has {len(stored)} tensors", count == len(stored))
+    return {"tensors": count} | {f"max_error_{kind}": error for kind, error in worst.items()}
+
+
+def modelfile(engine: Engine, name: str) -> str:
+    """Return the text of an Ollama Modelfile."""
+    tokenizer: Any = engine.tokenizer
+    lines = [f"FROM ./{name}"]
+    if not tokenizer.chat_template:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif is_chatml(tokenizer):
+        lines.append(f'TEMPLATE """{OLLAMA_TEMPLATE}"""')
+    else:
+        log.warning("The chat template is not ChatML: Ollama makes what it can of the GGUF's.")
+    ends: Any = generation_config(tokenizer).eos_token_id
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in ends]
+    lines.append(f"PARAMETER num_ctx {min(engine.model.config.max_position_embeddings, 4096)}")
+    return "\n".join(lines) + "\n"
+
+
+def is_chatml(tokenizer: Any) -> bool:
+    """Whether chats are rendered as MiniGPT's own template renders them."""
+    chat = [{"role": r, "content": f"{r} 1\n"} for r in ("system", "user", "assistant", "user")]
+    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]
+    return render(tokenizer, chat) == "".join(turns) + "<|im_start|>assistant\n"

@@ -1,0 +1,149 @@
+"""Export as a transformers directory or a peft adapter that older stacks load, too."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from minigpt.errors import ConfigError
+from minigpt.export.card import Card
+from minigpt.export.check import (
+    Expected,
+    Numbers,
+    check_texts,
+    encode,
+    hold,
+    logits_of,
+    observe,
+    prompts,
+    render,
+)
+from minigpt.files import whole_directory, write_json
+from minigpt.infer.engine import Engine
+from minigpt.model.lora import merge, save_adapter
+from minigpt.model.saved import ADAPTER, base_of, find_model, save_model
+
+SAME, MERGED = 1e-5, 1e-3  # the same weights; W x + B A x against (W + B A) x in fp32
+# A tag as Jinja reads it in transformers, with the white space that it swallows.
+MARK = re.compile(
+    r"(?:\s*\{%-|^[ \t]*\{%|\{%\+?)\s*(?:end)?generation\s*(?:-%\}\s*|\+%\}|%\}\n?)", re.MULTILINE
+)
+
+
+def use_plain_template(tokenizer: Any) -> None:
+    """Take the ``{% generation %}`` marks, which only transformers knows, out of the template.
+
+    Raises:
+        ConfigError: when chats would be rendered otherwise without them.
+    """
+    if not tokenizer.chat_template:
+        return
+    before = prompts(tokenizer)
+    tokenizer.chat_template = MARK.sub("", tokenizer.get_chat_template())
+    if prompts(tokenizer) != before:
+        raise ConfigError(
+            "The chat template cannot be exported: without its {% generation %} marks it renders "
+            "chats otherwise. Put the marks around the assistant's text alone."
+        )
+
+
+def export_hf(
+    model: str,
+    directory: Path,
+    card: Card,
+    adapter: str | None = None,
+    keep_adapter: bool = False,
+    base_name: str | None = None,
+) -> Numbers:
+    """Write a transformers directory, or a peft adapter; check it and return the numbers.
+
+    Args:
+        model: run directory, HF directory or hub id; an adapter directory brings its base.
+        directory: appears whole once it has passed its check.
+        card: writes the model card.
+        adapter: LoRA directory to put on the model.
+        keep_adapter: export the adapter alone instead of the merged model.
+        base_name: written into the adapter as its base's name.
+
+    Raises:
+        ConfigError: when there is no adapter to keep, or it cannot stand alone.
+        ModelError: when the export does not do what the model does; nothing is kept.
+    """
+    engine = Engine.load(model, adapter, merged=False)
+    base = base_to_keep(engine, model, adapter) if keep_adapter else None
+    expected = observe(engine)
+    use_plain_template(engine.tokenizer)
+    with whole_directory(directory) as partial:
+        limit = SAME
+        if base is not None and engine.adapter is not None:
+            save_adapter(engine.adapter, engine.tokenizer, partial)
+            if base_name:
+                config = json.loads((partial / ADAPTER).read_text())
+                write_json(partial / ADAPTER, config | {"base_model_name_or_path": base_name})
+        else:
+            if engine.adapter is not None:
+                engine.model, limit = merge(engine.adapter), MERGED
+            save_model(engine.model, engine.tokenizer, partial)
+        name_for_older_stacks(partial, engine)
+        del engine  # before it is loaded a second time
+        numbers = check_directory(expected, partial, limit, base)
+        card.write(partial, numbers, base=base_name or base)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors are written for their owner only
+    return numbers
+
+
+def base_to_keep(engine: Engine, model: str, adapter: str | None) -> str:
+    """Return the base of an adapter that is to be exported alone.
+
+    Raises:
+        ConfigError: when there is none, or it lacks tokens that the adapter was trained with.
+    """
+    if engine.adapter is None:
+        raise ConfigError(f"{model} has no adapter to keep. Give --adapter, or a LoRA run.")
+    base = str(find_model(model) if adapter else base_of(Path(find_model(model))))
+    rows, tokens = AutoConfig.from_pretrained(base).vocab_size, len(engine.tokenizer)
+    if rows < tokens:
+        raise ConfigError(
+            f"The adapter cannot be kept apart: it was trained with {tokens} tokens, and its base "
+            f"{base} has {rows}. Export the merged model instead."
+        )
+    return base
+
+
+def name_for_older_stacks(directory: Path, engine: Engine) -> None:
+    """Write the tokenizer's config as transformers 4, and what is built on it, reads it."""
+    file = directory / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = {k: v for k, v in config.items() if k not in ("backend", "is_local")}
+    if isinstance(config.get("extra_special_tokens"), list):  # on which transformers 4 fails
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if positions := getattr(engine.model.config, "max_position_embeddings", None):
+        config["model_max_length"] = min(config.get("model_max_length", positions), positions)
+    if engine.tokenizer.chat_template:  # beside the file that newer stacks read
+        config["chat_template"] = engine.tokenizer.chat_template
+    write_json(file, config)
+
+
+def check_directory(
+    expected: Expected, directory: Path, limit: float, base: str | None = None
+) -> Numbers:
+    """Load an export as a user would, with plain transformers and peft, and compare."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    numbers = check_texts(
+        expected, lambda texts: encode(tokenizer, texts), lambda chat: render(tokenizer, chat)
+    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base or directory, dtype=torch.float32)
+    if base is not None:
+        loaded = PeftModel.from_pretrained(loaded, str(directory))
+    moved = [logits_of(loaded.eval(), p, r) - logits for p, r, logits in expected.cases]
+    worst = max(float(difference.abs().max()) for difference in moved)
+    numbers |= {"max_logit_difference": worst, "limit": limit}
+    hold(numbers, "logits differ", worst <= limit)
+    return numbers

@@ -1,0 +1,287 @@
+"""The fast way to decode: Qwen3 and Llama with fused weights and a cache of slots.
+
+One row times a matrix costs what reading the matrix costs, and all around it is overhead. So
+the matrices are few (q, k and v are one, gate and up another), they lie as the product reads
+them, the norms' weights are multiplied into them, and the cache is written in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+
+ROOM = 64  # positions by which the cache grows at least
+
+Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
+
+
+def is_native(model: PreTrainedModel) -> bool:
+    """Whether a model can be decoded here: a plain Qwen3 or Llama with whole weights."""
+    config: Any = model.config
+    if type(model) not in (Qwen3ForCausalLM, LlamaForCausalLM) or config.hidden_act != "silu":
+        return False
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    layers = (m for n, m in model.named_modules() if n.endswith(("_proj", "lm_head")))
+    return rope in ("default", "llama3", "linear") and not windows and all(map(_is_plain, layers))
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is a matrix and no more: no adapter, no bias, no shard of one."""
+    if type(layer) is not nn.Linear or layer.bias is not None:
+        return False
+    whole = (layer.out_features, layer.in_features)
+    return type(layer.weight) is nn.Parameter and layer.weight.shape == whole
+
+
+class Matrix:
+    """A weight [out, in] that rows are multiplied by; with `int8` kept as such as well."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, int8: bool) -> None:
+        self.packed = _int8(weight) if int8 else None
+        self.weight = weight.t().to(dtype).contiguous()
+
+    def __call__(self, x: Tensor, whole: bool = False) -> Tensor:
+        """Return x @ weight.T; x [T, in]; `whole` asks for the exact weight."""
+        if self.packed is None or whole:
+            return x.mm(self.weight)
+        # 7 bits: without VNNI, products of full bytes overflow where they are summed in pairs.
+        out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, True)
+        return out
+
+    def add(self, base: Tensor, x: Tensor, whole: bool) -> Tensor:
+        """Return base + x @ weight.T."""
+        if self.packed is None or whole:
+            return torch.addmm(base, x, self.weight)
+        return base + self(x)
+
+
+def _int8(weight: Tensor) -> Any:
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    values = (weight / scale[:, None]).round().to(torch.int8)
+    zero = torch.zeros(len(scale), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*quantized tensor creation functions.*")
+        made = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
+        return torch.ops.quantized.linear_prepack(made, None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer's weights: the norms before qkv and gate_up are multiplied into them."""
+
+    qkv: Matrix
+    norm: Tensor | None  # [H + K, D], of queries and keys
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+
+class Weights:
+    """A model's weights, laid out for decoding.
+
+    Args:
+        model: for which `is_native` holds.
+        dtype: to compute in.
+        int8: decode with int8 weights; prompts are read with the exact ones.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, int8: bool = False) -> None:
+        config: Any = model.config
+        body: Any = model.base_model
+        head: Any = model.lm_head
+        self.dtype, self.heads = dtype, int(config.num_attention_heads)
+        self.kv = int(config.num_key_value_heads)
+        self.width = int(body.layers[0].self_attn.head_dim)
+        self.rope, self._matrix = body.rotary_emb, partial(Matrix, dtype=dtype, int8=int8)
+        self._floors = {  # what the norms' epsilon adds to the length of a vector, by its size
+            size: torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
+            for size in (config.hidden_size, self.width)
+        }
+        self.embedding: Tensor = body.embed_tokens.weight.to(dtype)
+        # Rotary pairs, half a head apart, are put side by side: as one complex number each.
+        self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
+        self.layers = [self._layer(layer) for layer in body.layers]
+        self.head = self._matrix(head.weight.float() * self._folded(body.norm.weight))
+
+    def _folded(self, norm: Tensor) -> Tensor:
+        folded: Tensor = norm.float() * norm.numel() ** 0.5  # `unit` gives vectors of length 1
+        return folded
+
+    def _layer(self, layer: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        turned = [
+            m.weight.unflatten(0, (-1, self.width))[:, self._pairs].flatten(0, 1)
+            for m in (attention.q_proj, attention.k_proj)
+        ]
+        qkv = torch.cat([*turned, attention.v_proj.weight]).float()
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).float()
+        norm = None
+        if hasattr(attention, "q_norm"):
+            norms = [(attention.q_norm, self.heads), (attention.k_norm, self.kv)]
+            rows = [self._folded(n.weight)[self._pairs].expand(count, -1) for n, count in norms]
+            norm = torch.cat(rows)
+        return Layer(
+            self._matrix(qkv * self._folded(layer.input_layernorm.weight)),
+            norm,
+            self._matrix(attention.o_proj.weight.float()),
+            self._matrix(gate_up * self._folded(layer.post_attention_layernorm.weight)),
+            self._matrix(mlp.down_proj.weight.float()),
+        )
+
+    def rotations(self, length: int) -> Tensor:
+        """Return the rotary factors of all positions, complex [length, 1, D / 2]."""
+        places = torch.arange(length, device=self.embedding.device)[None]
+        cos, sin = self.rope(torch.empty(0, device=places.device), places)
+        half = self.width // 2
+        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Return RMS-normed vectors over the root of their size: of length 1."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        unit: Tensor = x / norm.hypot(self._floors[x.shape[-1]])
+        return unit.to(x.dtype)
+
+    def forward(self, tokens: Tensor, turns: Tensor, attend: Attend, whole: bool) -> Tensor:
+        """Return the last layer's output [T, hidden] for a row of tokens [T].
+
+        Args:
+            tokens: ids; `turns` are their rotary factors [T, 1, D / 2].
+            attend: keeps keys and values, and computes the attention.
+            whole: use exact weights though there are int8 ones.
+        """
+        x = F.embedding(tokens, self.embedding)
+        turned = self.heads + self.kv
+        for index, layer in enumerate(self.layers):
+            heads = layer.qkv(self.unit(x), whole).view(len(x), -1, self.width)
+            self._turn(heads[:, :turned], layer.norm, turns)
+            x = layer.out.add(x, attend(index, heads), whole)
+            gate, up = layer.gate_up(self.unit(x), whole).chunk(2, -1)
+            x = layer.down.add(x, F.silu(gate).mul_(up), whole)
+        return x
+
+    def _turn(self, heads: Tensor, norm: Tensor | None, turns: Tensor) -> None:
+        """Norm and rotate queries and keys in place."""
+        exact = heads.float()
+        if norm is not None:
+            exact = self.unit(exact).mul_(norm)
+        torch.view_as_complex(exact.view(*exact.shape[:2], -1, 2)).mul_(turns)
+        if exact.data_ptr() != heads.data_ptr():
+            heads.copy_(exact)
+
+    def logits(self, x: Tensor, whole: bool) -> Tensor:
+        """Return logits [T, V] of outputs [T, hidden]."""
+        return self.head(self.unit(x), whole)
+
+
+class Native:
+    """Decodes requests with fused weights over one cache of slots.
+
+    The active requests are its first rows, so that a step computes with these and no more.
+
+    Args:
+        weights: the model's.
+    """
+
+    joins = True  # a new request is decoded together with those that are there
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.lengths: list[int] = []
+        self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
+        self.turns = weights.rotations(0)
+
+    @torch.inference_mode()
+    def admit(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
+        first, device = len(self.lengths), self.turns.device
+        self.lengths += map(len, prompts)
+        self._reserve()
+        ends = torch.tensor([0, *map(len, prompts)]).cumsum(0).tolist()
+        spans = list(pairwise(ends))
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        places = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        split = self.weights.heads, self.weights.kv
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            outs = []
+            for row, (start, end) in enumerate(spans, first):
+                own = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
+                kept = own[split[0] :].unflatten(0, (2, -1))
+                self.caches[layer][:, row, :, : end - start] = kept
+                q, k, v = (part[None] for part in own.split((*split, split[1])))
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                outs.append(out[0].transpose(0, 1).flatten(1))
+            return torch.cat(outs)
+
+        out = self.weights.forward(tokens, self.turns[places], attend, whole=True)
+        return self.weights.logits(out[torch.tensor(ends[1:], device=device) - 1], whole=True)
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Add a token to each row; return the logits [n, V] that follow."""
+        weights, rows, device = self.weights, len(self.lengths), self.turns.device
+        places = torch.tensor(self.lengths, device=device)
+        self.lengths = [length + 1 for length in self.lengths]
+        self._reserve()
+        longest = max(self.lengths)
+        # One row is written by plain indices, which takes a third of the time.
+        at: Any = (0, longest - 1) if rows == 1 else (torch.arange(rows, device=device), places)
+        mask = None
+        if min(self.lengths) < longest:
+            hidden = torch.arange(longest, device=device) > places[:, None]
+            mask = torch.zeros(hidden.shape, dtype=weights.dtype, device=device)
+            mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            cache = self.caches[layer]
+            new = heads[:, weights.heads :].view(rows, 2, weights.kv, weights.width)
+            cache[:, at[0], :, at[1]] = new[0] if rows == 1 else new
+            # The query heads of a group are as several queries: its keys are read once.
+            q = heads[:, : weights.heads].view(rows, weights.kv, -1, weights.width)
+            keys, values = cache[:, :rows, :, :longest].unbind()
+            return scaled_dot_product_attention(q, keys, values, mask).flatten(1)
+
+        given = torch.tensor(tokens, device=device)
+        out = weights.forward(given, self.turns[places], attend, whole=False)
+        return weights.logits(out, whole=False)
+
+    @torch.inference_mode()
+    def drop(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = self.lengths.pop()
+        if row < (end := len(self.lengths)):
+            self.lengths[row] = last
+            for cache in self.caches:
+                cache[:, row, :, :last] = cache[:, end, :, :last]
+
+    def _reserve(self) -> None:
+        """Make room for the rows as they are now."""
+        rows, length = len(self.lengths), max(self.lengths)
+        held_rows, held = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
+        if rows <= held_rows and length <= held:
+            return
+        more = held_rows if rows <= held_rows else max(rows, 2 * held_rows)
+        positions = held if length <= held else max(length + ROOM, held * 3 // 2)
+        shape = (2, more, self.weights.kv, positions, self.weights.width)
+        for index in range(len(self.weights.layers)):
+            # Zeros, because what the mask hides is still multiplied, by 0.
+            cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
+            if held:
+                cache[:, :held_rows, :, :held] = self.caches[index]
+                self.caches[index] = cache
+            else:
+                self.caches.append(cache)
+        if positions > len(self.turns):
+            self.turns = self.weights.rotations(positions)

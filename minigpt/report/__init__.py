@@ -1,0 +1,1 @@
+"""HTML and Markdown reports: pages that need nothing but a browser."""

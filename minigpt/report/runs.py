@@ -1,0 +1,137 @@
+"""Read what runs left behind. What is missing or damaged is stated, never guessed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from minigpt.errors import ConfigError
+
+Value = TypeVar("Value")
+MADE = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
+KINDS = {"Pretrain": "Pretraining", "SFT": "SFT", "DPO": "DPO", "LoRA": "LoRA"}
+
+
+@dataclass
+class Run:
+    """A run directory.
+
+    Attributes:
+        name: how the run is told from the others.
+        config, summary, exam: what the files of these names hold.
+        metrics: rows of metrics.jsonl.
+        samples: (step, prompt, reply) in order.
+        gaps: what could not be read, in words.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exam: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[tuple[int, str, str]] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> str:
+        """What kind of training it was."""
+        told = found(self.summary, "stage", str) or found(self.config, "model class_path", str)
+        name = str(told or "unknown").rpartition(".")[2].removesuffix("Module")
+        return KINDS.get(name, name)
+
+    def series(self, metric: str) -> list[tuple[float, float]]:
+        """Return (step, value) of a metric."""
+        points = [(r["step"], r[metric]) for r in self.metrics if is_number(r.get(metric))]
+        return sorted(points, key=lambda point: point[0])
+
+    def read(self, name: str, parse: Callable[[str], Value], empty: Value) -> Value:
+        """Return a file of the run, or `empty` with a gap noted."""
+        try:
+            value = parse((self.path / name).read_text(encoding="utf-8"))
+            if isinstance(value, type(empty)):
+                return value
+            self.gaps.append(f"{name} is damaged: it holds no object")
+        except FileNotFoundError:
+            if name != "exam.json":
+                self.gaps.append(f"{name} is missing")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            self.gaps.append(f"{name} is damaged: {str(error).splitlines()[0]}")
+        return empty
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def found(value: object, path: str, kind: type[Any] = object) -> Any:
+    """Follow a path of keys through what a file held; None where it ends or is no `kind`."""
+    for key in path.split():
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, kind) else None
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ConfigError: when it holds no run at all.
+    """
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in MADE):
+        raise ConfigError(
+            f"There is no run in {folder}: it has none of {', '.join(MADE)}. Name a directory that "
+            "`minigpt fit` wrote, such as outputs/pretrain."
+        )
+    run = Run(folder, folder.resolve().name)
+    run.config = run.read("config.yaml", yaml.safe_load, {})
+    run.summary = run.read("summary.json", json.loads, {})
+    run.exam = run.read("exam.json", json.loads, {})
+    run.metrics = run.read("metrics.jsonl", lambda text: _metrics(text, run.gaps), [])
+    run.samples = _samples(run)
+    return run
+
+
+def _metrics(text: str, gaps: list[str]) -> list[dict[str, Any]]:
+    rows, bad = [], 0
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and is_number(row.get("step")):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        gaps.append(f"metrics.jsonl: {bad} damaged lines were left out")
+    return rows
+
+
+def _samples(run: Run) -> list[tuple[int, str, str]]:
+    """Read the replies logged as text to TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[tuple[int, str], str] = {}
+    for file in sorted(run.path.glob("events.out.tfevents.*")):
+        try:
+            events = EventAccumulator(str(file), size_guidance={"tensors": 0, "scalars": 1})
+            events.Reload()
+            if "samples/text_summary" not in events.Tags()["tensors"]:
+                continue
+            for event in events.Tensors("samples/text_summary"):
+                text = event.tensor_proto.string_val[0].decode()
+                _, *parts = re.split(r"(?:^|\n\n)\*\*(.+?)\*\*\n\n> ?", text, flags=re.DOTALL)
+                pairs = zip(parts[::2], parts[1::2], strict=True)
+                found |= {(event.step, prompt): reply for prompt, reply in pairs}
+        except Exception as error:  # a damaged event file raises whatever its bytes make it
+            run.gaps.append(f"{file.name} is damaged: {type(error).__name__}")
+    return [(step, prompt, reply) for (step, prompt), reply in sorted(found.items())]

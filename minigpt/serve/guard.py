@@ -1,0 +1,108 @@
+"""What stands before the application: who may ask, how much, and what is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import time
+from functools import partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minigpt.serve.worker import Worker
+
+OPEN = {"/", "/health"}  # they hold nothing that needs a key
+PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
+LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def refusal(
+    status: int, message: str, code: str | None = None, param: str | None = None, **headers: str
+) -> Response:
+    """Return an error in OpenAI's form. ASCII, as a client's words may be no valid Unicode."""
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message[:1000], "type": kind, "param": param, "code": code}
+    more = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(json.dumps({"error": error}), status, HEADERS | more, "application/json")
+
+
+class Metrics:
+    """What is counted, for Prometheus."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        by: dict[str, Any] = {"namespace": "minigpt", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **by)
+        self.seconds = Histogram("request_seconds", "Time to the end.", ["path"], **by)
+        by["labelnames"] = ["model"]
+        self.prompt = Counter("prompt_tokens", "Tokens of prompts.", **by)
+        self.said = Counter("generated_tokens", "Tokens of answers.", **by)
+        self.first = Histogram("first_token_seconds", "Time until an answer begins.", **by)
+        load = Gauge("load_sequences", "Sequences that are written or wait.", **by)
+        for name in worker.engines:
+            load.labels(name).set_function(partial(worker.load, name))
+
+
+class Guard:
+    """Middleware that refuses before anything is computed.
+
+    Args:
+        app: the application.
+        metrics: where requests are counted.
+        key: the Bearer key. None for an open server, which listens on loopback only; it answers
+            only to loopback names, so that no web page can reach it by a name of its own.
+        max_body: longest body in bytes.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None, max_body: int) -> None:
+        self.app, self.metrics, self.max_body = app, metrics, max_body
+        self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and count it; status 499 stands for a client that left."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status, size = time.perf_counter(), 499, 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise HTTPException(413, f"The body is longer than {self.max_body} bytes.")
+            return message
+
+        try:
+            await (self._refuses(scope) or self.app)(scope, limited, counted)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    def _refuses(self, scope: Scope) -> Response | None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if self.digest is None:
+            if LOOPBACK.fullmatch(headers.get(b"host", "")):
+                return None
+            return refusal(403, "This server answers to localhost only.")
+        scheme, _, given = headers.get(b"authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
+        same = hmac.compare_digest(digest, self.digest)
+        if scope["path"] in OPEN or (same and scheme.lower() == "bearer"):
+            return None
+        words = "Incorrect API key. Send it as: Authorization: Bearer <key>."
+        return refusal(401, words, "invalid_api_key", www_authenticate="Bearer")

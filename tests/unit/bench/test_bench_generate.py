@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+
+Minigpt = Callable[..., Any]
+SHORT = ("--tokens", "3", "--repeats", "1")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_arm_is_measured(
+    minigpt: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    monkeypatch.setattr("minigpt.model.optim.fast_bf16", lambda _: bf16)
+    size = {
+        "model": {"init_args": {"architecture": tiny_runs.ARCHITECTURE | {"max_positions": 256}}}
+    }
+    (tmp_path / "size.yaml").write_text(json.dumps(size))
+    file = tmp_path / "deep" / "result.json"
+    options = ("--size", tmp_path / "size.yaml", *SHORT, "--json", file)
+    outcome = minigpt("bench", "generate", *options)
+    assert outcome.status == 0
+    result = json.loads(file.read_text())
+    arms = {"transformers_fp32", "fp32", "int8", "one_by_one_fp32", "batch_fp32"}
+    ratios = {"ratio_fp32", "ratio_int8", "ratio_batch"}
+    if bf16:
+        arms |= {"transformers_bf16", "bf16", "one_by_one_bf16", "batch_bf16"}
+        ratios.add("ratio_bf16")
+    assert {name for name in result if name.endswith("_per_s")} == {
+        f"{arm}_tokens_per_s" for arm in arms
+    }
+    assert {name for name in result if name.startswith("ratio")} == ratios
+    assert result["ratio_fp32"] == pytest.approx(
+        result["fp32_tokens_per_s"] / result["transformers_fp32_tokens_per_s"], abs=0.01
+    )
+    assert ("has no bf16" in result["bf16"]) == (not bf16)
+    assert result["threads"] == torch.get_num_threads()
+    assert f"ratio_int8{'':26} {result['ratio_int8']}" in outcome.out
+
+
+def test_a_saved_model_is_measured(minigpt: Minigpt, tmp_path: Path) -> None:
+    tiny.model("qwen3").save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path)
+    outcome = minigpt("bench", "generate", "--model", tmp_path, *SHORT)
+    assert outcome.status == 0
+    assert f"parameters{'':26} {tiny.model('qwen3').num_parameters()}" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", "--size", "9t"), "--size 9t: there is no"),
+        (("sleep",), "Unknown benchmark: sleep. Known: generate"),
+    ],
+)
+def test_mistakes_are_told(minigpt: Minigpt, args: tuple[str, ...], message: str) -> None:
+    outcome = minigpt("bench", *args)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "minigpt bench generate" in minigpt("bench").out

@@ -1,0 +1,92 @@
+"""What is shown as trained on is what the loss is computed on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minigpt.corpus.show import coloured, html, plain, segments
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import collate
+from minigpt.data.datamodule import Selection
+from minigpt.data.store import Limits, open_store
+
+CHATS = [
+    {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]}
+    for roles, texts in (
+        (("user", "assistant"), ("你好<b>", "您好！👩‍👧")),
+        (
+            ("system", "user", "assistant", "user", "assistant"),
+            ("Be kind.", "hi", "yo", "bye", "see you " * 30),
+        ),
+    )
+]
+ROWS: dict[str, list[Any]] = {
+    "text": [{"text": "春眠不觉晓\nthe cat"}, {"text": "the cat sat " * 40}],
+    "chat": CHATS,
+    "preference": [{"prompt": "问？", "chosen": "好答案 " * 20, "rejected": "坏"}],
+}
+
+
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_targets_are_those_of_the_batch(
+    kind: Any, write: Any, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path, tokenizer = write(ROWS[kind]), tokenizers.load(tokenizer_dir)
+    store = open_store(path, kind, tokenizer, Limits(64), tmp_path / "cache")
+    batch = collate([Selection(store).sample(i) for i in range(len(store))])
+    parts = list(segments(path, tokenizer, None, 64, rows=10))
+    counts = [list(map(int, re.findall(r"(\d+) t", part.heading))) for part in parts]
+    assert sum(tokens for tokens, _ in counts) == batch.n_tokens
+    assert sum(targets for _, targets in counts) == len(batch.labels)
+    borders = np.cumsum([0, *(tokens for tokens, _ in counts)])
+    assert set(batch.cu_seqlens.tolist()) <= set(borders.tolist())
+    decode = tokenizer.backend_tokenizer.decode
+    shown = "".join(text for part in parts for text, _ in part.tokens)
+    pieces = np.split(batch.input_ids.numpy(), borders[1:-1])
+    assert shown == "".join(decode(ids, skip_special_tokens=False) for ids in pieces)
+
+
+def test_a_chat_without_colours(write: Any, tokenizer_dir: Path) -> None:
+    part = next(segments(write(CHATS), tokenizers.load(tokenizer_dir)))
+    assert plain(part) == (
+        "<|im_start|>user\n你好<b><|im_end|>\n<|im_start|>assistant\n⟦您好！👩‍👧<|im_end|>⟧"
+    )
+
+
+def test_characters_are_whole_although_tokens_are_bytes(write: Any, tokenizer_dir: Path) -> None:
+    part = next(segments(write(CHATS), tokenizers.load(tokenizer_dir)))
+    assert not any("\ufffd" in text for text, _ in part.tokens)
+    assert ("您", True) in part.tokens
+    lines = coloured(part)
+    marked = {lines.plain[s.start : s.end] for s in lines.spans if "on " in str(s.style)}
+    assert {"您", "<|im_end|>"} <= marked
+    assert "你" not in marked
+
+
+def test_the_page_is_escaped_and_marks_targets(write: Any, tokenizer_dir: Path) -> None:
+    page = html(list(segments(write(CHATS), tokenizers.load(tokenizer_dir))))
+    assert "<b>" not in page
+    assert "&lt;" in page
+    assert '<span class="t">您</span>' in page or '<span class="t o">您</span>' in page
+    assert '<span class="m">你</span>' in page or '<span class="m o">你</span>' in page
+
+
+def test_the_verb(write: Any, tokenizer_dir: Path, tmp_path: Path, minigpt: Any) -> None:
+    path, page = write(CHATS * 3), tmp_path / "show.html"
+    options = ("data", "show", path, "--tokenizer", tokenizer_dir)
+    outcome = minigpt(*options, "--start", 2, "--rows", 2, "--max_length", 40, "--html", page)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"{path}:2: 40 tokens, " in outcome.out
+    assert f"{path}:3: " in outcome.out
+    assert f"{path}:4: " not in outcome.out
+    assert page.read_text("utf-8").count("<figure>") == 2
+    assert f"{path}:3:" in minigpt(*options).out  # three rows by default
+    assert "There is no row from line 9" in minigpt(*options, "--start", 9).err
+    assert "not a text row" in minigpt(*options, "--kind", "text").err
+    assert "need --tokenizer" in minigpt("data", "show", path).err
+    assert "no tokenizer at" in minigpt("data", "show", path, "--tokenizer", tmp_path).err

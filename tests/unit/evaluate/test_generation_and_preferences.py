@@ -1,0 +1,149 @@
+"""Generation health and preferences, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from minigpt.data.tokenizer import load
+from minigpt.errors import ModelError
+from minigpt.evaluate.health import health, loops, words
+from minigpt.evaluate.preferences import prefer
+from minigpt.infer.engine import Engine, Reply
+
+
+def test_words_of_any_script() -> None:
+    assert words("It's 3 cats, 猫が好き！") == ["It", "'", "s", "3", "cats", ",", *"猫が好き！"]
+
+
+@pytest.mark.parametrize(
+    ("text", "looped"),
+    [
+        ("ha " * 6, True),
+        ("ha " * 5, False),
+        ("so and then it went on and then it went on and then it went on", True),
+        ("on and on and on we went", False),
+        ("我不知道。我不知道。我不知道。", True),
+        ("", False),
+    ],
+)
+def test_loops_at_the_end(text: str, looped: bool) -> None:
+    assert loops(words(text)) == looped
+
+
+def test_health() -> None:
+    replies = [
+        Reply("a b c d a b c d", [1, 2, 3, 4, 5, 6], 0),  # of five 4-grams four are different
+        Reply("x x x x x x x x", [1, 2], None),  # of five 4-grams one
+    ]
+    found = health(replies)
+    values = {name: one.value for name, one in found.items()}
+    assert values == pytest.approx(
+        {
+            "repeated 4-grams": 0.5,
+            "distinct-1": 5 / 16,
+            "distinct-2": 5 / 14,  # ab bc cd da xx
+            "loop rate": 0.5,
+            "end rate": 0.5,
+            "length": 4.0,
+        }
+    )
+    assert found["repeated 4-grams"].n == 10
+    assert health([Reply("", [], 0)])["repeated 4-grams"].value == 0.0
+
+
+PAIRS = [
+    {"prompt": "the cat", "chosen": "sat on the mat", "rejected": "sat"},
+    {"prompt": "the dog", "chosen": "sat", "rejected": "log log the log"},
+    {"prompt": "a dog", "chosen": "the log", "rejected": "the mat"},
+]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return str(file)
+
+
+def engine(tmp_path: Path, seed: int, **changes: int) -> Engine:
+    return Engine(tiny.model("qwen3", seed, **changes), load(tiny.tokenizer(tmp_path / "tok")))
+
+
+def answers(model: Engine) -> list[list[torch.Tensor]]:
+    """Log-probabilities [tokens, V] at the tokens of each pair's answers, and those tokens."""
+    found = []
+    for row in PAIRS:
+        ask = model.codec.encode(  # type: ignore[union-attr]
+            [f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"]
+        )[0]
+        pair = []
+        for side in ("chosen", "rejected"):
+            said = model.codec.encode([f"{row[side]}<|im_end|>"])[0]  # type: ignore[union-attr]
+            with torch.no_grad():
+                logits = model.model(torch.tensor([ask + said])).logits[0, len(ask) - 1 : -1]
+            pair.append((logits.log_softmax(-1), torch.tensor(said)))
+        found.append(pair)
+    return found
+
+
+def logp(logits: torch.Tensor, said: torch.Tensor) -> float:
+    return float(logits.gather(1, said[:, None]).sum())
+
+
+def test_preferences_without_a_reference(tmp_path: Path, pairs: str) -> None:
+    model = engine(tmp_path, 0)
+    made = answers(model)
+    margins = [logp(*chosen) - logp(*rejected) for chosen, rejected in made]
+    lengths = [(len(c[1]), len(r[1])) for c, r in made]
+    found = prefer(model, pairs, 512)
+    assert found["margin"].value == pytest.approx(sum(margins) / 3, abs=1e-4)
+    assert found["accuracy"].value == pytest.approx(sum(m > 0 for m in margins) / 3)
+    assert found["accuracy, better is shorter"].value == float(margins[1] > 0)
+    assert found["accuracy, better is longer"].value == float(margins[0] > 0)
+    assert found["tokens of the better answer"].value == sum(c for c, _ in lengths) / 3
+    assert found["tokens of the worse answer"].value == sum(r for _, r in lengths) / 3
+    both = torch.tensor([margins, [c - r for c, r in lengths]])
+    assert found["margin and length"].value == pytest.approx(float(both.corrcoef()[0, 1]), abs=1e-4)
+    assert "KL per token" not in found
+
+
+def test_rewards_and_divergence_from_a_reference(tmp_path: Path, pairs: str) -> None:
+    model, reference = engine(tmp_path, 0), engine(tmp_path, 1)
+    ours, theirs = answers(model), answers(reference)
+    ratios = [
+        [logp(*a) - logp(*b) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(ours, theirs, strict=True)
+    ]
+    divergence = [
+        float((a.exp() * (a - b)).sum())
+        for x, y in zip(ours, theirs, strict=True)
+        for (a, _), (b, _) in zip(x, y, strict=True)
+    ]
+    tokens = sum(len(said) for pair in ours for _, said in pair)
+    found = prefer(model, pairs, 512, reference, beta=0.5)
+    assert found["margin"].value == pytest.approx(
+        sum(0.5 * (c - r) for c, r in ratios) / 3, abs=1e-4
+    )
+    assert found["accuracy"].value == pytest.approx(sum(c > r for c, r in ratios) / 3)
+    assert found["KL per token"].value == pytest.approx(sum(divergence) / tokens, rel=1e-4)
+    assert found["KL per token"].n == tokens
+    same = prefer(model, pairs, 512, model)
+    assert same["KL per token"].value == 0.0 == same["margin"].value
+    assert "margin and length" not in same
+    assert not math.isnan(found["margin and length"].value)
+
+
+def test_a_reference_with_other_tokens_is_refused(tmp_path: Path, pairs: str) -> None:
+    model = engine(tmp_path, 0)
+    other = Engine(tiny.model("llama"), load(tiny.tokenizer(tmp_path / "plain", template=False)))
+    with pytest.raises(ModelError, match="other tokens"):
+        prefer(model, pairs, 512, other)
+    wider = engine(tmp_path, 0, vocab_size=tiny.VOCABULARY + 8)  # rows that no token has
+    with pytest.raises(ModelError, match="other tokens"):
+        prefer(model, pairs, 512, wider)

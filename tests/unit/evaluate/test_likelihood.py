@@ -1,0 +1,170 @@
+"""Likelihoods, against the model's own plain forward."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from minigpt.data.tokenizer import load
+from minigpt.errors import DataError
+from minigpt.evaluate import likelihood
+from minigpt.evaluate.choices import choice, choose, pair
+from minigpt.evaluate.choices import load as load_items
+from minigpt.evaluate.likelihood import bits_per_byte, continuation, score
+from minigpt.evaluate.scores import Score, share, wilson
+from minigpt.infer.engine import Engine
+
+PAIRS = [([5, 6, 7], [8, 9]), ([3], [4] * 12), ([40, 41], [42]), ([9] * 20, [1, 2, 3])]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer."""
+    root = tmp_path_factory.mktemp("likelihood")
+    tiny.tokenizer(root / "tokenizer")
+    return root
+
+
+def engine(places: Path, family: str = "qwen3") -> Engine:
+    return Engine(tiny.model(family), load(places / "tokenizer"))
+
+
+def plainly(model: Engine, context: list[int], rest: list[int]) -> tuple[float, bool]:
+    """Score one continuation with nothing but the model's forward."""
+    with torch.no_grad():
+        logits = model.model(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
+    labels = torch.tensor(rest)
+    logp = logits.float().log_softmax(-1).gather(1, labels[:, None]).sum()
+    return float(logp), bool((logits.argmax(-1) == labels).all())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("tokens", [4096, 8])
+def test_scores_are_the_models_own(
+    places: Path, monkeypatch: pytest.MonkeyPatch, family: str, tokens: int
+) -> None:
+    monkeypatch.setattr(likelihood, "TOKENS", tokens)
+    model = engine(places, family)
+    pairs = list(PAIRS)
+    with torch.no_grad():  # one that greedy decoding would say
+        best = int(model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
+    pairs.append(([5, 6, 7], [best]))
+    sums, greedy = score(model, pairs)
+    wanted = [plainly(model, *pair) for pair in pairs]
+    assert sums == pytest.approx([logp for logp, _ in wanted], abs=1e-4)
+    assert greedy == [same for _, same in wanted]
+    assert greedy[-1]
+
+
+def test_a_sample_longer_than_the_model_reads_is_refused(places: Path) -> None:
+    with pytest.raises(DataError, match=r"257 tokens are more than the 256 .*Shorten the row"):
+        score(engine(places), [([1], [2] * 256)], "x.jsonl")
+
+
+def test_a_token_across_the_border_belongs_to_the_continuation(places: Path) -> None:
+    model = engine(places)
+    whole = model.encode("the cat")
+    assert continuation(model, "the", " cat") == (model.encode("the"), whole[1:])
+    for cut in range(1, 7):
+        start, rest = continuation(model, "the cat"[:cut], "the cat"[cut:])
+        assert start + rest in (whole, model.encode("") + whole)
+        assert rest
+    assert continuation(model, "", "the cat") == (model.encode(""), whole)
+
+
+def test_bits_per_byte_of_text(places: Path, tmp_path: Path) -> None:
+    model = engine(places)
+    texts = ["the cat sat on the log", "猫 sat", "the dog"]
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    nats, size, tokens = 0.0, 0, 0
+    for text in texts:
+        ids = [*model.encode(text), 0]
+        nats -= plainly(model, ids[:1], ids[1:])[0]
+        first = len(model.tokenizer.decode(ids[:1]).encode())
+        size += len(text.encode()) - (1 if text[0] == "猫" else first)
+        tokens += len(ids) - 1
+    found = bits_per_byte(model, str(file), 512)
+    assert found["bits_per_byte"].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert (found["bits_per_byte"].n, found["loss"].n) == (size, tokens)
+    assert found["loss"].value == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_a_text_file_is_one_document_cut_into_windows(places: Path, tmp_path: Path) -> None:
+    model = engine(places)
+    file = tmp_path / "t.txt"
+    file.write_text("the cat sat on the mat and the dog sat on the log")
+    ids = [*model.encode(file.read_text()), 0]
+    nats = sum(-plainly(model, [ids[i]], ids[i + 1 : i + 4])[0] for i in range(0, len(ids) - 1, 3))
+    found = bits_per_byte(model, str(file), 4)
+    assert found["loss"].value == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+CHOICES = [
+    {"prompt": "the cat", "choices": [" sat", " dog on the"], "answer": 1, "family": "a"},
+    {"prompt": "the dog", "choices": [" sat", " log", " cat"], "answer": " cat", "family": "b"},
+    {"messages": [{"role": "user", "content": "the"}], "choices": ["cat", "mat"], "answer": 0},
+]
+
+
+def test_multiple_choice_by_byte_and_by_sum(places: Path, tmp_path: Path) -> None:
+    model = engine(places)
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    items = load_items(str(file), choice)
+    assert [(i.family, i.answer) for i in items] == [("a", 1), ("b", 2), ("c", 0)]
+    per_byte, by_sum = [], []
+    for item in items:
+        start = model.encode(item.prompt)
+        sums = [plainly(model, start, model.encode(c))[0] for c in item.choices]
+        means = [x / len(c.encode()) for x, c in zip(sums, item.choices, strict=True)]
+        by_sum.append(sums.index(max(sums)) == item.answer)
+        per_byte.append(means.index(max(means)) == item.answer)
+    found = choose(model, items, str(file))
+    chance = (1 / 2 + 1 / 3 + 1 / 2) / 3
+    assert found["accuracy"] == share(per_byte, pytest.approx(chance))
+    assert found["accuracy (sum)"] == share(by_sum, pytest.approx(chance))
+    assert found["b"] == share(per_byte[1:2], pytest.approx(1 / 3))
+    assert list(found) == ["accuracy", "accuracy (sum)", "a", "b", "c"]
+
+
+def test_minimal_pairs_are_judged_by_the_whole_text(places: Path, tmp_path: Path) -> None:
+    model = engine(places)
+    rows = [
+        ("the cat sat on the mat", "the cat mat on the sat"),  # alike up to a token
+        ("cat the sat", "the cat sat"),  # different from the first token on
+        ("the cat", "the cat sat"),  # the start of the other
+    ]
+    file = tmp_path / "p.jsonl"
+    made = [{"good": good, "bad": bad} for good, bad in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    wanted = []
+    for good, bad in rows:
+        texts = [model.encode(good), model.encode(bad)]
+        start = [] if texts[0][0] == texts[1][0] else model.encode("")
+        first, second = (plainly(model, (start + t)[:1], (start + t)[1:])[0] for t in texts)
+        wanted.append(first > second)
+    assert choose(model, load_items(str(file), pair), str(file)) == {"accuracy": share(wanted, 0.5)}
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (81, 100), (1, 1), (2.5, 7)])
+def test_wilson_intervals_end_where_the_share_is_1_96_deviations_off(
+    right: float, total: int
+) -> None:
+    low, high = wilson(right, total)
+    assert 0 <= low <= right / total <= high + 1e-9
+    for end in (low, high) if 0 < right < total else (high,) if right == 0 else (low,):
+        off = abs(right / total - end) / math.sqrt(end * (1 - end) / total)
+        assert off == pytest.approx(1.96, abs=1e-3)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_scores_are_told_with_their_intervals() -> None:
+    assert str(share([True] * 81 + [False] * 19)) == "81.0% (72.2–87.5)"
+    assert str(Score(1234.567, 3)) == "1235"
+    assert Score(0.5, 3).plain() == {"value": 0.5, "n": 3}

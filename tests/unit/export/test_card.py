@@ -1,0 +1,81 @@
+"""The model card tells the data, the losses and the exams of a run and of those before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minigpt.export import card
+from minigpt.export.card import Card, flat, stages, table
+
+Minigpt = Callable[..., Any]
+
+
+def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    summary = json.loads((trained / "sft" / "summary.json").read_text())
+    losses = {"before": {"val/loss": 5.1234}, "final": {"val/loss": 2.0}}
+    (tmp_path / "sft" / "summary.json").write_text(json.dumps(summary | losses))
+    exam = {"scores": {"exam/skills": 0.9666, "exam/mean": 1}, "replies": [{"id": "a"}]}
+    (tmp_path / "sft" / "exam.json").write_text(json.dumps(exam))
+    (tmp_path / "bench.json").write_text(json.dumps({"sft": {"ratio": 3.25}, "who": "a|b\nc"}))
+    (tmp_path / "pipeline").mkdir()
+    told = {"stages": {"sft": {"exam_after": 0.98}, "dpo": {"exam_after": 0.5}}}
+    (tmp_path / "pipeline" / "report.json").write_text(json.dumps(told))
+    given = ["--model", tmp_path / "sft", "--output_dir", tmp_path / "out", "--name", "Mini"]
+    given += ["--license", "apache-2.0", "--results", tmp_path / "bench.json"]
+    assert minigpt("export", "hf", *given).status == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["license"] == "apache-2.0"
+    assert head["library_name"] == "transformers"
+    assert "# Mini\n" in text
+    row = f"| sft | sft.jsonl (48 rows) | 3 | {summary['tokens_seen']} | 5.123 | 2 |"
+    assert row in text
+    assert text.index("| pretrain | pretrain.jsonl (48 rows) | 3 |") < text.index(row)
+    assert "## Exam\n\n| measure | value |\n| --- | --- |\n| exam/skills | 0.9666 |" in text
+    assert "## Exam of the pipeline" in text
+    assert "| exam_after | 0.98 |" in text
+    assert "0.5 |" not in text
+    assert "## Results: bench" in text
+    assert "| sft.ratio | 3.25 |\n| who | a\\|b c |" in text
+    assert "| texts_with_equal_ids | 3000 of 3000 |" in text
+    assert str(tmp_path) not in text
+    assert str(trained) not in text
+
+
+def test_a_model_that_is_no_run(tmp_path: Path) -> None:
+    Card("x", str(tmp_path)).write(tmp_path, {"limit": 0.1})
+    text = (tmp_path / "README.md").read_text()
+    assert "## Training" not in text
+    assert "license:" not in text
+    assert "Not stated." in text
+
+
+def test_data_that_has_gone_or_is_large(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    file = tmp_path / "sft" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    files = [tmp_path / "gone.jsonl", tmp_path / "broken.jsonl", trained / "sft.jsonl"]
+    (tmp_path / "broken.jsonl").write_text("{")
+    config["data"]["init_args"]["train"] = {str(file): 2.0 for file in files}
+    config["model"]["init_args"]["init_from"] = str(tmp_path / "sft")  # itself
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    data = "gone.jsonl (not found any more), broken.jsonl (not readable any more), sft.jsonl "
+    assert [row[1] for row in stages(tmp_path / "sft" / "hf")] == [f"{data}(48 rows)"]
+    monkeypatch.setattr(card, "COUNTED_MB", 0)
+    assert stages(tmp_path / "sft")[0][1].endswith("sft.jsonl (0 MB)")
+
+
+def test_tables() -> None:
+    assert flat({"a": {"b": 1, "c": [1]}, "d": None, "e": True}) == [["a.b", 1], ["e", True]]
+    assert table("t", ("a",), []) == ""
+    assert table("t", ("a", "b"), [[None, 1.23456]]).endswith("|  | 1.235 |")

@@ -1,0 +1,451 @@
+"""The GGUF export: what llama.cpp makes of it is what we compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf as format_of
+import pytest
+import tiny
+import xllamacpp
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.records import Message
+from minigpt.errors import ConfigError, ModelError
+from minigpt.export import check, gguf
+from minigpt.export.card import Card
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.saved import save_model
+
+Minigpt = Callable[..., Any]
+Saved = Callable[..., Path]
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # rows of whole blocks of 32
+CHAT = [{"role": r, "content": f"{r} 你好\n"} for r in ("system", "user", "assistant", "user")]
+TOKENS = "tokenizer.ggml"
+
+
+def fields(file: Path) -> dict[str, Any]:
+    reader = format_of.GGUFReader(file)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def export(model: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return gguf.export_gguf(str(model), out, Card("tiny", str(model)), **options)
+
+
+def served(file: Path) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(file), 128, 0
+    params.cpuparams.n_threads = params.n_parallel = 1
+    return xllamacpp.Server(params)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
+@pytest.mark.parametrize("dtype", gguf.DTYPES)
+def test_llamacpp_computes_the_same(
+    family: str, tied: bool, dtype: str, saved: Saved, tmp_path: Path
+) -> None:
+    model = saved(family, tie_word_embeddings=tied, **SIZES)
+    numbers = export(model, tmp_path / "out.gguf", dtype=dtype)
+    assert numbers["texts_with_equal_ids"] == "3000 of 3000"
+    assert numbers["chats_rendered_equal"] == "3 of 3"
+    assert numbers["tokens_compared"] > 20
+    if dtype in ("f32", "f16"):
+        assert numbers["replies_equal"] == "3 of 3"
+        assert numbers["max_logprob_difference"] <= 0.01
+    elif dtype == "q8_0":
+        assert numbers["max_logprob_difference"] <= 0.15
+    tensors = {
+        t.name: t.tensor_type.name for t in format_of.GGUFReader(tmp_path / "out.gguf").tensors
+    }
+    assert ("output.weight" in tensors) is not tied
+    assert tensors["blk.0.attn_q.weight"] == dtype.upper()
+    assert tensors["output_norm.weight"] == "F32"
+    assert tensors["token_embd.weight"] == ("Q8_0" if dtype == "q4_0" else dtype.upper())
+
+
+@pytest.fixture(scope="module")
+def chatting(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engine]:
+    """An exported directory of a trained chat model, and the model."""
+    out = tmp_path_factory.mktemp("gguf") / "sft"
+    export(trained / "sft", out, dtype="f32")
+    return out, Engine.load(trained / "sft")
+
+
+def test_a_chat_through_llamacpp_is_a_chat_with_the_engine(chatting: tuple[Path, Engine]) -> None:
+    """Asked as a user of llama.cpp asks, without any of our own checks."""
+    out, engine = chatting
+    server = served(out / "tiny-f32.gguf")
+    for text in ("the cat", "a dog sits on the mat", "sun"):
+        asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 12}
+        answer = server.handle_chat_completions({**asked, "temperature": 0})
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        said = engine.complete([(Message("user", text),)], Sampling(max_new_tokens=12))[0].text
+        assert answer["choices"][0]["message"]["content"].strip() == said.strip()
+
+
+def test_what_the_file_says(chatting: tuple[Path, Engine]) -> None:
+    out, engine = chatting
+    told = fields(out / "tiny-f32.gguf")
+    assert told["general.architecture"] == "qwen3"
+    assert told["general.name"] == "tiny"
+    assert told["general.file_type"] == format_of.LlamaFileType.ALL_F32
+    assert "general.license" not in told
+    sizes = {"block_count": 2, "embedding_length": 32, "feed_forward_length": 48}
+    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8}
+    sizes |= {"attention.value_length": 8, "context_length": 128, "vocab_size": 320}
+    sizes |= {"rope.freq_base": 10000.0, "rope.dimension_count": 8}
+    assert {name: told[f"qwen3.{name}"] for name in sizes} == sizes
+    assert told[f"{TOKENS}.model"] == "gpt2"
+    assert told[f"{TOKENS}.pre"] == "qwen2"
+    assert told[f"{TOKENS}.add_bos_token"] is False
+    names = {"eos": "<|im_end|>", "padding": "<|pad|>", "bos": "<|endoftext|>"}
+    for name, text in names.items():
+        assert told[f"{TOKENS}.tokens"][told[f"{TOKENS}.{name}_token_id"]] == text
+    assert told[f"{TOKENS}.token_type"] == [3] * 4 + [1] * 316
+    assert "generation -%}" not in told["tokenizer.chat_template"]
+    for add in (False, True):
+        plain = engine.tokenizer.apply_chat_template(
+            CHAT,
+            chat_template=told["tokenizer.chat_template"],
+            tokenize=False,
+            add_generation_prompt=add,
+        )
+        assert plain == engine.tokenizer.apply_chat_template(
+            CHAT, tokenize=False, add_generation_prompt=add
+        )
+
+
+def test_token_ids_on_other_texts_are_equal(chatting: tuple[Path, Engine]) -> None:
+    out, engine = chatting
+    llama = check.LlamaCpp(out / "tiny-f32.gguf", 64)
+    special = tokenizers.special_texts(engine.tokenizer)
+    texts = check.random_texts(3000, special, ["the", " cat"], seed=7)
+    texts += ["", "a" * 5000, "\u0000", *special, "".join(special), " " * 70, "I'LL it's Iſ'ſ"]
+    ids = check.encode(engine.tokenizer, texts)
+    assert llama.ids_of([text for text in texts if text]) == [i for i in ids if i]
+
+
+def test_random_texts_are_what_they_should_be() -> None:
+    texts = check.random_texts(3000, ["<|x|>"], ["kaleidoscope"])
+    assert texts == check.random_texts(3000, ["<|x|>"], ["kaleidoscope"])
+    assert texts != check.random_texts(3000, ["<|x|>"], ["kaleidoscope"], seed=1)
+    together = "".join(texts)
+    together.encode()
+    assert together.count("<|x|>") > 100
+    assert together.count("kaleidoscope") > 1000
+    assert len(set(texts)) > 2900
+    assert len(set(together)) > 5000
+
+
+GO = re.compile(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", re.DOTALL)
+
+
+def rendered_by_ollama(template: str, chat: list[dict[str, str]]) -> str:
+    """Render the part of Go's template language that the Modelfile uses."""
+    match = GO.fullmatch(template)
+    assert match
+    turn, tail = match.groups()
+    assert "{{" not in turn.replace("{{ .Role }}", "").replace("{{ .Content }}", "") + tail
+    return (
+        "".join(
+            turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"])
+            for m in chat
+        )
+        + tail
+    )
+
+
+def test_the_modelfile(chatting: tuple[Path, Engine]) -> None:
+    out, engine = chatting
+    text = (out / "Modelfile").read_text()
+    assert text.startswith("FROM ./tiny-f32.gguf\n")
+    template = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    for chat in (CHAT, CHAT[1:], CHAT[1:2]):
+        ours = engine.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        assert rendered_by_ollama(template, chat) == ours
+    assert 'PARAMETER stop "<|im_end|>"\n' in text
+    assert 'PARAMETER stop "<|endoftext|>"\n' in text
+    assert text.endswith("PARAMETER num_ctx 128\n")
+    card = (out / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "llama-cli -m tiny-f32.gguf" in card
+
+
+def other_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+
+
+def no_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(
+    ("change", "held"), [(other_template, "FROM"), (no_template, 'TEMPLATE """{{ .Prompt }}"""\n')]
+)
+def test_other_templates(
+    change: Callable[[Any], None], held: str, saved: Saved, tmp_path: Path, caplog: Any
+) -> None:
+    out = tmp_path / "out"
+    export(saved("llama", change), out)
+    text = (out / "Modelfile").read_text()
+    assert held in text
+    assert "im_start" not in text
+    assert ("not ChatML" in caplog.text) is (change is other_template)
+    assert ("tokenizer.chat_template" in fields(out / "tiny-f16.gguf")) is (
+        change is other_template
+    )
+
+
+def test_the_types_of_tokens(saved: Saved, tmp_path: Path) -> None:
+    """Rows without a token are unused, and an added word is found in any text."""
+
+    def add(tokenizer: Any) -> None:
+        tokenizer.add_tokens([AddedToken("the cat", normalized=False)])
+
+    numbers = export(saved("llama", add, vocab_size=320), tmp_path / "out.gguf", dtype="f32")
+    told = fields(tmp_path / "out.gguf")
+    tokens, types = told[f"{TOKENS}.tokens"], told[f"{TOKENS}.token_type"]
+    place = tokens.index("the cat")
+    assert types == [3] * 4 + [1] * (place - 4) + [4] + [5] * (319 - place)
+    assert tokens[-1] == "[UNUSED319]"
+    assert len(tokens) == 320
+    assert numbers["max_error_F32"] == 0
+
+
+def plain(pre: Any, model: Any = None, **settings: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with another pre-tokenizer, normalizer or model."""
+    bpe = Tokenizer(model or models.BPE(**settings))
+    bpe.pre_tokenizer, bpe.decoder = pre, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([f"{tiny.TEXT} it's 1234 12 the,the 34"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+MARKS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"), [("gpt-2", BYTES), ("smollm", pre_tokenizers.Sequence([DIGITS, BYTES]))]
+)
+def test_other_tokenizers_that_llamacpp_computes_alike(name: str, pre: Any, tmp_path: Path) -> None:
+    save_model(tiny.model("llama"), plain(pre), tmp_path / "model")
+    numbers = export(tmp_path / "model", tmp_path / "out.gguf", dtype="f32")
+    assert numbers["texts_with_equal_ids"] == "3000 of 3000"
+    assert fields(tmp_path / "out.gguf")[f"{TOKENS}.pre"] == name
+
+
+def with_normalizer() -> Any:
+    made = plain(BYTES)
+    made.backend_tokenizer.normalizer = normalizers.NFC()
+    return made
+
+
+def with_greedy_token() -> Any:
+    made = plain(BYTES)
+    made.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", lstrip=True)]})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (with_normalizer, "because of its normalizer"),
+        (with_greedy_token, "because of an added token"),
+        (lambda: plain(MARKS), "because of its pre-tokenizer"),
+        (lambda: plain(pre_tokenizers.ByteLevel()), "because of its pre-tokenizer"),
+        (
+            lambda: plain(
+                pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\\s"), "isolated"), MARKS])
+            ),
+            "because of its pre-tokenizer",
+        ),
+        (lambda: plain(BYTES, ignore_merges=True), "because of its model"),
+    ],
+)
+def test_tokenizers_that_llamacpp_computes_otherwise(made: Callable[[], Any], told: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be exported to GGUF.*" + told):
+        gguf.pre_tokenizer(made())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("gpt2", {}, "gpt2"),
+        ("qwen2", {}, "qwen2"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type linear",
+        ),
+    ],
+)
+def test_models_that_are_refused(
+    family: str, changes: dict[str, Any], told: str, saved: Saved, tmp_path: Path
+) -> None:
+    model = saved(family, **changes)
+    with pytest.raises(ConfigError, match=f"does not know {told}: it is for plain"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_rows_are_stored_as_f16(saved: Saved, tmp_path: Path, caplog: Any) -> None:
+    model = saved("qwen3")  # rows of 32 and 48
+    numbers = export(model, tmp_path / "out.gguf", dtype="q8_0")
+    assert numbers["max_error_F16"] <= 2**-11
+    assert "Not stored as q8_0: blk.0.ffn_down.weight F16 and 1 more." in caplog.text
+
+
+def wrong_theta(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = format_of.GGUFWriter.add_rope_freq_base
+    monkeypatch.setattr(format_of.GGUFWriter, "add_rope_freq_base", lambda s, v: add(s, v / 100))
+
+
+def wrong_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = format_of.GGUFWriter.add_token_merges
+    monkeypatch.setattr(format_of.GGUFWriter, "add_token_merges", lambda s, v: add(s, v[:-2]))
+
+
+def unknown_pre(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "pre_tokenizer", lambda tokenizer: "none")
+
+
+def wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = format_of.GGUFWriter.add_chat_template
+    monkeypatch.setattr(format_of.GGUFWriter, "add_chat_template", lambda s, v: add(s, f"{v}!"))
+
+
+def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = format_of.GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        format_of.GGUFWriter, "add_tensor", lambda s, n, v, **k: add(s, n, 1.001 * v, **k)
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told", "name"),
+    [
+        (wrong_theta, "log-probabilities differ", "out"),
+        (wrong_merges, "token ids differ", "out.gguf"),
+        (unknown_pre, "llama.cpp cannot load the export", "out"),
+        (wrong_template, "chats are rendered otherwise", "out.gguf"),
+        (wrong_weight, "weights differ", "out.gguf"),
+    ],
+)
+def test_a_failed_check_leaves_nothing(
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    told: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: Saved,
+    tmp_path: Path,
+) -> None:
+    model = saved("qwen3")
+    before = set(tmp_path.iterdir())
+    spoil(monkeypatch)
+    with pytest.raises(ModelError, match=told):
+        export(model, tmp_path / name, dtype="f32")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_llama_rows_in_transformers_order_would_be_found(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = gguf.tensors
+
+    def plain_order(engine: Engine) -> Any:
+        for name, value in tensors(engine):
+            own = name.replace("blk", "model.layers").replace("attn_q", "self_attn.q_proj")
+            yield name, engine.model.state_dict()[own].numpy() if "attn_q." in name else value
+
+    monkeypatch.setattr(gguf, "tensors", plain_order)
+    with pytest.raises(ModelError, match="log-probabilities differ"):
+        export(saved("llama"), tmp_path / "out.gguf", dtype="f32")
+
+
+def without(package: str) -> Callable[[str], Any]:
+    find = importlib.util.find_spec
+    return lambda name, *rest: None if name == package else find(name, *rest)
+
+
+def test_without_llamacpp_the_weights_are_checked(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", without("xllamacpp"))
+    numbers = export(trained / "sft", tmp_path / "out.gguf", dtype="q8_0")
+    assert numbers["llama.cpp"].startswith("not run")
+    assert 0 < numbers["max_error_Q8_0"] <= 0.0045
+    assert "texts_with_equal_ids" not in numbers
+
+
+def test_without_gguf_the_extra_is_named(
+    minigpt: Minigpt, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", without("gguf"))
+    given = ["--model", trained / "sft", "--output", tmp_path / "out.gguf"]
+    outcome = minigpt("export", "gguf", *given)
+    assert outcome.status == 2
+    assert "pip install 'minigpt[gguf]'" in outcome.err
+
+
+def test_the_command(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    given = ["--model", trained / "lora", "--license", "mit", "--dtype", "q4_0"]
+    outcome = minigpt("export", "gguf", *given, "--output_dir", tmp_path / "out")
+    assert outcome.status == 0
+    assert outcome.out.startswith(f"exported to {tmp_path / 'out'}\n")
+    assert "max_logprob_difference: " in outcome.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("lora-q4_0.gguf", "Modelfile", "README.md")
+    }
+    assert fields(tmp_path / "out" / "lora-q4_0.gguf")["general.license"] == "mit"
+    file = ["--output", tmp_path / "lora.gguf"]
+    assert minigpt("export", "gguf", *given, *file).status == 0
+    assert minigpt("export", "gguf", *given, *file).status == 2
+    assert minigpt("export", "gguf", *given, *file, "--overwrite").status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "lora.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "one of the arguments --output_dir --output is required"),
+        (["--output", "a.bin"], "--output names a file ending in .gguf"),
+        (["--output", "a.gguf", "--output_dir", "a"], "not allowed with"),
+        (["--output", "a.gguf", "--dtype", "q2_k"], "invalid choice: 'q2_k'"),
+        (["--output", "a.gguf", "--keep_adapter"], "unrecognized arguments: --keep_adapter"),
+    ],
+)
+def test_bad_command_lines(minigpt: Minigpt, args: list[str], told: str) -> None:
+    outcome = minigpt("export", "gguf", "--model", "x", *args)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.count("\n") == 1
+    assert told in outcome.err

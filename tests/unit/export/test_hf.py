@@ -1,0 +1,254 @@
+"""The transformers export: what plain transformers and peft make of it is what we compute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.records import Message
+from minigpt.errors import ConfigError, ModelError
+from minigpt.export import hf
+from minigpt.export.card import Card
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.lora import Lora, add_adapter, save_adapter
+from minigpt.model.saved import load_model, save_model
+
+Minigpt = Callable[..., Any]
+IDS = torch.arange(40)[None]
+CHAT = [{"role": r, "content": f"{r} 你好\n"} for r in ("system", "user", "assistant", "user")]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model.eval()(IDS, use_cache=False).logits
+    return out
+
+
+def test_a_run_loads_in_plain_transformers(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    run, out = trained / "sft", tmp_path / "exports" / "sft"
+    outcome = minigpt("export", "hf", "--model", run, "--output_dir", out)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "texts_with_equal_ids: 3000 of 3000" in outcome.out
+    assert "max_logit_difference: 0\n" in outcome.out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    engine = Engine.load(run)
+    assert float((logits(model) - logits(engine.model)).abs().max()) <= 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for ask in (False, True):
+        texts = [
+            t.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=ask)
+            for t in (tokenizer, engine.tokenizer)
+        ]
+        assert texts[0] == texts[1]
+    assert tokenizer.get_vocab() == engine.tokenizer.get_vocab()
+    assert tokenizer.all_special_ids == engine.tokenizer.all_special_ids
+    said = engine.complete([(Message("user", "the cat"),)], Sampling(max_new_tokens=8))[0]
+    ids = torch.tensor([engine.encode((Message("user", "the cat"),))])
+    grown = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+    assert grown[: len(said.ids)] == said.ids
+
+
+def test_what_older_stacks_read(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sft"
+    assert minigpt("export", "hf", "--model", trained / "sft", "--output_dir", out).status == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["torch_dtype"], config["rope_theta"]) == ("float32", 10000.0)
+    told = json.loads((out / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # transformers 4 wants a mapping under the newer name, and fails on a list.
+    assert "extra_special_tokens" not in told
+    assert set(told["additional_special_tokens"]) == {"<|endoftext|>", "<|im_start|>"}
+    assert told["model_max_length"] == 128
+    assert "generation -%}" not in told["chat_template"]
+    assert told["chat_template"] == (out / "chat_template.jinja").read_text()
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in out.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_families(
+    family: str, tied: bool, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = saved(family, tie_word_embeddings=tied)
+    numbers = hf.export_hf(str(model), tmp_path / "out", Card("x", str(model)))
+    assert numbers["max_logit_difference"] <= 1e-5
+    again = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert torch.equal(again, logits(load_model(model, "sdpa")))
+
+
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer(tmp_path / "model", template=False)
+    out = tmp_path / "out"
+    numbers = hf.export_hf(str(tmp_path / "model"), out, Card("x", ""))
+    assert numbers["chats_rendered_equal"] == "0 of 0"
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adapter_is_merged(minigpt: Minigpt, trained: Path, tmp_path: Path, named: bool) -> None:
+    lora, out = trained / "lora", tmp_path / "merged"
+    given = ["--model", trained / "sft", "--adapter", lora] if named else ["--model", lora]
+    assert minigpt("export", "hf", *given, "--output_dir", out).status == 0
+    beside = Engine.load(lora, merged=False)
+    base = logits(load_model(trained / "sft", "sdpa"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(out))
+    torch.testing.assert_close(merged, logits(beside.model), rtol=1e-4, atol=1e-4)
+    assert float((merged - base).abs().max()) > 1e-3
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    lora, out = trained / "lora", tmp_path / "adapter"
+    given = ["--model", lora, "--output_dir", out, "--keep_adapter"]
+    assert minigpt("export", "hf", *given).status == 0
+    base = AutoModelForCausalLM.from_pretrained(trained / "sft" / "hf")
+    adapted = PeftModel.from_pretrained(base, str(out))
+    assert torch.equal(logits(adapted), logits(Engine.load(lora, merged=False).model))
+    assert not list(out.glob("model*"))
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "base_model:" not in card
+    assert str(trained) not in card
+    named = minigpt("export", "hf", *given, "--base_model_name", "me/sft", "--overwrite")
+    assert named.status == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/sft"
+    assert "base_model: me/sft" in (out / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_no_adapter_to_keep(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no adapter to keep"):
+        hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""), keep_adapter=True)
+
+
+def test_an_adapter_on_a_grown_base_is_merged_only(tmp_path: Path) -> None:
+    """Plain peft would not grow the base, so the adapter alone would be of no use."""
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer"))
+    small = tiny.model("llama", vocab_size=275)
+    save_model(small, tokenizer, tmp_path / "base")
+    small.resize_token_embeddings(280, mean_resizing=False)
+    adapted = add_adapter(small, Lora(r=2), str(tmp_path / "base"))
+    save_adapter(adapted, tokenizer, tmp_path / "lora")
+    with pytest.raises(ConfigError, match=r"with 280 tokens, and its base .* has 275"):
+        hf.export_hf(str(tmp_path / "lora"), tmp_path / "out", Card("x", ""), keep_adapter=True)
+    hf.export_hf(str(tmp_path / "lora"), tmp_path / "out", Card("x", ""))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 280
+
+
+def spoil_weights(engine: Any) -> None:
+    with torch.no_grad():
+        engine.model.get_output_embeddings().weight[7].add_(0.01)
+
+
+def spoil_tokens(engine: Any) -> None:
+    engine.tokenizer.add_tokens([AddedToken("\n", normalized=False)])
+
+
+def spoil_template(engine: Any) -> None:
+    engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_weights, "logits differ"),
+        (spoil_tokens, "token ids differ"),
+        (spoil_template, "chats are rendered otherwise"),
+    ],
+)
+def test_a_failed_check_leaves_nothing(
+    spoil: Callable[[Any], None],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    """What is spoilt after the model was observed is found in the export."""
+    observe = hf.observe
+
+    def spoilt(engine: Engine) -> Any:
+        expected = observe(engine)
+        spoil(engine)
+        return expected
+
+    monkeypatch.setattr(hf, "observe", spoilt)
+    with pytest.raises(ModelError, match=told):
+        hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""))
+    assert list(tmp_path.iterdir()) == []
+
+
+MARKED = "{%- for m in messages -%}A{BEGIN}B{{ m['content'] }}C{END}D{%- endfor -%}"
+
+
+@pytest.mark.parametrize("begin", ["{% generation %}", " {%- generation -%} ", "{%generation-%}\n"])
+@pytest.mark.parametrize("end", ["\n  {% endgeneration %}\n", " {%- endgeneration %}\n x"])
+def test_marks_go_with_the_space_that_they_swallow(
+    begin: str, end: str, saved: Callable[..., Path]
+) -> None:
+    template = MARKED.replace("{BEGIN}", begin).replace("{END}", end)
+    tokenizer = tokenizers.load(saved("llama"))
+    tokenizer.chat_template = template
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    hf.use_plain_template(tokenizer)
+    assert "generation" not in tokenizer.chat_template
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == rendered
+
+
+def test_a_template_that_needs_its_marks_is_refused(saved: Callable[..., Path]) -> None:
+    tokenizer = tokenizers.load(saved("llama"))
+    tokenizer.chat_template = (
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    )
+    with pytest.raises(ConfigError, match="renders chats otherwise"):
+        hf.use_plain_template(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("place", "more", "told"),
+    [
+        ("notes", [], "no place for an export: it holds notes.txt"),
+        ("notes", ["--overwrite"], "no place for an export: it holds notes.txt"),
+        ("notes/notes.txt", ["--overwrite"], "no place for an export: it holds notes.txt"),
+        ("done", [], "is there already. Choose another place, or add --overwrite"),
+        ("sft", ["--overwrite"], "holds the model itself"),
+        ("sft/hf", ["--overwrite"], "holds the model itself"),
+        ("new", ["--base_model_name", "x"], "goes with --keep_adapter"),
+        ("notes/notes.txt/new", [], "Cannot write to"),
+        ("new", ["--results", "none.json"], "none.json cannot be read"),
+        ("new", ["--results", "list.json"], "list.json holds no JSON object"),
+    ],
+)
+def test_places_that_are_taken(
+    minigpt: Minigpt,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Path,
+    tmp_path: Path,
+    place: str,
+    more: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "sft", "sft", ignore=shutil.ignore_patterns("checkpoints"))
+    for name in ("notes/notes.txt", "done/model.safetensors", "list.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("[1]")
+    before = sorted(tmp_path.rglob("*"))
+    outcome = minigpt("export", "hf", "--model", "sft", "--output_dir", place, *more)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("minigpt: ")
+    assert outcome.err.count("\n") == 1
+    assert told in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before

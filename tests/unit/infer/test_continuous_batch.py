@@ -1,0 +1,263 @@
+"""Decoding in batches: the same ids as transformers, alone and in company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.errors import ConfigError
+from minigpt.infer.batch import Batch, Delta
+from minigpt.infer.cached import Cached
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.infer.native import Native, Weights, is_native
+
+NATIVE = ("qwen3", "llama")
+OTHERS = ("qwen2", "gpt2", "gemma2", "mistral")
+TIE = 1e-4  # logits closer than this may come in either order
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    return tokenizers.load(tiny.tokenizer(tmp_path_factory.mktemp("infer") / "tokenizer"))
+
+
+def endless(family: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Engine:
+    """An engine whose replies end at their longest length only."""
+    model = tiny.model(family, **changes)
+    model.config._attn_implementation = "sdpa" if family != "gemma2" else "eager"
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    engine = Engine(model, tokenizer)
+    engine.ends = set()
+    return engine
+
+
+def prompts(count: int, longest: int = 60) -> list[list[int]]:
+    chance = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest, (count,), generator=chance).tolist()
+    return [torch.randint(4, 280, (n,), generator=chance).tolist() for n in lengths]
+
+
+def decode(
+    engine: Engine, asked: Sequence[list[int]], how: Sequence[Sampling], slots: int
+) -> list[list[Delta]]:
+    batch = Batch(engine, slots)
+    numbers = [batch.add(ids, sampling) for ids, sampling in zip(asked, how, strict=True)]
+    said: dict[int, list[Delta]] = {number: [] for number in numbers}
+    while not batch.idle:
+        assert batch.active <= slots
+        for delta in batch.step():
+            said[delta.request].append(delta)
+    assert (batch.active, batch.waiting) == (0, 0)
+    return [said[number] for number in numbers]
+
+
+def ids_of(deltas: Sequence[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.ids]
+
+
+def theirs(model: PreTrainedModel, asked: Sequence[list[int]], **options: Any) -> list[list[int]]:
+    """What transformers' `generate` says, padded on the left."""
+    longest = max(map(len, asked))
+    tokens = torch.tensor([[1] * (longest - len(ids)) + ids for ids in asked])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in asked])
+    options = {"do_sample": False, "pad_token_id": 1, **options}
+    out: Any = model.generate(tokens, attention_mask=mask, **options)  # type: ignore[operator]
+    return out[:, longest:].tolist()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def same_up_to_a_tie(
+    model: PreTrainedModel, prompt: list[int], ours: list[int], other: list[int]
+) -> bool:
+    for at, (a, b) in enumerate(zip(ours, other, strict=True)):
+        if a != b:
+            logits = model(torch.tensor([prompt + ours[:at]])).logits[0, -1]
+            return bool((logits[a] - logits[b]).abs() < TIE)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [*((f, 200) for f in NATIVE), *((f, 40) for f in OTHERS)]
+)
+def test_greedy_ids_are_those_of_transformers(
+    family: str, count: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine, asked = endless(family, tokenizer), prompts(count)
+    runner = Native if family in NATIVE else Cached
+    assert isinstance(engine.runner(), runner)
+    said = decode(engine, asked, [Sampling(max_new_tokens=12)] * count, slots=7)
+    expected: list[list[int]] = []
+    for start in range(0, count, 40):
+        expected += theirs(engine.model, asked[start : start + 40], max_new_tokens=12)
+    for prompt, deltas, other in zip(asked, said, expected, strict=True):
+        assert same_up_to_a_tie(engine.model, prompt, ids_of(deltas), other)
+    assert len({tuple(ids_of(deltas)) for deltas in said}) > count / 4  # they are no constant
+
+
+def test_untied_heads_and_bf16_weights(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = endless("llama", tokenizer, tie_word_embeddings=False)
+    asked = prompts(8)
+    how = [Sampling(max_new_tokens=6)] * 8
+    exact = decode(engine, asked, how, slots=8)
+    assert [ids_of(d) for d in exact] == theirs(engine.model, asked, max_new_tokens=6)
+    engine.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    rough = decode(engine, asked, how, slots=8)
+    near = [a == b for e, r in zip(exact, rough, strict=True) for a, b in zip(e, r, strict=True)]
+    assert sum(near) > len(near) / 2
+    with torch.autocast("cpu", torch.bfloat16):
+        runner: Any = engine.runner()
+    assert runner.weights.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_request_says_the_same_alone_and_in_company(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine, asked = endless(family, tokenizer), prompts(9)
+    how = [
+        Sampling(
+            max_new_tokens=4 + n,
+            temperature=0.3 * n,
+            top_k=(0, 20)[n % 2],
+            top_p=(1.0, 0.9, 0.8)[n % 3],
+            min_p=(0.0, 0.01)[n % 2],
+            repetition_penalty=(1.0, 1.3)[n // 2 % 2],
+            seed=n,
+        )
+        for n in range(9)
+    ]
+    together = decode(engine, asked, how, slots=4)
+    for prompt, sampling, deltas in zip(asked, how, together, strict=True):
+        (alone,) = decode(engine, [prompt], [sampling], slots=1)
+        assert ids_of(alone) == ids_of(deltas)
+        assert "".join(d.text for d in alone) == "".join(d.text for d in deltas)
+        assert len(ids_of(alone)) == sampling.max_new_tokens
+    (other,) = decode(engine, asked[-1:], [Sampling(12, 2.4, seed=99)], slots=1)
+    assert ids_of(other) != ids_of(together[-1])
+
+
+def test_repetition_penalty_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, asked = endless("qwen3", tokenizer), prompts(12)
+    how = Sampling(max_new_tokens=12, repetition_penalty=1.7)
+    said = [ids_of(deltas) for deltas in decode(engine, asked, [how] * 12, slots=12)]
+    alone = [theirs(engine.model, [a], max_new_tokens=12, repetition_penalty=1.7) for a in asked]
+    assert said == [ids for (ids,) in alone]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_requests_come_go_and_are_cancelled(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine, asked = endless(family, tokenizer), prompts(6)
+    alone = [ids_of(decode(engine, [p], [Sampling(10)], 1)[0]) for p in asked]
+    batch = Batch(engine, 3)
+    said: dict[int, list[int]] = {}
+
+    def step() -> None:
+        for delta in batch.step():
+            said.setdefault(delta.request, []).extend(delta.ids)
+
+    first = [batch.add(ids, Sampling(10)) for ids in asked[:3]]
+    step()
+    late = [batch.add(ids, Sampling(10)) for ids in asked[3:]]
+    assert (batch.active, batch.waiting) == (3, 3)
+    batch.cancel(first[0])  # active; the last row takes its place
+    batch.cancel(late[2])  # waiting
+    batch.cancel(99)
+    assert (batch.active, batch.waiting) == (2, 2)
+    while not batch.idle:
+        step()
+    assert batch.step() == []
+    kept = dict(zip([*first[1:], *late[:2]], alone[1:5], strict=True))
+    assert {number: said[number] for number in kept} == kept
+    assert said[first[0]] == alone[0][:1]
+    assert late[2] not in said
+
+
+def test_a_prompt_must_fit_the_context_and_the_reply_is_cut_to_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    engine = endless("qwen3", tokenizer, max_position_embeddings=32)
+    assert engine.context == 32
+    with pytest.raises(ConfigError, match="32 tokens, but the model's context length is 32"):
+        Batch(engine, 1).add([5] * 32, Sampling())
+    (deltas,) = decode(engine, [[5] * 31], [Sampling(max_new_tokens=9)], 1)
+    assert (len(ids_of(deltas)), deltas[-1].finish) == (1, "length")
+    (deltas,) = decode(engine, [[5] * 20], [Sampling(max_new_tokens=99)], 1)
+    assert len(ids_of(deltas)) == 12
+
+
+@torch.no_grad()
+def test_logprobs_are_the_models_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, prompt = endless("qwen3", tokenizer), prompts(1)[0]
+    how = Sampling(max_new_tokens=5, temperature=2.0, top_k=3, seed=3, logprobs=4)
+    quiet = Sampling(max_new_tokens=5, logprobs=0)
+    deltas, greedy, none = decode(engine, [prompt] * 3, [how, quiet, Sampling(5)], 3)
+    logits = engine.model(torch.tensor([prompt + ids_of(deltas)])).logits[0]
+    expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    for row, delta in zip(expected, deltas, strict=True):
+        (told,) = delta.logprobs
+        assert [told.id] == delta.ids
+        assert told.logprob == pytest.approx(float(row[told.id]), abs=1e-4)
+        best = row.topk(4)
+        assert [index for index, _, _ in told.top] == best.indices.tolist()
+        assert [v for *_, v in told.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert told.token == tokenizer.decode([told.id])
+    assert [delta.logprobs[0].top for delta in greedy] == [[]] * 5
+    assert [delta.logprobs for delta in none] == [[]] * 5
+
+
+def test_int8_weights_are_near_the_exact_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny.model("qwen3", hidden_size=64, intermediate_size=128)
+    prompt, following = [5, 6, 7, 8], list(range(9, 40))
+    logits = []
+    for int8 in (False, True):
+        runner = Native(Weights(model, torch.float32, int8))
+        rows = [runner.admit([prompt])] + [runner.step([token]) for token in following]
+        logits.append(torch.cat(rows))
+    assert torch.equal(logits[0][0], logits[1][0])  # prompts are read with the exact weights
+    assert not torch.equal(*logits)
+    error = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert error < 0.05
+    assert Engine(model, tokenizer, int8=True).complete(["a"], Sampling(3))[0].ids
+    with pytest.raises(ConfigError, match="int8 weights are for Qwen3 and Llama"):
+        Engine(tiny.model("gpt2"), tokenizer, int8=True)
+
+
+def test_what_the_fast_way_cannot_do_goes_the_general_way(tmp_path: Path) -> None:
+    assert is_native(tiny.model("qwen3"))
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    assert not is_native(tiny.model("qwen3", **windows))
+    assert not is_native(tiny.model("llama", attention_bias=True))
+    assert not is_native(tiny.model("llama", hidden_act="gelu"))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert not is_native(tiny.model("llama", rope_parameters=dynamic))
+
+
+def test_weights_changed_between_calls_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = endless("qwen3", tokenizer)
+    engine.model.train()
+    engine.model.config._attn_implementation = "minigpt_packed"
+    before = engine.complete(["the cat"], Sampling(8))[0].ids
+    assert engine.complete(["the cat"], Sampling(8))[0].ids == before
+    with torch.no_grad():
+        for weight in engine.model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    after = engine.complete(["the cat"], Sampling(8))[0].ids
+    assert after == endless_copy(engine, tokenizer).complete(["the cat"], Sampling(8))[0].ids
+    assert after != before
+    assert engine.model.training
+    assert engine.model.config._attn_implementation == "minigpt_packed"
+
+
+def endless_copy(engine: Engine, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    fresh = endless("qwen3", tokenizer)
+    fresh.model.load_state_dict(engine.model.state_dict())
+    return fresh

@@ -1,0 +1,78 @@
+"""Which tokens may be chosen, and how likely each is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from minigpt.errors import ConfigError
+from minigpt.infer.sampling import Chooser, Sampling, choose, filtered
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 7, 1000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    min_p=st.sampled_from([0.0, 0.02, 0.5]),
+)
+def test_filters_are_those_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = 3 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    steps: list[Any] = [TemperatureLogitsWarper(temperature)]
+    steps += [TopKLogitsWarper(top_k)] if top_k else []
+    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    steps += [MinPLogitsWarper(min_p)] if min_p else []
+    expected = LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
+    how = Sampling(1, temperature, top_k, top_p, min_p=min_p)
+    torch.testing.assert_close(filtered(logits, how).softmax(-1), expected.softmax(-1))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    chooser = Chooser(Sampling(1, temperature=1.0), [])
+    counts = torch.bincount(torch.tensor([chooser.choose(logits) for _ in range(4000)]))
+    torch.testing.assert_close(counts / 4000, logits.softmax(-1), atol=0.03, rtol=0)
+
+
+def test_a_tiny_temperature_is_greedy_and_a_seed_may_be_any_number() -> None:
+    logits = torch.tensor([1e3, 1e3 - 1e-2, -1e3])
+    assert Chooser(Sampling(1, temperature=1e-38, seed=-(2**70)), []).choose(logits) == 0
+
+
+def test_each_row_is_chosen_its_own_way() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.9], [0.0, 5.0, 4.9]])
+    how = (Sampling(), Sampling(repetition_penalty=2.0))
+    assert choose(logits, [Chooser(sampling, [1]) for sampling in how]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p must lie"),
+        ({"top_p": 1.1}, "top_p must lie"),
+        ({"min_p": 1.0}, "min_p must lie"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"stop": ("a", "")}, "stop text must not be empty"),
+        ({"logprobs": -1}, "logprobs must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**changes)

@@ -1,0 +1,178 @@
+"""`minigpt report`, on the runs of tiny stages and on what may be wrong with a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from minigpt.report.build import write_report
+from minigpt.report.runs import read_run
+
+Minigpt = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pretraining runs and one of SFT with an exam."""
+    from minigpt.__main__ import main
+
+    root = tiny_runs.write_data(tmp_path_factory.mktemp("runs"))
+    for name, stage in (("pretrain", "pretrain"), ("again", "pretrain"), ("sft", "sft")):
+        changes = dict(tiny_runs.RUN)
+        if stage == "sft":
+            changes["data__init_args__exam"] = [str(root / "exam.jsonl")]
+        made = tiny_runs.config(root, stage, root / name, **changes)
+        assert main(tiny_runs.arguments("fit", made)) == 0
+    assert main(["test", "--config", str(root / "sft/config.yaml")]) == 0
+    return root
+
+
+def test_a_run_is_read_whole(runs: Path) -> None:
+    run = read_run(runs / "sft")
+    assert (run.name, run.stage, run.gaps) == ("sft", "SFT", [])
+    assert [step for step, _ in run.series("val/loss")] == [0, 2, 5]
+    assert len(run.series("train/loss")) == 6
+    assert {(step, prompt) for step, prompt, _ in run.samples} == {
+        (0, "the cat"),
+        (3, "the cat"),
+        (6, "the cat"),
+    }
+
+
+def test_the_report_of_several_runs(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
+    output = tmp_path / "out/report.html"
+    places = (runs / "pretrain", runs / "again", runs / "sft")
+    outcome = minigpt("report", *places, "--output", output)
+    assert (outcome.status, outcome.err) == (0, "")
+    page, text = output.read_text(), output.with_suffix(".md").read_text()
+    summary = json.loads((runs / "sft/summary.json").read_text())
+    for part in ("<h2>Pretraining: pretrain, again</h2>", "<h2>SFT: sft</h2>", "pretrain train"):
+        assert part in page
+    for title in ("Loss", "Bits per byte", "Learning rate", "Gradient norm", "Throughput"):
+        assert page.count(f"<figcaption>{title}") == 2
+    assert f"{summary['tokens_seen']:,}" in text
+    assert "| sft | train |" in text
+    assert f"| 48 | 48 | {summary['data']['train'][0]['tokens']:,} |" in text
+    assert summary["machine"]["torch"] in text
+    assert "| empty | 0.0% (0.0–65.8) |" in text
+    assert "| odd | 0.0% (0.0–56.1) |" in text
+    assert "reply at step 6" in text
+    assert "max_length: 64" in page
+    assert outcome.out.startswith("## Runs")
+    assert outcome.out.endswith(f"written to {output} and report.md\n")
+
+
+def test_one_run_is_reported_in_its_directory(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
+    shutil.copytree(runs / "pretrain", tmp_path / "run")
+    assert minigpt("report", tmp_path / "run").status == 0
+    assert (tmp_path / "run/report.html").is_file()
+    assert (tmp_path / "run/report.md").is_file()
+
+
+def test_the_pipeline_brings_its_runs(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "sft", tmp_path / "sft")
+    (tmp_path / "pipeline").mkdir()
+    report = {"stages": {"sft": {"exam_after": 0.5}, "dpo": {"exam_after": 0.4}}, "seconds": {}}
+    report["items"] = {"never_asked": 10}
+    (tmp_path / "pipeline/report.json").write_text(json.dumps(report))
+    first = write_report([tmp_path / "pipeline"], tmp_path / "report.html")
+    assert "| SFT | general exam |  | 50.0% (23.7–76.3) |" in first
+    assert "## Runs" not in first
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("<h2>Pipeline</h2>") < page.index("<h2>SFT: sft</h2>")
+    assert "<figcaption>general exam" in page
+
+
+def test_runs_of_the_same_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "pretrain", tmp_path / "pretrain")
+    text = write_report([runs / "pretrain", tmp_path / "pretrain"], tmp_path / "r.html")
+    assert f"| {runs / 'pretrain'} |" in text
+    assert f"| {tmp_path / 'pretrain'} |" in text
+
+
+GARBAGE = [
+    b"",
+    b"\xff\xfe\x00broken",
+    b"[1, 2]",
+    b'"text"',
+    b"{",
+    b'{"stage": 5, "data": 3, "machine": "x", "before": [1], "final": {"val/loss": "y"}}',
+    b'{"data": {"train": [4], "val": {}}, "machine": {"torch": [1]}, "replies": [3, {}]}',
+    b'{"model": "x", "data": {"init_args": {"train": ["a", "b"], "val": 7}}}',
+    b'{"step": "x"}\n{"step": 1, "train/loss": NaN, "lr": 1}\n[3]\n',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_whatever_a_run_holds_there_is_a_report(runs: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(runs / "sft", tmp_path / "sft")
+    (event,) = (tmp_path / "sft").glob("events.out.tfevents.*")
+    for name in ("config.yaml", "summary.json", "metrics.jsonl", "exam.json", event.name):
+        place = tmp_path / name / "sft"
+        shutil.copytree(runs / "sft", place)
+        (place / name).write_bytes(content)
+        write_report([place], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl"])
+def test_gaps_are_told(runs: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(runs / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / name).write_bytes(b"\xff")
+    write_report([tmp_path / "sft"], tmp_path / "report.html")
+    assert f"sft: {name} is damaged" in (tmp_path / "report.md").read_text()
+    (tmp_path / "sft" / name).unlink()
+    write_report([tmp_path / "sft"], tmp_path / "report.html")
+    assert f"sft: {name} is missing." in (tmp_path / "report.html").read_text()
+
+
+def test_a_cut_off_line_of_metrics_is_told(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "sft", tmp_path / "sft")
+    with (tmp_path / "sft/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train/lo')
+    run = read_run(tmp_path / "sft")
+    assert run.gaps == ["metrics.jsonl: 1 damaged lines were left out"]
+    assert len(run.series("train/loss")) == 6
+
+
+def test_markup_in_a_run_is_text(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "sft", tmp_path / "<em>|x")
+    write_report([tmp_path / "<em>|x"], tmp_path / "report.html")
+    assert "<em>" not in (tmp_path / "report.html").read_text()
+    assert "| <em>\\|x |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("none",), "There is no run in none"),
+        ((".",), "minigpt fit"),
+        (("pipeline",), "pipeline/report.json is damaged"),
+        (("sft", "--output", "x.txt"), "must end in .html"),
+        (("sft", "--output", "file/x.html"), "Cannot write to file/x.html"),
+        ((), "the following arguments are required: runs"),
+    ],
+)
+def test_bad_input(
+    runs: Path,
+    minigpt: Minigpt,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft").symlink_to(runs / "sft")
+    (tmp_path / "file").touch()
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/report.json").write_text("[]")
+    outcome = minigpt("report", *args)
+    assert outcome.status == 2
+    assert told in outcome.err
+    assert outcome.err.count("\n") == 1

@@ -1,0 +1,372 @@
+"""Nothing that a client sends, or fails to send, stops the server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from serving import ASKED, SAID, Served, running
+
+from minigpt.infer.batch import Batch
+from minigpt.infer.engine import Engine
+from minigpt.serve import network
+
+CHAT: dict[str, Any] = {
+    "model": "sft",
+    "messages": [{"role": "user", "content": ASKED}],
+    "temperature": 0,
+}
+LONG: dict[str, Any] = {
+    "model": "base",
+    "prompt": ASKED,
+    "max_tokens": 4000,
+    "temperature": 0,
+    "stream": True,
+}
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(autouse=True)
+def _server_is_well(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test the server that the module shares answers and holds no place."""
+    yield
+    if "served" in request.fixturenames:
+        served: Served = request.getfixturevalue("served")
+        served.until(lambda: not served.worker.jobs)
+        answer = served.post(CHATS, json=CHAT).json()
+        assert answer["choices"][0]["message"]["content"] == SAID
+        assert all(batch.idle for batch in served.worker.batches.values())
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+TURN = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "status", "code", "param", "words"),
+    [
+        (CHATS, {"model": "none"}, 404, "model_not_found", "model", "Served: base, sft, html"),
+        (CHATS, {"model": "base"}, 400, "no_chat_template", "model", "/v1/completions"),
+        (CHATS, {"model": 3}, 400, None, "model", "valid string"),
+        (CHATS, {"model": None}, 400, None, "model", "required"),
+        (CHATS, {"messages": []}, 400, None, "messages", "at least 1"),
+        (CHATS, {"messages": [TURN] * 1025}, 400, None, "messages", "at most 1024"),
+        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "messages", "'user'"),
+        (CHATS, {"messages": [{"role": "user"}]}, 400, None, "messages", "messages.0.content"),
+        (CHATS, {"messages": [TURN | {"content": "the " * 600}]}, 400,
+         "context_length_exceeded", "messages", "maximum context length is 512"),
+        (CHATS, {"messages": [TURN | {"content": "\ud800"}]}, 400, None, None, "lone surrogate"),
+        (CHATS, {"temperature": "0"}, 400, None, "temperature", "valid number"),
+        (CHATS, {"temperature": 2.1}, 400, None, "temperature", "less than or equal to 2"),
+        (CHATS, {"top_p": 0}, 400, None, "top_p", "greater than 0"),
+        (CHATS, {"min_p": 1}, 400, None, "min_p", "less than 1"),
+        (CHATS, {"n": 17}, 400, None, "n", "less than or equal to 16"),
+        (CHATS, {"max_tokens": 0}, 400, None, "max_tokens", "equal to 1"),
+        (CHATS, {"seed": 2**63}, 400, None, "seed", "less than"),
+        (CHATS, {"stop": [""]}, 400, None, "stop", "at least 1"),
+        (CHATS, {"stream_options": {}}, 400, None, None, "'stream' to be true"),
+        (CHATS, {"top_logprobs": 1}, 400, None, None, "'logprobs' to be true"),
+        (CHATS, {"tools": [{"type": "function"}]}, 400, None, "tools", "not supported"),
+        (CHATS, {"temprature": 1}, 400, None, "temprature", "not supported"),
+        (TEXTS, {"prompt": []}, 400, None, "prompt", "prompt."),
+        (TEXTS, {"prompt": [0, 10**6]}, 400, None, "prompt", "below"),
+        (TEXTS, {"prompt": [0] * 5000}, 400, "context_length_exceeded", "prompt", "has 5000"),
+        (TEXTS, {"prompt": "a", "echo": True}, 400, None, "echo", "not supported"),
+        ("/v1/embeddings", {}, 404, None, None, "Not Found"),
+        ("/health", {}, 405, None, None, "Not Allowed"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(
+    served: Served,
+    path: str,
+    more: dict[str, Any],
+    status: int,
+    code: str | None,
+    param: str | None,
+    words: str,
+) -> None:
+    usual = CHAT if path == CHATS else {"model": "base"} if path == TEXTS else {}
+    answer = served.post(path, content=json.dumps(usual | more), headers=JSON)
+    assert answer.status_code == status
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == (code, param)
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b'{"model": "sft"' + b" " * 100]
+)
+def test_bad_json(served: Served, body: bytes) -> None:
+    answer = served.post(CHATS, content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert error_of(answer)["message"]
+
+
+def test_body_of_another_kind_is_refused(served: Served) -> None:
+    """A page elsewhere can send plain text to this server without asking it first."""
+    content = json.dumps(CHAT)
+    answer = served.post(CHATS, content=content, headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
+
+
+FIELDS = [
+    *CHAT,
+    "prompt",
+    "stop",
+    "n",
+    "seed",
+    "top_k",
+    "stream",
+    "logprobs",
+    "stream_options",
+    "x",
+]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=[]), max_size=8)
+    | st.sampled_from([math.nan, math.inf, 2**64, -(2**63), "\ud83d", "sft", "base", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+CHANGES = st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=64))
+    body = json.dumps(CHAT | {"prompt": "a", "max_tokens": 2} | draw(CHANGES)).encode()
+    cut = draw(st.one_of(st.none(), st.integers(0, len(body))))
+    return body[:cut]
+
+
+def test_malformed_bodies(served: Served) -> None:
+    seen = set()
+
+    @settings(max_examples=500, deadline=None, database=None)
+    @given(st.sampled_from([CHATS, TEXTS]), bodies())
+    def ask(path: str, body: bytes) -> None:
+        answer = served.post(path, content=body, headers=JSON)
+        seen.add(answer.status_code)
+        assert answer.status_code in (200, 400, 404), (answer.status_code, body)
+        if answer.status_code != 200:
+            assert error_of(answer)["message"]
+
+    ask()
+    assert 400 in seen
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ],
+)
+def test_what_is_no_request(served: Served, sent: bytes) -> None:
+    with served.connect() as connection:
+        connection.sendall(sent)
+        assert connection.recv(100).startswith(b"HTTP/1.1 ")
+
+
+def test_client_that_leaves_frees_its_place(served: Served, client: openai.OpenAI) -> None:
+    for _ in range(3):
+        streams = [client.completions.create(**LONG) for _ in range(12)]  # more than the slots
+        for stream in streams[:8]:
+            next(iter(stream))
+        assert served.worker.load("base") == 12
+        for stream in streams:
+            stream.close()
+        served.until(lambda: served.worker.load("base") == 0, 5)
+    served.until(lambda: served.worker.batches["base"].idle, 5)
+
+
+def test_client_that_leaves_before_a_whole_answer(served: Served) -> None:
+    body = json.dumps(LONG | {"stream": False, "n": 3}).encode()
+    head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with served.connect() as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        served.until(lambda: served.worker.load("base") == 3)
+    served.until(lambda: served.worker.load("base") == 0, 5)
+
+
+def test_body_that_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "PATIENCE", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for sent in (b"", head[:30], head + b"Content-Length: 100\r\n\r\n{"):
+        with served.connect() as connection:
+            connection.sendall(sent)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+
+
+def test_slow_reader_holds_up_nobody(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "PATIENCE", 0.5)
+    body = json.dumps(LONG | {"n": 4, "logprobs": 20, "max_tokens": 100}).encode()
+    head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(engines) as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        served.until(lambda: served.worker.load("base") == 4)
+        answer = served.post(CHATS, json=CHAT).json()  # while the other does not read
+        assert answer["choices"][0]["message"]["content"] == SAID
+        served.until(lambda: served.worker.load("base") == 0)
+        time.sleep(1)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**16):
+                received += part
+        assert b"[DONE]" not in received  # it was cut off
+
+
+def test_body_limit(engines: dict[str, Engine]) -> None:
+    with running(engines, max_body=2000) as served:
+        for content in (b" " * 2001, iter([b" " * 1500] * 2)):
+            answer = served.post(CHATS, content=content, headers=JSON)
+            assert answer.status_code == 413
+            assert "2000 bytes" in error_of(answer)["message"]
+        assert served.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_key(engines: dict[str, Engine]) -> None:
+    with running(engines, key="sesame ä") as served:
+        for given_key in (None, "Bearer", "Bearer wrong", "Basic sesame", "Bearer \xff"):
+            headers = {} if given_key is None else {"authorization": given_key.encode("latin-1")}
+            for path in ("/v1/models", "/metrics", "/openapi.json"):
+                answer = served.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert error_of(answer)["code"] == "invalid_api_key"
+        assert served.get("/").status_code == served.get("/health").status_code == 200
+        named = {"authorization": "Bearer sesame ä".encode(), "host": "example.org"}
+        assert served.get("/v1/models", headers=named).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            served.client.models.list()
+
+
+def test_open_server_answers_to_loopback_names_only(served: Served) -> None:
+    for host, status in {
+        "evil.example": 403,
+        "localhost.evil.example:80": 403,
+        "127.evil.example": 403,
+        "localhost": 200,
+        "LOCALHOST:1": 200,
+        "127.0.0.1:9": 200,
+        "[::1]:8000": 200,
+    }.items():
+        assert served.get("/v1/models", headers={"host": host}).status_code == status
+
+
+def test_full_queue(engines: dict[str, Engine]) -> None:
+    with running(engines, slots=2, max_queue=1) as served:
+        client = served.client
+        streams = [client.completions.create(**LONG) for _ in range(3)]
+        with pytest.raises(openai.RateLimitError, match="All places are taken") as caught:
+            client.completions.create(**LONG)
+        assert caught.value.code == "queue_full"
+        assert caught.value.response.headers["retry-after"] == "1"
+        streams.pop().close()
+        served.until(lambda: served.worker.load("base") == 2)
+        streams.append(client.completions.create(**LONG))
+        with pytest.raises(openai.BadRequestError, match="more than 3"):
+            client.completions.create(**LONG, n=4)
+        for stream in streams:
+            stream.close()
+
+
+def test_time_limit(engines: dict[str, Engine]) -> None:
+    with running(engines, timeout=0.3) as served:
+        client = served.client
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(**LONG | {"stream": False})
+        assert (caught.value.status_code, caught.value.code) == (504, "timeout")
+        with pytest.raises(openai.APIError, match="longer than this server allows"):
+            list(client.completions.create(**LONG))
+        served.until(lambda: served.worker.load("base") == 0)
+
+
+def test_model_that_breaks(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Callable[[Batch], Any] = Batch.step
+    broken: list[bool] = []
+
+    def failing(self: Batch) -> Any:
+        if self.engine is engines["base"] and not broken:
+            broken.append(True)
+            raise RuntimeError("out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", failing)
+    with running(engines) as served:
+        client = served.client
+        with pytest.raises(openai.InternalServerError, match="failed on this request"):
+            client.completions.create(**LONG | {"stream": False})
+        assert served.worker.load("base") == 0
+        broken.clear()
+        with pytest.raises(openai.APIError, match="failed on this request"):
+            list(client.completions.create(**LONG))
+        client.completions.create(**LONG | {"stream": False, "max_tokens": 3})
+
+
+def test_answers_are_ended_when_the_server_stops(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "GRACE", 0.2)
+    with running(engines) as served:
+        client = served.client
+        stream = client.completions.create(**LONG)
+        next(iter(stream))
+        served.server.should_exit = True
+        with pytest.raises(openai.APIError, match="The server was stopped"):
+            list(stream)
+
+
+def test_health_and_metrics(engines: dict[str, Engine]) -> None:
+    with running(engines) as served:
+        assert served.get("/health").json() == {"status": "ok"}
+        usage = served.post(CHATS, json=CHAT).json()["usage"]
+        served.get("/nowhere/at/all")
+        families = text_string_to_metric_families(served.get("/metrics").text)
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in families
+            for sample in family.samples
+        }
+    assert samples["minigpt_requests_total", CHATS, "200"] == 1
+    assert samples["minigpt_requests_total", "other", "404"] == 1
+    assert samples["minigpt_prompt_tokens_total", "sft"] == usage["prompt_tokens"]
+    assert samples["minigpt_generated_tokens_total", "sft"] == usage["completion_tokens"]
+    assert samples["minigpt_first_token_seconds_count", "sft"] == 1
+    assert samples["minigpt_request_seconds_count", CHATS] == 1
+    assert samples["minigpt_load_sequences", "sft"] == 0

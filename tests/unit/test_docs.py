@@ -1,0 +1,59 @@
+"""What the documents say is there: files, links and verbs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from minigpt.__main__ import COMMANDS, TRAINER_VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")])
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in link:
+            place, _, part = link.partition("#")
+            target = document.parent / place if place else document
+            assert target.exists(), link
+            headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M) if part else []
+            assert not part or part in map(slug, headings), link
+
+
+def tree() -> list[str]:
+    """Return the paths of the README's tree."""
+    drawn = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree\n\n```\n")[2]
+    above: list[str] = []
+    paths = []
+    for line in drawn.partition("```")[0].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [line.split()[0]]
+        paths.append("".join(above))
+    return paths
+
+
+def test_the_tree_is_the_repositorys() -> None:
+    paths = tree()
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    parts = {f.relative_to(ROOT).parts[:2] for f in (ROOT / "minigpt").rglob("*.py")}
+    parts = {("/".join(part), f"{'/'.join(part)}/") for part in parts}
+    assert [part for part in parts if not set(part) & set(paths)] == [
+        ("minigpt/__init__.py", "minigpt/__init__.py/")
+    ]
+
+
+def test_both_readmes_show_every_verb_and_guide() -> None:
+    for name in ("README.md", "README.zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        verbs = set(re.findall(r"minigpt +([a-z]+) ", text))
+        assert {*TRAINER_VERBS, *COMMANDS} - verbs <= {"validate", "bench"}
+        guides = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")} - {"docs/log.md"}
+        assert [guide for guide in sorted(guides) if guide not in text] == []
