@@ -97,8 +97,17 @@ class Stopping(Callback):
             requeue()
         raise stopped(asked, trainer.global_step)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back: Lightning does not tear down what failed to be set up."""
+        self._restore()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before, self.training = {}, False
