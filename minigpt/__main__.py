@@ -18,6 +18,7 @@ TRAINER_VERBS = {
 COMMANDS = {
     "tokenizer": "train a tokenizer",
     "generate": "complete one prompt",
+    "bench": "measure speed and memory against plain loops",
 }
 
 HELP = """usage: minigpt <verb> [options]

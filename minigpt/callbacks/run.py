@@ -122,6 +122,7 @@ class RunRecorder(Callback):
             "tokens_seen": pl_module.tokens_seen * trainer.world_size,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             "peak_rss_mb": peak_memory_mb(),
+            **peak_gpu_memory(),
             "before": self.before,
             "final": final,
         }
@@ -157,6 +158,15 @@ def peak_memory_mb() -> int:
     """Return the most memory this process has held, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
+
+
+def peak_gpu_memory() -> dict[str, float]:
+    """Return the most memory that tensors have held on the GPU, in MB; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 1e6)}
 
 
 def machine() -> dict[str, Any]:

@@ -17,8 +17,11 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -154,6 +157,7 @@ class _Writer:
 
     def __init__(self, directory: Path, dtype: str, with_targets: bool) -> None:
         self.dtype = np.dtype(dtype)
+        self.code = self.dtype.char  # of an array, which takes short lists faster than numpy does
         self.files: dict[str, BinaryIO] = {
             name: (directory / f"{name}.bin").open("wb")
             for name in ("tokens", "samples", *(["targets"] if with_targets else []))
@@ -163,8 +167,8 @@ class _Writer:
     def add(self, sample: Encoded, line: int) -> None:
         ids = sample.prompt + sample.first + sample.second
         runs = (self.tokens, line, len(sample.prompt), len(sample.first), len(sample.second))
-        self.files["tokens"].write(np.asarray(ids, self.dtype).tobytes())
-        self.files["samples"].write(np.array([runs], SAMPLE).tobytes())
+        self.files["tokens"].write(array(self.code, ids))
+        self.files["samples"].write(struct.pack("<qqiii", *runs))  # as SAMPLE lies in memory
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
@@ -195,16 +199,13 @@ def _build(
         encoder = Encoder(kind, tokenizer, limits)
         special = special_texts(tokenizer)
         records = read_records([source], kind, bad, limits.data_limit, special)
-        rows = 0
         with closing(writer):
-            while batch := list(islice(records, ROWS_AT_A_TIME)):
-                rows += len(batch)
-                for sample, origin in encoder.encode(batch, bad):
-                    writer.add(sample, origin.line)
+            for sample, origin in encoder.encode(records, bad):
+                writer.add(sample, origin.line)
             writer.sync()
         if not writer.samples:
             raise DataError(
-                f"none of the {rows} rows leaves a token to train on",
+                f"none of the {encoder.rows} rows leaves a token to train on",
                 path=source,
                 remedy="Check max_length and the chat template.",
                 reason="no_targets",
@@ -212,7 +213,7 @@ def _build(
         bad.check(bad.seen)  # rows that the encoder left out count, too
         meta = {
             "dtype": str(writer.dtype),
-            "rows": rows,
+            "rows": encoder.rows,
             "samples": writer.samples,
             "tokens": writer.tokens,
             "targets": writer.targets,
@@ -243,36 +244,60 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         log.warning("%s: %s", source, summary)
 
 
+Ahead = tuple[list[tuple[Record, Source, list[Piece]]], Future[list[Any]]]  # a batch of rows
+
+
 class Encoder:
     """Turns records into samples of at most `limits.max_length` tokens.
 
     Attributes:
-        cut: how many rows lost tokens to the maximum length.
+        rows: how many rows it has read.
+        cut: how many of them lost tokens to the maximum length.
     """
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.codec = ChatCodec(tokenizer) if kind != "text" else None
         self.end = document_end(tokenizer) if kind == "text" else -1
-        self.cut = 0
+        self.rows = self.cut = 0
 
     def encode(
-        self, batch: list[tuple[Record, Source]], bad: BadRows
+        self, records: Iterable[tuple[Record, Source]], bad: BadRows
     ) -> Iterator[tuple[Encoded, Source]]:
-        """Yield the samples of a batch of records, in order; rows without targets go to `bad`."""
-        pieces: list[list[Piece]] = []
-        sources: list[tuple[Record, Source]] = []
+        """Yield the samples of all records, in order; rows without targets go to `bad`.
+
+        While one batch of rows is tokenised, which needs no interpreter, the next is read.
+        """
+        waiting: Ahead | None = None
+        records = iter(records)
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(records, ROWS_AT_A_TIME)):
+                self.rows += len(batch)
+                ahead = self._start(batch, bad, pool)
+                if waiting:
+                    yield from self._finish(waiting, bad)
+                waiting = ahead
+            if waiting:
+                yield from self._finish(waiting, bad)
+
+    def _start(
+        self, batch: list[tuple[Record, Source]], bad: BadRows, pool: ThreadPoolExecutor
+    ) -> Ahead:
+        """Cut a batch of records into pieces and have them tokenised."""
+        rows: list[tuple[Record, Source, list[Piece]]] = []
         for record, source in batch:
             try:
-                pieces.append(self._pieces(record))
-                sources.append((record, source))
+                rows.append((record, source, self._pieces(record)))
             except DataError as error:
                 bad.handle(error.at(source.path, source.line))
-        texts = [piece.text for row in pieces for piece in row]
-        ids = iter(self._tokenise(texts))
-        for (record, source), row in zip(sources, pieces, strict=True):
-            encoded = list(islice(ids, len(row)))
-            samples = list(self._samples(record, row, encoded))
+        texts = [piece.text for _, _, pieces in rows for piece in pieces]
+        return rows, pool.submit(self._tokenise, texts)
+
+    def _finish(self, ahead: Ahead, bad: BadRows) -> Iterator[tuple[Encoded, Source]]:
+        rows, tokens = ahead
+        ids = (encoding.ids for encoding in tokens.result())
+        for record, source, row in rows:
+            samples = list(self._samples(record, row, list(islice(ids, len(row)))))
             if not samples:
                 problem = f"no target token is left after cutting to {self.limits.max_length}"
                 bad.handle(
@@ -287,9 +312,8 @@ class Encoder:
             for sample in samples:
                 yield sample, source
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _tokenise(self, texts: list[str]) -> list[Any]:
+        return self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
     def _pieces(self, record: Record) -> list[Piece]:
         if isinstance(record, Text):

@@ -27,6 +27,7 @@ ALLOWED = {
     "modules": {"data", "model", "infer"},
     "callbacks": {"data"},
     "commands": {"data", "model", "infer", "cli"},
+    "bench": {"commands", "data", "model", "cli"},
     "parser": set(),
     "cli": {"data", "model", "modules", "callbacks", "parser"},
     "errors": set(),

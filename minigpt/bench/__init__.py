@@ -1,0 +1,1 @@
+"""Benchmarks: MiniGPT's own commands against the loops and libraries that people would use."""

@@ -1,0 +1,124 @@
+"""What all benchmarks share: processes of their own, peaks, medians."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+from minigpt.errors import MiniGPTError
+
+Result = dict[str, Any]
+# Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
+DENSE_PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def threads() -> int:
+    """Return how many threads a benchmark's processes use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def spawn(args: list[str], what: str) -> float:
+    """Run `python -m ...` in a process of its own; return when it was started (Unix time).
+
+    Raises:
+        MiniGPTError: with the end of what it said, when it fails.
+    """
+    number = str(threads())
+    env = os.environ | {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}
+    started = time.time()
+    done = subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise MiniGPTError(f"{what} ended with status {done.returncode}: {said}")
+    return started
+
+
+def alternate(arms: dict[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:
+    """Run the arms in turn, so that a busy or warm machine meets all of them alike."""
+    results: dict[str, list[Result]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name, arm in arms.items():
+            results[name].append(arm(repeat))
+            told = {k: round(v, 1) for k, v in results[name][-1].items() if isinstance(v, float)}
+            print(f"{name}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
+    return results
+
+
+def middle(results: list[Result], name: str) -> float:
+    """Return a figure's median over the repeats."""
+    return float(median(result[name] for result in results))
+
+
+def peak_memory() -> Result:
+    """Return the most memory this process has held, in MB, on its device as well."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        held["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return held
+
+
+def matmul_peak(precision: str, device: str) -> float:
+    """Return the best rate of a large matrix product, in FLOP/s.
+
+    Args:
+        precision: Lightning's name; bf16 is measured in bf16, all else in fp32.
+        device: cpu or cuda.
+    """
+    import torch
+
+    torch.set_num_threads(threads())
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        started = time.perf_counter()
+        c = a @ b
+        float(c[0, 0])  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def dense_peak(device: str) -> float | None:
+    """Return the maker's dense bf16 peak of the GPU in use, in FLOP/s; None where unknown."""
+    if device != "cuda":
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return next((peak * 1e12 for part, peak in DENSE_PEAKS.items() if part in name), None)
+
+
+def surroundings() -> Result:
+    """Return machine, versions and date."""
+    import torch
+
+    names = ("torch", "transformers", "peft", "lightning", "tokenizers")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": date.today().isoformat(),
+        "system": platform.platform(terse=True),
+        "processor": gpu or f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": threads(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+    }
