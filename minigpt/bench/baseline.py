@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from minigpt.bench.measure import peak_memory
 from minigpt.data.store import TokenStore
+from minigpt.machine import peak_memory
 
 IGNORED = -100  # labels that transformers leaves out of its loss
 Row = tuple[list[int], list[int]]  # token ids and labels

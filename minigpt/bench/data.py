@@ -12,12 +12,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from minigpt.bench.measure import Result, alternate, middle, peak_memory, spawn, surroundings
+from minigpt.bench.measure import Result, alternate, middle, spawn, surroundings
 from minigpt.bench.train import publish
 from minigpt.commands.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.rows import iter_rows
 from minigpt.errors import DataError
+from minigpt.machine import peak_memory
 
 EXAMPLES = """examples:
   minigpt bench data --data data/pretrain.jsonl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -18,16 +17,7 @@ from minigpt.errors import MiniGPTError
 
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
-DENSE_PEAKS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
+DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 def threads() -> int:
@@ -65,16 +55,6 @@ def alternate(arms: dict[str, Callable[[int], Result]], repeats: int) -> dict[st
 def middle(results: list[Result], name: str) -> float:
     """Return a figure's median over the repeats."""
     return float(median(result[name] for result in results))
-
-
-def peak_memory() -> Result:
-    """Return the most memory this process has held, in MB, on its device as well."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    held = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        held["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    return held
 
 
 def matmul_peak(precision: str, device: str) -> float:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -35,6 +36,73 @@ def test_precomputed_and_live_reference_give_the_same_losses(tmp_path: Path, fit
     assert live._frozen
     assert not cached._frozen
     assert len(cached._known) == 58
+
+
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the pairs of every forward pass of the reference from here on."""
+    seen: list[int] = []
+    plain = DPOModule.reference_logprobs
+
+    def counted(self: DPOModule, batch: Any) -> Any:
+        if not self._known:
+            seen.append(batch.n_answers // 2)
+        return plain(self, batch)
+
+    monkeypatch.setattr(DPOModule, "reference_logprobs", counted)
+    return seen
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_reference_logprobs_are_computed_once(
+    lora: Any, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "model__init_args__reference": "precomputed",
+        "model__init_args__lora": lora,
+        "data__init_args__cache_dir": str(tmp_path / "cache"),
+    }
+    seen = forwards(monkeypatch)
+    fit("dpo", "first", **more)
+    assert sum(seen) == 58
+    fit("dpo", "second", **more)
+    assert sum(seen) == 58
+    assert tiny_runs.metrics(tmp_path / "first") == tiny_runs.metrics(tmp_path / "second")
+    assert len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
+    # Another start, or other rows, have other log-probs.
+    fit("dpo", "third", **more, model__init_args__init_from=str(tmp_path / "first" / "hf"))
+    assert sum(seen) == 58 + 58
+    fit("dpo", "fourth", **more, data__init_args__data_limit=20)
+    assert sum(seen) == 58 + 58 + 20 + 10
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other rows"])
+def test_damaged_reference_logprobs_are_never_used(
+    damage: str, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "model__init_args__reference": "precomputed",
+        "data__init_args__cache_dir": str(tmp_path / "cache"),
+    }
+    fit("dpo", "first", **more)
+    kept = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npy"))[0]
+    whole = kept.read_bytes()
+    if damage == "other rows":
+        np.save(kept, np.zeros((3, 2), np.float32))
+    else:
+        kept.write_bytes(whole[:-9] if damage == "cut off" else b"")
+    seen = forwards(monkeypatch)
+    fit("dpo", "second", **more)
+    assert sum(seen) == 48
+    assert kept.read_bytes() == whole
+    assert [p.name for p in kept.parent.iterdir() if p.name.startswith(("tmp", "."))] == []
+
+
+def test_a_share_of_a_file_draws_other_pairs_in_each_epoch(tmp_path: Path, fit: Fit) -> None:
+    """Log-probs of all pairs are known, not only of those that the first epoch draws."""
+    file = f"{fit('dpo', 'whole').datamodule.train}"
+    more = {"trainer__max_steps": 12, "model__init_args__reference": "precomputed"}
+    fit("dpo", "share", data__init_args__train={file: 0.5}, **more)
+    assert len(tiny_runs.metrics(tmp_path / "share")) == 12
 
 
 def test_adapter_off_equals_a_frozen_copy(

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "minigpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STAGE_FILES = ("pretrain", "sft", "dpo", "lora")
 # A module may import these parts of the package, besides itself, and those that all may.
-COMMON = {"errors", "files"}
+COMMON = {"errors", "files", "machine"}
 ALLOWED = {
     "data": set(),
     "model": {"data"},
@@ -32,6 +32,7 @@ ALLOWED = {
     "cli": {"data", "model", "modules", "callbacks", "parser"},
     "errors": set(),
     "files": set(),
+    "machine": set(),
     "__main__": {"cli"},
 }
 
