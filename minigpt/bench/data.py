@@ -6,18 +6,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from minigpt.bench.measure import Result, alternate, middle, spawn, surroundings
-from minigpt.bench.train import publish
+from minigpt.bench.measure import Result, alternate, middle, publish, spawn, surroundings
 from minigpt.commands.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.rows import iter_rows
-from minigpt.errors import DataError
+from minigpt.data.records import BadRows, Text, read_records
 from minigpt.machine import peak_memory
 
 EXAMPLES = """examples:
@@ -51,13 +48,13 @@ def measure(chosen: Any, work: Path) -> Result:
     tokenizer = tokenizers.load(given) if given else tokenizers.train([chosen.data], 6400)
     tokenizers.save(tokenizer, work / "tokenizer")
     first, *larger = [grown(Path(chosen.data), size, work) for size in chosen.sizes]
-    jobs = {"minigpt": partial(run, "store"), "library": partial(run, "library")}
+    at = (work, chosen.max_length)
     arms = {
-        name: lambda repeat, job=job: job(first, work, chosen.max_length, repeat)
-        for name, job in jobs.items()
+        "minigpt": partial(run, "store", first, *at),
+        "library": partial(run, "library", first, *at),
     }
     results = alternate(arms, chosen.repeats)
-    grew = [run("store", file, work, chosen.max_length, 0) for file in larger]
+    grew = [run("store", file, *at, 0) for file in larger]
     speeds = {name: middle(done, "mb_per_s") for name, done in results.items()}
     memory = [middle(results["minigpt"], "peak_rss_mb"), *(done["peak_rss_mb"] for done in grew)]
     return {
@@ -74,7 +71,12 @@ def measure(chosen: Any, work: Path) -> Result:
 
 def grown(data: Path, megabytes: int, work: Path) -> Path:
     """Write a file of about that size from the rows of another, over and over."""
-    rows = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for _, row in iter_rows(data)]
+    records = read_records([data], "text", BadRows())
+    rows = [
+        json.dumps({"text": record.text}, ensure_ascii=False).encode() + b"\n"
+        for record, _ in records
+        if isinstance(record, Text)
+    ]
     mean = sum(map(len, rows)) / len(rows)
     path = work / f"{megabytes}mb.jsonl"
     with path.open("wb") as file:
@@ -108,24 +110,13 @@ def store(file: Path, work: Path, max_length: int, repeat: int) -> Result:
 def library(file: Path, work: Path, max_length: int, repeat: int) -> Result:
     """Tokenise texts that lie in memory, a thousand at a time."""
     backend = tokenizers.load(work / "tokenizer").backend_tokenizer
-    texts = [text for _, row in iter_rows(file) for text in strings(row)]
+    texts = [json.loads(line)["text"] for line in file.open()]
     started = time.perf_counter()
     tokens = 0
     for start in range(0, len(texts), 1000):
         batch = texts[start : start + 1000]
         tokens += sum(len(e) for e in backend.encode_batch_fast(batch, add_special_tokens=False))
     return {"seconds": time.perf_counter() - started, "tokens": tokens, **peak_memory()}
-
-
-def strings(row: Any) -> Iterator[str]:
-    """Yield a row's text.
-
-    Raises:
-        DataError: for a row of another kind.
-    """
-    if not isinstance(row, dict) or "text" not in row:
-        raise DataError("minigpt bench data takes rows of text", remedy='Give {"text": …} rows.')
-    yield row["text"]
 
 
 if __name__ == "__main__":

@@ -7,17 +7,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from minigpt.errors import MiniGPTError
+from minigpt.files import write_json
 
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
 DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+MATMUL = 2048  # rows and columns of the matrices on a CPU
 
 
 def threads() -> int:
@@ -41,7 +44,7 @@ def spawn(args: list[str], what: str) -> float:
     return started
 
 
-def alternate(arms: dict[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:
+def alternate(arms: Mapping[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:
     """Run the arms in turn, so that a busy or warm machine meets all of them alike."""
     results: dict[str, list[Result]] = {name: [] for name in arms}
     for repeat in range(repeats):
@@ -68,7 +71,7 @@ def matmul_peak(precision: str, device: str) -> float:
 
     torch.set_num_threads(threads())
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    size = 2048 if device == "cpu" else 8192
+    size = MATMUL if device == "cpu" else 4 * MATMUL
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = 0.0
     for _ in range(8):
@@ -87,6 +90,15 @@ def dense_peak(device: str) -> float | None:
 
     name = torch.cuda.get_device_name()
     return next((peak * 1e12 for part, peak in DENSE_PEAKS.items() if part in name), None)
+
+
+def publish(report: Result, path: str | None) -> None:
+    """Print the figures, and write everything if asked to."""
+    for name, value in report.items():
+        if isinstance(value, int | float | str):
+            print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    if path:
+        write_json(Path(path), report)
 
 
 def surroundings() -> Result:
