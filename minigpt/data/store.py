@@ -12,6 +12,7 @@ Arrays (N tokens, S samples):
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -199,7 +200,7 @@ def _build(
         encoder = Encoder(kind, tokenizer, limits)
         special = special_texts(tokenizer)
         records = read_records([source], kind, bad, limits.data_limit, special)
-        with closing(writer):
+        with closing(writer), _seldom_collecting():
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
             writer.sync()
@@ -225,6 +226,17 @@ def _build(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _report(source, meta, bad)
+
+
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Look for unreachable cycles seldom: rows make none, and looking takes a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _publish(partial: Path, path: Path) -> None:
