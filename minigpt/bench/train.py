@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
     add = parser.add_argument
     add("--stage", choices=STAGES, required=True)
     add("--data", required=True, help="JSONL of the stage's rows")
-    add("--rows", type=positive, help="use only the first rows of the data")
+    add("--rows", type=positive, help="use only the first rows of the data (dpo: 64)")
     add("--max-length", "--max_length", type=positive, default=512, help="of a sample (512)")
     add("--batch-size", "--batch_size", type=positive, help="rows, pairs or blocks of a step")
     add("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
@@ -66,6 +66,8 @@ def main(args: list[str]) -> None:
     add("--seconds", type=positive, default=12, help="seconds to measure in each run (12)")
     add("--json", help="where to write the result")
     chosen = parser.parse_args(args)
+    if chosen.stage == "dpo":  # the first run computes the reference's log-probs of them all
+        chosen.rows = chosen.rows or 64
     with tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
         report = measure(prepare(chosen, Path(place)))
     publish(report, chosen.json)
@@ -82,6 +84,7 @@ class Work:
     device: str
     batch_size: int
     tokens_per_batch: int
+    sample_tokens: float
     matrices: int
     attention: float
 
@@ -112,6 +115,7 @@ def prepare(chosen: Namespace, place: Path) -> Work:
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
         tokens_per_batch=budget(chosen.stage, batch_size, chosen.max_length, mean),
+        sample_tokens=mean,
         matrices=sum(layer.weight.numel() for layer in linear),
         attention=sizes.layers * sizes.heads * sizes.head_dim * square / mean,
     )
@@ -172,11 +176,11 @@ def measure(work: Work) -> Result:
 def figures(work: Work, results: dict[str, list[Result]]) -> Result:
     """Turn the runs into the figures of the report."""
     ours, theirs, live = (results.get(name, []) for name in ("minigpt", "baseline", "live"))
-    unit = "pairs_per_s" if live else "useful_tokens_per_s"
+    unit = "useful_tokens_per_s"
     peak = max(result["flops"] for result in results["matmul"])
     # A frozen matrix needs no gradient of its own: LoRA takes 4 instead of 6 per weight.
     factor = 4 if work.chosen.stage == "lora" else 6
-    flops = middle(ours, "useful_tokens_per_s") * (factor * work.matrices + 6 * work.attention)
+    flops = middle(ours, unit) * (factor * work.matrices + 6 * work.attention)
     report: Result = {
         "ratio": middle(ours, unit) / middle(theirs, unit),
         "gemm_peak_fraction": flops / peak,
@@ -186,9 +190,11 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
     }
     if live:
         report["ratio_live"] = middle(live, unit) / middle(theirs, unit)
-    for name in sorted({"useful_tokens_per_s", unit, *(n for n in ours[0] if "peak_" in n)}):
-        report |= {name: middle(ours, name), f"baseline_{name}": middle(theirs, name)}
-        report |= {f"live_{name}": middle(live, name)} if live else {}
+    for arm, runs in (("", ours), ("baseline_", theirs), ("live_", live)):
+        for name in [n for n in ours[0] if runs and (n == unit or n.startswith("peak_"))]:
+            report[arm + name] = middle(runs, name)
+        if live:  # by the data's mean: the few pairs of a short run may be short or long ones
+            report[f"{arm}pairs_per_s"] = middle(runs, unit) / work.sample_tokens
     dense = dense_peak(work.device)
     return report | ({"mfu": flops / dense} if dense else {})
 
@@ -205,7 +211,6 @@ def our_arm(work: Work, reference: str, repeat: int) -> Result:
     summary = json.loads((run_dir / "summary.json").read_text())
     return {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
-        "pairs_per_s": sum(row.get("train/pairs", 0.0) for row in steps) / seconds,
         "first_step_s": first["time"] - started,
         "loss": steps[-1]["train/loss"],
         **{name: value for name, value in summary.items() if name.startswith("peak_")},
@@ -275,5 +280,4 @@ def run_baseline(job: Job, place: Path) -> Result:
     file.write_text(json.dumps(asdict(job)))
     spawn(["minigpt.bench.baseline", str(file), str(result)], "The baseline")
     done: Result = json.loads(result.read_text())
-    speeds = {"useful_tokens_per_s": done["tokens"], "pairs_per_s": done["samples"]}
-    return done | {name: amount / done["seconds"] for name, amount in speeds.items()}
+    return done | {"useful_tokens_per_s": done["tokens"] / done["seconds"]}

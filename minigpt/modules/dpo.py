@@ -110,10 +110,6 @@ class DPOModule(BaseModule):
         self.model.train(training)
         return scores
 
-    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Add how many pairs the means are of."""
-        return {**super().metrics(totals), "pairs": float(totals["count"])}
-
     def step(self, batch: PackedBatch) -> Step:
         """Return the summed DPO loss of all pairs, and the sums behind its metrics."""
         learns = len(batch.labels) > 0  # else the batch only keeps processes in step

@@ -154,5 +154,4 @@ def test_it_is_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:
 
     done = run_baseline(job(trained, "sft"), tmp_path)
     assert done["useful_tokens_per_s"] == pytest.approx(done["tokens"] / done["seconds"])
-    assert done["pairs_per_s"] == pytest.approx(8 / done["seconds"])
     assert json.loads((tmp_path / "job.json").read_text())["stage"] == "sft"

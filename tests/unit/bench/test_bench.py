@@ -65,12 +65,17 @@ def test_stages(
     assert here == 2 * [*arms, "minigpt.bench.baseline"]
     runs = report["runs"]
     assert [len(arm) for arm in runs.values()] == [2] * len(runs)
-    unit = "pairs_per_s" if stage == "dpo" else "useful_tokens_per_s"
+    unit = "useful_tokens_per_s"
     middle = {name: sum(run.get(unit, 0) for run in arm) / 2 for name, arm in runs.items()}
     assert report["ratio"] == pytest.approx(middle["minigpt"] / middle["baseline"])
     if stage == "dpo":
         assert report["ratio_live"] == pytest.approx(middle["live"] / middle["baseline"])
         assert report["live_peak_rss_mb"] > 0
+        pair = report["useful_tokens_per_s"] / report["pairs_per_s"]
+        assert report["live_useful_tokens_per_s"] / report["live_pairs_per_s"] == pytest.approx(
+            pair
+        )
+        assert 10 < pair < 150
     assert (report["precision"], report["gemm_precision"]) in (
         ("32-true", "fp32"),
         ("bf16-mixed", "bf16"),
