@@ -328,6 +328,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", text)
+    # The numbers are summed over all processes before they are logged.
+    warnings.filterwarnings("ignore", ".*It is recommended to use .self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")

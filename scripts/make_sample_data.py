@@ -24,9 +24,12 @@ STAGES = ("pretrain", "sft", "dpo", "lora_medical")
 
 def build(seed: int) -> dict[str, list[Row]]:
     """Return the rows of every file, keyed by the path inside the output folder."""
+    training = documents(seed, "pretrain", 1.0)
+    known = {row["text"] for row in training}  # some documents are a sentence or two
+    drawn = documents(seed, "pretrain val", 0.04)
     files = {
-        "pretrain": documents(seed, "pretrain", 1.0),
-        "pretrain_val": documents(seed, "pretrain val", 0.04),
+        "pretrain": training,
+        "pretrain_val": [row for row in drawn if row["text"] not in known],
         "sft": sft_rows(seed),
         "sft_val": sft_val_rows(seed),
         "dpo": dpo_rows(seed),

@@ -77,6 +77,12 @@ def test_generation_is_deterministic_and_equals_the_committed_files(tmp_path: Pa
         assert (DATA / name).read_bytes() == content, name
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_no_validation_row_stands_in_the_training_file(name: str) -> None:
+    trained = list(rows(name))
+    assert [row for row in rows(f"{name}_val") if row in trained] == []
+
+
 def test_total_size_stays_small() -> None:
     assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 10_000_000
 
