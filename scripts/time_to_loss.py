@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.bench.baseline import Job
-from minigpt.bench.measure import Result, publish, spawn, surroundings
+from minigpt.bench.measure import PRECISIONS, Result, publish, spawn, surroundings
 from minigpt.bench.train import FOREVER, Work, config, prepare, run_baseline
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
@@ -35,6 +35,7 @@ def theirs(chosen: argparse.Namespace, work: Work, val: Path) -> dict[float, Res
             stores=(str(work.store.path), str(val)),
             batch_size=work.batch_size,
             max_length=chosen.max_length,
+            tokens_per_batch=chosen.tokens_per_batch,
             precision=work.precision,
             device=work.device,
             steps=FOREVER,
@@ -113,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, help="use only the first rows")
     parser.add_argument("--size", default="26m")
     parser.add_argument("--tokenizer")
-    parser.add_argument("--precision")
+    parser.add_argument("--precision", choices=PRECISIONS, help="by default what is fast here")
     parser.add_argument("--json")
     chosen = parser.parse_args(args)
     chosen.stage, chosen.steps, chosen.optimizer = "pretrain", FOREVER, "muon"

@@ -8,6 +8,7 @@ chosen and rejected answers in one padded batch. `python -m minigpt.bench.baseli
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -23,10 +24,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
+from minigpt.data.order import PackedOrder, Part
 from minigpt.data.store import TokenStore
 from minigpt.machine import peak_memory
 
 IGNORED = -100  # labels that transformers leaves out of its loss
+LEAST = 3  # steps to measure, however long they take: two batches may hold more or less padding
 Row = tuple[list[int], list[int]]  # token ids and labels
 
 
@@ -40,9 +43,12 @@ class Job:
         stores: token stores of the training and of the held-out rows (or None).
         batch_size: rows (pairs for dpo) of a step.
         max_length: tokens of a block (pretrain).
+        tokens_per_batch: of our own step, whose order of texts is taken over (pretrain).
         precision: bf16-mixed or 32-true. device: cpu or cuda.
-        steps: after which to stop. seconds: after which to stop; the first step is not counted.
-        lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`.
+        steps: after which to stop; the first step is not counted.
+        seconds: after which to stop, but not before `LEAST` steps.
+        lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`, and
+            all steps count.
         rank: of the adapter (lora).
     """
 
@@ -51,6 +57,7 @@ class Job:
     stores: tuple[str, str | None]
     batch_size: int
     max_length: int
+    tokens_per_batch: int
     precision: str
     device: str
     steps: int
@@ -76,14 +83,17 @@ def samples(store: TokenStore, order: Any) -> Iterator[tuple[Row, ...]]:
         yield tuple(rows)
 
 
-def blocks(store: TokenStore, order: Any, length: int) -> Iterator[tuple[Row, ...]]:
-    """Yield all texts one after the other, in blocks of `length` tokens."""
+def blocks(job: Job, store: TokenStore, epoch: int) -> Iterator[tuple[Row, ...]]:
+    """Yield all texts one after the other, in our own order, in blocks of `max_length` tokens."""
+    whole = [Part(len(store), len(store))]
+    order = PackedOrder([store.lengths], whole, job.tokens_per_batch, job.seed)
     left: list[int] = []
-    for ((ids, _),) in samples(store, order):
-        left += ids
-        while len(left) >= length:
-            yield ((left[:length], left[:length]),)
-            left = left[length:]
+    for members in order.batches(epoch):
+        for ((ids, _),) in samples(store, [sample for _, sample in members]):
+            left += ids
+        while len(left) >= job.max_length:
+            yield ((left[: job.max_length], left[: job.max_length]),)
+            left = left[job.max_length :]
 
 
 def collate(rows: list[Row], device: str) -> dict[str, Tensor]:
@@ -102,10 +112,9 @@ def batches(job: Job, store: TokenStore) -> Iterator[tuple[dict[str, Tensor], in
     """Yield shuffled batches for ever, with their own tokens and how many samples they hold."""
     rng = np.random.default_rng(job.seed)
     waiting: list[tuple[Row, ...]] = []
-    while True:
-        order = rng.permutation(len(store))
-        cut = blocks(store, order, job.max_length) if job.stage == "pretrain" else None
-        for sample in cut or samples(store, order):
+    for epoch in itertools.count():
+        shuffled = samples(store, rng.permutation(len(store)))
+        for sample in blocks(job, store, epoch) if job.stage == "pretrain" else shuffled:
             waiting.append(sample)
             if len(waiting) == job.batch_size:
                 rows = [row for rows in zip(*waiting, strict=True) for row in rows]
@@ -175,9 +184,11 @@ def train(job: Job) -> dict[str, float]:
             started = time.perf_counter()
             continue
         tokens, pairs, passed = tokens + useful, pairs + rows, time.perf_counter() - started
-        if count > job.steps or passed >= job.seconds:
+        enough = passed >= job.seconds and (job.decay or count > LEAST)
+        if enough or count > job.steps:
             break
-    done = {"tokens": tokens, "samples": pairs, "seconds": passed, "loss": last, **peak_memory()}
+    done = {"tokens": tokens, "samples": pairs, "seconds": passed, "loss": last}
+    done |= {"steps": count - (not job.decay), **peak_memory()}
     return done | ({"held_out": held_out(job, model)} if job.stores[1] else {})
 
 

@@ -14,18 +14,40 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minigpt.errors import MiniGPTError
+import yaml
+
+from minigpt.errors import ConfigError, MiniGPTError
 from minigpt.files import write_json
 
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
 DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 MATMUL = 2048  # rows and columns of the matrices on a CPU
+MATMUL_SECONDS = 4.0  # after which no further product is begun: emulated bf16 takes minutes
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
+
+
+def architecture(size: str) -> dict[str, Any]:
+    """Read a size's overlay.
+
+    Raises:
+        ConfigError: when there is none of that name.
+    """
+    named = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
+    path = named if named.is_file() else Path(size)
+    if not path.is_file():
+        raise ConfigError(f"--size {size}: neither {named} nor {path} is a file. Try 26m.")
+    sizes: dict[str, Any] = yaml.safe_load(path.read_text())["model"]["init_args"]["architecture"]
+    return sizes
 
 
 def threads() -> int:
     """Return how many threads a benchmark's processes use."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit():
+        return int(given)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return allowed or 1
 
 
 def spawn(args: list[str], what: str) -> float:
@@ -39,7 +61,8 @@ def spawn(args: list[str], what: str) -> float:
     started = time.time()
     done = subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        nothing = "killed, perhaps for want of memory" if done.returncode == -9 else "nothing"
+        said = (done.stderr.strip() or done.stdout.strip() or nothing).splitlines()[-1]
         raise MiniGPTError(f"{what} ended with status {done.returncode}: {said}")
     return started
 
@@ -73,9 +96,11 @@ def matmul_peak(precision: str, device: str) -> float:
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     size = MATMUL if device == "cpu" else 4 * MATMUL
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = 0.0
+    best, begun = 0.0, time.perf_counter()
     for _ in range(8):
         started = time.perf_counter()
+        if best and started - begun > MATMUL_SECONDS:
+            break
         c = a @ b
         float(c[0, 0])  # waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - started))

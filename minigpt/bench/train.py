@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from minigpt.bench.baseline import Job
+from minigpt.bench.baseline import LEAST, Job
 from minigpt.bench.measure import (
+    PRECISIONS,
     Result,
     alternate,
+    architecture,
     dense_peak,
     matmul_peak,
     middle,
@@ -27,7 +28,6 @@ from minigpt.bench.measure import (
 )
 from minigpt.commands.options import CommandParser, positive
 from minigpt.data.store import Limits, TokenStore, open_store
-from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
   minigpt bench train --stage pretrain --data data/pretrain.jsonl
@@ -60,10 +60,10 @@ def main(args: list[str]) -> None:
     add("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
     add("--tokenizer", help="directory; by default 6,400 tokens trained on --data")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="of our arm (adamw)")
-    add("--precision", help="bf16-mixed or 32-true; by default what is fast here")
+    add("--precision", choices=PRECISIONS, help="of all arms; by default what is fast here")
     add("--repeats", type=positive, default=3, help="of each arm (3)")
     add("--steps", type=positive, default=FOREVER, help="steps to measure at most")
-    add("--seconds", type=positive, default=12, help="seconds to measure in each run (12)")
+    add("--seconds", type=positive, default=12, help=f"measured in each run (12), or {LEAST} steps")
     add("--json", help="where to write the result")
     chosen = parser.parse_args(args)
     if chosen.stage == "dpo":  # the first run computes the reference's log-probs of them all
@@ -111,7 +111,7 @@ def prepare(chosen: Namespace, place: Path) -> Work:
     linear = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     batch_size = chosen.batch_size or usual
     return Work(
-        *(chosen, place, store, str(choose_precision(chosen.precision, "auto"))),
+        *(chosen, place, store, str(choose_precision(PRECISIONS.get(chosen.precision), "auto"))),
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
         tokens_per_batch=budget(chosen.stage, batch_size, chosen.max_length, mean),
@@ -119,20 +119,6 @@ def prepare(chosen: Namespace, place: Path) -> Work:
         matrices=sum(layer.weight.numel() for layer in linear),
         attention=sizes.layers * sizes.heads * sizes.head_dim * square / mean,
     )
-
-
-def architecture(size: str) -> dict[str, Any]:
-    """Read a size's overlay.
-
-    Raises:
-        ConfigError: when there is none of that name.
-    """
-    named = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
-    path = named if named.is_file() else Path(size)
-    if not path.is_file():
-        raise ConfigError(f"--size {size}: neither {named} nor {path} is a file. Try 26m.")
-    sizes: dict[str, Any] = yaml.safe_load(path.read_text())["model"]["init_args"]["architecture"]
-    return sizes
 
 
 def moments(store: TokenStore) -> tuple[float, float]:
@@ -212,6 +198,7 @@ def our_arm(work: Work, reference: str, repeat: int) -> Result:
     return {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
         "first_step_s": first["time"] - started,
+        "steps": len(steps),
         "loss": steps[-1]["train/loss"],
         **{name: value for name, value in summary.items() if name.startswith("peak_")},
     }
@@ -241,10 +228,12 @@ def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
     }
     trainer = {
         "max_steps": chosen.steps + 1,
-        "min_steps": 2,
+        "min_steps": 1 + min(LEAST, chosen.steps),
         "min_epochs": 0,  # else the time is looked at after a whole epoch only
         "max_time": {"seconds": chosen.seconds},
         "precision": work.precision,
+        "accelerator": "gpu" if work.device == "cuda" else "cpu",
+        "devices": 1,  # as the plain loop
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
     }
@@ -265,6 +254,7 @@ def their_arm(work: Work, repeat: int) -> Result:
         stores=(str(work.store.path), None),
         batch_size=work.batch_size,
         max_length=work.chosen.max_length,
+        tokens_per_batch=work.tokens_per_batch,
         precision=work.precision,
         device=work.device,
         steps=work.chosen.steps,

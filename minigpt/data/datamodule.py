@@ -309,7 +309,7 @@ class JSONLDataModule(LightningDataModule):
     def stores(self) -> list[TokenStore]:
         """Return the stores of all training and held-out files, each once."""
         parts = [*self.train_parts, *self.val_parts]
-        return list({part.store.path: part.store for part in parts}.values())
+        return list({(p.store.path, p.store.source): p.store for p in parts}.values())
 
     def advance(self, batch: PackedBatch) -> None:
         """Note that a training batch is done."""

@@ -8,6 +8,8 @@ Arrays (N tokens, S samples):
     tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
     targets.bin   [N] bool               chats only: which tokens the model must say
     samples.bin   [S] SAMPLE             where each sample lies and which row it came from
+    lengths.bin   [S] int32              tokens of each sample; on its own, since an epoch's order
+                                         passes through all of it
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from minigpt.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is three runs of tokens: a text or chat has only `first`; a preference has the
 # prompt and both answers.
@@ -93,14 +95,13 @@ class TokenStore:
         self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
         self.tokens = np.memmap(path / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         self.samples = np.memmap(path / "samples.bin", dtype=SAMPLE, mode="r")
+        self._lengths = np.memmap(path / "lengths.bin", dtype="<i4", mode="r")
         targets = path / "targets.bin"
         self.targets = np.memmap(targets, dtype=np.bool_, mode="r") if targets.exists() else None
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
-        s = self.samples[index]
-        total: NDArray[np.int32] = s["prompt"] + s["first"] + s["second"]
-        return total.astype(np.int64)
+        return self._lengths[index].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -161,7 +162,7 @@ class _Writer:
         self.code = self.dtype.char  # of an array, which takes short lists faster than numpy does
         self.files: dict[str, BinaryIO] = {
             name: (directory / f"{name}.bin").open("wb")
-            for name in ("tokens", "samples", *(["targets"] if with_targets else []))
+            for name in ("tokens", "samples", "lengths", *(["targets"] if with_targets else []))
         }
         self.tokens = self.samples = self.targets = 0
 
@@ -170,6 +171,7 @@ class _Writer:
         runs = (self.tokens, line, len(sample.prompt), len(sample.first), len(sample.second))
         self.files["tokens"].write(array(self.code, ids))
         self.files["samples"].write(struct.pack("<qqiii", *runs))  # as SAMPLE lies in memory
+        self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
