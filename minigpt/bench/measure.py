@@ -117,11 +117,18 @@ def dense_peak(device: str) -> float | None:
     return next((peak * 1e12 for part, peak in DENSE_PEAKS.items() if part in name), None)
 
 
+def told(value: float | str) -> str:
+    """Return a figure with as many digits as say something."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def publish(report: Result, path: str | None) -> None:
     """Print the figures, and write everything if asked to."""
     for name, value in report.items():
         if isinstance(value, int | float | str):
-            print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
+            print(f"{name:32} {told(value)}")
     if path:
         write_json(Path(path), report)
 

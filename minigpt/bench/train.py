@@ -25,6 +25,7 @@ from minigpt.bench.measure import (
     publish,
     spawn,
     surroundings,
+    told,
 )
 from minigpt.commands.options import CommandParser, positive
 from minigpt.data.store import Limits, TokenStore, open_store
@@ -42,6 +43,13 @@ STAGES: dict[str, tuple[str, str, Any, int]] = {
     "lora": ("LoRAModule", "SFTDataModule", "chat", 32),
 }
 FOREVER = 100_000
+ARMS = {"MiniGPT": "", "live reference": "live_", "plain loop": "baseline_"}
+SHOWN = {
+    "useful tokens/s": "useful_tokens_per_s",
+    "pairs/s": "pairs_per_s",
+    "peak memory, MB": "peak_rss_mb",
+    "peak GPU memory, MB": "peak_gpu_mb",
+}
 
 
 def main(args: list[str]) -> None:
@@ -70,6 +78,7 @@ def main(args: list[str]) -> None:
         chosen.rows = chosen.rows or 64
     with tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
         report = measure(prepare(chosen, Path(place)))
+    print(table(report))
     publish(report, chosen.json)
 
 
@@ -183,6 +192,25 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
             report[f"{arm}pairs_per_s"] = middle(runs, unit) / work.sample_tokens
     dense = dense_peak(work.device)
     return report | ({"mfu": flops / dense} if dense else {})
+
+
+def table(report: Result) -> str:
+    """Return the arms side by side, under what they did."""
+    arms = {title: arm for title, arm in ARMS.items() if f"{arm}useful_tokens_per_s" in report}
+    lines = [
+        f"{report['stage']} on {report['data']}: {report['size']}, at most {report['max_length']} "
+        f"tokens, {report['threads']} threads, both sides in {report['precision']}.",
+        f"A large matmul reaches {report['gemm_peak_gflops']:,.0f} GFLOP/s in "
+        f"{report['gemm_precision']}; the step {report['gemm_peak_fraction']:.0%} of that.",
+        "",
+        " " * 20 + "".join(f"{title:>16}" for title in arms),
+    ]
+    for title, name in SHOWN.items():
+        if name in report:
+            values = (told(report[arm + name]) for arm in arms.values())
+            lines.append(f"{title:20}" + "".join(f"{value:>16}" for value in values))
+    ratios = [f"{report[r]:.2f}x" for r in ("ratio", "ratio_live") if r in report]
+    return "\n".join([*lines, f"{'ratio':20}" + "".join(f"{r:>16}" for r in ratios), ""])
 
 
 def our_arm(work: Work, reference: str, repeat: int) -> Result:

@@ -179,7 +179,7 @@ def test_time_to_loss(
     work = ["--tokenizer", str(tmp_path / "tokenizer"), "--size", str(tmp_path / "tiny.yaml")]
     work += ["--seconds", "2", "--share", "4", "--baseline_lrs", "1e-2", "1e-3", "--decay", "0.25"]
     work += ["--tokens_per_batch", "128", "--max_length", "64", "--rows", "40", "--lr", "2e-2"]
-    work += ["--batch_size", "2", "--adamw_lr", "3e-3", "--precision", "32-true"]
+    work += ["--batch_size", "2", "--adamw_lr", "3e-3", "--precision", "fp32"]
     module.main([*files, *work, "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["baseline_lr"] == 1e-3

@@ -20,7 +20,8 @@ from minigpt.bench.baseline import Job
 from minigpt.bench.train import moments
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch, collate
-from minigpt.data.datamodule import Selection
+from minigpt.data.datamodule import PackedDataset, Selection
+from minigpt.data.order import PackedOrder, Part
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import dpo
@@ -41,6 +42,7 @@ def job(trained: Path, stage: str, **changes: Any) -> Job:
         "stores": (str(store_of(trained, stage).path), None),
         "batch_size": 4,
         "max_length": 16,
+        "tokens_per_batch": 128,
         "precision": "32-true",
         "device": "cpu",
         "steps": 2,
@@ -102,6 +104,33 @@ def test_pretraining_is_not_padded(trained: Path) -> None:
         assert batch.keys() == {"input_ids", "labels"}
         assert batch["input_ids"].shape == (4, 16)
         assert useful == 64
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
+    store = store_of(trained, "pretrain")
+    parts, whole = [Part(len(store), len(store))], Selection(store)
+    order = PackedOrder([store.lengths], parts, 128, seed)
+    ours = torch.cat([b.input_ids for b in PackedDataset(order, [whole], 0, 0, 0, 1)])
+    blocks = list(baseline.blocks(job(trained, "pretrain", seed=seed), store, 0))
+    theirs = torch.tensor([ids for ((ids, _),) in blocks]).flatten()
+    assert len(theirs) == len(ours) // 16 * 16
+    assert torch.equal(theirs, ours[: len(theirs)])
+    taken = torch.cat(
+        [
+            batch["input_ids"].flatten()
+            for batch, _, _ in islice(
+                baseline.batches(job(trained, "pretrain", seed=seed), store), 5
+            )
+        ]
+    )
+    assert torch.equal(taken, theirs[: len(taken)])
+
+
+def test_slow_steps_are_measured_more_than_once(trained: Path) -> None:
+    done = baseline.train(job(trained, "sft", seconds=0, steps=100))
+    assert done["steps"] == baseline.LEAST
+    assert done["samples"] == baseline.LEAST * 4
 
 
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)

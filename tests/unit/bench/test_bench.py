@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,15 +19,18 @@ from minigpt.bench import baseline, measure, train
 from minigpt.errors import MiniGPTError
 
 Minigpt = Callable[..., Any]
+jobs: list[Any] = []  # what the arms were told to do
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run the arms in this process, one after the other; return their order."""
     order: list[str] = []
+    jobs.clear()
 
     def spawn(args: list[str], what: str) -> float:
         order.append(args[0])
+        jobs.append(json.loads(Path(args[-1 if args[0] == "minigpt" else 1]).read_text()))
         if args[0] == "minigpt":
             assert main(args[1:]) == 0
         else:
@@ -88,7 +92,7 @@ def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path)
 
     chosen = Namespace(
         stage="pretrain", data=str(trained / "pretrain.jsonl"), rows=20, max_length=64,
-        batch_size=None, size=str(size), tokenizer=str(trained / "tokenizer"), precision="32-true",
+        batch_size=None, size=str(size), tokenizer=str(trained / "tokenizer"), precision="fp32",
     )  # fmt: skip
     work = train.prepare(chosen, trained.parent / "work")
     assert work.tokens_per_batch == 8 * 64
@@ -108,9 +112,53 @@ def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path)
     assert report["gemm_peak_fraction"] == pytest.approx(flops / 5e6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_arms_do_as_they_are_told(
+    precision: str, trained: Path, tmp_path: Path, here: list[str], size: Path, minigpt: Minigpt
+) -> None:
+    options = ["--size", size, "--tokenizer", trained / "tokenizer", "--max-length", 48]
+    options += ["--batch-size", 3, "--steps", 5, "--repeats", 1, "--rows", 20, "--seconds", 1]
+    options += ["--optimizer", "muon", "--precision", precision, "--json", tmp_path / "out.json"]
+    done = minigpt("bench", "train", "--stage", "sft", "--data", trained / "sft.jsonl", *options)
+    assert done.status == 0, done.err
+    ours, theirs = jobs
+    lightnings = {"fp32": "32-true", "bf16": "bf16-mixed"}[precision]
+    assert ours["trainer"]["precision"] == theirs["precision"] == lightnings
+    one = {"accelerator": "cpu", "devices": 1, "max_steps": 6, "max_time": {"seconds": 1}}
+    assert {name: ours["trainer"][name] for name in one} == one
+    assert (theirs["device"], theirs["steps"], theirs["seconds"]) == ("cpu", 5, 1)
+    assert ours["model"]["init_args"]["optimizer"] == {"name": "muon", "lr": theirs["lr"]}
+    assert (ours["data"]["init_args"]["max_length"], theirs["batch_size"]) == (48, 3)
+    assert ours["data"]["init_args"]["data_limit"] == 20
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert 10 < report["samples"] <= 20
+    assert report["gemm_precision"] == precision
+    assert f"both sides in {lightnings}" in done.out
+    assert f"GFLOP/s in {precision};" in done.out
+
+
+def test_arms_stand_side_by_side() -> None:
+    names = ("useful_tokens_per_s", "pairs_per_s", "peak_rss_mb")
+    report: dict[str, Any] = {
+        **dict(zip(names, (1234.5, 0.5, 15000.0), strict=True)),
+        **{f"live_{n}": v for n, v in zip(names, (617.2, 0.25, 16000.0), strict=True)},
+        **{f"baseline_{n}": v for n, v in zip(names, (493.8, 0.2, 31000.0), strict=True)},
+    }
+    report |= {"stage": "dpo", "data": "d.jsonl", "size": "26m", "max_length": 64, "threads": 2}
+    report |= {"precision": "32-true", "gemm_precision": "fp32", "gemm_peak_gflops": 148.2}
+    report |= {"gemm_peak_fraction": 0.756, "ratio": 2.5, "ratio_live": 1.25}
+    *head, _, titles, tokens, pairs, memory, ratio = train.table(report).splitlines()
+    assert "148 GFLOP/s in fp32; the step 76% of that" in head[-1]
+    assert titles.split("  ")[-1].strip() == "plain loop"
+    assert tokens.split()[-3:] == ["1,234", "617", "494"]
+    assert pairs.split()[-3:] == ["0.5", "0.25", "0.2"]
+    assert memory.split()[-3:] == ["15,000", "16,000", "31,000"]
+    assert ratio.split()[-2:] == ["2.50x", "1.25x"]
+
+
 def test_named_sizes_and_those_of_a_file(size: Path, minigpt: Minigpt, trained: Path) -> None:
-    assert train.architecture("26m")["hidden_size"] == 512
-    assert train.architecture(str(size)) == tiny_runs.ARCHITECTURE
+    assert measure.architecture("26m")["hidden_size"] == 512
+    assert measure.architecture(str(size)) == tiny_runs.ARCHITECTURE
     options = ("--data", trained / "sft.jsonl", "--tokenizer", trained / "tokenizer")
     wrong = minigpt("bench", "train", "--stage", "sft", "--size", "27m", *options)
     assert wrong.status == 2
@@ -166,6 +214,23 @@ def test_the_peak_of_memory_is_a_process_own() -> None:
     code = "from minigpt.machine import peak_memory; print(peak_memory()['peak_rss_mb'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < int(done.stdout) < 100 < len(held) / 1e6
+
+
+def test_a_slow_matmul_is_not_measured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr(measure, "MATMUL", 16)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    assert measure.matmul_peak("bf16-mixed", "cpu") == pytest.approx(2 * 16**3 / 100)
+    assert next(clock) == 400  # one product, and no other begun
+
+
+def test_threads_are_those_given_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert measure.threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert measure.threads() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert measure.threads() == os.cpu_count()
 
 
 def test_matmul_peak_and_makers_peak(monkeypatch: pytest.MonkeyPatch) -> None:
