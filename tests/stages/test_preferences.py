@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,59 @@ def test_precomputed_and_live_reference_give_the_same_losses(tmp_path: Path, fit
     assert live._frozen
     assert not cached._frozen
     assert len(cached._known) == 58
+
+
+def test_precomputed_is_live_in_bf16_as_well(tmp_path: Path, fit: Fit) -> None:
+    """The reference is computed under the same autocast as in a step."""
+    more = {"trainer__precision": "bf16-mixed", "trainer__max_steps": 2}
+    for name, reference in (("live", "model"), ("cached", "precomputed")):
+        fit("dpo", name, **more, model__init_args__reference=reference)
+    for name in ("live", "cached"):  # policy and reference are the same model: nothing to prefer
+        margin, _ = tiny_runs.metrics(tmp_path / name, "train/rewards/margin")
+        assert margin == pytest.approx(0, abs=1e-6), name
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_resumed_run_has_the_reference_that_it_began_with(
+    lora: Any, tmp_path: Path, fit: Fit
+) -> None:
+    more = {**tiny_runs.RUN, "model__init_args__reference": "precomputed"}
+    more |= {"model__init_args__lora": lora, "data__init_args__cache_dir": str(tmp_path / "cache")}
+    fit("dpo", "run", **more)
+    losses = tiny_runs.metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "hf")
+    for step in (4, 6):
+        (tmp_path / "run" / "checkpoints" / f"step={step}.ckpt").unlink()
+    for again in ("found", "computed anew"):
+        fit("dpo", "run", "--ckpt_path", str(tmp_path / "run/checkpoints/step=2.ckpt"), **more)
+        resumed = tiny_runs.metrics(tmp_path / "run")[-4:]
+        assert resumed == pytest.approx(losses[2:], rel=1e-6), again
+        for kept in (tmp_path / "cache").glob("*/reference-*.npy"):
+            kept.unlink()
+
+
+def test_the_same_rows_in_two_files(world: Path, tmp_path: Path, fit: Fit) -> None:
+    shutil.copy(world / "dpo.jsonl", tmp_path)
+    copied = {"data__init_args__val": str(tmp_path / "dpo.jsonl")}
+    made = fit("dpo", "run", **copied, model__init_args__reference="precomputed").model
+    assert len(made._known) == 96
+
+
+def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
+    tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(file: Any, scores: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minigpt.modules.reference.np.save", full)
+    cache = {"data__init_args__cache_dir": str(tmp_path / "cache")}
+    fit("dpo", "run", **cache, model__init_args__reference="precomputed")
+    assert len(tiny_runs.metrics(tmp_path / "run")) == 3
+    assert "cannot be kept in" in caplog.text
+    assert "No space left on device" in caplog.text
+    files = {path.name for path in (tmp_path / "cache").glob("*/*")}
+    assert files == {"meta.json", "tokens.bin", "samples.bin", "lengths.bin"}
 
 
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -73,6 +127,8 @@ def test_reference_logprobs_are_computed_once(
     assert sum(seen) == 58 + 58
     fit("dpo", "fourth", **more, data__init_args__data_limit=20)
     assert sum(seen) == 58 + 58 + 20 + 10
+    fit("dpo", "fifth", **more, trainer__precision="bf16-mixed")
+    assert sum(seen) == 58 + 58 + 20 + 10 + 58
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "other rows"])
