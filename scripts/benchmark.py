@@ -4,7 +4,8 @@
     python scripts/benchmark.py --data_dir DIR     # pretrain, sft, dpo and lora.jsonl of your own
 
 Results are kept as JSON in --output_dir, and the page is made from them; what is there
-already is measured anew only with --force.
+already is measured anew only with --force. time_to_loss.json, which scripts/time_to_loss.py
+takes an hour for, is told of when it is there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from minigpt.bench.measure import told
 
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
@@ -77,6 +80,8 @@ def page(results: dict[str, Result], command: str) -> str:
     """Return the page."""
     lines = ["# Benchmarks", "", "## Training", "", *training(results), "", NOTES, ""]
     lines += ["## Preparing data", "", *preparing(results["data"]), ""]
+    if "time_to_loss" in results:
+        lines += ["## Time to a loss", "", *sooner(results["time_to_loss"]), ""]
     lines += ["## Waiting", "", *waiting(results), ""]
     return "\n".join([*lines, *machine(results["pretrain"], command), ""])
 
@@ -98,17 +103,17 @@ def training(results: dict[str, Result]) -> list[str]:
             )
         )
         head = f"| {stage} | {r['data']}, {r['max_length']} | {shown} |"
-        theirs = f"{r[f'baseline_{unit}']:,.3g} |"
+        theirs = f"{told(r[f'baseline_{unit}'])} |"
         baseline_memory = r["baseline_peak_rss_mb"]
         rows.append(
-            f"{head} {r[unit]:,.3g} | {theirs} {r['ratio']:.2f}× | {r['peak_rss_mb']:,.0f} of "
+            f"{head} {told(r[unit])} | {theirs} {r['ratio']:.2f}× | {r['peak_rss_mb']:,.0f} of "
             f"{baseline_memory:,.0f} | {r['gemm_peak_fraction']:.0%} |"
         )
         if stage == "dpo":
             rows.append(
-                f"| dpo, live reference | the same | {shown} | {r[f'live_{unit}']:,.3g} | {theirs} "
-                f"{r['ratio_live']:.2f}× | {r['live_peak_rss_mb']:,.0f} of {baseline_memory:,.0f}"
-                " | |"
+                f"| dpo, live reference | the same | {shown} | {told(r[f'live_{unit}'])} | "
+                f"{theirs} {r['ratio_live']:.2f}× | {r['live_peak_rss_mb']:,.0f} of "
+                f"{baseline_memory:,.0f} | |"
             )
     first = results["pretrain"]
     peak = f"{first['gemm_peak_gflops']:,.0f} GFLOP/s in {first['gemm_precision']}"
@@ -124,6 +129,18 @@ def preparing(r: Result) -> list[str]:
         f"- JSONL to packed batches: {r['mb_per_s']:.2f} MB/s, which is {r['ratio']:.0%} of what "
         f"the tokenizer library reaches on texts in memory ({r['library_mb_per_s']:.2f} MB/s).",
         f"- Peak memory: {told}.",
+    ]
+
+
+def sooner(r: Result) -> list[str]:
+    """Return the line on how soon a held-out loss is reached."""
+    there = "reached" if r["reached"] == "True" else "did not reach"
+    return [
+        f"- The plain loop with AdamW at its best learning rate ({r['baseline_lr']}) came to a "
+        f"held-out loss of {r['baseline_loss']:.3f} nats per token on {r['data']} in "
+        f"{r['baseline_s']:.0f} s; `minigpt fit` with Muon {there} it: {r['loss']:.3f} in "
+        f"{r['seconds']:.0f} s, {r['times_sooner']:.1f} times less ({r['size']}, {r['precision']}, "
+        f"{r['date']})."
     ]
 
 

@@ -90,7 +90,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *ar
 
 def test_the_page(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = run(benchmark, monkeypatch, tmp_path)
-    sft = "| sft | sft.jsonl, 512 | tokens/s | 1.23e+03 | 617 | 1.50× | 2,000 of 1,000 | 76% |"
+    sft = "| sft | sft.jsonl, 512 | tokens/s | 1,234 | 617 | 1.50× | 2,000 of 1,000 | 76% |"
     assert sft in made
     assert "| dpo | dpo.jsonl, 512 | pairs/s | 2.5 | 1.25 | 1.50× | 2,000 of 1,000 | 76% |" in made
     live = "| dpo, live reference | the same | pairs/s | 5 | 1.25 | 1.25× | 4,000 of 1,000 | |"
@@ -101,6 +101,22 @@ def test_the_page(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "`minigpt --help`: 0.04 s. `minigpt fit --help`: 5.25 s; importing" in made
     assert "7.8 s" in made
     assert "2026-01-01 with `make bench`: Linux; AVX2; 2 threads; 32-true; model 26m; torch" in made
+
+
+@pytest.mark.parametrize(("reached", "said"), [("True", " reached it"), ("False", "did not reach")])
+def test_the_time_to_a_loss_is_told_where_it_was_measured(
+    reached: str, said: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = {"baseline_lr": 1e-3, "baseline_loss": 4.5, "baseline_s": 600.4}
+    measured |= {"loss": 4.25, "seconds": 74.6, "times_sooner": 8.05}
+    told = {"reached": reached, "data": "poems.jsonl"}
+    assert "Time to a loss" not in run(benchmark, monkeypatch, tmp_path)
+    file = tmp_path / "out" / "time_to_loss.json"
+    file.write_text(json.dumps({**TRAINED, **measured, **told}))
+    made = run(benchmark, monkeypatch, tmp_path)
+    assert "(0.001) came to a held-out loss of 4.500 nats per token on poems.jsonl in 600 s" in made
+    assert said in made
+    assert "4.250 in 75 s, 8.1 times less (26m, 32-true, 2026-01-01)" in made
 
 
 def test_what_is_there_is_measured_anew_only_by_force(
@@ -185,6 +201,7 @@ def test_time_to_loss(
     assert report["baseline_lr"] == 1e-3
     assert report["baseline_loss"] == report["runs"]["baseline"]["0.001"]["held_out"]
     assert report["loss"] < 6
+    assert report["data"] == "pretrain.jsonl"
     assert report["reached"] == str(report["loss"] <= report["baseline_loss"])
     assert report["times_sooner"] == pytest.approx(2.0 / report["seconds"])
     short, long = configs
