@@ -82,7 +82,7 @@ def measure(chosen: argparse.Namespace, place: Path) -> Result:
     best = min(runs, key=lambda lr: runs[lr]["held_out"])
     done = ours(chosen, work)
     return {
-        "data": Path(chosen.data).name,
+        "data": Path(chosen.data).resolve().name,
         "size": chosen.size,
         "precision": work.precision,
         **surroundings(),

@@ -58,7 +58,7 @@ def measure(chosen: Any, work: Path) -> Result:
     speeds = {name: middle(done, "mb_per_s") for name, done in results.items()}
     memory = [middle(results["minigpt"], "peak_rss_mb"), *(done["peak_rss_mb"] for done in grew)]
     return {
-        "data": Path(chosen.data).name,
+        "data": Path(chosen.data).resolve().name,
         **surroundings(),
         "mb_per_s": speeds["minigpt"],
         "library_mb_per_s": speeds["library"],

@@ -157,7 +157,7 @@ def measure(work: Work) -> Result:
     names = ("stage", "size", "max_length", "optimizer", "repeats")
     return {
         **{name: getattr(chosen, name) for name in names},
-        "data": Path(chosen.data).name,
+        "data": Path(chosen.data).resolve().name,
         "samples": len(work.store),
         "batch_size": work.batch_size,
         "tokens_per_batch": work.tokens_per_batch,
