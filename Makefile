@@ -15,10 +15,10 @@ STAMP := $(VENV)/.minigpt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pipeline test check bench format clean distclean
+.PHONY: help setup pipeline test faults faults-large check bench format clean distclean
 
 help: ## List these commands
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) FORCE=$(FORCE) DATA=$(DATA)"
 
@@ -29,6 +29,12 @@ pipeline: $(STAMP) ## Train and test a model, from raw JSONL to chat (FORCE=1: a
 
 test: $(STAMP) ## Run all tests
 	$(PY) -m pytest
+
+faults: $(STAMP) ## Kill runs at all moments and compare (the long tests, some minutes)
+	$(PY) -m pytest tests/faults -m "not large"
+
+faults-large: $(STAMP) ## Train on 2 GB of text in bounded memory
+	$(PY) -m pytest tests/faults -m large -s
 
 check: $(STAMP) ## Check format, lint and types, and instantiate every config
 	$(PY) -m ruff format --check .

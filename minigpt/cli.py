@@ -6,10 +6,13 @@ by hardware; errors as one paragraph.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +21,26 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
 import minigpt.modules  # noqa: F401  (makes the short class names known)
+from minigpt.callbacks.checkpoints import Checkpoints, WholeCheckpointIO, newest_checkpoint, verify
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
+from minigpt.callbacks.resume import FitLoop, SameRun
 from minigpt.callbacks.run import (
-    Checkpoints,
     MakeRoom,
     PredictionWriter,
     RunRecorder,
     SampleText,
-    newest_checkpoint,
 )
+from minigpt.callbacks.stopping import RunStatus, Stopping, own_words
 from minigpt.data.datamodule import JSONLDataModule
-from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError
+from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
 from minigpt.modules.base import BaseModule
-from minigpt.parser import OptionError, Parser, chain, check_configs, explained
+from minigpt.parser import OptionError, Parser, check_configs, explained
 
 log = logging.getLogger("minigpt")
 
@@ -135,6 +140,12 @@ class MiniGPTCLI(LightningCLI):
         parser.add_argument(
             *("--predictions",), type=str | None, default=None, help="Where predict writes."
         )
+        parser.add_argument(
+            *("--allow_changes",),
+            type=bool,
+            default=False,
+            help="Go on from a checkpoint with other data, tokenizer or base.",
+        )
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
@@ -152,6 +163,7 @@ class MiniGPTCLI(LightningCLI):
         if self.verb == "fit":
             check_numbers(config)
             self._settle_start(config)
+        config.weights_only = True  # no checkpoint may run code
         if self.verb in ("validate", "test"):
             config.verbose = False  # the results are told in our own lines
         config.trainer.precision = choose_precision(
@@ -168,10 +180,27 @@ class MiniGPTCLI(LightningCLI):
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
+            if newest is None and is_first_process():
+                self.stale = leftovers(self.run_dir, ("metrics.jsonl",))
         elif config.get("ckpt_path") is None and is_first_process():
             self.stale = claim(self.run_dir, config.overwrite)
-        if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
-            raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
+        elif config.get("ckpt_path"):
+            if not Path(config.ckpt_path).exists():
+                raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
+            verify(Path(config.ckpt_path))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; a run directory belongs to one training at a time."""
+        if self.verb != "fit":
+            return super()._run_subcommand(subcommand)
+        with locked(self.run_dir) if is_first_process() else nullcontext():
+            try:
+                return super()._run_subcommand(subcommand)
+            except Exception as error:
+                own = own_words(error, self.run_dir)
+                if own is error:
+                    raise
+                raise own from error
 
     def instantiate_classes(self) -> None:
         """Build the stage; what its classes refuse is told in their own words."""
@@ -200,7 +229,13 @@ class MiniGPTCLI(LightningCLI):
         own: list[Any] = [self.throughput, RunRecorder(self.run_dir, self.throughput), SampleText()]
         if self.verb == "fit":
             own.insert(0, MakeRoom(self.stale))
-            own.append(Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep))
+            saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
+            own += [
+                RunStatus(self.run_dir),
+                SameRun(config.allow_changes),
+                Stopping(saving),
+                saving,
+            ]
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
             own.append(PredictionWriter(Path(target)))
@@ -215,6 +250,9 @@ class MiniGPTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        if not isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        FitLoop.put_in(trainer)
         trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
         return trainer
 
@@ -261,7 +299,7 @@ def choose_precision(asked: Any, accelerator: str) -> Any:
 
 
 # What a run writes; a new run removes these and nothing else. It writes config.yaml over.
-RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json")
+RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json", "status.json")
 
 
 def claim(run_dir: Path, overwrite: bool) -> list[Path]:
@@ -285,8 +323,33 @@ def claim(run_dir: Path, overwrite: bool) -> list[Path]:
         raise ConfigError(
             f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
         ) from error
-    left = [*(run_dir / name for name in RUN_FILES), *run_dir.glob("events.out.tfevents.*")]
+    return leftovers(run_dir, RUN_FILES)
+
+
+def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
+    """Return which of the named files, and TensorBoard's, an earlier run left."""
+    left = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in left if path.exists()]
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory; the system lets go of it even when the process is killed.
+
+    Raises:
+        RunExistsError: when another process trains in it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            # Not flock, which readers that outlive a killed run would go on to hold.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExistsError(
+                f"Another process is training in {run_dir}. Wait for it, or choose another "
+                "--run_dir."
+            ) from error
+        yield
 
 
 def check_numbers(config: Any) -> None:

@@ -9,11 +9,14 @@ Each is printed as one paragraph without a traceback, and the process ends with
     ├── DataError            a file or row that cannot be read
     ├── TokenizerError       a tokenizer that cannot be made or used
     ├── ModelError           a model, adapter or checkpoint that cannot be used
-    └── TrainingError        a run that cannot go on (non-finite numbers, no targets)
+    ├── TrainingError        a run that cannot go on (non-finite numbers, no room to save)
+    ├── ProcessLost          another process of the run has died
+    └── Stopped              a run that was asked to stop, and has saved
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -41,6 +44,25 @@ class ModelError(MiniGPTError):
 
 class TrainingError(MiniGPTError):
     """A run that cannot go on, such as one whose loss is not finite."""
+
+
+class ProcessLost(MiniGPTError):  # noqa: N818  (what happened elsewhere)
+    """Another process of the run has died; the run may be tried again."""
+
+    exit_code = 1
+
+
+class Stopped(MiniGPTError):  # noqa: N818  (no error: what was asked for)
+    """A run that was asked to stop, and has saved.
+
+    Args:
+        message: what the user reads.
+        exit_code: 75 after SIGTERM (preempted: try again), 130 after SIGINT.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DataError(MiniGPTError):
@@ -84,3 +106,10 @@ class DataError(MiniGPTError):
             remedy=self.remedy,
             reason=self.reason,
         )
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,12 +1,21 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, also after a power cut."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from minigpt.errors import MiniGPTError, TrainingError, chain
+
+MANIFEST = "manifest.json"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -14,11 +23,15 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(partial)
     partial.replace(path)
 
 
 class whole_directory:  # noqa: N801  (used like a function)
-    """Context manager: fill a directory beside its place, then put it there in one rename."""
+    """Context manager: fill a directory beside its place, then put it there in one rename.
+
+    The files are on the disk before the rename is.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -31,10 +44,99 @@ class whole_directory:  # noqa: N801  (used like a function)
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            old = self.partial.with_name(self.partial.name + "-old")
-            if self.directory.exists():
-                self.directory.rename(old)
-            self.partial.rename(self.directory)
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            if kind is None:
+                publish(self.partial, self.directory)
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Put a finished directory in its place; what was there before is removed afterwards."""
+    for path in partial.rglob("*"):
+        sync(path)
+    sync(partial)
+    old = partial.with_name(partial.name + "-old")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a directory's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(directory: Path) -> None:
+    """Note the size and the SHA-256 of every file in a directory, as the last file in it."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": digest(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
+    write_json(directory / MANIFEST, {"files": files})
+
+
+def damage(directory: Path) -> str | None:
+    """Return what is wrong with a directory that has a manifest; None when it is whole."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"its {MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, known in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != known["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
+        if digest(path) != known["sha256"]:
+            return f"the content of {name} is not what was written"
+    return None
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class told_when_unwritable:  # noqa: N801  (used like a function)
+    """Context manager that names what could not be written, and why.
+
+    Args:
+        place: the file or directory that is written.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if own := unwritable(error, self.place):
+            raise own from error
+
+
+def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
+    """Return how to tell that a place cannot be written to; None for another error."""
+    if isinstance(error, MiniGPTError):
+        return None
+    found = (e for e in chain(error) if isinstance(e, OSError))
+    reason = next((e.strerror for e in found if e.errno in NO_ROOM | NO_ENTRY), None)
+    if reason is None and "inline_container" in str(error):
+        reason = "the file is not whole"  # torch hides the system's error behind its own
+    if reason is None:
+        return None
+    return TrainingError(
+        f"{place} could not be written: {reason}. Earlier checkpoints are intact; make room and "
+        "go on with --ckpt_path auto."
+    )

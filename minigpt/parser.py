@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, chain
 
 _KEY = re.compile(r'Parser key "([\w.]+)":\s*')
 _UNKNOWN = (
@@ -87,13 +87,6 @@ def understood(message: str, ex: BaseException | None, known: Sequence[str]) -> 
     if "arguments are required" in problem:
         return OptionError("no model and no data are given; name a config with --config FILE")
     return OptionError(in_words(problem), key)
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def in_words(problem: str) -> str:

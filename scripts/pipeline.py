@@ -94,7 +94,7 @@ def train_tokenizer(configs: str) -> Record:
 
 def fit(stage: str, configs: str) -> Record:
     """Train a stage (on from its newest checkpoint if it was cut off); return its summary."""
-    from minigpt.callbacks.run import newest_checkpoint
+    from minigpt.callbacks.checkpoints import newest_checkpoint
     from minigpt.cli import run
 
     resume = ["--ckpt_path", "auto"] if newest_checkpoint(OUT / stage) else ["--overwrite", "true"]

@@ -38,6 +38,10 @@ class RunTensorBoard(TensorBoardLogger):
             self.experiment.add_custom_scalars(LAYOUT)
         super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
 
+    def rewind(self, steps: int, _: bool) -> None:
+        """Let TensorBoard hide what an earlier process logged after `steps` optimizer steps."""
+        self._kwargs["purge_step"] = steps  # the first step is logged as 0
+
 
 class JSONLLogger(Logger):
     """One JSON object a line: step, time and the metrics logged at that step."""
@@ -45,6 +49,23 @@ class JSONLLogger(Logger):
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
         self.path = run_dir / "metrics.jsonl"
+
+    @rank_zero_only
+    def rewind(self, steps: int, validation_due: bool) -> None:
+        """Take out what an earlier process logged after `steps` optimizer steps.
+
+        A line that was cut off goes, too, and a validation that is about to be made again.
+        """
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [ln for ln in lines if ln.endswith("}\n") and json.loads(ln)["step"] < steps]
+        last = json.loads(kept[-1]) if kept else {}
+        if validation_due and last.get("step") == steps - 1 > 0 and "val/loss" in last:
+            kept.pop()
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.path)
 
     @property
     def name(self) -> str:

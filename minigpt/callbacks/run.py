@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, the exported model, a summary, samples, predictions."""
+"""What a run leaves behind: the exported model, a summary, samples, predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,43 +21,9 @@ from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
 from minigpt.files import write_json
 from minigpt.machine import peak_memory
+from minigpt.model.parallel import gathered
 
 log = logging.getLogger(__name__)
-
-
-class Checkpoints(ModelCheckpoint):
-    """Keeps the newest checkpoints, and always the last step's.
-
-    Args:
-        run_dir: they go to its `checkpoints/`.
-        every: optimizer steps between two.
-        keep: how many are kept.
-    """
-
-    def __init__(self, run_dir: Path, every: int, keep: int) -> None:
-        super().__init__(
-            dirpath=run_dir / "checkpoints",
-            filename="{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every,
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
-        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the most steps, if there is any."""
-    found = {
-        int(path.stem.removeprefix("step=")): path
-        for path in (run_dir / "checkpoints").glob("step=*.ckpt")
-        if path.stem.removeprefix("step=").isdigit()
-    }
-    return found[max(found)] if found else None
 
 
 class MakeRoom(Callback):
@@ -90,6 +56,7 @@ class RunRecorder(Callback):
     def __init__(self, run_dir: Path, throughput: Throughput) -> None:
         self.run_dir, self.throughput = run_dir, throughput
         self.before: dict[str, float] = {}
+        self.final: dict[str, float] = {}
         self.started = time.time()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,16 +64,27 @@ class RunRecorder(Callback):
         if trainer.state.fn == "validate" and trainer.is_global_zero:
             for name, value in trainer.callback_metrics.items():
                 log.info("%s: %.4g", name, value)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.final = {k: v for k, v in metrics.items() if k.startswith("val/")}
         if trainer.sanity_checking:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            self.before = {k: v for k, v in metrics.items() if k.startswith("val/")}
+            self.before = self.final
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on cannot measure again."""
+        seconds = time.time() - self.started
+        return {"before": self.before, "final": self.final, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.before, self.final = state_dict["before"], state_dict["final"]
+        self.started -= state_dict["seconds"]
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export and sum up."""
         pl_module.export(self.run_dir / "hf")
-        final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        final = self.final
         if trainer.is_global_zero:
             self._write_summary(trainer, pl_module, final)
             for logger in trainer.loggers:
@@ -118,7 +96,7 @@ class RunRecorder(Callback):
             "stage": type(pl_module).__name__,
             "steps": trainer.global_step,
             "seconds": round(time.time() - self.started, 1),
-            "tokens_seen": pl_module.tokens_seen * trainer.world_size,
+            "tokens_seen": pl_module.tokens_seen,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             **peak_memory(),
             "before": self.before,
@@ -208,15 +186,9 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any
     ) -> None:
         """Gather all processes' predictions and write them."""
-        mine = [done for batch in predictions for done in batch]
-        every: list[Any] = [mine]
-        if trainer.world_size > 1:
-            import torch.distributed as dist
-
-            every = [None] * trainer.world_size
-            dist.all_gather_object(every, mine)
+        every = gathered([done for batch in predictions for done in batch])
         if trainer.is_global_zero:
-            rows = sorted((done for part in every for done in part), key=lambda done: done[0])
+            rows = sorted(every, key=lambda done: done[0])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
             with partial.open("w", encoding="utf-8") as file:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -124,7 +127,13 @@ class PackedLoader:
             num_workers=m.num_workers,
             pin_memory=m.pin_memory,
             generator=torch.Generator(),  # its own, so that reading never changes the dropout
+            worker_init_fn=leave_ctrl_c if m.num_workers else None,
         )
+
+
+def leave_ctrl_c(_: int) -> None:
+    """Leave it to the main process to stop: it still needs this worker for the current step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class JSONLDataModule(LightningDataModule):
@@ -311,9 +320,15 @@ class JSONLDataModule(LightningDataModule):
         parts = [*self.train_parts, *self.val_parts]
         return list({(p.store.path, p.store.source): p.store for p in parts}.values())
 
-    def advance(self, batch: PackedBatch) -> None:
-        """Note that a training batch is done."""
-        self.position = batch.resume_at
+    def fingerprint(self) -> str:
+        """Return a digest of the training files' contents, limits and weights."""
+        stores = [(s.store.path.name.rsplit("-", 1)[-1], len(s)) for s in self.train_parts]
+        text = json.dumps([stores, list(_weights(self.train).values())])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def advance(self, position: tuple[int, int]) -> None:
+        """Note where a run goes on that is cut off from now on."""
+        self.position = position
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order of training batches."""

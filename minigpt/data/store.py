@@ -22,6 +22,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,10 +40,12 @@ from minigpt.data.chat import ChatCodec, Piece
 from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
 from minigpt.data.tokenizer import document_end, special_texts
 from minigpt.errors import DataError
+from minigpt.files import sync, write_json
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is three runs of tokens: a text or chat has only `first`; a preference has the
 # prompt and both answers.
@@ -194,6 +197,9 @@ def _build(
     source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits, path: Path
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.name}-*"):
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            shutil.rmtree(old, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
@@ -223,7 +229,8 @@ def _build(
             "cut": encoder.cut,
             "skipped": dict(bad.counts),
         }
-        (partial / "meta.json").write_text(json.dumps(meta))
+        write_json(partial / "meta.json", meta)
+        sync(partial)
         _publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

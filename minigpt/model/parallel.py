@@ -1,17 +1,66 @@
-"""FSDP2: shard a PackedLM over processes, and gather its weights again."""
+"""Several processes: FSDP2, which shards a PackedLM, and gathering what each one holds."""
 
 from __future__ import annotations
 
-from typing import Any
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from minigpt.errors import ModelError
+from minigpt.files import damage, publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
+
+Item = TypeVar("Item")
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's FSDP2, with sharded checkpoints that are whole or absent.
+
+    All processes share the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1)
+
+    def setup_environment(self) -> None:
+        """Count the processes, then join them."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Let all processes write their shards beside the place, then publish them together."""
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(f".{path.name}-partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.barrier()
+        with told_when_unwritable(path):
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            self.barrier()
+            if self.is_global_zero:
+                write_manifest(partial)
+                publish(partial, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load shards, checked against their manifest.
+
+        Raises:
+            ModelError: when the checkpoint is damaged.
+        """
+        if problem := damage(Path(checkpoint_path)):
+            raise ModelError(f"The checkpoint {checkpoint_path} is damaged: {problem}.")
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(lm: PackedLM, mesh: DeviceMesh) -> None:
@@ -54,3 +103,12 @@ def flat_weights(lm: PackedLM, trainer: Any) -> dict[str, Tensor]:
     with whole:
         states = lm.hf.state_dict().items()
         return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}
+
+
+def gathered(mine: list[Item]) -> list[Item]:
+    """Return the items of all processes, one process after the other."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    return [item for part in every for item in part]

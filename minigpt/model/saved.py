@@ -120,6 +120,8 @@ def save_model(
     """
     with whole_directory(directory) as partial:
         model.generation_config = generation_config(tokenizer)
+        if weights is not None:  # what is gathered no longer shares its memory: leave it out
+            weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}
         model.save_pretrained(partial, state_dict=weights)
         tokenizers.save(tokenizer, partial)
         _name_for_older_stacks(partial)

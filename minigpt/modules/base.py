@@ -43,9 +43,10 @@ from minigpt.model.optim import (
     build_optimizer,
     build_schedule,
 )
-from minigpt.model.parallel import flat_weights, full_weights, shard
+from minigpt.model.parallel import flat_weights, full_weights, gathered, shard
 from minigpt.model.saved import find_model, load_model, save_model
-from minigpt.modules.totals import Totals, gathered
+from minigpt.modules.guard import LossWatch, Spike, Window
+from minigpt.modules.totals import Totals
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,13 @@ class BaseModule(LightningModule, ABC):
         lora: train a low-rank adapter instead of the whole model.
         activation_checkpointing: compute activations twice instead of keeping them.
         sample_prompts: asked at each validation; the replies are logged as text.
+        spike: what to do when the loss jumps.
         sampling: how `test`, `predict` and the logged samples choose tokens.
     """
 
     needs_chat = True  # asks and answers in the chat template
     needs_start = True  # goes on from a model
+    keeps_base = False  # the model it starts from takes part to the end
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class BaseModule(LightningModule, ABC):
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
         sample_prompts: list[str] | None = None,
+        spike: Spike = Spike(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
         super().__init__()
@@ -107,12 +111,17 @@ class BaseModule(LightningModule, ABC):
         self.lm: PackedLM | None = None
         self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
         self.window, self.held_out = Totals(), Totals()
-        self.tokens_seen = 0
-        self.chance: list[Tensor] = []  # states of random generators, of a checkpoint
+        self.parts, self.watch = Window(), LossWatch(spike)
+        self.tokens_seen = 0  # by all processes
 
     @abstractmethod
     def step(self, batch: PackedBatch) -> Step:
         """Return the stage's loss on a batch, as sums."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a run cannot go on from a checkpoint without the very model it started from."""
+        return self.keeps_base or self.lora is not None
 
     # Building
 
@@ -154,6 +163,7 @@ class BaseModule(LightningModule, ABC):
         self.before_adapter(lm)
         if self.lora is not None and self.trained is None:
             self.peft.append(add_adapter(model, self.lora, self._base_name()))
+            self.strict_loading = False  # checkpoints hold the adapter only
         if self.activation_checkpointing:
             checkpoint_activations(model)
         self.lm = lm.train()
@@ -206,10 +216,8 @@ class BaseModule(LightningModule, ABC):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the batch's summed loss over a constant; the exact scale comes later."""
         step = self.step(batch)
-        self.tokens_seen += batch.n_tokens
         self.window.add(self._sums(step, batch), self.device)
-        # Here, because a checkpoint is saved before this module's own on_train_batch_end.
-        self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
+        self.parts.add(step.loss, batch)
         return step.loss / self._nominal
 
     @property
@@ -230,29 +238,46 @@ class BaseModule(LightningModule, ABC):
         batches or another number of processes change nothing.
 
         Raises:
-            TrainingError: when a gradient is not finite.
+            TrainingError: when the loss or a gradient is not finite, or the loss jumps.
         """
         totals = self.window.reduced()
-        self.window.clear()
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = _norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None and not torch.isfinite(norm):
-            raise TrainingError(self._not_finite(totals))
-        if gradient_clip_val:
-            scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, scale)
+        if self._is_sound(totals, norm):
+            if gradient_clip_val:
+                scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, scale)
+        else:
+            optimizer.zero_grad(set_to_none=True)  # without gradients, weights and moments stay
+        # Not sooner: a checkpoint always describes the end of an optimizer step.
+        self.trainer.datamodule.advance(self.parts.resume_at)  # type: ignore[attr-defined]
+        self.tokens_seen += int(totals["tokens"])
         self._log_step(totals, norm)
+        self.window.clear()
+        self.parts.clear()
 
-    def _not_finite(self, totals: dict[str, Tensor]) -> str:
+    def _is_sound(self, totals: dict[str, Tensor], norm: Tensor) -> bool:
+        """Whether the step may be taken; every process comes to the same answer."""
         loss = float(totals["loss"] / totals["count"].clamp(min=1))
-        return (
-            f"The gradient of step {self.trainer.global_step + 1} is not finite (loss {loss:.4g}), "
-            "so no update was made. Lower the learning rate, or resume from the last checkpoint "
-            "with --ckpt_path auto."
-        )
+        number = self.trainer.global_step + 1
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if not math.isfinite(loss) or (scaler is None and not torch.isfinite(norm)):
+            raise TrainingError(
+                f"Step {number}: the loss is {loss:.4g} and the gradient's norm {float(norm):.4g}, "
+                f"so no update was made. The rows: {self.parts.rows()}. Look at them, lower the "
+                "learning rate, or go on from the last good checkpoint with --ckpt_path auto."
+            )
+        spike = self.watch.spike
+        if spike.action == "off" or not self.watch.jumps(loss):
+            return True
+        told = f"Step {number}: the loss jumped to {loss:.4g} (mean {self.watch.mean:.4g})"
+        if spike.action == "stop":
+            raise TrainingError(f"{told}, and spike.action is stop. Rows: {self.parts.rows()}.")
+        skipped = spike.action == "skip"
+        log.warning("%s; rows: %s%s.", told, self.parts.rows(), "; left out" if skipped else "")
+        return not skipped
 
     # Logging
 
@@ -260,7 +285,7 @@ class BaseModule(LightningModule, ABC):
         return {
             "loss": step.loss,
             "count": float(step.count),
-            "tokens": float(batch.n_tokens),
+            "tokens": float(batch.n_tokens if step.count else 0),  # a filler teaches nothing
             "bytes": self.token_bytes[batch.labels].sum(),  # type: ignore[index]
             **step.sums,
         }
@@ -272,13 +297,12 @@ class BaseModule(LightningModule, ABC):
         return {name: float(v) / count for name, v in totals.items() if name not in hidden}
 
     def _log_step(self, totals: dict[str, Tensor], norm: Tensor) -> None:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % every:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values = {f"train/{name}": value for name, value in self.metrics(totals).items()}
         values["grad_norm"] = float(norm)
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        values["tokens_seen"] = float(self.tokens_seen * self.trainer.world_size)
+        values["tokens_seen"] = float(self.tokens_seen)
         self.log_dict(values, rank_zero_only=True)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, rank_zero_only=True)
 
@@ -337,26 +361,18 @@ class BaseModule(LightningModule, ABC):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of tokens, and the state of chance, which dropout draws from."""
+        """Keep the count of tokens; of an adapter's run, only the adapter."""
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["chance"] = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            checkpoint["chance"].append(torch.cuda.get_rng_state(self.device))
+        checkpoint["loss_watch"] = self.watch.state_dict()
+        if self.peft:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: w for n, w in weights.items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the count of tokens and, from the first batch on, the dropout."""
+        """Continue the count of tokens and the running mean."""
         self.tokens_seen = checkpoint["tokens_seen"]
-        self.chance = checkpoint.get("chance", [])
-
-    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Take up the state of chance of the checkpoint that the run goes on from."""
-        for state, put in zip(self.chance, (torch.set_rng_state, self._set_gpu), strict=False):
-            put(state)
-        self.chance = []
-
-    def _set_gpu(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
+        self.watch.load_state_dict(checkpoint["loss_watch"])
 
     def export(self, directory: Path) -> None:
         """Write the model (or its adapter) as a directory that the next stage starts from."""

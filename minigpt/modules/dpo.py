@@ -34,6 +34,8 @@ class DPOModule(BaseModule):
         kwargs: see `BaseModule`.
     """
 
+    keeps_base = True
+
     def __init__(
         self,
         beta: float = 0.1,

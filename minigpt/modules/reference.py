@@ -21,7 +21,7 @@ from minigpt.data.datamodule import JSONLDataModule, PackedDataset, Selection
 from minigpt.data.order import PackedOrder, Part
 from minigpt.data.store import TokenStore
 from minigpt.model.lm import PackedLM
-from minigpt.modules.totals import gathered
+from minigpt.model.parallel import gathered
 
 log = logging.getLogger(__name__)
 

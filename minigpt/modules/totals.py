@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
-
-Item = TypeVar("Item")
-
-
-def gathered(mine: list[Item]) -> list[Item]:
-    """Return the items of all processes, one process after the other."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, mine)
-    return [item for part in every for item in part]
 
 
 class Totals:

@@ -21,10 +21,7 @@ from minigpt.model.saved import load_model
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-FSDP2 = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-}
+FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
 STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp2": FSDP2}
 JOBS = [(stage, "sgd") for stage in tiny_runs.STAGES] + [("pretrain", "muon"), ("lora", "muon")]
 ALL = [(stage, kind, strategy) for stage, kind in JOBS for strategy in STRATEGIES]
@@ -101,7 +98,7 @@ def later_jobs(root: Path) -> list[dict[str, Any]]:
     tiny_runs.write_jsonl(root / "single.jsonl", [single])
     for name in STRATEGIES:
         resumed = job(root, "pretrain", "muon", f"{name}-resumed", **two(name))
-        checkpoint = root / f"pretrain-muon-{name}" / "checkpoints" / "step=2.ckpt"
+        checkpoint = root / f"pretrain-muon-{name}" / "checkpoints" / "step=2"
         resumed["args"] += ["--ckpt_path", str(checkpoint)]
         jobs.append(resumed)
         known = {

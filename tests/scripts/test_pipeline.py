@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from minigpt.errors import TrainingError
+from minigpt.files import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS: dict[str, dict[str, Any]] = {
@@ -171,7 +172,7 @@ def test_the_real_stages_are_those_of_the_report(pipeline: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("files", "options"),
-    [([], ["--overwrite", "true"]), (["checkpoints/step=5.ckpt"], ["--ckpt_path", "auto"])],
+    [([], ["--overwrite", "true"]), (["checkpoints/step=5/state.pt"], ["--ckpt_path", "auto"])],
 )
 def test_a_stage_that_was_cut_off_is_resumed(
     pipeline: ModuleType, monkeypatch: pytest.MonkeyPatch, files: list[str], options: list[str]
@@ -184,6 +185,8 @@ def test_a_stage_that_was_cut_off_is_resumed(
         path = pipeline.OUT / "sft" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
+        if file != "summary.json":
+            write_manifest(path.parent)
     assert pipeline.fit("sft", "configs") == {}
     config = ["--config", "configs/sft.yaml", "--run_dir", "outputs/sft"]
     assert calls == [["fit", *config, *options]]

@@ -90,7 +90,6 @@ def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it is a copy
 @STAGE
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
     stage: str, world: Path, tmp_path: Path
@@ -99,15 +98,15 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "hf")
     for step in (4, 6):
-        (cut / "checkpoints" / f"step={step}.ckpt").unlink()
+        shutil.rmtree(cut / "checkpoints" / f"step={step}")
     made = tiny_runs.config(world, stage, cut, **RUN)
     run(tiny_runs.arguments("fit", made, "--ckpt_path", "auto"))
     losses = tiny_runs.metrics(whole)
     assert len(losses) == 6
-    assert tiny_runs.metrics(cut) == pytest.approx([*losses, *losses[2:]], rel=1e-6)
+    assert tiny_runs.metrics(cut) == losses
     expected = load_model(whole).state_dict()
     for name, value in load_model(cut).state_dict().items():
-        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
+        assert torch.equal(value, expected[name]), name
     seen = [json.loads((d / "summary.json").read_text())["tokens_seen"] for d in (whole, cut)]
     assert seen[0] == seen[1]
 

@@ -114,7 +114,8 @@ def test_bad_row(
     file = rows_file(trained, tmp_path, row)
     outcome = fit("sft", data__init_args__train=str(file))
     told(outcome, f"{file}:49:{field}".rstrip(":"), fragment)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["status.json"]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 2
     assert fit("sft").status == 0  # nothing blocks a second try
 
 
@@ -352,7 +353,8 @@ def test_trainer_that_cannot_be_built(fit: Minigpt, changes: dict[str, Any]) -> 
 
 
 def content(run_dir: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    files = (p for p in run_dir.rglob("*") if p.is_file() and p.name != "status.json")
+    return {str(p): p.read_bytes() for p in files}
 
 
 def test_finished_run_is_refused(fit: Minigpt, tmp_path: Path) -> None:
@@ -362,9 +364,9 @@ def test_finished_run_is_refused(fit: Minigpt, tmp_path: Path) -> None:
     assert "already holds a run (hf, checkpoints)" in last
     assert content(tmp_path / "run") == before
     assert fit("sft", "--ckpt_path", "auto", trainer__max_steps=4).status == 0
-    assert (tmp_path / "run" / "checkpoints" / "step=4.ckpt").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step=4").is_dir()
     assert fit("sft", "--overwrite", "true", trainer__max_steps=2).status == 0
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2.ckpt"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2"]
 
 
 @pytest.mark.parametrize(

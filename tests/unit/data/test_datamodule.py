@@ -78,7 +78,7 @@ def trained(made: JSONLDataModule, steps: int) -> Iterator[PackedBatch]:
     while steps > 0:
         for batch in islice(made.train_dataloader(), steps):
             steps -= 1
-            made.advance(batch)
+            made.advance(batch.resume_at)
             yield batch
 
 
@@ -143,7 +143,7 @@ def test_the_position_is_of_plain_values_and_counts_what_was_trained(module: Any
     made = module(num_workers=2)
     assert made.state_dict() == {"position": [0, 0]}
     batches = iter(made.train_dataloader())
-    made.advance(next(batches))
+    made.advance(next(batches).resume_at)
     next(batches)  # read, but not trained on
     assert made.state_dict() == {"position": [0, 1]}
     list(batches)

@@ -1,0 +1,143 @@
+"""Checkpoints: whole or absent, verified before they are used, the newest ones kept.
+
+A checkpoint is a directory `checkpoints/step=N` with `state.pt` (or the shards of FSDP2) and
+a manifest of sizes and checksums. It is filled beside its place and renamed when all of it
+is on the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from minigpt.errors import ModelError
+from minigpt.files import damage, told_when_unwritable, whole_directory, write_manifest
+
+log = logging.getLogger(__name__)
+
+STATE = "state.pt"
+
+
+class WholeCheckpointIO(CheckpointIO):
+    """Writes and reads one process's checkpoint directories."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            TrainingError: when it cannot be written; earlier checkpoints are untouched.
+        """
+        with told_when_unwritable(path), whole_directory(Path(path)) as partial:
+            with (partial / STATE).open("wb") as file:
+                torch.save(checkpoint, file)
+            write_manifest(partial)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; no code in it is ever run.
+
+        Raises:
+            ModelError: when it is damaged or holds more than plain values and tensors.
+        """
+        verify(Path(path))
+        try:
+            state: dict[str, Any] = torch.load(
+                Path(path) / STATE, map_location=map_location or "cpu", weights_only=True
+            )
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelError(
+                f"The checkpoint {path} is refused: it holds more than numbers and plain values, "
+                "or is no checkpoint of MiniGPT."
+            ) from error
+        return state
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves a checkpoint every so many optimizer steps and at the end; keeps the newest.
+
+    Args:
+        run_dir: they go to its `checkpoints/`.
+        every: optimizer steps between two.
+        keep: how many are kept.
+    """
+
+    def __init__(self, run_dir: Path, every: int, keep: int) -> None:
+        self.directory, self.every, self.keep = run_dir / "checkpoints", every, keep
+        self.saved = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Do not save again what the run goes on from; clear what was cut off."""
+        self.saved, self.last = trainer.global_step, pl_module.total_steps()
+        if trainer.is_global_zero:
+            for partial in self.directory.glob(".step=*"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after an optimizer step whose turn it is."""
+        if trainer.global_step % self.every == 0 or trainer.global_step >= self.last:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step of a run that ends before its time."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now, unless this step is saved already; remove what is too old."""
+        if trainer.global_step == self.saved:
+            return
+        self.saved = trainer.global_step
+        trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
+        if trainer.is_global_zero:
+            for old in list(newest_first(self.directory.parent))[self.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_first(run_dir: Path) -> Iterator[Path]:
+    """Yield a run's checkpoints, whole or not, the one with the most steps first."""
+    found = {
+        int(path.name.removeprefix("step=")): path
+        for path in (run_dir / "checkpoints").glob("step=*")
+        if path.name.removeprefix("step=").isdigit()
+    }
+    for step in sorted(found, reverse=True):
+        yield found[step]
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint; damaged ones are named and passed over."""
+    for path in newest_first(run_dir):
+        if (problem := damage(path)) is None:
+            return path
+        log.warning("The checkpoint %s is damaged (%s): the one before is used.", path, problem)
+    return None
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        ModelError: when something is missing or changed.
+    """
+    if problem := damage(path):
+        raise ModelError(
+            f"The checkpoint {path} is damaged: {problem}. Use another one, or --ckpt_path auto "
+            "for the newest that is whole."
+        )

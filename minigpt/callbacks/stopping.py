@@ -1,0 +1,175 @@
+"""Stopping in good order: finish the step, save, leave; and a file that says how a run ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from minigpt.callbacks.checkpoints import Checkpoints
+from minigpt.errors import MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.files import unwritable, write_json
+
+log = logging.getLogger(__name__)
+
+PREEMPTED, INTERRUPTED = 75, 130  # sysexits.h EX_TEMPFAIL: try again later; 128 + SIGINT
+SIGNALS: dict[int, int] = {
+    signal.SIGTERM: PREEMPTED,
+    signal.SIGINT: INTERRUPTED,
+    signal.SIGUSR1: PREEMPTED,
+}
+
+
+class Stopping(Callback):
+    """Answers SIGTERM, SIGINT and SLURM's SIGUSR1.
+
+    Before training they end the process at once, for nothing would be lost. During training
+    all processes agree after each optimizer step whether one of them was asked to stop; then
+    all save together and leave. A second Ctrl-C does not wait.
+
+    Args:
+        checkpoints: saves.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received = 0
+        self.step = -1
+        self.training = False
+        self.before: dict[int, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over the signals."""
+        self._install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take them over again: Lightning's handlers broadcast where a rank may not listen."""
+        self.training, self.step = True, trainer.global_step
+        self._install()
+
+    def _install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ:
+                handler = signal.signal(number, self._receive)
+                self.before.setdefault(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if not self.training or (number == signal.SIGINT == self.received):
+            raise stopped(number, None)
+        self.received = number
+        log.warning("%s: stopping after this step.", signal.Signals(number).name)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step, when all of it is logged, see whether any was asked to stop."""
+        if trainer.global_step != self.step:
+            self.step = trainer.global_step
+            self._agree(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Do not wait for a long validation."""
+        if self.training:
+            self._agree(trainer, pl_module)
+
+    def _agree(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        asked = self.received
+        if trainer.world_size > 1:
+            flag = torch.tensor(asked, device=pl_module.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            asked = int(flag)
+        if not asked:
+            return
+        self.checkpoints.save(trainer)
+        if asked == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
+        raise stopped(asked, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before, self.training = {}, False
+
+
+def stopped(number: int, step: int | None) -> Stopped:
+    """Return the error that ends a run which was asked to stop."""
+    name = signal.Signals(number).name
+    saved = "before training began" if step is None else f"step {step} is saved"
+    return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
+
+
+def own_words(error: BaseException, run_dir: Path) -> BaseException:
+    """Return how to tell a user of a failure that is not MiniGPT's; else the error itself."""
+    if isinstance(error, MiniGPTError):
+        return error
+    broken = isinstance(error, torch.distributed.DistBackendError)
+    if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return ProcessLost(
+            "Another process of this run has died or does not answer; its own output says why. "
+            "Go on from the last checkpoint with --ckpt_path auto."
+        )
+    place = next((e.filename for e in chain(error) if isinstance(e, OSError) and e.filename), None)
+    return unwritable(error, place or run_dir) or error
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = os.environ["SLURM_JOB_ID"]
+    if task is not None:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("The job %s could not be requeued: %s", job, error)
+
+
+class RunStatus(Callback):
+    """Keeps `status.json`: launchers hide their children's exit codes.
+
+    Args:
+        run_dir: where it is written.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "status.json"
+
+    def _write(self, trainer: Trainer, state: str, exit_code: int | None, reason: str = "") -> None:
+        if trainer.is_global_zero:
+            status = {"state": state, "exit_code": exit_code, "step": trainer.global_step}
+            write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run is under way."""
+        self._write(trainer, "running", None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run is finished: the model is exported."""
+        self._write(trainer, "finished", 0)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The run ended otherwise."""
+        exception = own_words(exception, self.path.parent)
+        code = exception.exit_code if isinstance(exception, MiniGPTError) else 1
+        states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+        if isinstance(exception, KeyboardInterrupt):
+            code = INTERRUPTED
+        try:
+            self._write(trainer, states.get(code, "failed"), code, str(exception))
+        except OSError as error:  # a full disk must not hide why the run failed
+            log.warning("%s could not be written: %s", self.path, error.strerror)

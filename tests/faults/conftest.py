@@ -1,0 +1,52 @@
+"""Real processes that tests kill, and a small world that they train in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from runs import OPTIONS, Running, Start, Starter  # type: ignore[import-not-found]
+
+from minigpt.cli import run
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    made = Starter()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, tokenizer, finished runs `pretrain` and `sft`, and `gpt2`, a model with dropout."""
+    torch.set_num_threads(1)
+    root = tiny_runs.write_data(tmp_path_factory.mktemp("world"))
+    for stage in ("pretrain", "sft"):
+        run(tiny_runs.arguments("fit", tiny_runs.config(root, stage, root / stage)))
+    model, tokenizer = (
+        tiny.model("gpt2", resid_pdrop=0.2),
+        tiny_runs.tokenizers.load(root / "sft" / "hf"),
+    )
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(str(root / "gpt2"))
+    tokenizer.save_pretrained(str(root / "gpt2"))
+    return root
+
+
+@pytest.fixture
+def start(starter: Starter, world: Path, tmp_path: Path) -> Start:
+    """Start a stage: `start("sft", "name of the run", "--more", ..., dotted__path=value)`."""
+
+    def begin(stage: str, name: str = "run", *more: str, **changes: Any) -> Running:
+        process = {key: changes.pop(key) for key in ("env", "limits") if key in changes}
+        made = tiny_runs.config(world, stage, tmp_path / name, **{**OPTIONS, **changes})
+        args = tiny_runs.arguments("fit", made, *more)
+        return starter.start(args, tmp_path / f"{name}.log", **process)
+
+    return begin

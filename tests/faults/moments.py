@@ -1,0 +1,108 @@
+"""Callbacks that let a run meet its fault at a known moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class At(Callback):
+    """Sends this process a signal at a moment of the run.
+
+    Args:
+        moment: the hook, such as train_batch_start.
+        number: at which of its calls, from 0.
+        signal_name: which signal.
+        rank: in which process.
+        after: count only calls after so many optimizer steps.
+    """
+
+    def __init__(
+        self,
+        moment: str,
+        number: int = 0,
+        signal_name: str = "SIGKILL",
+        rank: int = 0,
+        after: int = 0,
+    ) -> None:
+        self.left, self.rank, self.after = number, rank, after
+        self.signal = signal.Signals[signal_name]
+        setattr(self, f"on_{moment}", self._strike)
+
+    def _strike(self, trainer: Any, *_: Any, **__: Any) -> None:
+        elsewhere = trainer.sanity_checking or trainer.global_rank != self.rank
+        if elsewhere or trainer.global_step < self.after:
+            return
+        self.left -= 1
+        if self.left == -1:
+            print(f"struck at {time.time()}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), self.signal)
+
+
+class Slow(Callback):
+    """Takes its time over each micro-batch, so that a test can act between two.
+
+    Args:
+        seconds: of sleep.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+
+class Poison(Callback):
+    """Makes one micro-batch's loss useless.
+
+    Args:
+        number: which micro-batch of this process, from 0.
+        value: what the loss is multiplied by: nan, inf, or a large number for a jump.
+        rank: in which process.
+    """
+
+    def __init__(self, number: int, value: str, rank: int = 0) -> None:
+        self.number, self.value, self.rank, self.seen = number, float(value), rank, 0
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.seen == self.number and trainer.global_rank == self.rank:
+            step = pl_module.step
+
+            def poisoned(batch: Any) -> Any:
+                made = step(batch)
+                made.loss = made.loss * self.value
+                pl_module.step = step
+                return made
+
+            pl_module.step = poisoned
+        self.seen += 1
+
+
+class Weights(Callback):
+    """Notes a digest of weights and optimizer state after each optimizer step.
+
+    Args:
+        file: a line each.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        total = torch.zeros((), dtype=torch.float64)
+        for p in pl_module.parameters():
+            total += p.detach().double().abs().sum()
+            for value in trainer.optimizers[0].state.get(p, {}).values():
+                total += value.detach().double().abs().sum() if value.ndim else 0
+        with self.file.open("a") as file:
+            file.write(f"{trainer.global_step} {float(total)!r}\n")

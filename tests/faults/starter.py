@@ -1,0 +1,61 @@
+"""Imports MiniGPT once and forks a process for each run, so that a test can kill many.
+
+Reads requests as JSON lines: {"args": [...], "log": file, "env": {...}, "limits": {...}} starts
+`minigpt ARGS` and answers with its process id; {"wait": id} answers with its exit status
+(negative: the signal that killed it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+import torch
+
+import minigpt.__main__
+import minigpt.cli  # what every run imports
+from minigpt.__main__ import main
+
+
+def child(request: dict[str, Any]) -> None:
+    os.setpgid(0, 0)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), **request.get("env", {})}
+    for name, limit in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    sys.argv = [minigpt.__main__.__file__, *request["args"]]  # for Lightning's own launcher
+    status = 1
+    try:
+        status = main(request["args"])
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    torch.set_num_threads(1)
+    sys.path.insert(0, os.path.dirname(__file__))
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif (answer := os.fork()) == 0:
+            child(request)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,149 @@
+"""Checkpoints are whole or absent, and only whole ones are used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Start, eventually, rows, status  # type: ignore[import-not-found]
+
+from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
+from minigpt.files import MANIFEST, damage, write_manifest
+
+# Large enough that a run which saves after each step spends most of its time on saving.
+LARGE = {"hidden_size": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
+LARGE |= {"max_positions": 128}
+
+
+def test_damaged_checkpoints_are_passed_over_and_refused_by_name(
+    start: Start, tmp_path: Path
+) -> None:
+    assert start("sft", "run").wait() == 0
+    run_dir = tmp_path / "run"
+    newest, second, third = newest_first(run_dir)
+    weights = (newest / STATE).read_bytes()
+    (newest / STATE).write_bytes(weights[:-100] + b"\0" * 100)  # of the right size
+    (second / MANIFEST).unlink()
+    explicit = start("sft", "run", "--ckpt_path", str(second))
+    assert explicit.wait() == 2
+    assert re.search(rf"^minigpt: The checkpoint {second} is damaged: its", explicit.told, re.M)
+    auto = start("sft", "run", "--ckpt_path", "auto", trainer__max_steps=9)
+    assert auto.wait() == 0
+    assert f"{newest} is damaged (the content of {STATE} is not what was written)" in auto.told
+    assert f"{second} is damaged (its {MANIFEST} is missing)" in auto.told
+    assert f"Resuming from {third}" in auto.told
+    (third / STATE).write_bytes(weights[:-1])
+    cut = start("sft", "run", "--ckpt_path", str(third))
+    assert cut.wait() == 2
+    assert f"{STATE} has {len(weights) - 1} bytes instead of " in cut.told
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.faults)])
+def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
+    kills: int, start: Start, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "model__init_args__architecture": LARGE,
+        "trainer__max_steps": 100_000,
+        "trainer__val_check_interval": 100_000,
+        "checkpoint": {"every": 1, "keep": 3},
+    }
+    rng, run_dir, before = random.Random(0), tmp_path / "run", -1
+    for _ in range(kills):
+        run = start("pretrain", "run", "--ckpt_path", "auto", **changes)
+        eventually(lambda last=before: number(newest(run_dir)) > last)
+        time.sleep(rng.uniform(0, 0.2))
+        run.send(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert all(damage(path) is None for path in newest_first(run_dir))
+        found = newest_checkpoint(run_dir)
+        assert number(found) > before
+        logged = int(rows(run_dir)[-1]["step"]) + 1  # the last step that was done
+        assert logged - number(found) <= 1
+        before = number(found)
+    partial = {path.name for path in (run_dir / "checkpoints").glob(".*")}
+    assert len(partial) <= 1  # what a kill leaves is cleared by the next run
+
+
+def newest(run_dir: Path) -> Path | None:
+    return next(iter(newest_first(run_dir)), None)
+
+
+def number(path: Path | None) -> int:
+    return int(path.name.partition("=")[2]) if path else -1
+
+
+def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = start("pretrain", "run", trainer__max_steps=3)
+    assert first.wait() == 0
+    before = (run_dir / "checkpoints" / "step=3" / STATE).read_bytes()
+    limit = {"RLIMIT_FSIZE": len(before) // 2}
+    more = start("pretrain", "run", "--ckpt_path", "auto", limits=limit, trainer__max_steps=8)
+    assert more.wait() == 2
+    (last,) = (line for line in more.told.splitlines() if line.startswith("minigpt: "))
+    assert f"{run_dir}/checkpoints/step=6 could not be written: " in last
+    assert "Trained" not in more.told.partition("Resuming")[2]
+    assert status(run_dir)["state"] == "failed"
+    assert [p.name for p in newest_first(run_dir)] == ["step=3"]
+    assert (run_dir / "checkpoints" / "step=3" / STATE).read_bytes() == before
+    assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+
+
+def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    run = start("pretrain", "run", "--overwrite", "false", "--ckpt_path", "auto")
+    assert run.wait() == 2
+    assert f"{tmp_path}/run/checkpoints/step=3 could not be written: " in run.told
+
+
+def test_the_directory_for_temporary_files_does_not_matter(start: Start) -> None:
+    assert start("pretrain", "run", env={"TMPDIR": "/nonexistent"}).wait() == 0
+
+
+class Trap:
+    """What a malicious checkpoint holds: code that runs when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.file),)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(start: Start, tmp_path: Path) -> None:
+    assert start("pretrain", "run").wait() == 0
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    state = torch.load(checkpoint / STATE, weights_only=True)
+    torch.save({**state, "chance": Trap(tmp_path / "trapped")}, checkpoint / STATE)
+    write_manifest(checkpoint)
+    for place in ("auto", str(checkpoint)):
+        run = start("pretrain", "run", "--ckpt_path", place, trainer__max_steps=9)
+        assert run.wait() == 2
+        assert f"The checkpoint {checkpoint} is refused: it holds more than" in run.told
+    assert not (tmp_path / "trapped").exists()
+    (tmp_path / "trapped").mkdir()
+    with pytest.raises(FileExistsError):  # the trap itself works
+        torch.load(checkpoint / STATE, weights_only=False)
+
+
+def test_a_model_that_is_pickled_is_never_loaded(start: Start, world: Path, tmp_path: Path) -> None:
+    made = tmp_path / "pickled"
+    made.mkdir()
+    for path in (world / "sft" / "hf").iterdir():
+        if path.suffix != ".safetensors":
+            (made / path.name).write_bytes(path.read_bytes())
+    (made / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    run = start("sft", "run", model__init_args__init_from=str(made))
+    assert run.wait() == 2
+    assert not (tmp_path / "trapped").exists()

@@ -1,0 +1,312 @@
+"""Data: no row is lost in silence, no store is used half done, memory does not grow."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import Running, Start, eventually  # type: ignore[import-not-found]
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.records import BadRows, Chat, Kind, Text, read_records
+from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.errors import DataError
+
+GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+MESSAGES = b'{"messages": %s}'
+# Fourteen kinds of bad rows: the line, the reason it is counted by, the field that is named.
+BAD: list[tuple[bytes, str, str | None]] = [
+    (b'{"messages": [', "bad_json", None),
+    (b"not json", "bad_json", None),
+    (b'{"messages": [], "x": "\xff"}', "bad_utf8", None),
+    (b"[1, 2]", "wrong_type", None),
+    (b'{"question": "a", "answer": "b"}', "missing_key", None),
+    (MESSAGES % b'"hi"', "wrong_type", "messages"),
+    (MESSAGES % b"[]", "no_messages", "messages"),
+    (MESSAGES % b'[{"role": "user"}]', "missing_key", "messages[0]"),
+    (MESSAGES % b'[{"role": "user", "content": 3}]', "wrong_type", "messages[0].content"),
+    (MESSAGES % b'[{"role": "user", "content": "hi"}]', "no_assistant", "messages[0].role"),
+    (MESSAGES % b'[{"role": "boss", "content": "hi"}]', "unknown_role", "messages[0].role"),
+    (MESSAGES % b'[{"role": "tool", "content": "hi"}]', "tool_role", "messages[0].role"),
+    (MESSAGES % b'[{"role": "assistant", "content": "a"}]', "role_order", "messages[0].role"),
+    (b'{"prompt": "hi", "completion": " "}', "empty", "completion"),
+    (b'{"prompt": "\\ud800", "completion": "a"}', "lone_surrogate", "prompt"),
+    (b'{"prompt": "hi", "completion": "<|im_end|>"}', "special_token", "completion"),
+]
+
+
+def rows_with(bad: bytes, path: Path, good: int = 40) -> Path:
+    """Write good rows with a bad one on line 3."""
+    lines = [json.dumps({"messages": GOOD}).encode()] * good
+    lines[2:2] = [bad]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize(("bad", "reason", "field"), BAD[::6])
+def test_a_bad_row_stops_a_run_before_its_first_step_by_name(
+    bad: bytes, reason: str, field: str | None, start: Start, tmp_path: Path
+) -> None:
+    file = rows_with(bad, tmp_path / "rows.jsonl")
+    run = start("sft", "run", data__init_args__train=str(file))
+    assert run.wait() == 2
+    assert f"minigpt: {file}:3:" + (f"{field}:" if field else "") in run.told
+    assert "Traceback" not in run.told
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: Path) -> Any:
+    return tokenizers.load(world / "sft" / "hf")
+
+
+@pytest.mark.parametrize(("bad", "reason", "field"), BAD)
+def test_each_kind_of_bad_row_is_named_or_counted(
+    bad: bytes, reason: str, field: str | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    file = rows_with(bad, tmp_path / "rows.jsonl")
+    with pytest.raises(DataError) as caught:
+        open_store(file, "chat", tokenizer, Limits(), tmp_path)
+    error = caught.value
+    assert (error.path, error.line, error.field) == (file, 3, field)
+    assert error.reason == reason
+    store = open_store(file, "chat", tokenizer, Limits(on_bad_row="skip"), tmp_path)
+    assert store.meta["skipped"] == {reason: 1}
+    assert store.samples["line"].tolist() == [1, 2, *range(4, 42)]
+    limits = Limits(on_bad_row="skip", max_bad_share=0.01)
+    with pytest.raises(DataError, match=r"more than 1\.0% of 41 rows"):
+        open_store(file, "chat", tokenizer, limits, tmp_path)
+
+
+def test_a_lenient_run_says_what_it_left_out(start: Start, tmp_path: Path) -> None:
+    file = rows_with(BAD[1][0], tmp_path / "rows.jsonl")
+    changes = {"data__init_args__train": str(file), "data__init_args__on_bad_row": "skip"}
+    run = start("sft", "run", **changes)
+    assert run.wait() == 0, run.told
+    assert f"skipped 1 bad rows: 1 bad_json (first {file}:3)" in run.told
+
+
+# Stores under construction
+
+
+def corpus(path: Path, megabytes: float) -> Path:
+    """Write texts of about 1 kB, no two the same."""
+    words = (tiny_runs.WORDS + " 春眠 不觉 晓 处处 闻啼鸟").split()
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        number = 0
+        while file.tell() < megabytes * 1e6:
+            drawn = rng.integers(len(words), size=(1000, 200)).tolist()
+            for row in drawn:
+                text = f"{number} " + " ".join([words[i] for i in row])
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                number += 1
+    return path
+
+
+def stores(cache: Path) -> tuple[list[Path], list[Path]]:
+    """Return a cache's finished stores and those that are being built."""
+    found = sorted(cache.glob("tokens/*")) if cache.exists() else []
+    partial = [path for path in found if path.name.startswith(".")]
+    return [path for path in found if path not in partial], partial
+
+
+def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> None:
+    file, cache = corpus(tmp_path / "corpus.jsonl", 3), tmp_path / "cache"
+    changes = {"data__init_args__train": str(file), "env": {"MINIGPT_CACHE": str(cache)}}
+    for number in range(1, 4):
+        run = start("pretrain", "run", **changes)
+        eventually(lambda wanted=number: len(list(cache.glob("tokens/.*/tokens.bin"))) == wanted)
+        time.sleep(0.05)
+        run.send(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        finished, partial = stores(cache)
+        assert not [path for path in finished if path.name.startswith("corpus")]
+        assert len(partial) == number
+        for path in partial:
+            (path / "cut off").touch()  # it would be seen, were it used
+    os.utime(stores(cache)[1][0], (0, 0))  # one of them is old
+    assert start("pretrain", "run", **changes).wait() == 0
+    assert len(stores(cache)[1]) == 2
+    (made,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
+    assert not (made / "cut off").exists()
+    store = TokenStore(made, file)
+    assert store.samples["line"][-1] == store.meta["rows"] == file.read_bytes().count(b"\n")
+
+
+def test_two_runs_build_one_store_at_once(start: Start, tmp_path: Path) -> None:
+    file, cache = corpus(tmp_path / "corpus.jsonl", 1), tmp_path / "cache"
+    changes = {"data__init_args__train": str(file), "env": {"MINIGPT_CACHE": str(cache)}}
+    both = [start("pretrain", name, **changes) for name in ("one", "other")]
+    assert [run.wait() for run in both] == [0, 0], [run.told for run in both]
+    finished, partial = stores(cache)
+    assert len([path for path in finished if path.name.startswith("corpus")]) == 1
+    assert partial == []
+    exported = [tmp_path / name / "hf" / "model.safetensors" for name in ("one", "other")]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+# Memory
+
+
+def private_memory(run: Running) -> float:
+    """Wait for a run; return the most private memory (MB) it was seen to hold."""
+    most, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            try:
+                lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
+            except OSError:
+                return
+            held = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
+            most[0] = max(most[0], *held, 0)
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    assert run.wait() == 0, run.told
+    done.set()
+    watch.join()
+    return most[0] / 1000
+
+
+def trained_on(megabytes: float, start: Start, tmp_path: Path) -> float:
+    file = corpus(tmp_path / f"{megabytes}.jsonl", megabytes)
+    name, cache = f"run-{megabytes}", {"MINIGPT_CACHE": str(tmp_path / "cache")}
+    used = private_memory(start("pretrain", name, data__init_args__train=str(file), env=cache))
+    file.unlink()
+    print(f"\n{megabytes} MB of JSONL: {used:.0f} MB of private memory")
+    return used
+
+
+@pytest.mark.faults
+def test_memory_does_not_grow_with_the_corpus(start: Start, tmp_path: Path) -> None:
+    small, large = (trained_on(size, start, tmp_path) for size in (20, 200))
+    assert large < 900
+    assert (large - small) / 180 < 0.1  # MB for each MB of data: noise, not a part of the file
+
+
+@pytest.mark.large
+@pytest.mark.timeout(3000)
+def test_2_gb_are_trained_on_in_900_mb(start: Start, tmp_path: Path) -> None:
+    assert trained_on(2000, start, tmp_path) < 900
+
+
+# Any file at all
+
+TEXT = st.text(max_size=12)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXT}
+)
+ROW = st.one_of(
+    st.fixed_dictionaries({"text": TEXT}),
+    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=4)}),
+    st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}),
+    st.fixed_dictionaries({"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}),
+    st.dictionaries(TEXT, st.none() | st.integers() | TEXT, max_size=2),
+)
+LINE = ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+GARBLED = st.tuples(LINE, st.integers(0, 99), st.binary(max_size=3)).map(
+    lambda made: made[0][: made[1]] + made[2] + made[0][made[1] :]
+)
+PLAIN = st.lists(LINE | LINE | GARBLED | st.binary(max_size=8), max_size=7).map(b"\n".join)
+ARRAY = st.lists(ROW, max_size=5).map(lambda rows: json.dumps(rows).encode())
+FILE = st.one_of(
+    PLAIN,
+    ARRAY,
+    PLAIN.map(gzip.compress),
+    PLAIN.map(lambda data: gzip.compress(data)[:-5]),
+    PLAIN.map(lambda data: b"\xef\xbb\xbf" + data),
+    PLAIN.map(lambda data: data.replace(b"\n", b"\r\n")),
+    TEXT.map(lambda text: text.encode("utf-16", "surrogatepass")),
+)
+
+
+def opened(file: Path, kind: Kind, tokenizer: Any, policy: Any) -> TokenStore | DataError:
+    limits = Limits(max_length=32, on_bad_row=policy, max_bad_share=1.0)
+    try:
+        return open_store(file, kind, tokenizer, limits, file.parent / policy)
+    except DataError as error:
+        return error
+
+
+def check(data: bytes, kind: Kind, tokenizer: Any, directory: Path) -> str:
+    """Read a file strictly and leniently; return what became of it."""
+    file = directory / "any.jsonl"
+    file.write_bytes(data)
+    strict, lenient = (opened(file, kind, tokenizer, policy) for policy in ("error", "skip"))
+    if isinstance(strict, DataError):
+        assert strict.path == file or strict.reason in ("no_rows", "no_targets")
+    if isinstance(lenient, DataError):
+        assert isinstance(strict, DataError)
+        return "refused"
+    skipped = lenient.meta["skipped"]
+    assert isinstance(strict, DataError) == bool(skipped)
+    if isinstance(strict, DataError):
+        assert strict.reason in skipped
+        assert strict.line
+    bad = BadRows("skip", 1.0)
+    records = list(read_records([file], kind, bad))
+    assert not bad.counts - Counter(skipped)  # the store leaves out more, for its length
+    read_back(lenient, records, kind, tokenizer)
+    packed_once(lenient)
+    return "skipped some" if skipped else "read"
+
+
+def read_back(store: TokenStore, records: list[Any], kind: Kind, tokenizer: Any) -> None:
+    """Each token of each record that fits is in the store, in order."""
+    by_line = {source.line: record for record, source in records}
+    lines = store.samples["line"].tolist()
+    assert set(lines) <= set(by_line)
+    assert lines == sorted(lines)
+    assert len(store.tokens) == int(store.lengths(np.arange(len(store))).sum())
+    for number, line in enumerate(lines):
+        record, row = by_line[line], store.samples[number]
+        ids = store.tokens[row["start"] : row["start"] + store.lengths(np.array([number]))[0]]
+        text = tokenizer.decode(ids)
+        if isinstance(record, Text) and lines.count(line) == 1:
+            assert text.startswith(record.text)
+        if isinstance(record, Chat) and len(ids) < 32:
+            assert all(message.content.strip() in text for message in record.messages)
+
+
+def packed_once(store: TokenStore) -> None:
+    """An epoch holds each sample once, in micro-batches within their budget."""
+    order = PackedOrder([store.lengths], [Part(len(store), len(store))], 70, seed=1)
+    batches = list(order.batches(0))
+    drawn = [sample for batch in batches for _, sample in batch]
+    assert sorted(drawn) == list(range(len(store)))
+    assert all(store.lengths(np.array([i for _, i in b])).sum() <= 70 for b in batches)
+
+
+@pytest.mark.parametrize("files", [50, pytest.param(2000, marks=pytest.mark.faults)])
+def test_any_file_is_read_exactly_or_refused_with_a_place(
+    files: int, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=files,
+        deadline=None,
+        derandomize=files < 100,
+    )
+    @given(FILE, st.sampled_from(["text", "chat", "preference"]))
+    def any_file(data: bytes, kind: Kind) -> None:
+        seen[check(data, kind, tokenizer, tmp_path_factory.mktemp("any"))] += 1
+
+    any_file()
+    assert sum(seen.values()) >= files
+    assert min(seen[how] for how in ("read", "skipped some", "refused")) > 0, seen

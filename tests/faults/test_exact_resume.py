@@ -1,0 +1,120 @@
+"""A run that is killed at any moment goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Start, at, rows  # type: ignore[import-not-found]
+
+from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
+from minigpt.files import write_manifest
+
+LORA = {"r": 4, "dropout": 0.2}
+# Each stage with dropout on: in GPT-2 itself, or in the adapter.
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"model__init_args__architecture__dropout": 0.2},
+    "sft": {"model__init_args__init_from": "gpt2"},
+    "dpo": {"model__init_args__init_from": "gpt2"},
+    "lora": {"model__init_args__lora": LORA},
+    "dpo-lora": {"model__init_args__lora": LORA},
+}
+
+
+def options(world: Path, stage: str, workers: int) -> dict[str, Any]:
+    changes = {**STAGES[stage], "data__init_args__num_workers": workers}
+    if "model__init_args__init_from" in changes:
+        changes["model__init_args__init_from"] = str(world / "gpt2")
+    return changes
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Return where two checkpoints differ, to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        return [d for k in one for d in differences(one[k], other[k], f"{place}/{k}")]
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        pairs = zip(one, other, strict=True)
+        return [d for i, pair in enumerate(pairs) for d in differences(*pair, f"{place}/{i}")]
+    return [] if one == other or place.endswith("/seconds") else [place]
+
+
+def state(run_dir: Path, name: str = "step=8") -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(run_dir / "checkpoints" / name / STATE, weights_only=True)
+    return loaded
+
+
+def ending(run_dir: Path) -> dict[str, Any]:
+    """Return the last checkpoint without Lightning's count of batches within an epoch."""
+    return {k: v for k, v in state(run_dir).items() if k != "loops"}
+
+
+def weights(run_dir: Path) -> bytes:
+    return next((run_dir / "hf").glob("*.safetensors")).read_bytes()
+
+
+MOMENTS = {
+    "in the middle of an accumulation": at("train_batch_start", 8),
+    "between two steps": at("train_batch_start", 12),
+    "while validating": at("validation_batch_start", after=4),
+    "after the last step": at("train_end"),
+}
+ALL = [
+    *((stage, 0, moment) for stage in STAGES for moment in MOMENTS),
+    *((stage, 2, "in the middle of an accumulation") for stage in STAGES),
+]
+QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while validating")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "moment"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.faults]) for case in ALL],
+)
+def test_a_killed_run_ends_where_the_whole_one_does(
+    stage: str, workers: int, moment: str, world: Path, start: Start, tmp_path: Path
+) -> None:
+    kind, changes = stage.partition("-")[0], options(world, stage, workers)
+    whole = start(kind, "whole", **changes)
+    assert whole.wait() == 0, whole.told
+    killed = start(kind, "run", trainer__callbacks=MOMENTS[moment], **changes)
+    assert killed.wait() == -signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "run") is not None
+    resumed = start(kind, "run", "--ckpt_path", "auto", **changes)
+    assert resumed.wait() == 0, resumed.told
+    assert differences(ending(tmp_path / "whole"), ending(tmp_path / "run")) == []
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    one, other = (json.loads((tmp_path / d / "summary.json").read_text()) for d in ("whole", "run"))
+    for name in ("steps", "tokens_seen", "before", "final"):
+        assert one[name] == other[name], name
+
+
+@pytest.mark.parametrize("left_out", ["chance", "position"])
+def test_without_its_state_a_run_does_not_go_on_exactly(
+    left_out: str, world: Path, start: Start, tmp_path: Path
+) -> None:
+    """The negative control: what the checkpoint holds is needed, and the comparison sees it."""
+    changes = options(world, "sft", 0)
+    assert start("sft", "whole", **changes).wait() == 0
+    killed = start("sft", "run", trainer__callbacks=at("train_batch_start", 8), **changes)
+    killed.wait()
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    saved = state(tmp_path / "run", checkpoint.name)
+    if left_out == "chance":
+        saved["boundary"]["chance"] = []
+    else:
+        saved["SFTDataModule"]["position"] = [0, 0]
+    torch.save(saved, checkpoint / STATE)
+    write_manifest(checkpoint)
+    assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    found = differences(state(tmp_path / "whole"), state(tmp_path / "run"))
+    assert any(place.startswith("/state_dict") for place in found)
+    assert rows(tmp_path / "run") != rows(tmp_path / "whole")

@@ -1,0 +1,102 @@
+"""Numbers are guarded: nothing that is not finite gets into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Start, rows, status  # type: ignore[import-not-found]
+
+from minigpt.callbacks.checkpoints import newest_checkpoint
+
+
+def poison(number: int, value: str, rank: int = 0) -> list[dict[str, Any]]:
+    made = {"number": number, "value": value, "rank": rank}
+    return [{"class_path": "moments.Poison", "init_args": made}]
+
+
+TWO = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
+ONE = {"trainer__accumulate_grad_batches": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "rank", "more"),
+    [
+        ("nan", 0, ONE),
+        ("inf", 0, ONE),
+        pytest.param("nan", 1, TWO, marks=pytest.mark.faults),
+    ],
+)
+def test_no_update_is_made_from_a_loss_that_is_not_finite(
+    value: str, rank: int, more: dict[str, Any], world: Path, start: Start, tmp_path: Path
+) -> None:
+    run = start("sft", "run", trainer__callbacks=poison(4, value, rank), **more)
+    assert run.wait() == 2, run.told
+    last = next(line for line in run.told.splitlines() if line.startswith("minigpt: Step 5: "))
+    assert f"no update was made. The rows: {world}/sft.jsonl:" in last
+    assert "--ckpt_path auto" in last
+    assert status(tmp_path / "run")["exit_code"] == 2
+    found = newest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert found.name == "step=3"
+    again = start("sft", "run", "--ckpt_path", "auto", **more)  # without the poison
+    assert again.wait() == 0, again.told
+    assert start("sft", "whole", **more).wait() == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def spiking(start: Start, action: str, tmp_path: Path) -> tuple[int, str, list[str]]:
+    """Let the loss jump in step 25 of 27; return status, output, and the digests of the steps."""
+    notes = {"class_path": "moments.Weights", "init_args": {"file": str(tmp_path / "weights")}}
+    run = start(
+        "sft",
+        "run",
+        trainer__callbacks=[*poison(24, "100"), notes],
+        trainer__max_steps=27,
+        model__init_args__spike={"action": action},
+        **ONE,
+    )
+    ended = run.wait()
+    return ended, run.told, (tmp_path / "weights").read_text().splitlines()
+
+
+def digest(line: str) -> str:
+    return line.split()[1]
+
+
+def test_a_jump_of_the_loss_is_told(start: Start, world: Path, tmp_path: Path) -> None:
+    ended, told, weights = spiking(start, "warn", tmp_path)
+    assert ended == 0
+    assert "Step 25: the loss jumped to " in told
+    assert f"{world}/sft.jsonl:" in told
+    assert digest(weights[24]) != digest(weights[23])
+
+
+def test_a_step_that_is_left_out_changes_neither_weights_nor_moments(
+    start: Start, tmp_path: Path
+) -> None:
+    ended, told, weights = spiking(start, "skip", tmp_path)
+    assert ended == 0
+    assert "left out" in told
+    assert digest(weights[24]) == digest(weights[23])
+    assert digest(weights[25]) != digest(weights[24])
+
+
+def test_a_jump_of_the_loss_can_stop_the_run(start: Start, tmp_path: Path) -> None:
+    ended, told, weights = spiking(start, "stop", tmp_path)
+    assert ended == 2
+    assert "minigpt: Step 25: the loss jumped to " in told
+    assert len(weights) == 24
+
+
+def test_by_default_a_jump_is_let_pass(start: Start, tmp_path: Path) -> None:
+    ended, told, _ = spiking(start, "off", tmp_path)
+    assert ended == 0
+    assert "jumped" not in told
+
+
+def test_the_factor_of_a_jump_must_be_above_1(start: Start) -> None:
+    run = start("sft", "run", model__init_args__spike={"action": "warn", "factor": 1.0})
+    assert run.wait() == 2
+    assert "spike.factor must be above 1, but is 1.0" in run.told

@@ -1,0 +1,164 @@
+"""A checkpoint is gone on with by the run that it belongs to, in whatever number of processes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from runs import Start, at, eventually, rows, slow  # type: ignore[import-not-found]
+
+from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
+from minigpt.model.saved import load_model
+
+
+def cut(start: Start, stage: str = "sft", **changes: Any) -> None:
+    callbacks = at("train_batch_start", 9, signal_name="SIGTERM")
+    run = start(stage, "run", trainer__callbacks=callbacks, **changes)
+    assert run.wait() == 75, run.told
+
+
+def test_other_data_is_refused_unless_allowed(start: Start, world: Path, tmp_path: Path) -> None:
+    cut(start)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join((world / "sft.jsonl").read_text().splitlines(keepends=True)[1:]))
+    changes = {"data__init_args__train": str(other)}
+    refused = start("sft", "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert "minigpt: This is not the run that the checkpoint belongs to: data was " in refused.told
+    assert "--allow_changes true" in refused.told
+    allowed = start("sft", "run", "--ckpt_path", "auto", "--allow_changes", "true", **changes)
+    assert allowed.wait() == 0
+    assert "Going on although this is another run: data was " in allowed.told
+
+
+def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_path: Path) -> None:
+    cut(start)
+    copy = shutil.copy(world / "sft.jsonl", tmp_path / "sft.jsonl")
+    moved = start("sft", "run", "--ckpt_path", "auto", data__init_args__train=str(copy))
+    assert moved.wait() == 0, moved.told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data__init_args__seed": 5}, "seed was 0, is 5"),
+        ({"data__init_args__tokens_per_batch": 300}, "tokens_per_batch was 256, is 300"),
+        ({"trainer__accumulate_grad_batches": 3}, "batches_per_step was 2, is 3"),
+    ],
+)
+def test_another_config_is_refused(start: Start, changes: dict[str, Any], told: str) -> None:
+    cut(start)
+    refused = start("sft", "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert told in refused.told
+
+
+def test_another_method_is_refused_for_good(start: Start) -> None:
+    cut(start)
+    changes = {"model__init_args__lora": {"r": 2}}
+    args = ("--ckpt_path", "auto", "--allow_changes", "true")
+    refused = start("sft", "run", *args, **changes)
+    assert refused.wait() == 2
+    assert "method was adamw, all weights" in refused.told
+    assert "--allow_changes" not in refused.told.rpartition("minigpt: ")[2]
+
+
+def test_another_tokenizer_is_refused(start: Start, world: Path, tmp_path: Path) -> None:
+    cut(start, "pretrain")
+    made = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 320)
+    made.save_pretrained(str(tmp_path / "tokenizer"))
+    changes = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
+    refused = start("pretrain", "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert "tokenizer was " in refused.told
+
+
+def test_a_changed_rate_is_refused_or_put_in_force(start: Start, tmp_path: Path) -> None:
+    constant = {"warmup": 0, "decay": 0}
+    cut(start, model__init_args__schedule=constant)
+    changes = {
+        "model__init_args__schedule": constant,
+        "model__init_args__optimizer": {"lr": 0.001},
+    }
+    refused = start("sft", "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert "optimizer was lr 0.01" in refused.told
+    args = ("--ckpt_path", "auto", "--allow_changes", "true")
+    assert start("sft", "run", *args, **changes).wait() == 0
+    rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[-1] == pytest.approx(0.001)
+
+
+def test_the_second_run_in_a_directory_is_refused(start: Start, tmp_path: Path) -> None:
+    first = start("sft", "run", trainer__callbacks=slow(0.3))
+    eventually(lambda: (tmp_path / "run" / "status.json").exists())
+    for args in (("--overwrite", "true"), ("--ckpt_path", "auto")):
+        second = start("sft", "run", *args)
+        assert second.wait() == 2
+        assert f"Another process is training in {tmp_path / 'run'}" in second.told
+    assert first.wait() == 0, first.told
+    assert start("sft", "whole").wait() == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["lora", "dpo"])
+def test_another_base_is_refused(stage: str, start: Start, world: Path, tmp_path: Path) -> None:
+    cut(start, stage)
+    other = tmp_path / "other"
+    shutil.copytree(world / "sft" / "hf", other)
+    model = load_model(other)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] += 1
+    model.save_pretrained(str(other))
+    changes = {"model__init_args__init_from": str(other)}
+    refused = start(stage, "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert "base was " in refused.told
+
+
+def test_checkpoints_hold_only_what_is_trained(start: Start, tmp_path: Path) -> None:
+    sizes = {}
+    for stage in ("sft", "dpo", "lora"):
+        assert start(stage, stage).wait() == 0
+        checkpoint = newest_checkpoint(tmp_path / stage)
+        assert checkpoint is not None
+        state = torch.load(checkpoint / STATE, weights_only=True)["state_dict"]
+        sizes[stage] = (len(state), (checkpoint / STATE).stat().st_size)
+        if stage == "lora":
+            assert all("lora_" in name for name in state)
+    assert sizes["dpo"][0] == sizes["sft"][0]  # no reference
+    assert sizes["lora"][1] < 0.7 * sizes["sft"][1]
+
+
+@pytest.mark.faults
+def test_the_number_of_processes_may_change(start: Start, tmp_path: Path) -> None:
+    one = {"trainer__max_steps": 12, "checkpoint": {"every": 4, "keep": 9}}
+    two = {
+        **one,
+        "trainer__strategy": "ddp",
+        "trainer__devices": 2,
+        "trainer__accumulate_grad_batches": 1,
+    }
+    assert start("pretrain", "whole", **one).wait() == 0
+    stop = at("train_batch_start", 5, signal_name="SIGTERM")
+    first = start("pretrain", "run", trainer__callbacks=stop, **one)
+    assert first.wait() == 75
+    stop = at("train_batch_start", 2, signal_name="SIGTERM")
+    second = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **two)
+    assert second.wait() == 75, second.told
+    assert "processes: 1 before, 2 now. The order of data is the same" in second.told
+    third = start("pretrain", "run", "--ckpt_path", "auto", **one)
+    assert third.wait() == 0, third.told
+    assert "processes: 2 before, 1 now" in third.told
+    ran, whole = (
+        [row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("run", "whole")
+    )
+    assert [row["step"] for row in ran] == [row["step"] for row in whole]
+    for mine, other in zip(ran, whole, strict=True):
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+        assert mine["tokens_seen"] == pytest.approx(other["tokens_seen"], rel=0.2)

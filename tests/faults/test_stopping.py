@@ -1,0 +1,154 @@
+"""A run that is asked to stop finishes its step, saves, and says how it ended."""
+
+from __future__ import annotations
+
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Start, at, eventually, rows, slow, status  # type: ignore[import-not-found]
+from safetensors.torch import load_file
+
+from minigpt.callbacks.checkpoints import newest_checkpoint
+
+DDP = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
+FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "state"),
+    [("SIGTERM", 75, "preempted"), ("SIGINT", 130, "interrupted")],
+)
+def test_a_signal_ends_a_run_in_good_order(
+    name: str, code: int, state: str, start: Start, tmp_path: Path
+) -> None:
+    changes = {"data__init_args__num_workers": 2}
+    assert start("sft", "whole", **changes).wait() == 0
+    run = start(
+        "sft", "run", trainer__callbacks=at("train_batch_start", 6, signal_name=name), **changes
+    )
+    assert run.wait() == code
+    assert run.since_the_signal() < 20
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == (state, code)
+    found = newest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert found.name == f"step={said['step']}"
+    assert f"minigpt: stopped by {name}: step {said['step']} is saved. Go on with" in run.told
+    assert not (tmp_path / "run" / "hf").exists()
+    assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_long_validation_is_not_waited_for(start: Start, tmp_path: Path) -> None:
+    assert start("sft", "whole").wait() == 0
+    callbacks = at("validation_batch_start", signal_name="SIGTERM", after=1)
+    run = start("sft", "run", trainer__callbacks=callbacks)
+    assert run.wait() == 75
+    assert start("sft", "run", "--ckpt_path", "auto").wait() == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")  # the validation is made up for
+
+
+def test_a_signal_before_training_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
+    callbacks = at("fit_start", signal_name="SIGTERM")
+    run = start("sft", "run", trainer__callbacks=callbacks)
+    assert run.wait() == 75
+    assert "before training began" in run.told
+    assert status(tmp_path / "run")["exit_code"] == 75
+
+
+def test_a_second_ctrl_c_does_not_wait(start: Start, tmp_path: Path) -> None:
+    run = start("sft", "run", trainer__callbacks=slow(30))
+    eventually(lambda: (tmp_path / "run" / "status.json").exists())
+    time.sleep(2)
+    run.send(signal.SIGINT)
+    eventually(lambda: "SIGINT: stopping after this step" in run.told)
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+
+
+def test_errors_end_with_2_and_say_so(start: Start, tmp_path: Path) -> None:
+    run = start("sft", "run", data__init_args__train="none.jsonl")
+    assert run.wait() == 2
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("failed", 2)
+    assert "none.jsonl" in said["reason"]
+
+
+def test_slurm_requeues_once_after_the_save(start: Start, tmp_path: Path) -> None:
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@ $(ls {tmp_path}/run/checkpoints)" >> {asked}\n'
+    )
+    (tools / "scontrol").chmod(0o755 | stat.S_IXUSR)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1")
+    run = start("sft", "run", env=env, trainer__callbacks=callbacks)
+    assert run.wait() == 75
+    step = status(tmp_path / "run")["step"]
+    assert asked.read_text() == f"requeue 7 step={step}\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2])
+def test_two_processes_stop_together_whichever_was_asked(
+    rank: int, strategy: Any, start: Start, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {**DDP, "trainer__strategy": strategy}
+    assert start("pretrain", "whole", **changes).wait() == 0
+    callbacks = at("train_batch_start", 4, signal_name="SIGTERM", rank=rank)
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **changes)
+    assert run.wait() == 75, run.told
+    assert run.since_the_signal() < 30
+    assert status(tmp_path / "run")["state"] == "preempted"
+    resumed = start("pretrain", "run", "--ckpt_path", "auto", **changes)
+    assert resumed.wait() == 0, resumed.told
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: Path) -> None:
+    callbacks = at("train_batch_start", 4, rank=rank)
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
+    ended = run.wait()
+    assert run.since_the_signal() < 30
+    if rank == 0:
+        assert ended == -signal.SIGKILL
+        eventually(lambda: "Another process of this run has died" in run.told)
+    else:
+        assert ended == 1
+        assert "minigpt: Another process of this run has died" in run.told
+        assert status(tmp_path / "run")["state"] == "failed"
+    resumed = start("pretrain", "run", "--ckpt_path", "auto", **DDP)
+    assert resumed.wait() == 0, resumed.told
+
+
+@pytest.mark.faults
+def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"trainer__val_check_interval": 100}
+    one = start("pretrain", "one", trainer__accumulate_grad_batches=2, **changes)
+    assert one.wait() == 0
+    changes |= {**DDP, "trainer__strategy": FSDP2}
+    killed = start("pretrain", "run", trainer__callbacks=at("train_batch_start", 4), **changes)
+    assert killed.wait() == -signal.SIGKILL
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert len(list(checkpoint.glob("*.distcp"))) == 2  # a shard of each process
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    mine, other = tmp_path / "run" / "hf", tmp_path / "one" / "hf"
+    assert {p.name for p in mine.iterdir()} == {p.name for p in other.iterdir()}
+    for file in mine.iterdir():
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+    weights, expected = (load_file(place / "model.safetensors") for place in (mine, other))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
