@@ -7,18 +7,20 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Not empty: run every stage of the pipeline anew.
 FORCE ?=
+# Directory with pretrain, sft, dpo and lora.jsonl to run the benchmarks on; empty: the bundled data.
+DATA ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.minigpt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pipeline test faults faults-large check format clean distclean
+.PHONY: help setup pipeline test faults faults-large check bench format clean distclean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) FORCE=$(FORCE)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) FORCE=$(FORCE) DATA=$(DATA)"
 
 setup: $(STAMP) ## Create the virtual environment and install MiniGPT in it
 
@@ -39,6 +41,9 @@ check: $(STAMP) ## Check format, lint and types, and instantiate every config
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest tests/unit/test_configs.py
+
+bench: $(STAMP) ## Measure speed and memory, and write docs/benchmarks.md (DATA=DIR, FORCE=1)
+	$(PY) scripts/benchmark.py $(if $(DATA),--data_dir "$(DATA)") $(if $(FORCE),--force)
 
 format: $(STAMP) ## Format the code and fix what the linter can fix
 	$(PY) -m ruff format .

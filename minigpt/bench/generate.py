@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from minigpt.bench.measure import architecture
 from minigpt.commands.options import CommandParser, positive, writing
-from minigpt.errors import ConfigError
 from minigpt.files import write_json
 
 EXAMPLES = """examples:
@@ -140,18 +140,6 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
         model.config._attn_implementation = "sdpa"
     model.generation_config.eos_token_id = None
     return model.eval(), tokenizer
-
-
-def architecture(size: str) -> dict[str, int]:
-    """Read a size's overlay."""
-    import yaml
-
-    here = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
-    path = here if here.is_file() else Path(size)
-    if not path.is_file():
-        raise ConfigError(f"--size {size}: there is no {here} and no such file. Try 26m.")
-    sizes: dict[str, int] = yaml.safe_load(path.read_text())["model"]["init_args"]["architecture"]
-    return sizes
 
 
 def bytes_only() -> Any:

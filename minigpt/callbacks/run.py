@@ -6,9 +6,7 @@ import json
 import logging
 import math
 import platform
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
 from minigpt.files import write_json
+from minigpt.machine import peak_memory
 from minigpt.model.parallel import gathered
 
 log = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ class RunRecorder(Callback):
             "seconds": round(time.time() - self.started, 1),
             "tokens_seen": pl_module.tokens_seen,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
-            "peak_rss_mb": peak_memory_mb(),
+            **peak_memory(),
             "before": self.before,
             "final": final,
             "data": trainer.datamodule.statistics(),  # type: ignore[attr-defined]
@@ -131,12 +130,6 @@ class RunRecorder(Callback):
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():
             log.info("%s: %.4g", name, score)
-
-
-def peak_memory_mb() -> int:
-    """Return the most memory this process has held, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
 
 
 def machine() -> dict[str, Any]:

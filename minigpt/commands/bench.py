@@ -7,6 +7,8 @@ import importlib
 from minigpt.errors import ConfigError
 
 VERBS = {
+    "train": "a stage of training against a plain transformers loop",
+    "data": "tokenising and packing against the tokenizer library alone",
     "generate": "decoding against transformers' generate, and prompts together against one by one",
 }
 HELP = """usage: minigpt bench <what> [options]
@@ -17,6 +19,8 @@ what:
 {verbs}
 
 examples:
+  minigpt bench train --stage sft --data data/sft.jsonl --max-length 768 --json sft.json
+  minigpt bench data --data data/pretrain.jsonl --sizes 10 100
   minigpt bench generate --size 26m --json generate.json
 
 Each explains itself: minigpt bench <what> --help

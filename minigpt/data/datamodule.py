@@ -323,13 +323,10 @@ class JSONLDataModule(LightningDataModule):
         """Move packed batches; exam items and prompts stay as they are."""
         return batch.to(device) if isinstance(batch, PackedBatch) else batch
 
-    def all_batches(self, held_out: bool) -> Iterator[PackedBatch]:
-        """Yield every micro-batch of an epoch, whatever process this is; for precomputing."""
-        order, parts = (
-            (self.val_order, self.val_parts) if held_out else (self.order, self.train_parts)
-        )
-        if order is not None:
-            yield from PackedDataset(order, parts, 0, 0, 0, 1)
+    def stores(self) -> list[TokenStore]:
+        """Return the stores of all training and held-out files, each once."""
+        parts = [*self.train_parts, *self.val_parts]
+        return list({(p.store.path, p.store.source): p.store for p in parts}.values())
 
     def fingerprint(self) -> str:
         """Return a digest of the training files' contents, limits and weights."""

@@ -8,19 +8,25 @@ Arrays (N tokens, S samples):
     tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
     targets.bin   [N] bool               chats only: which tokens the model must say
     samples.bin   [S] SAMPLE             where each sample lies and which row it came from
+    lengths.bin   [S] int32              tokens of each sample; on its own, since an epoch's order
+                                         passes through all of it
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 import time
+from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,7 +44,7 @@ from minigpt.files import sync, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is three runs of tokens: a text or chat has only `first`; a preference has the
@@ -92,14 +98,13 @@ class TokenStore:
         self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
         self.tokens = np.memmap(path / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         self.samples = np.memmap(path / "samples.bin", dtype=SAMPLE, mode="r")
+        self._lengths = np.memmap(path / "lengths.bin", dtype="<i4", mode="r")
         targets = path / "targets.bin"
         self.targets = np.memmap(targets, dtype=np.bool_, mode="r") if targets.exists() else None
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
-        s = self.samples[index]
-        total: NDArray[np.int32] = s["prompt"] + s["first"] + s["second"]
-        return total.astype(np.int64)
+        return self._lengths[index].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,17 +162,19 @@ class _Writer:
 
     def __init__(self, directory: Path, dtype: str, with_targets: bool) -> None:
         self.dtype = np.dtype(dtype)
+        self.code = self.dtype.char  # of an array, which takes short lists faster than numpy does
         self.files: dict[str, BinaryIO] = {
             name: (directory / f"{name}.bin").open("wb")
-            for name in ("tokens", "samples", *(["targets"] if with_targets else []))
+            for name in ("tokens", "samples", "lengths", *(["targets"] if with_targets else []))
         }
         self.tokens = self.samples = self.targets = 0
 
     def add(self, sample: Encoded, line: int) -> None:
         ids = sample.prompt + sample.first + sample.second
         runs = (self.tokens, line, len(sample.prompt), len(sample.first), len(sample.second))
-        self.files["tokens"].write(np.asarray(ids, self.dtype).tobytes())
-        self.files["samples"].write(np.array([runs], SAMPLE).tobytes())
+        self.files["tokens"].write(array(self.code, ids))
+        self.files["samples"].write(struct.pack("<qqiii", *runs))  # as SAMPLE lies in memory
+        self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
@@ -201,16 +208,13 @@ def _build(
         encoder = Encoder(kind, tokenizer, limits)
         special = special_texts(tokenizer)
         records = read_records([source], kind, bad, limits.data_limit, special)
-        rows = 0
-        with closing(writer):
-            while batch := list(islice(records, ROWS_AT_A_TIME)):
-                rows += len(batch)
-                for sample, origin in encoder.encode(batch, bad):
-                    writer.add(sample, origin.line)
+        with closing(writer), _seldom_collecting():
+            for sample, origin in encoder.encode(records, bad):
+                writer.add(sample, origin.line)
             writer.sync()
         if not writer.samples:
             raise DataError(
-                f"none of the {rows} rows leaves a token to train on",
+                f"none of the {encoder.rows} rows leaves a token to train on",
                 path=source,
                 remedy="Check max_length and the chat template.",
                 reason="no_targets",
@@ -218,7 +222,7 @@ def _build(
         bad.check(bad.seen)  # rows that the encoder left out count, too
         meta = {
             "dtype": str(writer.dtype),
-            "rows": rows,
+            "rows": encoder.rows,
             "samples": writer.samples,
             "tokens": writer.tokens,
             "targets": writer.targets,
@@ -231,6 +235,17 @@ def _build(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _report(source, meta, bad)
+
+
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Look for unreachable cycles seldom: rows make none, and looking takes a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -250,36 +265,60 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         log.warning("%s: %s", source, summary)
 
 
+Ahead = tuple[list[tuple[Record, Source, list[Piece]]], Future[list[Any]]]  # a batch of rows
+
+
 class Encoder:
     """Turns records into samples of at most `limits.max_length` tokens.
 
     Attributes:
-        cut: how many rows lost tokens to the maximum length.
+        rows: how many rows it has read.
+        cut: how many of them lost tokens to the maximum length.
     """
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.codec = ChatCodec(tokenizer) if kind != "text" else None
         self.end = document_end(tokenizer) if kind == "text" else -1
-        self.cut = 0
+        self.rows = self.cut = 0
 
     def encode(
-        self, batch: list[tuple[Record, Source]], bad: BadRows
+        self, records: Iterable[tuple[Record, Source]], bad: BadRows
     ) -> Iterator[tuple[Encoded, Source]]:
-        """Yield the samples of a batch of records, in order; rows without targets go to `bad`."""
-        pieces: list[list[Piece]] = []
-        sources: list[tuple[Record, Source]] = []
+        """Yield the samples of all records, in order; rows without targets go to `bad`.
+
+        While one batch of rows is tokenised, which needs no interpreter, the next is read.
+        """
+        waiting: Ahead | None = None
+        records = iter(records)
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(records, ROWS_AT_A_TIME)):
+                self.rows += len(batch)
+                ahead = self._start(batch, bad, pool)
+                if waiting:
+                    yield from self._finish(waiting, bad)
+                waiting = ahead
+            if waiting:
+                yield from self._finish(waiting, bad)
+
+    def _start(
+        self, batch: list[tuple[Record, Source]], bad: BadRows, pool: ThreadPoolExecutor
+    ) -> Ahead:
+        """Cut a batch of records into pieces and have them tokenised."""
+        rows: list[tuple[Record, Source, list[Piece]]] = []
         for record, source in batch:
             try:
-                pieces.append(self._pieces(record))
-                sources.append((record, source))
+                rows.append((record, source, self._pieces(record)))
             except DataError as error:
                 bad.handle(error.at(source.path, source.line))
-        texts = [piece.text for row in pieces for piece in row]
-        ids = iter(self._tokenise(texts))
-        for (record, source), row in zip(sources, pieces, strict=True):
-            encoded = list(islice(ids, len(row)))
-            samples = list(self._samples(record, row, encoded))
+        texts = [piece.text for _, _, pieces in rows for piece in pieces]
+        return rows, pool.submit(self._tokenise, texts)
+
+    def _finish(self, ahead: Ahead, bad: BadRows) -> Iterator[tuple[Encoded, Source]]:
+        rows, tokens = ahead
+        ids = (encoding.ids for encoding in tokens.result())
+        for record, source, row in rows:
+            samples = list(self._samples(record, row, list(islice(ids, len(row)))))
             if not samples:
                 problem = f"no target token is left after cutting to {self.limits.max_length}"
                 bad.handle(
@@ -294,9 +333,8 @@ class Encoder:
             for sample in samples:
                 yield sample, source
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _tokenise(self, texts: list[str]) -> list[Any]:
+        return self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
     def _pieces(self, record: Record) -> list[Piece]:
         if isinstance(record, Text):

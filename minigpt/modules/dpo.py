@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from minigpt.model.lm import PackedLM
 from minigpt.model.losses import PreferenceLoss, dpo
 from minigpt.model.saved import load_model
 from minigpt.modules.base import BaseModule, Step
+from minigpt.modules.reference import digest_of, scores_of
 
 
 class DPOModule(BaseModule):
@@ -30,7 +30,7 @@ class DPOModule(BaseModule):
         loss: sigmoid (DPO) or cdpo (labels that may be wrong).
         label_smoothing: cdpo's share of wrong labels.
         reference: `model` keeps the frozen model; `precomputed` computes its log-probs of
-            all pairs once before training and lets it go.
+            all pairs once, keeps them with the token stores, and lets it go.
         kwargs: see `BaseModule`.
     """
 
@@ -59,6 +59,8 @@ class DPOModule(BaseModule):
 
     def before_adapter(self, lm: PackedLM) -> None:
         """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
+        if self.reference == "precomputed" and self.trained is None:
+            self._digest = digest_of(lm, str(self.trainer.precision))
         if self.lora is None and self.trained is None:
             self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
 
@@ -80,16 +82,21 @@ class DPOModule(BaseModule):
         """Load the reference also where the held-out pairs are the test."""
         self.on_validation_start()
 
-    @torch.no_grad()
     def precompute(self) -> None:
-        """Compute the reference's log-probs of all pairs, then let the frozen copy go."""
+        """Learn the reference's log-probs of all pairs, then let the frozen copy go."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         known: dict[tuple[str, int], Tensor] = {}
-        for batch in chain(data.all_batches(held_out=False), data.all_batches(held_out=True)):
-            scores = self.reference_logprobs(batch.to(self.device)).view(-1, 2)
-            known.update(zip(batch.sources, scores, strict=True))
+        for store in data.stores():
+            share = self.trainer.strategy.broadcast
+            scores = torch.from_numpy(scores_of(store, data, self._digest, self._score, share))
+            sources = ((str(store.source), line) for line in store.samples["line"].tolist())
+            known.update(zip(sources, scores.to(self.device), strict=True))
         self._known = known
         self._frozen.clear()
+
+    def _score(self, batch: PackedBatch) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():  # as in a step
+            return self.reference_logprobs(batch.to(self.device))
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:

@@ -101,6 +101,13 @@ def later_jobs(root: Path) -> list[dict[str, Any]]:
         checkpoint = root / f"pretrain-muon-{name}" / "checkpoints" / "step=2"
         resumed["args"] += ["--ckpt_path", str(checkpoint)]
         jobs.append(resumed)
+        known = {
+            "model__init_args__reference": "precomputed",
+            "data__init_args__cache_dir": str(root / f"cache-{name}"),
+        }
+        first = job(root, "dpo", "sgd", f"{name}-precomputed", **known, **two(name))
+        again = {**first, "args": [*first["args"], "--overwrite", "true"]}  # finds them computed
+        jobs += [first, again]
         tested = tiny_runs.config(root, "sft", root / f"sft-sgd-{name}", **two(name))
         tested["model"]["init_args"]["sampling"] = {"max_new_tokens": 4}
         tested["data"]["init_args"] |= {
@@ -145,6 +152,14 @@ def test_a_resumed_run_ends_where_the_whole_one_did(strategy: str, runs: Path) -
     assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(runs / "pretrain-muon-ddp")) - 2
     for name, value in load_model(resumed).state_dict().items():
         assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_share_the_computing_of_reference_logprobs(strategy: str, runs: Path) -> None:
+    alone = tiny_runs.metrics(runs / "dpo-sgd-alone")
+    together = tiny_runs.metrics(runs / f"dpo-sgd-{strategy}-precomputed")
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert len(list((runs / f"cache-{strategy}").glob("*/reference-*.npy"))) == 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -35,6 +37,127 @@ def test_precomputed_and_live_reference_give_the_same_losses(tmp_path: Path, fit
     assert live._frozen
     assert not cached._frozen
     assert len(cached._known) == 58
+
+
+def test_precomputed_is_live_in_bf16_as_well(tmp_path: Path, fit: Fit) -> None:
+    """The reference is computed under the same autocast as in a step."""
+    more = {"trainer__precision": "bf16-mixed", "trainer__max_steps": 2}
+    for name, reference in (("live", "model"), ("cached", "precomputed")):
+        fit("dpo", name, **more, model__init_args__reference=reference)
+    for name in ("live", "cached"):  # policy and reference are the same model: nothing to prefer
+        margin, _ = tiny_runs.metrics(tmp_path / name, "train/rewards/margin")
+        assert margin == pytest.approx(0, abs=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_resumed_run_has_the_reference_that_it_began_with(
+    lora: Any, tmp_path: Path, fit: Fit
+) -> None:
+    more = {**tiny_runs.RUN, "model__init_args__reference": "precomputed"}
+    more |= {"model__init_args__lora": lora, "data__init_args__cache_dir": str(tmp_path / "cache")}
+    fit("dpo", "run", **more)
+    losses = tiny_runs.metrics(tmp_path / "run")
+    (begun,) = (tmp_path / "run" / "checkpoints").glob("step=2*")
+    for again in ("found", "computed anew"):
+        fit("dpo", again, "--ckpt_path", str(begun), **more)
+        resumed = tiny_runs.metrics(tmp_path / again)
+        assert resumed == pytest.approx(losses[2:], rel=1e-6), again
+        for kept in (tmp_path / "cache").glob("*/reference-*.npy"):
+            kept.unlink()
+
+
+def test_the_same_rows_in_two_files(world: Path, tmp_path: Path, fit: Fit) -> None:
+    shutil.copy(world / "dpo.jsonl", tmp_path)
+    copied = {"data__init_args__val": str(tmp_path / "dpo.jsonl")}
+    made = fit("dpo", "run", **copied, model__init_args__reference="precomputed").model
+    assert len(made._known) == 96
+
+
+def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
+    tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(file: Any, scores: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minigpt.modules.reference.np.save", full)
+    cache = {"data__init_args__cache_dir": str(tmp_path / "cache")}
+    fit("dpo", "run", **cache, model__init_args__reference="precomputed")
+    assert len(tiny_runs.metrics(tmp_path / "run")) == 3
+    assert "cannot be kept in" in caplog.text
+    assert "No space left on device" in caplog.text
+    files = {path.name for path in (tmp_path / "cache").glob("*/*")}
+    assert files == {"meta.json", "tokens.bin", "samples.bin", "lengths.bin"}
+
+
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the pairs of every forward pass of the reference from here on."""
+    seen: list[int] = []
+    plain = DPOModule.reference_logprobs
+
+    def counted(self: DPOModule, batch: Any) -> Any:
+        if not self._known:
+            seen.append(batch.n_answers // 2)
+        return plain(self, batch)
+
+    monkeypatch.setattr(DPOModule, "reference_logprobs", counted)
+    return seen
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_reference_logprobs_are_computed_once(
+    lora: Any, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "model__init_args__reference": "precomputed",
+        "model__init_args__lora": lora,
+        "data__init_args__cache_dir": str(tmp_path / "cache"),
+    }
+    seen = forwards(monkeypatch)
+    fit("dpo", "first", **more)
+    assert sum(seen) == 58
+    fit("dpo", "second", **more)
+    assert sum(seen) == 58
+    assert tiny_runs.metrics(tmp_path / "first") == tiny_runs.metrics(tmp_path / "second")
+    assert len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
+    # Another start, or other rows, have other log-probs.
+    fit("dpo", "third", **more, model__init_args__init_from=str(tmp_path / "first" / "hf"))
+    assert sum(seen) == 58 + 58
+    fit("dpo", "fourth", **more, data__init_args__data_limit=20)
+    assert sum(seen) == 58 + 58 + 20 + 10
+    fit("dpo", "fifth", **more, trainer__precision="bf16-mixed")
+    assert sum(seen) == 58 + 58 + 20 + 10 + 58
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other rows"])
+def test_damaged_reference_logprobs_are_never_used(
+    damage: str, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "model__init_args__reference": "precomputed",
+        "data__init_args__cache_dir": str(tmp_path / "cache"),
+    }
+    fit("dpo", "first", **more)
+    kept = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npy"))[0]
+    whole = kept.read_bytes()
+    if damage == "other rows":
+        np.save(kept, np.zeros((3, 2), np.float32))
+    else:
+        kept.write_bytes(whole[:-9] if damage == "cut off" else b"")
+    seen = forwards(monkeypatch)
+    fit("dpo", "second", **more)
+    assert sum(seen) == 48
+    assert kept.read_bytes() == whole
+    assert [p.name for p in kept.parent.iterdir() if p.name.startswith(("tmp", "."))] == []
+
+
+def test_a_share_of_a_file_draws_other_pairs_in_each_epoch(tmp_path: Path, fit: Fit) -> None:
+    """Log-probs of all pairs are known, not only of those that the first epoch draws."""
+    file = f"{fit('dpo', 'whole').datamodule.train}"
+    more = {"trainer__max_steps": 12, "model__init_args__reference": "precomputed"}
+    fit("dpo", "share", data__init_args__train={file: 0.5}, **more)
+    assert len(tiny_runs.metrics(tmp_path / "share")) == 12
 
 
 def test_adapter_off_equals_a_frozen_copy(

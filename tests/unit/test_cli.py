@@ -79,7 +79,7 @@ def test_unknown_verb(minigpt: Minigpt) -> None:
 VERBS = [*((verb,) for verb in TRAINER_VERBS), ("tokenizer",), ("tokenizer", "train")]
 OTHERS = [(verb,) for verb in COMMANDS if verb != "tokenizer"]
 PARTS = {"data": ("check", "stats", "show", "fetch"), "export": ("hf", "gguf")}
-PARTS["bench"] = ("generate",)
+PARTS["bench"] = ("train", "data", "generate")
 OTHERS += [(verb, part) for verb, parts in PARTS.items() for part in parts]
 
 

@@ -56,8 +56,8 @@ def test_a_saved_model_is_measured(minigpt: Minigpt, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("generate", "--size", "9t"), "--size 9t: there is no"),
-        (("sleep",), "Unknown benchmark: sleep. Known: generate"),
+        (("generate", "--size", "9t"), "--size 9t: neither"),
+        (("sleep",), "Unknown benchmark: sleep. Known: train, data, generate"),
     ],
 )
 def test_mistakes_are_told(minigpt: Minigpt, args: tuple[str, ...], message: str) -> None:

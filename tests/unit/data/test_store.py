@@ -356,6 +356,36 @@ def test_data_limit_takes_the_first_rows(opened: Opener) -> None:
     assert store.meta["rows"] == 2
 
 
+def test_an_epochs_order_holds_little_in_memory(tmp_path: Path) -> None:
+    """Less than the table of samples, through all of which it passes."""
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.store import SAMPLE, TokenStore
+from minigpt.machine import peak_memory
+
+at, many = Path(sys.argv[1]), int(sys.argv[2])
+with (at / "samples.bin").open("wb") as file:
+    file.truncate(many * SAMPLE.itemsize)
+np.full(many, 100, "<i4").tofile(at / "lengths.bin")
+np.zeros(1, np.uint16).tofile(at / "tokens.bin")
+(at / "meta.json").write_text('{"dtype": "uint16"}')
+store = TokenStore(at, at)
+before = peak_memory()["peak_rss_mb"]
+order = PackedOrder([store.lengths], [Part(many, many)], 4096, seed=0)
+assert order.count() >= many // 40
+print(peak_memory()["peak_rss_mb"] - before)
+"""
+    many = 400_000
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(many)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 0.6 * many * stores.SAMPLE.itemsize / 1e6
+
+
 def test_a_large_vocabulary_takes_four_bytes(
     opened: Opener, tokenizer: PreTrainedTokenizerFast
 ) -> None:

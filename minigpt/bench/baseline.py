@@ -1,0 +1,210 @@
+"""The loop that MiniGPT is measured against: transformers and peft, as most scripts write it.
+
+Samples are padded to the batch's longest (pretraining: joined and cut into blocks, so without
+padding); SDPA, autocast, fused AdamW, cross-entropy on all logits; for DPO a live reference, with
+chosen and rejected answers in one padded batch. `python -m minigpt.bench.baseline JOB RESULT`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
+
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.store import TokenStore
+from minigpt.machine import peak_memory
+
+IGNORED = -100  # labels that transformers leaves out of its loss
+LEAST = 3  # steps to measure, however long they take: two batches may hold more or less padding
+Row = tuple[list[int], list[int]]  # token ids and labels
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, as read from JSON.
+
+    Args:
+        stage: pretrain, sft, dpo or lora.
+        model: HF directory to start from.
+        stores: token stores of the training and of the held-out rows (or None).
+        batch_size: rows (pairs for dpo) of a step.
+        max_length: tokens of a block (pretrain).
+        tokens_per_batch: of our own step, whose order of texts is taken over (pretrain).
+        precision: bf16-mixed or 32-true. device: cpu or cuda.
+        steps: after which to stop; the first step is not counted.
+        seconds: after which to stop, but not before `LEAST` steps.
+        lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`, and
+            all steps count.
+        rank: of the adapter (lora).
+    """
+
+    stage: str
+    model: str
+    stores: tuple[str, str | None]
+    batch_size: int
+    max_length: int
+    tokens_per_batch: int
+    precision: str
+    device: str
+    steps: int
+    seconds: float
+    seed: int = 0
+    lr: float = 1e-4
+    decay: bool = False
+    rank: int = 16
+
+
+def samples(store: TokenStore, order: Any) -> Iterator[tuple[Row, ...]]:
+    """Yield a text or chat as one row, a preference as two: prompt + chosen, prompt + rejected."""
+    for at in order:
+        start, _, *lengths = store.samples[at].tolist()
+        prompt, first, second = lengths
+        ids = store.tokens[start : start + sum(lengths)].tolist()
+        kept = store.targets[start : start + len(ids)] if store.targets is not None else None
+        labels = [i if kept is None or kept[n] else IGNORED for n, i in enumerate(ids)]
+        ignored, border = [IGNORED] * prompt, prompt + first
+        rows = [(ids[:border], ignored + labels[prompt:border])]
+        if second:
+            rows.append((ids[:prompt] + ids[border:], ignored + labels[border:]))
+        yield tuple(rows)
+
+
+def blocks(job: Job, store: TokenStore, epoch: int) -> Iterator[tuple[Row, ...]]:
+    """Yield all texts one after the other, in our own order, in blocks of `max_length` tokens."""
+    whole = [Part(len(store), len(store))]
+    order = PackedOrder([store.lengths], whole, job.tokens_per_batch, job.seed)
+    left: list[int] = []
+    for members in order.batches(epoch):
+        for ((ids, _),) in samples(store, [sample for _, sample in members]):
+            left += ids
+        while len(left) >= job.max_length:
+            yield ((left[: job.max_length], left[: job.max_length]),)
+            left = left[job.max_length :]
+
+
+def collate(rows: list[Row], device: str) -> dict[str, Tensor]:
+    """Pad to the longest; each [B, L]."""
+    longest = max(len(ids) for ids, _ in rows)
+    made = {
+        "input_ids": [ids + [0] * (longest - len(ids)) for ids, _ in rows],
+        "labels": [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows],
+    }
+    if any(len(ids) < longest for ids, _ in rows):
+        made["attention_mask"] = [[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows]
+    return {name: torch.tensor(value).to(device) for name, value in made.items()}
+
+
+def batches(job: Job, store: TokenStore) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+    """Yield shuffled batches for ever, with their own tokens and how many samples they hold."""
+    rng = np.random.default_rng(job.seed)
+    waiting: list[tuple[Row, ...]] = []
+    for epoch in itertools.count():
+        shuffled = samples(store, rng.permutation(len(store)))
+        for sample in blocks(job, store, epoch) if job.stage == "pretrain" else shuffled:
+            waiting.append(sample)
+            if len(waiting) == job.batch_size:
+                rows = [row for rows in zip(*waiting, strict=True) for row in rows]
+                useful = sum(len(ids) for ids, _ in rows)
+                if job.stage == "dpo":  # its prompt is in the data once
+                    useful -= sum(labels.count(IGNORED) for _, labels in rows) // 2
+                yield collate(rows, job.device), useful, len(waiting)
+                waiting = []
+
+
+def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the summed log-prob of each row's answer, [B]."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    logp = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+    summed: Tensor = (logp * (labels != IGNORED)).sum(1)
+    return summed
+
+
+def loss_of(model: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean loss of a batch; preferences are those with a reference."""
+    if reference is None:
+        return model(**batch, use_cache=False).loss  # type: ignore[no-any-return]
+    with torch.no_grad():
+        before = answer_logprobs(reference, batch)
+    ratios = 0.1 * (answer_logprobs(model, batch) - before)
+    chosen, rejected = ratios.chunk(2)
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def load(job: Job) -> Any:
+    """Return the model, with an adapter for lora."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    if job.stage == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear")
+        model = get_peft_model(model, adapter)
+    return model.to(job.device).train()
+
+
+def train(job: Job) -> dict[str, float]:
+    """Train until the steps or the seconds are over; return what it took."""
+    model = load(job)
+    reference = copy.deepcopy(model).eval() if job.stage == "dpo" else None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr, betas=(0.9, 0.95), fused=True)
+    half = torch.autocast(job.device, torch.bfloat16, enabled=job.precision.startswith("bf16"))
+    count, tokens, pairs, passed, started = 0, 0, 0, 0.0, time.perf_counter()
+    for batch, useful, rows in batches(job, TokenStore(Path(job.stores[0]), Path())):
+        with half:
+            loss = loss_of(model, reference, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if job.decay:
+            share = min(1.0, passed / job.seconds)
+            now = job.lr * min(1.0, (count + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
+            optimizer.param_groups[0]["lr"] = now
+        optimizer.step()
+        optimizer.zero_grad()
+        last = loss.item()  # waits for the device
+        count += 1
+        if count == 1 and not job.decay:  # warm up
+            started = time.perf_counter()
+            continue
+        tokens, pairs, passed = tokens + useful, pairs + rows, time.perf_counter() - started
+        enough = passed >= job.seconds and (job.decay or count > LEAST)
+        if enough or count > job.steps:
+            break
+    done = {"tokens": tokens, "samples": pairs, "seconds": passed, "loss": last}
+    done |= {"steps": count - (not job.decay), **peak_memory()}
+    return done | ({"held_out": held_out(job, model)} if job.stores[1] else {})
+
+
+@torch.no_grad()
+def held_out(job: Job, model: Any) -> float:
+    """Return the mean loss over all tokens of the held-out texts, in nats."""
+    store = TokenStore(Path(str(job.stores[1])), Path())
+    rows = [row for sample in samples(store, range(len(store))) for row in sample]
+    total, count = 0.0, 0
+    for start in range(0, len(rows), 32):
+        batch = collate(rows[start : start + 32], job.device)
+        targets = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total, count = total + float(loss_of(model.eval(), None, batch)) * targets, count + targets
+    return total / count
+
+
+if __name__ == "__main__":
+    done = train(Job(**json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(json.dumps(done))

@@ -1,0 +1,148 @@
+"""What all benchmarks share: processes of their own, peaks, medians."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from minigpt.errors import ConfigError, MiniGPTError
+from minigpt.files import write_json
+
+Result = dict[str, Any]
+# Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
+DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+MATMUL = 2048  # rows and columns of the matrices on a CPU
+MATMUL_SECONDS = 4.0  # after which no further product is begun: emulated bf16 takes minutes
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
+
+
+def architecture(size: str) -> dict[str, Any]:
+    """Read a size's overlay.
+
+    Raises:
+        ConfigError: when there is none of that name.
+    """
+    named = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
+    path = named if named.is_file() else Path(size)
+    if not path.is_file():
+        raise ConfigError(f"--size {size}: neither {named} nor {path} is a file. Try 26m.")
+    sizes: dict[str, Any] = yaml.safe_load(path.read_text())["model"]["init_args"]["architecture"]
+    return sizes
+
+
+def threads() -> int:
+    """Return how many threads a benchmark's processes use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit():
+        return int(given)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return allowed or 1
+
+
+def spawn(args: list[str], what: str) -> float:
+    """Run `python -m ...` in a process of its own; return when it was started (Unix time).
+
+    Raises:
+        MiniGPTError: with the end of what it said, when it fails.
+    """
+    number = str(threads())
+    env = os.environ | {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}
+    started = time.time()
+    done = subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True)
+    if done.returncode:
+        nothing = "killed, perhaps for want of memory" if done.returncode == -9 else "nothing"
+        said = (done.stderr.strip() or done.stdout.strip() or nothing).splitlines()[-1]
+        raise MiniGPTError(f"{what} ended with status {done.returncode}: {said}")
+    return started
+
+
+def alternate(arms: Mapping[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:
+    """Run the arms in turn, so that a busy or warm machine meets all of them alike."""
+    results: dict[str, list[Result]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name, arm in arms.items():
+            results[name].append(arm(repeat))
+            told = {k: round(v, 1) for k, v in results[name][-1].items() if isinstance(v, float)}
+            print(f"{name}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
+    return results
+
+
+def middle(results: list[Result], name: str) -> float:
+    """Return a figure's median over the repeats."""
+    return float(median(result[name] for result in results))
+
+
+def matmul_peak(precision: str, device: str) -> float:
+    """Return the best rate of a large matrix product, in FLOP/s.
+
+    Args:
+        precision: Lightning's name; bf16 is measured in bf16, all else in fp32.
+        device: cpu or cuda.
+    """
+    import torch
+
+    torch.set_num_threads(threads())
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    size = MATMUL if device == "cpu" else 4 * MATMUL
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best, begun = 0.0, time.perf_counter()
+    for _ in range(8):
+        started = time.perf_counter()
+        if best and started - begun > MATMUL_SECONDS:
+            break
+        c = a @ b
+        float(c[0, 0])  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def dense_peak(device: str) -> float | None:
+    """Return the maker's dense bf16 peak of the GPU in use, in FLOP/s; None where unknown."""
+    if device != "cuda":
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return next((peak * 1e12 for part, peak in DENSE_PEAKS.items() if part in name), None)
+
+
+def told(value: float | str) -> str:
+    """Return a figure with as many digits as say something."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def publish(report: Result, path: str | None) -> None:
+    """Print the figures, and write everything if asked to."""
+    for name, value in report.items():
+        if isinstance(value, int | float | str):
+            print(f"{name:32} {told(value)}")
+    if path:
+        write_json(Path(path), report)
+
+
+def surroundings() -> Result:
+    """Return machine, versions and date."""
+    import torch
+
+    names = ("torch", "transformers", "peft", "lightning", "tokenizers")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": date.today().isoformat(),
+        "system": platform.platform(terse=True),
+        "processor": gpu or f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": threads(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+    }

@@ -1,0 +1,184 @@
+"""Run all benchmarks and write docs/benchmarks.md; `make bench` calls it.
+
+    python scripts/benchmark.py                    # the bundled data
+    python scripts/benchmark.py --data_dir DIR     # pretrain, sft, dpo and lora.jsonl of your own
+
+Results are kept as JSON in --output_dir, and the page is made from them; what is there
+already is measured anew only with --force. time_to_loss.json, which scripts/time_to_loss.py
+takes an hour for, is told of when it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minigpt.bench.measure import told
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+# The files are named as in data/; --max-length are those of the figures in the design.
+STAGES = {"pretrain": 512, "sft": 768, "dpo": 1024, "lora": 340}
+BUNDLED = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "lora": "lora_medical"}
+NOTES = """Every line comes from one command that measures both sides in turn, each in processes
+of its own, and takes the median. *Useful* tokens are the data's own; padding never counts. The
+plain loop is [baseline.py](../minigpt/bench/baseline.py): transformers (peft for LoRA) with SDPA,
+autocast where the hardware has bf16, fused AdamW, padded to the longest of a batch (pretraining:
+blocks without padding). Memory is the peak of the whole process."""
+
+
+def minigpt(*args: object) -> None:
+    """Run a verb; what it says goes to the terminal."""
+    subprocess.run([sys.executable, "-m", "minigpt", *map(str, args)], cwd=ROOT, check=True)
+
+
+def starts(repeats: int) -> Result:
+    """Time what a user waits for: help, and the imports that it should not need."""
+    commands = {
+        "help": ["-m", "minigpt", "--help"],
+        "fit_help": ["-m", "minigpt", "fit", "--help"],
+        "imports": ["-c", "import torch, lightning"],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+            taken[name].append(time.perf_counter() - started)
+    return {f"{name}_s": median(seconds) for name, seconds in taken.items()}
+
+
+def collect(chosen: argparse.Namespace) -> dict[str, Result]:
+    """Measure what is not measured yet; return all results by name."""
+    out = Path(chosen.output_dir).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    found = Path(chosen.data_dir).resolve()
+    own = found != ROOT / "data"
+    files = {s: found / f"{s if own else BUNDLED[s]}.jsonl" for s in STAGES}
+    tokenizer = ["--tokenizer", chosen.tokenizer] if chosen.tokenizer else []
+    common = [*tokenizer, "--repeats", chosen.repeats]
+    for stage, length in STAGES.items():
+        if chosen.force or not (out / f"{stage}.json").exists():
+            options = ["--max-length", length, "--size", chosen.size, "--seconds", chosen.seconds]
+            work = ["--stage", stage, "--data", files[stage], *options, *common]
+            minigpt("bench", "train", *work, "--json", out / f"{stage}.json")
+    if chosen.force or not (out / "data.json").exists():
+        work = ["--data", files["pretrain"], "--sizes", *chosen.sizes, *common]
+        minigpt("bench", "data", *work, "--json", out / "data.json")
+    if chosen.force or not (out / "start.json").exists():
+        (out / "start.json").write_text(json.dumps(starts(chosen.repeats)))
+    return {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
+
+
+def page(results: dict[str, Result], command: str) -> str:
+    """Return the page."""
+    lines = ["# Benchmarks", "", "## Training", "", *training(results), "", NOTES, ""]
+    lines += ["## Preparing data", "", *preparing(results["data"]), ""]
+    if "time_to_loss" in results:
+        lines += ["## Time to a loss", "", *sooner(results["time_to_loss"]), ""]
+    lines += ["## Waiting", "", *waiting(results), ""]
+    return "\n".join([*lines, *machine(results["pretrain"], command), ""])
+
+
+def training(results: dict[str, Result]) -> list[str]:
+    """Return the table of the stages."""
+    titles = (
+        "| stage | data, max length | unit | MiniGPT | plain loop | ratio | memory, MB | peak |"
+    )
+    rows = [titles, "|" + "---|" * 8]
+    for stage in STAGES:
+        r = results[stage]
+        unit, shown = (
+            ("pairs_per_s", "pairs/s")
+            if stage == "dpo"
+            else (
+                "useful_tokens_per_s",
+                "tokens/s",
+            )
+        )
+        head = f"| {stage} | {r['data']}, {r['max_length']} | {shown} |"
+        theirs = f"{told(r[f'baseline_{unit}'])} |"
+        baseline_memory = r["baseline_peak_rss_mb"]
+        rows.append(
+            f"{head} {told(r[unit])} | {theirs} {r['ratio']:.2f}× | {r['peak_rss_mb']:,.0f} of "
+            f"{baseline_memory:,.0f} | {r['gemm_peak_fraction']:.0%} |"
+        )
+        if stage == "dpo":
+            rows.append(
+                f"| dpo, live reference | the same | {shown} | {told(r[f'live_{unit}'])} | "
+                f"{theirs} {r['ratio_live']:.2f}× | {r['live_peak_rss_mb']:,.0f} of "
+                f"{baseline_memory:,.0f} | |"
+            )
+    first = results["pretrain"]
+    peak = f"{first['gemm_peak_gflops']:,.0f} GFLOP/s in {first['gemm_precision']}"
+    return [*rows, "", f"*Peak* is the share of the best rate of a large matmul, {peak}."]
+
+
+def preparing(r: Result) -> list[str]:
+    """Return the lines on tokenising and packing."""
+    name = "peak_rss_mb_at_"
+    memory = {k.removeprefix(name).removesuffix("_mb"): v for k, v in r.items() if name in k}
+    told = ", ".join(f"{held:,.0f} MB for {size} MB of JSONL" for size, held in memory.items())
+    return [
+        f"- JSONL to packed batches: {r['mb_per_s']:.2f} MB/s, which is {r['ratio']:.0%} of what "
+        f"the tokenizer library reaches on texts in memory ({r['library_mb_per_s']:.2f} MB/s).",
+        f"- Peak memory: {told}.",
+    ]
+
+
+def sooner(r: Result) -> list[str]:
+    """Return the line on how soon a held-out loss is reached."""
+    there = "reached" if r["reached"] == "True" else "did not reach"
+    return [
+        f"- The plain loop with AdamW at its best learning rate ({r['baseline_lr']}) came to a "
+        f"held-out loss of {r['baseline_loss']:.3f} nats per token on {r['data']} in "
+        f"{r['baseline_s']:.0f} s; `minigpt fit` with Muon {there} it: {r['loss']:.3f} in "
+        f"{r['seconds']:.0f} s, {r['times_sooner']:.1f} times less ({r['size']}, {r['precision']}, "
+        f"{r['date']})."
+    ]
+
+
+def waiting(results: dict[str, Result]) -> list[str]:
+    """Return the lines on the time until something happens."""
+    r, first = results["start"], results["pretrain"]["first_step_s"]
+    return [
+        f"- `minigpt --help`: {r['help_s']:.2f} s. `minigpt fit --help`: {r['fit_help_s']:.2f} s; "
+        f"importing torch and lightning takes {r['imports_s']:.2f} s.",
+        f"- `minigpt fit` to the end of its first pretraining step, data tokenised: {first:.1f} s.",
+    ]
+
+
+def machine(r: Result, command: str) -> list[str]:
+    """Return where and when it was measured, and with what."""
+    versions = ", ".join(f"{name} {number}" for name, number in r["versions"].items())
+    where = f"{r['system']}; {r['processor']}; {r['threads']} threads; {r['precision']}"
+    return [f"Measured {r['date']} with `{command}`: {where}; model {r['size']}; {versions}."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", default="data", help="holds pretrain, sft, dpo, lora.jsonl")
+    parser.add_argument("--tokenizer", help="directory; by default one is trained for each file")
+    parser.add_argument("--size", default="26m")
+    parser.add_argument("--seconds", type=int, default=12, help="measured in each run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100], help="MB of JSONL")
+    parser.add_argument("--output_dir", default="outputs/bench", help="where results are kept")
+    parser.add_argument("--page", default="docs/benchmarks.md")
+    parser.add_argument("--force", action="store_true", help="measure everything anew")
+    chosen = parser.parse_args()
+    results = collect(chosen)
+    own = Path(chosen.data_dir).resolve() != ROOT / "data"
+    made = page(results, "make bench DATA=DIR" if own else "make bench")
+    Path(chosen.page).write_text(made, encoding="utf-8")
+    print(f"The page is {chosen.page}.")
+
+
+if __name__ == "__main__":
+    main()

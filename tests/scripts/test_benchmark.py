@@ -1,0 +1,212 @@
+"""The scripts behind `make bench`: what they ask for, and the pages they write."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny_runs
+import yaml
+
+from minigpt.__main__ import main
+from minigpt.bench import baseline
+from minigpt.bench.baseline import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+ARM = {
+    "useful_tokens_per_s": 1234.5,
+    "pairs_per_s": 2.5,
+    "peak_rss_mb": 2000,
+}
+TRAINED: dict[str, Any] = {
+    "max_length": 512,
+    "size": "26m",
+    "precision": "32-true",
+    "ratio": 1.5,
+    "ratio_live": 1.25,
+    "gemm_peak_fraction": 0.756,
+    "gemm_peak_gflops": 148.2,
+    "gemm_precision": "fp32",
+    "first_step_s": 7.77,
+    "date": "2026-01-01",
+    "system": "Linux",
+    "processor": "AVX2",
+    "threads": 2,
+    "versions": {"torch": "2.13.0"},
+    **ARM,
+    **{f"baseline_{name}": value / 2 for name, value in ARM.items()},
+    **{f"live_{name}": value * 2 for name, value in ARM.items()},
+}
+DATA = {
+    "mb_per_s": 1.5,
+    "library_mb_per_s": 1.75,
+    "ratio": 0.857,
+    "peak_rss_mb_at_10_mb": 300,
+    "peak_rss_mb_at_100_mb": 310,
+}
+START = {"help_s": 0.04, "fit_help_s": 5.25, "imports_s": 4.0}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return lambda name: importlib.import_module(name)
+
+
+@pytest.fixture
+def benchmark(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script, with verbs that write down what they were asked and give known results."""
+    module: ModuleType = script("benchmark")
+    asked: list[list[str]] = []
+
+    def verb(*args: object) -> None:
+        words = [str(arg) for arg in args]
+        asked.append(words)
+        data = Path(words[words.index("--data") + 1])
+        assert data.is_file()
+        result = DATA if words[1] == "data" else {**TRAINED, "data": data.name}
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(result))
+
+    monkeypatch.setattr(module, "minigpt", verb)
+    monkeypatch.setattr(module, "starts", lambda repeats: START)
+    module.asked = asked  # type: ignore[attr-defined]
+    return module
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> str:
+    places = ["--output_dir", str(tmp_path / "out"), "--page", str(tmp_path / "page.md")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *places, *args])
+    monkeypatch.chdir(ROOT)
+    module.main()
+    return (tmp_path / "page.md").read_text()
+
+
+def test_the_page(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = run(benchmark, monkeypatch, tmp_path)
+    sft = "| sft | sft.jsonl, 512 | tokens/s | 1,234 | 617 | 1.50× | 2,000 of 1,000 | 76% |"
+    assert sft in made
+    assert "| dpo | dpo.jsonl, 512 | pairs/s | 2.5 | 1.25 | 1.50× | 2,000 of 1,000 | 76% |" in made
+    live = "| dpo, live reference | the same | pairs/s | 5 | 1.25 | 1.25× | 4,000 of 1,000 | |"
+    assert live in made
+    assert "148 GFLOP/s in fp32" in made
+    assert "1.50 MB/s, which is 86% of what the tokenizer library" in made
+    assert "300 MB for 10 MB of JSONL, 310 MB for 100 MB of JSONL" in made
+    assert "`minigpt --help`: 0.04 s. `minigpt fit --help`: 5.25 s; importing" in made
+    assert "7.8 s" in made
+    assert "2026-01-01 with `make bench`: Linux; AVX2; 2 threads; 32-true; model 26m; torch" in made
+
+
+@pytest.mark.parametrize(("reached", "said"), [("True", " reached it"), ("False", "did not reach")])
+def test_the_time_to_a_loss_is_told_where_it_was_measured(
+    reached: str, said: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = {"baseline_lr": 1e-3, "baseline_loss": 4.5, "baseline_s": 600.4}
+    measured |= {"loss": 4.25, "seconds": 74.6, "times_sooner": 8.05}
+    told = {"reached": reached, "data": "poems.jsonl"}
+    assert "Time to a loss" not in run(benchmark, monkeypatch, tmp_path)
+    file = tmp_path / "out" / "time_to_loss.json"
+    file.write_text(json.dumps({**TRAINED, **measured, **told}))
+    made = run(benchmark, monkeypatch, tmp_path)
+    assert "(0.001) came to a held-out loss of 4.500 nats per token on poems.jsonl in 600 s" in made
+    assert said in made
+    assert "4.250 in 75 s, 8.1 times less (26m, 32-true, 2026-01-01)" in made
+
+
+def test_what_is_there_is_measured_anew_only_by_force(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(benchmark, monkeypatch, tmp_path, "--repeats", "2", "--seconds", "4", "--sizes", "3")
+    first = list(benchmark.asked)
+    assert [words[3] for words in first[:4]] == ["pretrain", "sft", "dpo", "lora"]
+    assert all("--repeats 2" in " ".join(words) for words in first)
+    assert "--max-length 768 --size 26m --seconds 4" in " ".join(first[1])
+    assert "lora_medical.jsonl" in " ".join(first[3])
+    assert first[4][:2] == ["bench", "data"]
+    assert "--sizes 3 --repeats 2" in " ".join(first[4])
+    run(benchmark, monkeypatch, tmp_path)
+    assert benchmark.asked == first
+    run(benchmark, monkeypatch, tmp_path, "--force")
+    assert len(benchmark.asked) == 2 * len(first)
+
+
+def test_data_of_ones_own(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for stage in ("pretrain", "sft", "dpo", "lora"):
+        (tmp_path / f"{stage}.jsonl").write_text("{}\n")
+    options = ("--data_dir", str(tmp_path), "--size", "64m", "--tokenizer", "tok")
+    made = run(benchmark, monkeypatch, tmp_path, *options)
+    assert "with `make bench DATA=DIR`" in made
+    assert "| lora | lora.jsonl, 512 |" in made
+    assert all("--tokenizer tok" in " ".join(words) for words in benchmark.asked)
+    assert "--size 64m" in " ".join(benchmark.asked[0])
+
+
+def test_starts_are_timed(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmark")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(module.subprocess, "run", lambda args, **_: commands.append(args[1:]))
+    taken = module.starts(2)
+    assert taken.keys() == START.keys()
+    assert commands[:3] == commands[3:]
+    assert commands[0] == ["-m", "minigpt", "--help"]
+
+
+def test_make_bench_passes_its_variables_on() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    command = ["make", "-n", "bench", "DATA=my data", "FORCE=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'scripts/benchmark.py --data_dir "my data" --force' in done.stdout
+
+
+def test_time_to_loss(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    module = script("time_to_loss")
+    tiny_runs.write_data(tmp_path)
+    size = {"model": {"init_args": {"architecture": tiny_runs.ARCHITECTURE}}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(size))
+    configs: list[dict[str, Any]] = []
+
+    def spawn(args: list[str], what: str) -> float:
+        configs.append(json.loads(Path(args[-1]).read_text()))
+        assert main(args[1:]) == 0
+        return 0.0
+
+    def plain(job: Job, place: Path) -> Any:
+        assert (job.seconds, job.decay) == (2.0, True)
+        done = baseline.train(Job(**{**vars(job), "steps": 3}))
+        return done | {"seconds": 2.0, "held_out": done["held_out"] + 1000 * job.lr}
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    monkeypatch.setattr(module, "run_baseline", plain)
+    files = [
+        "--data",
+        str(tmp_path / "pretrain.jsonl"),
+        "--val",
+        str(tmp_path / "pretrain_val.jsonl"),
+    ]
+    work = ["--tokenizer", str(tmp_path / "tokenizer"), "--size", str(tmp_path / "tiny.yaml")]
+    work += ["--seconds", "2", "--share", "4", "--baseline_lrs", "1e-2", "1e-3", "--decay", "0.25"]
+    work += ["--tokens_per_batch", "128", "--max_length", "64", "--rows", "40", "--lr", "2e-2"]
+    work += ["--batch_size", "2", "--adamw_lr", "3e-3", "--precision", "fp32"]
+    module.main([*files, *work, "--json", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["baseline_lr"] == 1e-3
+    assert report["baseline_loss"] == report["runs"]["baseline"]["0.001"]["held_out"]
+    assert report["loss"] < 6
+    assert report["data"] == "pretrain.jsonl"
+    assert report["reached"] == str(report["loss"] <= report["baseline_loss"])
+    assert report["times_sooner"] == pytest.approx(2.0 / report["seconds"])
+    short, long = configs
+    assert (short["trainer"]["max_steps"], short["data"]["init_args"]["val"]) == (10, None)
+    assert long["trainer"]["max_steps"] == report["runs"]["minigpt"]["steps"]
+    optimizer = {"name": "muon", "lr": 0.02, "adamw_lr": 0.003}
+    assert long["model"]["init_args"]["optimizer"] == optimizer
+    assert "times_sooner" in capsys.readouterr().out

@@ -1,0 +1,186 @@
+"""The baseline does the same work as our own arm, and counts it in the same way."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from minigpt.bench import baseline
+from minigpt.bench.baseline import Job
+from minigpt.bench.train import moments
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import PackedBatch, collate
+from minigpt.data.datamodule import PackedDataset, Selection
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.model.lm import PackedLM
+from minigpt.model.losses import dpo
+from minigpt.model.saved import load_model
+
+KINDS: dict[str, Any] = {"pretrain": "text", "sft": "chat", "dpo": "preference", "lora": "chat"}
+
+
+def store_of(trained: Path, stage: str) -> TokenStore:
+    name = "sft" if stage == "lora" else stage
+    tokenizer = tokenizers.load(trained / "tokenizer")
+    return open_store(trained / f"{name}.jsonl", KINDS[stage], tokenizer, Limits(64))
+
+
+def job(trained: Path, stage: str, **changes: Any) -> Job:
+    usual: dict[str, Any] = {
+        "model": str(trained / "pretrain" / "hf"),
+        "stores": (str(store_of(trained, stage).path), None),
+        "batch_size": 4,
+        "max_length": 16,
+        "tokens_per_batch": 128,
+        "precision": "32-true",
+        "device": "cpu",
+        "steps": 2,
+        "seconds": 60,
+    }
+    return Job(stage=stage, **{**usual, **changes})
+
+
+def packed(store: TokenStore, count: int) -> PackedBatch:
+    whole = Selection(store)
+    return collate([whole.sample(number) for number in range(count)])
+
+
+def padded(store: TokenStore, count: int) -> dict[str, torch.Tensor]:
+    samples = baseline.samples(store, range(count))
+    return baseline.collate([row for rows in zip(*samples, strict=True) for row in rows], "cpu")
+
+
+def plain(trained: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(trained / "pretrain" / "hf")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_losses_are_those_of_our_own(stage: str, trained: Path) -> None:
+    store = store_of(trained, stage)
+    batch = packed(store, 6)
+    ours = PackedLM(load_model(trained / "pretrain"))(batch) / len(batch.labels)
+    theirs = baseline.loss_of(plain(trained), None, padded(store, 6))
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_preference_losses_are_those_of_our_own(trained: Path) -> None:
+    store = store_of(trained, "dpo")
+    reference = PackedLM(load_model(trained / "pretrain"))
+    policy = PackedLM(load_model(trained / "sft"))
+    batch = packed(store, 5)
+    expected = dpo(policy(batch, True), reference(batch, True), beta=0.1).losses.mean()
+    model = AutoModelForCausalLM.from_pretrained(trained / "sft" / "hf")
+    theirs = baseline.loss_of(model, plain(trained), padded(store, 5))
+    assert theirs.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert abs(theirs.item() - math.log(2)) > 1e-5
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_useful_tokens_are_the_datas_own(stage: str, trained: Path) -> None:
+    store = store_of(trained, stage)
+    epoch = list(islice(baseline.batches(job(trained, stage), store), len(store) // 4))
+    assert sum(useful for _, useful, _ in epoch) == store.meta["tokens"]
+    assert sum(count for _, _, count in epoch) == len(store)
+    shapes = {tuple(batch["input_ids"].shape) for batch, _, _ in epoch}
+    assert {rows for rows, _ in shapes} == {8 if stage == "dpo" else 4}
+    assert len(shapes) > 1  # padded to the batch's own longest
+    assert store.meta["tokens"] == pytest.approx(moments(store)[0] * len(store))
+
+
+def test_pretraining_is_not_padded(trained: Path) -> None:
+    store = store_of(trained, "pretrain")
+    for batch, useful, _ in islice(baseline.batches(job(trained, "pretrain"), store), 9):
+        assert batch.keys() == {"input_ids", "labels"}
+        assert batch["input_ids"].shape == (4, 16)
+        assert useful == 64
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
+    store = store_of(trained, "pretrain")
+    parts, whole = [Part(len(store), len(store))], Selection(store)
+    order = PackedOrder([store.lengths], parts, 128, seed)
+    ours = torch.cat([b.input_ids for b in PackedDataset(order, [whole], 0, 0, 0, 1)])
+    blocks = list(baseline.blocks(job(trained, "pretrain", seed=seed), store, 0))
+    theirs = torch.tensor([ids for ((ids, _),) in blocks]).flatten()
+    assert len(theirs) == len(ours) // 16 * 16
+    assert torch.equal(theirs, ours[: len(theirs)])
+    taken = torch.cat(
+        [
+            batch["input_ids"].flatten()
+            for batch, _, _ in islice(
+                baseline.batches(job(trained, "pretrain", seed=seed), store), 5
+            )
+        ]
+    )
+    assert torch.equal(taken, theirs[: len(taken)])
+
+
+def test_slow_steps_are_measured_more_than_once(trained: Path) -> None:
+    done = baseline.train(job(trained, "sft", seconds=0, steps=100))
+    assert done["steps"] == baseline.LEAST
+    assert done["samples"] == baseline.LEAST * 4
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_it_trains(stage: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[nn.Module] = []
+    load = baseline.load
+
+    def kept(job: Job) -> Any:
+        models.append(load(job))
+        return models[0]
+
+    monkeypatch.setattr(baseline, "load", kept)
+    done = baseline.train(job(trained, stage, lr=0.01))
+    assert done["seconds"] > 0
+    assert done["samples"] == 8  # the first of three steps is not counted
+    assert 8 < done["tokens"] < 8 * 3 * 64
+    assert math.isfinite(done["loss"])
+    assert done["peak_rss_mb"] > 100
+    start = load_file(trained / "pretrain" / "hf" / "model.safetensors")
+    own = dict(models[0].named_parameters())
+    name = "model.layers.0.mlp.up_proj"
+    if stage == "lora":
+        assert torch.equal(
+            own[f"base_model.model.{name}.base_layer.weight"], start[f"{name}.weight"]
+        )
+        assert own[f"base_model.model.{name}.lora_B.default.weight"].abs().max() > 0
+        trained_ones = [name for name, p in own.items() if p.requires_grad]
+        assert all("lora_" in name for name in trained_ones)
+        assert len(trained_ones) == 2 * 7 * 2  # all linear layers of two decoder layers
+    else:
+        assert not torch.equal(own[f"{name}.weight"], start[f"{name}.weight"])
+
+
+def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(trained: Path) -> None:
+    tokenizer = tokenizers.load(trained / "tokenizer")
+    val = open_store(trained / "pretrain_val.jsonl", "text", tokenizer, Limits(64))
+    stores = (str(store_of(trained, "pretrain").path), str(val.path))
+    still = job(trained, "pretrain", stores=stores, decay=True, seconds=1, steps=30, lr=1e-12)
+    batch = packed(val, len(val))
+    expected = PackedLM(load_model(trained / "pretrain"))(batch) / len(batch.labels)
+    done = baseline.train(still)
+    assert done["held_out"] == pytest.approx(expected.item(), rel=1e-4)
+    assert done["samples"] == 4 * 31  # with a time to keep, the first step counts as well
+    learnt = baseline.train(Job(**{**vars(still), "lr": 0.01}))
+    assert learnt["held_out"] < done["held_out"] - 0.01
+
+
+def test_it_is_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:
+    from minigpt.bench.train import run_baseline
+
+    done = run_baseline(job(trained, "sft"), tmp_path)
+    assert done["useful_tokens_per_s"] == pytest.approx(done["tokens"] / done["seconds"])
+    assert json.loads((tmp_path / "job.json").read_text())["stage"] == "sft"
