@@ -35,7 +35,7 @@ from minigpt.callbacks.run import (
     RunRecorder,
     SampleText,
 )
-from minigpt.callbacks.stopping import RunStatus, Stopping, own_words
+from minigpt.callbacks.stopping import RunStatus, Stopping, own_words, signals_given_back
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
@@ -193,7 +193,8 @@ class MiniGPTCLI(LightningCLI):
         """Run the verb; a run directory belongs to one training at a time."""
         if self.verb != "fit":
             return super()._run_subcommand(subcommand)
-        with locked(self.run_dir) if is_first_process() else nullcontext():
+        lock = locked(self.run_dir) if is_first_process() else nullcontext()
+        with signals_given_back(), lock:
             try:
                 return super()._run_subcommand(subcommand)
             except Exception as error:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +48,6 @@ class Stopping(Callback):
         self.received = 0
         self.step = -1
         self.training = False
-        self.before: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the signals."""
@@ -62,8 +63,7 @@ class Stopping(Callback):
             return
         for number in SIGNALS:
             if number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ:
-                handler = signal.signal(number, self._receive)
-                self.before.setdefault(number, handler)
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.training or (number == signal.SIGINT == self.received):
@@ -97,20 +97,17 @@ class Stopping(Callback):
             requeue()
         raise stopped(asked, trainer.global_step)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Give the signals back: Lightning does not tear down what failed to be set up."""
-        self._restore()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before, self.training = {}, False
+@contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Put the handlers of the signals back at the end, however it comes."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def stopped(number: int, step: int | None) -> Stopped:
