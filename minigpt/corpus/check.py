@@ -1,7 +1,7 @@
 """Check data files: every problem with its place and what to do about it.
 
 One pass over the rows finds what training would stop at and what would spoil it. Memory
-grows by about 40 bytes a row (300 more with near duplicates), not with the rows' length.
+grows by about 25 bytes a row (300 more with near duplicates), not with the rows' length.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, open_data, readable
-from minigpt.data import records as forms
-from minigpt.data.records import BadRows, Kind, Message, Record, Source, parse_row
+from minigpt.corpus.flat import CONTROL, Flat, Row, batches, flat_of, parse, record_of
+from minigpt.data.records import BadRows, Kind, Message, Source, read_records
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
@@ -35,11 +35,10 @@ HINTS = {
     *("near_validation", "same_prompt", "cut"),
 }
 _STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
-_AT_A_TIME = 2000  # rows whose texts are compared or tokenised together
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 _TRIED = 8  # short rows of a batch that are tokenised as well
-_CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
-_ODD, _STRAY = re.compile(f"[{_CONTROL}\ufffd]"), re.compile(f"[{_CONTROL}]")
+_STRAY = re.compile(f"[{CONTROL}]")
+_COMPARED = 1 << 16  # rows whose duplicates are looked up together
 _REMEDIES = {
     "control_character": "Use --fix.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
@@ -52,7 +51,7 @@ _REMEDIES = {
     "cut": "Raise --max_length, or shorten the rows.",
 }
 
-Batch = list[tuple[int, Record]]  # with the line of each record
+Batch = list[tuple[int, Flat]]  # good rows with their lines
 
 
 @dataclass(slots=True)
@@ -62,13 +61,13 @@ class Findings(BadRows):
     Attributes:
         limit: how many are kept.
         kept: the problems, as the errors that training would give.
-        dropped: per file, the lines that a mended copy leaves out.
+        dropped: per file, the lines that a mended copy leaves out, some of them twice.
     """
 
     limit: int = 20
     kept: list[DataError] = field(default_factory=list, init=False)
     by_file: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
-    dropped: dict[str, set[int]] = field(default_factory=dict, init=False)
+    dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
     def handle(self, error: DataError) -> None:
         """Take in a problem."""
@@ -81,7 +80,7 @@ class Findings(BadRows):
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
         if reason not in _STAY:
-            self.dropped.setdefault(path, set()).add(line or 0)
+            self.dropped.setdefault(path, array("I")).append(line or 0)
         return self.by_file[path, reason] <= self.limit
 
     def errors(self) -> int:
@@ -103,22 +102,6 @@ class Findings(BadRows):
                 yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
         for reason, count in self.counts.most_common():
             yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
-
-
-def prompt_of(record: Record) -> tuple[Message, ...]:
-    """Return the messages before the last answer; a text has none."""
-    if isinstance(record, forms.Text):
-        return ()
-    return record.messages[:-1] if isinstance(record, forms.Chat) else record.prompt
-
-
-def texts_of(record: Record) -> list[str]:
-    """Return the texts that a record is made of."""
-    if isinstance(record, forms.Text):
-        return [record.text]
-    if isinstance(record, forms.Chat):
-        return [message.content for message in record.messages]
-    return [message.content for message in (*record.prompt, record.chosen, record.rejected)]
 
 
 def guess_kind(path: Path) -> Kind:
@@ -164,11 +147,11 @@ class Checker:
         self.special = special_texts(tokenizer) if tokenizer else SPECIAL_TOKENS
         self.exam = ExamIndex(exams) if exams else None
         self.near, self.similar = NearDuplicates() if near else None, near or 0.0
-        self.hashes, self.lines = array("q"), array("q")  # of all good rows
+        self.hashes, self.lines = array("q"), array("I")  # of all good rows
         self.starts: list[tuple[int, Path]] = []  # the first good row of each file
         self.places: dict[int, str] = {}  # of validation rows and prompts, by hash
         self.copies: dict[Path, Path] = {}
-        self.mended: dict[Path, set[int]] = {}
+        self.mended: dict[Path, array[int]] = {}  # lines
         for path in map(Path, validation):
             self._read_validation(path)
         self.compared = len(self.hashes)  # rows before this one belong to validation files
@@ -178,17 +161,17 @@ class Checker:
         copy = self.scratch / f"{len(self.copies)}.jsonl"
         self.starts.append((len(self.hashes), path))
         self.copies[path] = copy = readable(path, copy, self.findings.handle)
-        self.mended[path] = set()
+        self.mended[path] = array("I")
         try:
             kind = self.kind or guess_kind(copy)
             encoder = None
             if self.tokenizer and kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
-            records = self._records(path, kind)
-            while batch := list(islice(records, _AT_A_TIME)):
+            for rows in batches(scan_rows(copy), kind, self.special):
+                batch = list(self._good(rows, path, kind))
                 self._compare(path, batch)
                 if encoder:
-                    self._encode(encoder, path, batch)
+                    self._encode(encoder, path, batch, kind)
             if encoder and encoder.cut:
                 self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
         except DataError as error:
@@ -196,15 +179,10 @@ class Checker:
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
-        hashes = np.array(self.hashes, np.int64)[self.compared :]
-        order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
-        first = np.maximum.accumulate(np.where(np.append(False, same), 0, np.arange(len(order))))
-        again = (order[1:][same] + self.compared).tolist()
-        earlier = (order[first[1:][same]] + self.compared).tolist()
-        for row, other in sorted(zip(again, earlier, strict=True)):
+        again = list(self._duplicates())
+        for row, other in again:
             self._add_pair("duplicate", "the row is the same as", row, other)
-        known = set(again) if self.near else ()
+        known = {row for row, _ in again}
         for row, other in self.near.pairs(self.similar) if self.near else ():
             if row >= self.compared and row not in known:
                 reason = "near_validation" if other < self.compared else "near_duplicate"
@@ -216,12 +194,13 @@ class Checker:
         Raises:
             DataError: when the file cannot be read to its end, or no row is good.
         """
-        dropped, written = self.findings.dropped.get(str(path), set()), 0
+        dropped, written = set(self.findings.dropped.get(str(path), ())), 0
+        mended = set(self.mended[path])
         with whole_file(out) as partial, partial.open("wb") as file:
             try:
                 for line, row in _raw_rows(self.copies[path]):
                     if line not in dropped:
-                        file.write(_line(row, line in self.mended[path]))
+                        file.write(_line(row, line in mended))
                         written += 1
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"cannot be mended: {error}", path=path) from error
@@ -231,56 +210,74 @@ class Checker:
                 raise DataError("no row is good, so nothing was written", path=path)
         return written
 
-    def _records(self, path: Path, kind: Kind) -> Iterator[tuple[int, Record]]:
-        for line, row in scan_rows(self.copies[path]):
-            self.rows += 1
-            try:
-                record = parse_row(row, kind, self.special)
-                text = "\n".join(texts_of(record))
-                if _ODD.search(text):
-                    record = parse_row(self._mend(row, text, path, line), kind, self.special)
-            except DataError as error:
-                self.findings.handle(error.at(path, line))
-                continue
-            self._keep(line, record)
-            if self.places:
-                self._look_up(record, path, line)
-            yield line, record
+    def _duplicates(self) -> Iterator[tuple[int, int]]:
+        """Yield each row that repeats an earlier one, by numbers: (row, the first of them)."""
+        hashes = np.asarray(self.hashes)[self.compared :]
+        ordered = np.sort(hashes)
+        repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        first = np.full(len(repeated), len(hashes))
+        for start in range(0, len(hashes) if len(repeated) else 0, _COMPARED):
+            part = hashes[start : start + _COMPARED]
+            place = np.minimum(np.searchsorted(repeated, part), len(repeated) - 1)
+            rows = np.flatnonzero(repeated[place] == part)
+            place = place[rows]
+            np.minimum.at(first, place, rows + start)
+            for row, other in zip((rows + start).tolist(), first[place].tolist(), strict=True):
+                if row != other:
+                    yield row + self.compared, other + self.compared
 
-    def _keep(self, line: int, record: Record) -> None:
-        self.hashes.append(hash(record))
+    def _good(self, rows: list[Row], path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
+        self.rows += len(rows)
+        for line, row, flat, odd in rows:
+            if odd and not isinstance(flat, DataError):
+                flat = self._mended(row, flat, path, line, kind)
+            if isinstance(flat, DataError):
+                self.findings.handle(flat.at(path, line))
+                continue
+            self._keep(line, flat)
+            if self.places:
+                self._look_up(flat, path, line)
+            yield line, flat
+
+    def _keep(self, line: int, flat: Flat) -> None:
+        self.hashes.append(hash(flat))
         self.lines.append(line)
 
-    def _mend(self, row: object, text: str, path: Path, line: int) -> object:
-        """Report odd characters, and return the row without those that can go."""
+    def _mended(
+        self, row: object, flat: Flat, path: Path, line: int, kind: Kind
+    ) -> Flat | DataError:
+        """Report odd characters, and read the row without those that can go."""
+        text = "\n".join(flat[1::2])
         if "\ufffd" in text:
             self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
         if _STRAY.search(text):
-            self.mended[path].add(line)
+            self.mended[path].append(line)
             self._add("control_character", "holds control characters", path, line)
-        return _without_control(row)
+        return parse(_without_control(row), kind, self.special)
 
     def _read_validation(self, path: Path) -> None:
         """Remember where the rows and prompts of a validation file are."""
         self.starts.append((len(self.hashes), path))
         bad, kind = BadRows("skip", 1.0), self.kind or guess_kind(path)
-        batch = [(s.line, record) for record, s in forms.read_records([path], kind, bad)]
-        for line, record in batch:
-            self._keep(line, record)
-            for part in filter(None, (record, prompt_of(record))):
+        records = read_records([path], kind, bad)
+        batch = [(source.line, flat_of(record)) for record, source in records]
+        for line, flat in batch:
+            self._keep(line, flat)
+            for part in filter(None, (flat, _prompt(flat))):
                 self.places.setdefault(hash(part), f"{path}:{line}")
         self._add_near(batch)
 
-    def _look_up(self, record: Record, path: Path, line: int) -> None:
-        if place := self.places.get(hash(record)):
+    def _look_up(self, flat: Flat, path: Path, line: int) -> None:
+        if place := self.places.get(hash(flat)):
             self._add("validation", f"the row is in the validation data, too: {place}", path, line)
-        elif (prompt := prompt_of(record)) and (place := self.places.get(hash(prompt))):
+        elif (prompt := _prompt(flat)) and (place := self.places.get(hash(prompt))):
             self._add("same_prompt", f"the validation data have this prompt: {place}", path, line)
 
     def _compare(self, path: Path, batch: Batch) -> None:
         self._add_near(batch)
         if self.exam:
-            texts = [(line, text) for line, record in batch for text in texts_of(record)]
+            texts = [(line, text) for line, flat in batch for text in flat[1::2]]
             leaked = self.exam.hits([text for _, text in texts]).items()
             for line, item in {texts[i][0]: item for i, item in leaked}.items():
                 self._add("exam", f"holds a question of the exam {item}", path, line)
@@ -288,9 +285,9 @@ class Checker:
     def _add_near(self, batch: Batch) -> None:
         if self.near:
             numbers = range(len(self.hashes) - len(batch), len(self.hashes))
-            self.near.add(["\n".join(texts_of(record)) for _, record in batch], numbers)
+            self.near.add(["\n".join(flat[1::2]) for _, flat in batch], numbers)
 
-    def _encode(self, encoder: Encoder, path: Path, batch: Batch) -> None:
+    def _encode(self, encoder: Encoder, path: Path, batch: Batch, kind: Kind) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
         A byte is at least the text of one token, so most rows need not be tokenised.
@@ -298,11 +295,11 @@ class Checker:
         assert encoder.codec is not None
         frame = len(encoder.codec.encode_prompt((Message("user", "a"),)))  # around each message
         some = []
-        for number, (line, record) in enumerate(batch):
-            texts = texts_of(record)
+        for number, (line, flat) in enumerate(batch):
+            texts = flat[1::2]
             longest = len("".join(texts).encode()) + frame * (len(texts) + 1)
             if number < _TRIED or longest > self.limits.max_length:
-                some.append((record, Source(path, line)))
+                some.append((record_of(flat, kind), Source(path, line)))
         for _ in encoder.encode(some, self.findings):
             pass
 
@@ -318,6 +315,12 @@ class Checker:
     def _at(self, row: int) -> tuple[Path, int]:
         path = next(path for start, path in reversed(self.starts) if start <= row)
         return path, self.lines[row]
+
+
+def _prompt(flat: Flat) -> tuple[Flat, ...]:
+    """Return the messages before the last answer, in a tuple that equals no row; or nothing."""
+    prompt = flat[: -4 if flat[-4::2] == ("assistant", "assistant") else -2]
+    return (prompt,) if prompt else ()
 
 
 def _without_control(value: object) -> object:

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt.corpus.check import Checker, Findings
-from minigpt.corpus.encoding import CONTROL
+from minigpt.corpus.flat import CONTROL_BYTES
 from minigpt.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -330,7 +330,7 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
             assert findings.errors()
             assert not out.exists()
             data = b"\n".join(rows)
-            text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL)
+            text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL_BYTES)
             broken_array = text.lstrip().startswith(b"[")
             assert broken_array or data.startswith(b"\x1f\x8b")  # or gzip
             return
