@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, open_data, readable
-from minigpt.corpus.flat import CONTROL, Flat, Row, batches, flat_of, parse, record_of
+from minigpt.corpus.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
 from minigpt.data.records import BadRows, Kind, Message, Source, read_records
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
@@ -51,7 +52,7 @@ _REMEDIES = {
     "cut": "Raise --max_length, or shorten the rows.",
 }
 
-Batch = list[tuple[int, Flat]]  # good rows with their lines
+Good = list[tuple[int, Flat]]  # rows with their lines
 
 
 @dataclass(slots=True)
@@ -168,7 +169,7 @@ class Checker:
             if self.tokenizer and kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
             for rows in batches(scan_rows(copy), kind, self.special):
-                batch = list(self._good(rows, path, kind))
+                batch = self._good(rows, path, kind)
                 self._compare(path, batch)
                 if encoder:
                     self._encode(encoder, path, batch, kind)
@@ -227,22 +228,29 @@ class Checker:
                 if row != other:
                     yield row + self.compared, other + self.compared
 
-    def _good(self, rows: list[Row], path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
-        self.rows += len(rows)
-        for line, row, flat, odd in rows:
-            if odd and not isinstance(flat, DataError):
-                flat = self._mended(row, flat, path, line, kind)
+    def _good(self, rows: Batch, path: Path, kind: Kind) -> Good:
+        self.rows += len(rows.lines)
+        if rows.special or self.places:
+            good = list(self._sifted(rows, path, kind))
+        else:
+            good = list(zip(rows.lines, cast(list[Flat], rows.flats), strict=True))
+        self._keep(good)
+        return good
+
+    def _sifted(self, rows: Batch, path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
+        for number, (line, flat) in enumerate(zip(*rows[:2], strict=True)):
+            if number in rows.special and not isinstance(flat, DataError):
+                flat = self._mended(rows.special[number], flat, path, line, kind)
             if isinstance(flat, DataError):
                 self.findings.handle(flat.at(path, line))
                 continue
-            self._keep(line, flat)
             if self.places:
                 self._look_up(flat, path, line)
             yield line, flat
 
-    def _keep(self, line: int, flat: Flat) -> None:
-        self.hashes.append(hash(flat))
-        self.lines.append(line)
+    def _keep(self, rows: Good) -> None:
+        self.lines.extend([line for line, _ in rows])
+        self.hashes.extend([hash(flat) for _, flat in rows])
 
     def _mended(
         self, row: object, flat: Flat, path: Path, line: int, kind: Kind
@@ -262,8 +270,8 @@ class Checker:
         bad, kind = BadRows("skip", 1.0), self.kind or guess_kind(path)
         records = read_records([path], kind, bad)
         batch = [(source.line, flat_of(record)) for record, source in records]
+        self._keep(batch)
         for line, flat in batch:
-            self._keep(line, flat)
             for part in filter(None, (flat, _prompt(flat))):
                 self.places.setdefault(hash(part), f"{path}:{line}")
         self._add_near(batch)
@@ -274,7 +282,7 @@ class Checker:
         elif (prompt := _prompt(flat)) and (place := self.places.get(hash(prompt))):
             self._add("same_prompt", f"the validation data have this prompt: {place}", path, line)
 
-    def _compare(self, path: Path, batch: Batch) -> None:
+    def _compare(self, path: Path, batch: Good) -> None:
         self._add_near(batch)
         if self.exam:
             texts = [(line, text) for line, flat in batch for text in flat[1::2]]
@@ -282,12 +290,12 @@ class Checker:
             for line, item in {texts[i][0]: item for i, item in leaked}.items():
                 self._add("exam", f"holds a question of the exam {item}", path, line)
 
-    def _add_near(self, batch: Batch) -> None:
+    def _add_near(self, batch: Good) -> None:
         if self.near:
             numbers = range(len(self.hashes) - len(batch), len(self.hashes))
             self.near.add(["\n".join(flat[1::2]) for _, flat in batch], numbers)
 
-    def _encode(self, encoder: Encoder, path: Path, batch: Batch, kind: Kind) -> None:
+    def _encode(self, encoder: Encoder, path: Path, batch: Good, kind: Kind) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
         A byte is at least the text of one token, so most rows need not be tokenised.

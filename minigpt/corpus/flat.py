@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt.data.records import Chat, Kind, Message, Preference, Record, Text, parse_row
 from minigpt.errors import DataError
 
 Flat = tuple[str, ...]
-Row = tuple[int, object, Flat | DataError, bool]  # line, value, what it holds, is its text odd?
-
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
 CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
 _ROWS, _CHARACTERS = 500, 1 << 21  # examined together; more rows would keep the collector busy
-_ODD = re.compile(b"\xc2[\x80-\x9f]|\xef(?:\xbb\xbf|\xbf[\xbd-\xbf])")  # the others in UTF-8
+_C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
 _ROLES = {role: role for role in ("system", "user", "assistant")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
 _PROMPTS = [
@@ -36,49 +34,66 @@ _ORDERS = {
 _UNUSUAL = (AttributeError, IndexError, KeyError, TypeError)  # what other rows raise when read
 
 
+class Batch(NamedTuple):
+    """Rows of a file.
+
+    Attributes:
+        lines: where they are.
+        flats: what they hold, or what is wrong with them.
+        special: by their places in the lists, the values of the rows that are wrong or whose
+            texts hold control characters or U+FFFD.
+    """
+
+    lines: list[int]
+    flats: list[Flat | DataError]
+    special: dict[int, object]
+
+
 def batches(
     rows: Iterable[tuple[int, object]], kind: Kind, special_tokens: Sequence[str] = ()
-) -> Iterator[list[Row]]:
+) -> Iterator[Batch]:
     """Yield all rows, good and bad, some hundreds at a time.
-
-    A text is odd when it holds control characters or U+FFFD.
 
     Raises:
         DataError: whatever `rows` raises, after the rows before it.
     """
     tokens = [token for token in special_tokens if token]
     odd = re.compile("|".join([f"[{CONTROL}\ufffd\ud800-\udfff]", *map(re.escape, tokens)]))
-
-    def examined() -> list[Row]:
-        if not _is_odd("\n".join(texts), tokens):
-            return [(*row, False) for row in batch]
-        return [
-            (line, value, parse(value, kind, special_tokens), True)
-            if odd.search(text)
-            else (line, value, flat, False)
-            for (line, value, flat), text in zip(batch, texts, strict=True)
-        ]
-
-    batch: list[tuple[int, object, Flat | DataError]] = []
+    batch, size, stopped = Batch([], [], {}), 0, None
+    values: list[object] = []
     texts: list[str] = []
-    size, stopped = 0, None
+
+    def examined() -> Batch:
+        if _is_odd("\n".join(texts), tokens):
+            for i, text in enumerate(texts):
+                if odd.search(text):
+                    batch.special[i] = values[i]
+                    batch.flats[i] = parse(values[i], kind, special_tokens)
+        return batch
+
     try:
         for line, value in rows:
             flat: Flat | DataError
             try:
                 flat = _read(value, kind)
+                text = "\n".join(flat)
             except _UNUSUAL:
-                flat = parse(value, kind, special_tokens)
-            text = "" if isinstance(flat, DataError) else "\n".join(flat)
-            batch.append((line, value, flat))
+                flat, text = parse(value, kind, special_tokens), ""
+                if isinstance(flat, DataError):
+                    batch.special[len(texts)] = value
+                else:
+                    text = "\n".join(flat)
+            batch.lines.append(line)
+            batch.flats.append(flat)
+            values.append(value)
             texts.append(text)
             size += len(text)
-            if len(batch) == _ROWS or size > _CHARACTERS:
+            if len(texts) == _ROWS or size > _CHARACTERS:
                 yield examined()
-                batch, texts, size = [], [], 0
+                batch, size, values, texts = Batch([], [], {}), 0, [], []
     except DataError as error:
         stopped = error
-    if batch:
+    if texts:
         yield examined()
     if stopped:
         raise stopped
@@ -117,8 +132,8 @@ def _is_odd(text: str, tokens: Sequence[str]) -> bool:
         data = text.encode()
     except UnicodeEncodeError:  # a lone surrogate
         return True
-    control = len(data.translate(None, CONTROL_BYTES)) < len(data)
-    return control or bool(_ODD.search(data)) or any(token in text for token in tokens)
+    control = len(data.translate(None, CONTROL_BYTES)) < len(data) or bool(_C1.search(data))
+    return control or any(part in text for part in (*"\ufffd\ufeff\ufffe\uffff", *tokens))
 
 
 def _read(row: Any, kind: Kind) -> Flat:

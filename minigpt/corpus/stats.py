@@ -155,12 +155,10 @@ def measure(
     kept: list[Flat] = []
     rows = length = 0
     for batch in batches(scan_rows(path), kind):
-        flats = []
-        for line, _, flat, _ in batch:
+        flats = [flat for flat in batch.flats if not isinstance(flat, DataError)]
+        for flat in (batch.flats[i] for i in sorted(batch.special)):
             if isinstance(flat, DataError):
-                bad.handle(flat.at(path, line))
-            else:
-                flats.append(flat)
+                bad.handle(flat)
         texts = ["\n".join(flat[1::2]) for flat in flats]
         place, end = _PROMPT[kind]
         prompts.update([flat[place][:end] for flat in flats])
