@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -39,7 +38,6 @@ _STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended cop
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 _TRIED = 8  # short rows of a batch that are tokenised as well
 _STRAY = re.compile(f"[{CONTROL}]")
-_COMPARED = 1 << 16  # rows whose duplicates are looked up together
 _REMEDIES = {
     "control_character": "Use --fix.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
@@ -169,7 +167,9 @@ class Checker:
             if self.tokenizer and kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
             for rows in batches(scan_rows(copy), kind, self.special):
-                batch = self._good(rows, path, kind)
+                self.rows += len(rows.lines)
+                batch = list(self._good(rows, path, kind))
+                self._keep(batch)
                 self._compare(path, batch)
                 if encoder:
                     self._encode(encoder, path, batch, kind)
@@ -213,33 +213,20 @@ class Checker:
 
     def _duplicates(self) -> Iterator[tuple[int, int]]:
         """Yield each row that repeats an earlier one, by numbers: (row, the first of them)."""
-        hashes = np.asarray(self.hashes)[self.compared :]
-        ordered = np.sort(hashes)
+        ordered = np.sort(np.asarray(self.hashes)[self.compared :])
         repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         del ordered
-        first = np.full(len(repeated), len(hashes))
-        for start in range(0, len(hashes) if len(repeated) else 0, _COMPARED):
-            part = hashes[start : start + _COMPARED]
-            place = np.minimum(np.searchsorted(repeated, part), len(repeated) - 1)
-            rows = np.flatnonzero(repeated[place] == part)
-            place = place[rows]
-            np.minimum.at(first, place, rows + start)
-            for row, other in zip((rows + start).tolist(), first[place].tolist(), strict=True):
-                if row != other:
-                    yield row + self.compared, other + self.compared
+        first = dict.fromkeys(repeated.tolist(), -1)
+        for row, value in enumerate(self.hashes):
+            if row >= self.compared and (other := first.get(value, row)) < row:
+                if other >= 0:
+                    yield row, other
+                else:
+                    first[value] = row
 
-    def _good(self, rows: Batch, path: Path, kind: Kind) -> Good:
-        self.rows += len(rows.lines)
-        if rows.special or self.places:
-            good = list(self._sifted(rows, path, kind))
-        else:
-            good = list(zip(rows.lines, cast(list[Flat], rows.flats), strict=True))
-        self._keep(good)
-        return good
-
-    def _sifted(self, rows: Batch, path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
-        for number, (line, flat) in enumerate(zip(*rows[:2], strict=True)):
-            if number in rows.special and not isinstance(flat, DataError):
+    def _good(self, rows: Batch, path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
+        for number, (line, flat) in enumerate(zip(rows.lines, rows.flats, strict=True)):
+            if number in rows.special and isinstance(flat, tuple):
                 flat = self._mended(rows.special[number], flat, path, line, kind)
             if isinstance(flat, DataError):
                 self.findings.handle(flat.at(path, line))
@@ -259,9 +246,10 @@ class Checker:
         text = "\n".join(flat[1::2])
         if "\ufffd" in text:
             self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
-        if _STRAY.search(text):
-            self.mended[path].append(line)
-            self._add("control_character", "holds control characters", path, line)
+        if not _STRAY.search(text):
+            return flat
+        self.mended[path].append(line)
+        self._add("control_character", "holds control characters", path, line)
         return parse(_without_control(row), kind, self.special)
 
     def _read_validation(self, path: Path) -> None:

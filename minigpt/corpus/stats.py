@@ -149,16 +149,14 @@ def measure(
         DataError: when the file cannot be read or no row can be used.
     """
     kind = kind or guess_kind(path)
-    bad, chance, bias = BadRows("skip", 1.0), random.Random(0), Counter[str]()
+    bad, chance, bias = Counter[str](), random.Random(0), Counter[str]()
     tokens = _Tokens(kind, tokenizer, max_length) if tokenizer else None
     turns, found, prompts = Counter[int](), Counter[str](), Counter[str]()
     kept: list[Flat] = []
     rows = length = 0
     for batch in batches(scan_rows(path), kind):
-        flats = [flat for flat in batch.flats if not isinstance(flat, DataError)]
-        for flat in (batch.flats[i] for i in sorted(batch.special)):
-            if isinstance(flat, DataError):
-                bad.handle(flat)
+        flats = [flat for flat in batch.flats if isinstance(flat, tuple)]
+        bad.update([error.reason for error in batch.flats if isinstance(error, DataError)])
         texts = ["\n".join(flat[1::2]) for flat in flats]
         place, end = _PROMPT[kind]
         prompts.update([flat[place][:end] for flat in flats])
@@ -185,7 +183,7 @@ def measure(
         "kind": kind,
         "bytes": path.stat().st_size,
         "rows": rows,
-        "bad_rows": dict(bad.counts),
+        "bad_rows": dict(bad),
         "characters": length,
         "turns": {str(n): count for n, count in sorted(turns.items())},
         "languages": {name: count / rows for name, count in found.most_common()},

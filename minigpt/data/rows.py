@@ -62,24 +62,20 @@ def _error(reason: str, problem: str) -> DataError:
 
 
 def _rows(stream: BufferedIOBase) -> Iterator[tuple[int, object]]:
-    line, data = 0, b""
-    while not data.strip():
-        if not (data := stream.readline()):
-            raise _error("no_rows", "the file holds no rows")
-        line += 1
+    rows = 0
+    for line, data in enumerate(stream, 1):
         data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
-    if data.lstrip().startswith(b"["):
-        items = _decode(data + stream.read(), line)
-        if isinstance(items, DataError):
-            raise items
-        if not items:
-            raise _error("no_rows", "the file holds no rows")
-        yield from enumerate(items, 1)
-        return
-    yield line, _decode(data, line)
-    for number, data in enumerate(stream, line + 1):
-        if not data.isspace():
-            yield number, _decode(data, number)
+        if not rows and data.lstrip().startswith(b"["):
+            items = _decode(data + stream.read(), line)
+            if isinstance(items, DataError):
+                raise items
+            rows = len(items)
+            yield from enumerate(items, 1)
+        elif data.strip():
+            rows += 1
+            yield line, _decode(data, line)
+    if not rows:
+        raise _error("no_rows", "the file holds no rows")
 
 
 def _decode(data: bytes, line: int) -> Any:
