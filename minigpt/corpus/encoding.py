@@ -104,4 +104,4 @@ def finding(
     path: Path, line: int | None, reason: str, problem: str, remedy: str = "Use --fix."
 ) -> DataError:
     """Return a finding, which has the form of the error that training would give."""
-    return DataError(problem, path=path, line=line, remedy=remedy, reason=reason)
+    return DataError(problem, path=str(path), line=line, remedy=remedy, reason=reason)

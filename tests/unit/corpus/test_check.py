@@ -264,13 +264,15 @@ def test_the_kind_is_guessed_or_given(write: Any, minigpt: Any) -> None:
 
 
 def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, minigpt: Any) -> None:
-    path, file = write([GOOD, *[{"messages": []}] * 30]), tmp_path / "out" / "report.json"
+    path, file = write([GOOD, *[{"messages": []}] * 30, GOOD]), tmp_path / "out" / "report.json"
     outcome = minigpt("data", "check", path, "--json", file)
     assert outcome.out.count("[no_messages]. ") + outcome.out.count("[no_messages]\n") == 20
     assert f"{path}: 10 more [no_messages]; --all shows them" in outcome.out
     report = json.loads(file.read_text())
-    assert (report["rows"], report["errors"], report["counts"]) == (31, 30, {"no_messages": 30})
-    assert report["problems"][0]["line"] == 2
+    assert (report["rows"], report["errors"]) == (32, 30)
+    assert report["counts"] == {"no_messages": 30, "duplicate": 1}
+    places = [(problem["path"], problem["line"]) for problem in report["problems"]]
+    assert places == [(str(path), line) for line in (*range(2, 22), 32)]
     everything = minigpt("data", "check", path, "--all").out
     assert everything.count("[no_messages]\n") == 30
 
