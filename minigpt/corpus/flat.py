@@ -19,7 +19,7 @@ Flat = tuple[str, ...]
 
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
 CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
-_ROWS = 200  # examined together; more of them would keep the garbage collector busy
+_ROWS = 300  # examined together; more of them would keep the garbage collector busy
 _C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
 _TURNS = [("user", "assistant") * pairs for pairs in range(1, 33)]
 _CHATS = {(*system, *turns) for system in ((), ("system",)) for turns in _TURNS}

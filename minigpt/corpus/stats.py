@@ -195,11 +195,10 @@ def measure(
 
 def _add_bias(bias: Counter[str], pairs: list[Flat]) -> None:
     """Count which of each pair's answers is the longer one, by their characters."""
-    sizes = [(len(flat[-3]), len(flat[-1])) for flat in pairs]
-    longer = sum(chosen > rejected for chosen, rejected in sizes)
-    equal = sum(chosen == rejected for chosen, rejected in sizes)
-    chosen, rejected = (sum(lengths) for lengths in zip(*sizes, strict=True))
-    bias.update(dict(zip(_BIAS, (longer, equal, chosen, rejected), strict=True)))
+    sizes = np.array([(len(flat[-3]), len(flat[-1])) for flat in pairs], np.int64).reshape(-1, 2)
+    chosen, rejected = sizes.T
+    counts = ((chosen > rejected).sum(), (chosen == rejected).sum(), *sizes.sum(0))
+    bias.update(dict(zip(_BIAS, map(int, counts), strict=True)))
 
 
 def _sample(
