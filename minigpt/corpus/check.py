@@ -180,10 +180,11 @@ class Checker:
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
-        again = list(self._duplicates())
-        for row, other in again:
+        known = set()
+        for row, other in self._duplicates():
             self._add_pair("duplicate", "the row is the same as", row, other)
-        known = {row for row, _ in again}
+            if self.near:
+                known.add(row)
         for row, other in self.near.pairs(self.similar) if self.near else ():
             if row >= self.compared and row not in known:
                 reason = "near_validation" if other < self.compared else "near_duplicate"
