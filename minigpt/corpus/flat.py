@@ -53,19 +53,16 @@ def batches(
         DataError: whatever `rows` raises, after the rows before it.
     """
     held: list[tuple[int, object]] = []
-    stopped = None
     try:
         for row in rows:
             held.append(row)
             if len(held) == _ROWS:
                 yield _examined(held, kind, special_tokens)
                 held = []
-    except DataError as error:
-        stopped = error
-    if held:
+    except DataError:
         yield _examined(held, kind, special_tokens)
-    if stopped:
-        raise stopped
+        raise
+    yield _examined(held, kind, special_tokens)
 
 
 def parse(row: object, kind: Kind, special_tokens: Sequence[str]) -> Flat | DataError:

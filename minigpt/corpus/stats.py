@@ -65,8 +65,8 @@ def _scripts() -> NDArray[np.uint8]:
 def languages(texts: Sequence[str]) -> Counter[str]:
     """Count texts by the script of most of their letters; a tenth of kana makes Japanese."""
     kinds, names = len(_SCRIPTS) + 1, [*(name for name, _ in _SCRIPTS), "other"]
-    plain = [bool(_LATIN.search(text)) for text in texts if text.isascii()]
-    found = Counter({names[0]: sum(plain), names[-1]: len(plain) - sum(plain)})
+    plain = [text for text in texts if text.isascii()]
+    latin = sum(map(bool, map(_LATIN.search, plain)))
     texts = [text for text in texts if not text.isascii()]
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
     rows = np.arange(0, kinds * len(texts), kinds).repeat([*map(len, texts)] or 0)
@@ -75,7 +75,9 @@ def languages(texts: Sequence[str]) -> Counter[str]:
     counts[:, 1:] *= _LETTERS
     counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
     most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
-    return +(found + Counter(names[i] for i in most.tolist()))
+    found = np.bincount(most, minlength=kinds)
+    found[[0, -1]] += (latin, len(plain) - latin)
+    return Counter({name: n for name, n in zip(names, found.tolist(), strict=True) if n})
 
 
 class _Tokens:
