@@ -161,8 +161,10 @@ def _pair(row: Any, system: list[str]) -> list[str]:
         prompt = system + _said(row["prompt"], "user")
     else:
         prompt = [] if row.keys() & _PROMPT_KEYS else system + good[:-2]
-    unusual = good[-2:] == bad[-2:] or any(said[:-2] not in ([], prompt) for said in (good, bad))
-    return [] if unusual else prompt + good[-2:] + bad[-2:]
+    before, *answers = good[:-2], good[-2:], bad[-2:]
+    if before != bad[:-2] or before not in ([], prompt) or answers[0] == answers[1]:
+        raise KeyError
+    return prompt + answers[0] + answers[1]
 
 
 def _said(value: Any, role: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from operator import eq, gt
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,10 @@ def measure(
 
 def _add_bias(bias: Counter[str], pairs: list[Flat]) -> None:
     """Count which of each pair's answers is the longer one, by their characters."""
-    sizes = np.array([(len(flat[-3]), len(flat[-1])) for flat in pairs], np.int64).reshape(-1, 2)
-    chosen, rejected = sizes.T
-    counts = ((chosen > rejected).sum(), (chosen == rejected).sum(), *sizes.sum(0))
-    bias.update(dict(zip(_BIAS, map(int, counts), strict=True)))
+    chosen, rejected = [len(flat[-3]) for flat in pairs], [len(flat[-1]) for flat in pairs]
+    longer, equal = (sum(map(than, chosen, rejected)) for than in (gt, eq))
+    counts = (longer, equal, sum(chosen), sum(rejected))
+    bias.update(dict(zip(_BIAS, counts, strict=True)))
 
 
 def _sample(
