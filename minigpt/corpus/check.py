@@ -1,7 +1,7 @@
 """Check data files: every problem with its place and what to do about it.
 
 One pass over the rows finds what training would stop at and what would spoil it. Memory
-grows by about 40 bytes a row (300 more with near duplicates), not with the rows' length.
+grows by about 25 bytes a row (300 more with near duplicates), not with the rows' length.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, open_data, readable
-from minigpt.data import records as forms
-from minigpt.data.records import BadRows, Kind, Message, Record, Source, parse_row
+from minigpt.corpus.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
+from minigpt.data.records import BadRows, Kind, Message, Source, read_records
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
@@ -35,11 +35,9 @@ HINTS = {
     *("near_validation", "same_prompt", "cut"),
 }
 _STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
-_AT_A_TIME = 2000  # rows whose texts are compared or tokenised together
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 _TRIED = 8  # short rows of a batch that are tokenised as well
-_CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
-_ODD, _STRAY = re.compile(f"[{_CONTROL}\ufffd]"), re.compile(f"[{_CONTROL}]")
+_STRAY = re.compile(f"[{CONTROL}]")
 _REMEDIES = {
     "control_character": "Use --fix.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
@@ -52,7 +50,7 @@ _REMEDIES = {
     "cut": "Raise --max_length, or shorten the rows.",
 }
 
-Batch = list[tuple[int, Record]]  # with the line of each record
+Good = list[tuple[int, Flat]]  # rows with their lines
 
 
 @dataclass(slots=True)
@@ -62,13 +60,13 @@ class Findings(BadRows):
     Attributes:
         limit: how many are kept.
         kept: the problems, as the errors that training would give.
-        dropped: per file, the lines that a mended copy leaves out.
+        dropped: per file, the lines that a mended copy leaves out, some of them twice.
     """
 
     limit: int = 20
     kept: list[DataError] = field(default_factory=list, init=False)
     by_file: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
-    dropped: dict[str, set[int]] = field(default_factory=dict, init=False)
+    dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
     def handle(self, error: DataError) -> None:
         """Take in a problem."""
@@ -81,7 +79,7 @@ class Findings(BadRows):
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
         if reason not in _STAY:
-            self.dropped.setdefault(path, set()).add(line or 0)
+            self.dropped.setdefault(path, array("I")).append(line or 0)
         return self.by_file[path, reason] <= self.limit
 
     def errors(self) -> int:
@@ -103,22 +101,6 @@ class Findings(BadRows):
                 yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
         for reason, count in self.counts.most_common():
             yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
-
-
-def prompt_of(record: Record) -> tuple[Message, ...]:
-    """Return the messages before the last answer; a text has none."""
-    if isinstance(record, forms.Text):
-        return ()
-    return record.messages[:-1] if isinstance(record, forms.Chat) else record.prompt
-
-
-def texts_of(record: Record) -> list[str]:
-    """Return the texts that a record is made of."""
-    if isinstance(record, forms.Text):
-        return [record.text]
-    if isinstance(record, forms.Chat):
-        return [message.content for message in record.messages]
-    return [message.content for message in (*record.prompt, record.chosen, record.rejected)]
 
 
 def guess_kind(path: Path) -> Kind:
@@ -164,11 +146,11 @@ class Checker:
         self.special = special_texts(tokenizer) if tokenizer else SPECIAL_TOKENS
         self.exam = ExamIndex(exams) if exams else None
         self.near, self.similar = NearDuplicates() if near else None, near or 0.0
-        self.hashes, self.lines = array("q"), array("q")  # of all good rows
+        self.hashes, self.lines = array("q"), array("I")  # of all good rows
         self.starts: list[tuple[int, Path]] = []  # the first good row of each file
         self.places: dict[int, str] = {}  # of validation rows and prompts, by hash
         self.copies: dict[Path, Path] = {}
-        self.mended: dict[Path, set[int]] = {}
+        self.mended: dict[Path, array[int]] = {}  # lines
         for path in map(Path, validation):
             self._read_validation(path)
         self.compared = len(self.hashes)  # rows before this one belong to validation files
@@ -178,17 +160,19 @@ class Checker:
         copy = self.scratch / f"{len(self.copies)}.jsonl"
         self.starts.append((len(self.hashes), path))
         self.copies[path] = copy = readable(path, copy, self.findings.handle)
-        self.mended[path] = set()
+        self.mended[path] = array("I")
         try:
             kind = self.kind or guess_kind(copy)
             encoder = None
             if self.tokenizer and kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
-            records = self._records(path, kind)
-            while batch := list(islice(records, _AT_A_TIME)):
+            for rows in batches(scan_rows(copy), kind, self.special):
+                self.rows += len(rows.lines)
+                batch = list(self._good(rows, path, kind))
+                self._keep(batch)
                 self._compare(path, batch)
                 if encoder:
-                    self._encode(encoder, path, batch)
+                    self._encode(encoder, path, batch, kind)
             if encoder and encoder.cut:
                 self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
         except DataError as error:
@@ -196,15 +180,11 @@ class Checker:
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
-        hashes = np.array(self.hashes, np.int64)[self.compared :]
-        order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
-        first = np.maximum.accumulate(np.where(np.append(False, same), 0, np.arange(len(order))))
-        again = (order[1:][same] + self.compared).tolist()
-        earlier = (order[first[1:][same]] + self.compared).tolist()
-        for row, other in sorted(zip(again, earlier, strict=True)):
+        known = set()
+        for row, other in self._duplicates():
             self._add_pair("duplicate", "the row is the same as", row, other)
-        known = set(again) if self.near else ()
+            if self.near:
+                known.add(row)
         for row, other in self.near.pairs(self.similar) if self.near else ():
             if row >= self.compared and row not in known:
                 reason = "near_validation" if other < self.compared else "near_duplicate"
@@ -216,12 +196,13 @@ class Checker:
         Raises:
             DataError: when the file cannot be read to its end, or no row is good.
         """
-        dropped, written = self.findings.dropped.get(str(path), set()), 0
+        dropped, written = set(self.findings.dropped.get(str(path), ())), 0
+        mended = set(self.mended[path])
         with whole_file(out) as partial, partial.open("wb") as file:
             try:
                 for line, row in _raw_rows(self.copies[path]):
                     if line not in dropped:
-                        file.write(_line(row, line in self.mended[path]))
+                        file.write(_line(row, line in mended))
                         written += 1
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"cannot be mended: {error}", path=path) from error
@@ -231,66 +212,79 @@ class Checker:
                 raise DataError("no row is good, so nothing was written", path=path)
         return written
 
-    def _records(self, path: Path, kind: Kind) -> Iterator[tuple[int, Record]]:
-        for line, row in scan_rows(self.copies[path]):
-            self.rows += 1
-            try:
-                record = parse_row(row, kind, self.special)
-                text = "\n".join(texts_of(record))
-                if _ODD.search(text):
-                    record = parse_row(self._mend(row, text, path, line), kind, self.special)
-            except DataError as error:
-                self.findings.handle(error.at(path, line))
+    def _duplicates(self) -> Iterator[tuple[int, int]]:
+        """Yield each row that repeats an earlier one, by numbers: (row, the first of them)."""
+        ordered = np.sort(np.asarray(self.hashes)[self.compared :])
+        repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        first = dict.fromkeys(repeated.tolist(), -1)
+        for row, value in enumerate(self.hashes):
+            if row >= self.compared and (other := first.get(value, row)) < row:
+                if other >= 0:
+                    yield row, other
+                else:
+                    first[value] = row
+
+    def _good(self, rows: Batch, path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
+        for number, (line, flat) in enumerate(zip(rows.lines, rows.flats, strict=True)):
+            if number in rows.special and isinstance(flat, tuple):
+                flat = self._mended(rows.special[number], flat, path, line, kind)
+            if isinstance(flat, DataError):
+                self.findings.handle(flat.at(path, line))
                 continue
-            self._keep(line, record)
             if self.places:
-                self._look_up(record, path, line)
-            yield line, record
+                self._look_up(flat, path, line)
+            yield line, flat
 
-    def _keep(self, line: int, record: Record) -> None:
-        self.hashes.append(hash(record))
-        self.lines.append(line)
+    def _keep(self, rows: Good) -> None:
+        self.lines.extend([line for line, _ in rows])
+        self.hashes.extend([hash(flat) for _, flat in rows])
 
-    def _mend(self, row: object, text: str, path: Path, line: int) -> object:
-        """Report odd characters, and return the row without those that can go."""
+    def _mended(
+        self, row: object, flat: Flat, path: Path, line: int, kind: Kind
+    ) -> Flat | DataError:
+        """Report odd characters, and read the row without those that can go."""
+        text = "\n".join(flat[1::2])
         if "\ufffd" in text:
             self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
-        if _STRAY.search(text):
-            self.mended[path].add(line)
-            self._add("control_character", "holds control characters", path, line)
-        return _without_control(row)
+        if not _STRAY.search(text):
+            return flat
+        self.mended[path].append(line)
+        self._add("control_character", "holds control characters", path, line)
+        return parse(_without_control(row), kind, self.special)
 
     def _read_validation(self, path: Path) -> None:
         """Remember where the rows and prompts of a validation file are."""
         self.starts.append((len(self.hashes), path))
         bad, kind = BadRows("skip", 1.0), self.kind or guess_kind(path)
-        batch = [(s.line, record) for record, s in forms.read_records([path], kind, bad)]
-        for line, record in batch:
-            self._keep(line, record)
-            for part in filter(None, (record, prompt_of(record))):
+        records = read_records([path], kind, bad)
+        batch = [(source.line, flat_of(record)) for record, source in records]
+        self._keep(batch)
+        for line, flat in batch:
+            for part in filter(None, (flat, _prompt(flat))):
                 self.places.setdefault(hash(part), f"{path}:{line}")
         self._add_near(batch)
 
-    def _look_up(self, record: Record, path: Path, line: int) -> None:
-        if place := self.places.get(hash(record)):
+    def _look_up(self, flat: Flat, path: Path, line: int) -> None:
+        if place := self.places.get(hash(flat)):
             self._add("validation", f"the row is in the validation data, too: {place}", path, line)
-        elif (prompt := prompt_of(record)) and (place := self.places.get(hash(prompt))):
+        elif (prompt := _prompt(flat)) and (place := self.places.get(hash(prompt))):
             self._add("same_prompt", f"the validation data have this prompt: {place}", path, line)
 
-    def _compare(self, path: Path, batch: Batch) -> None:
+    def _compare(self, path: Path, batch: Good) -> None:
         self._add_near(batch)
         if self.exam:
-            texts = [(line, text) for line, record in batch for text in texts_of(record)]
+            texts = [(line, text) for line, flat in batch for text in flat[1::2]]
             leaked = self.exam.hits([text for _, text in texts]).items()
             for line, item in {texts[i][0]: item for i, item in leaked}.items():
                 self._add("exam", f"holds a question of the exam {item}", path, line)
 
-    def _add_near(self, batch: Batch) -> None:
+    def _add_near(self, batch: Good) -> None:
         if self.near:
             numbers = range(len(self.hashes) - len(batch), len(self.hashes))
-            self.near.add(["\n".join(texts_of(record)) for _, record in batch], numbers)
+            self.near.add(["\n".join(flat[1::2]) for _, flat in batch], numbers)
 
-    def _encode(self, encoder: Encoder, path: Path, batch: Batch) -> None:
+    def _encode(self, encoder: Encoder, path: Path, batch: Good, kind: Kind) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
         A byte is at least the text of one token, so most rows need not be tokenised.
@@ -298,11 +292,11 @@ class Checker:
         assert encoder.codec is not None
         frame = len(encoder.codec.encode_prompt((Message("user", "a"),)))  # around each message
         some = []
-        for number, (line, record) in enumerate(batch):
-            texts = texts_of(record)
+        for number, (line, flat) in enumerate(batch):
+            texts = flat[1::2]
             longest = len("".join(texts).encode()) + frame * (len(texts) + 1)
             if number < _TRIED or longest > self.limits.max_length:
-                some.append((record, Source(path, line)))
+                some.append((record_of(flat, kind), Source(path, line)))
         for _ in encoder.encode(some, self.findings):
             pass
 
@@ -318,6 +312,12 @@ class Checker:
     def _at(self, row: int) -> tuple[Path, int]:
         path = next(path for start, path in reversed(self.starts) if start <= row)
         return path, self.lines[row]
+
+
+def _prompt(flat: Flat) -> tuple[Flat, ...]:
+    """Return the messages before the last answer, in a tuple that equals no row; or nothing."""
+    prompt = flat[: -4 if flat[-4::2] == ("assistant", "assistant") else -2]
+    return (prompt,) if prompt else ()
 
 
 def _without_control(value: object) -> object:

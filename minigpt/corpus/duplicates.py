@@ -32,7 +32,7 @@ _SINGLES = ((0x3040, 0x3100), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB0
 
 
 @cache
-def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+def tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     """Return for each code point what it folds to, and whether it is a unit or part of one."""
     folded = np.arange(0x110000, dtype=np.uint32)
     kinds = np.zeros(0x110000, np.uint8)
@@ -49,7 +49,7 @@ def _tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
 
 def characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
     """Return the folded characters [C] of all texts, their kinds [C] and owners [C]."""
-    folded, kinds = _tables()
+    folded, kinds = tables()
     codes = folded[np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")]
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     return codes, kinds[codes], np.repeat(np.arange(len(texts)), lengths)

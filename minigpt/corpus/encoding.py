@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from minigpt.corpus.flat import CONTROL_BYTES
 from minigpt.errors import DataError
 
-CONTROL = bytes({*range(32), 127} - set(b"\t\n\r"))
 _BLOCK = 1 << 20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COMMON = 0.9  # share of characters that belong to GB2312 in text that is really GBK
@@ -48,12 +48,12 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
-    while lines := stream.readlines(_BLOCK):
-        yield b"".join(lines)
+    while block := stream.read(_BLOCK):
+        yield block + stream.readline()
 
 
 def _is_sound(block: bytes) -> bool:
-    if block.startswith(codecs.BOM_UTF8) or len(block.translate(None, CONTROL)) < len(block):
+    if block.startswith(codecs.BOM_UTF8) or len(block.translate(None, CONTROL_BYTES)) < len(block):
         return False
     try:
         return block.isascii() or bool(block.decode())
@@ -83,7 +83,7 @@ def _mended(path: Path, line: int, data: bytes, add: Add) -> bytes:
             return data
         data = text.encode()
         add(finding(path, line, "encoding", "the line is GBK, not UTF-8"))
-    plain = data.translate(None, CONTROL)
+    plain = data.translate(None, CONTROL_BYTES)
     if len(plain) < len(data):
         add(finding(path, line, "control_character", "holds control characters"))
     return plain
@@ -104,4 +104,4 @@ def finding(
     path: Path, line: int | None, reason: str, problem: str, remedy: str = "Use --fix."
 ) -> DataError:
     """Return a finding, which has the form of the error that training would give."""
-    return DataError(problem, path=path, line=line, remedy=remedy, reason=reason)
+    return DataError(problem, path=str(path), line=line, remedy=remedy, reason=reason)

@@ -7,11 +7,13 @@ all rows are counted.
 from __future__ import annotations
 
 import random
+import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import islice, pairwise
+from itertools import pairwise
+from operator import eq, gt
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.corpus.check import guess_kind, prompt_of, texts_of
-from minigpt.corpus.duplicates import characters
+from minigpt.corpus.check import guess_kind
+from minigpt.corpus.duplicates import tables
+from minigpt.corpus.flat import Flat, batches, record_of
 from minigpt.data.packing import pack, utilisation
-from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, read_records
+from minigpt.data.records import BadRows, Kind, Source, read_records
+from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.errors import DataError
 from minigpt.report.page import bar_chart, charts, escape, number, table
 
-Rows = list[tuple[Record, Source]]
-
-_AT_A_TIME = 2000
+_TEXTS = 2000  # rows whose characters per token are counted
 _PROMPTS = 100_000  # different prompts that are counted at a time
 _TOP = 10
 _SCRIPTS = (  # what most of a row's letters belong to, and where these lie in Unicode
@@ -42,48 +44,62 @@ _SCRIPTS = (  # what most of a row's letters belong to, and where these lie in U
 )
 _BIAS = ("chosen_longer", "equally_long", "chosen_characters", "rejected_characters")
 _LETTERS = 3  # of Latin script that weigh as much as one Chinese character
+_LATIN = re.compile("[A-Za-z]")
+_PROMPT: dict[Kind, tuple[int, int]] = {
+    "text": (-1, 80),
+    "chat": (-3, 200),
+    "preference": (-5, 200),
+}  # its place and length
+_ROLE: dict[Kind, str] = {"chat": "assistant", "preference": "user"}
 
 
 @cache
 def _scripts() -> NDArray[np.uint8]:
+    """Return for each code point what script its folded form belongs to."""
     scripts = np.zeros(0x110000, np.uint8)
     for index, (_, ranges) in enumerate(_SCRIPTS, 1):
         for start, end in ranges:
             scripts[start:end] = index
-    return scripts
+    return scripts[tables()[0]]
 
 
 def languages(texts: Sequence[str]) -> Counter[str]:
     """Count texts by the script of most of their letters; a tenth of kana makes Japanese."""
-    codes, _, owner = characters(texts)
-    kinds = len(_SCRIPTS) + 1
-    cells = np.bincount(owner * kinds + _scripts()[codes], minlength=kinds * len(texts))
+    kinds, names = len(_SCRIPTS) + 1, [*(name for name, _ in _SCRIPTS), "other"]
+    plain = [text for text in texts if text.isascii()]
+    latin = sum(map(bool, map(_LATIN.search, plain)))
+    texts = [text for text in texts if not text.isascii()]
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+    rows = np.arange(0, kinds * len(texts), kinds).repeat([*map(len, texts)] or 0)
+    cells = np.bincount(rows + _scripts()[codes], minlength=kinds * len(texts))
     counts = cells.reshape(len(texts), kinds)[:, 1:]
     counts[:, 1:] *= _LETTERS
     counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
     most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
-    names = [*(name for name, _ in _SCRIPTS), "other"]
-    return Counter({names[i]: int(n) for i, n in enumerate(np.bincount(most)) if n})
+    found = np.bincount(most, minlength=kinds)
+    found[[0, -1]] += (latin, len(plain) - latin)
+    return Counter({name: n for name, n in zip(names, found.tolist(), strict=True) if n})
 
 
 class _Tokens:
     """Counts the tokens of rows, whole and as training cuts them."""
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-        self.max_length, self.backend = max_length, tokenizer.backend_tokenizer
+        self.kind, self.max_length, self.backend = kind, max_length, tokenizer.backend_tokenizer
         self.whole = Encoder(kind, tokenizer, Limits(max_length=1 << 30))
         self.cut = Encoder(kind, tokenizer, Limits(max_length=max_length))
         self.lengths, self.packed = array("q"), array("q")
         self.texts = self.text_tokens = 0
 
-    def add(self, rows: Rows) -> None:
-        bad = BadRows("skip", 1.0)
+    def add(self, flats: Sequence[Flat]) -> None:
+        bad, source = BadRows("skip", 1.0), Source(Path(), 0)
+        rows = [(record_of(flat, self.kind), source) for flat in flats]
         for sample, _ in self.whole.encode(rows, bad):
             longest = max(len(sample.first), len(sample.second))
             self.lengths.append(len(sample.prompt) + longest)
         for sample, _ in self.cut.encode(rows, bad):
             self.packed.append(len(sample.prompt) + len(sample.first) + len(sample.second))
-        texts = [text for record, _ in rows[:_AT_A_TIME] for text in texts_of(record)]
+        texts = [text for flat in flats[:_TEXTS] for text in flat[1::2]]
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         self.texts += sum(map(len, texts))
         self.text_tokens += sum(len(e.ids) for e in encoded)
@@ -136,34 +152,33 @@ def measure(
         DataError: when the file cannot be read or no row can be used.
     """
     kind = kind or guess_kind(path)
-    bad, chance, bias = BadRows("skip", 1.0), random.Random(0), Counter[str]()
+    bad, chance, bias = Counter[str](), random.Random(0), Counter[str]()
     tokens = _Tokens(kind, tokenizer, max_length) if tokenizer else None
-    turns: Counter[int] = Counter()
-    found: Counter[str] = Counter()
-    prompts: Counter[str] = Counter()
-    kept: Rows = []
+    turns, found, prompts = Counter[int](), Counter[str](), Counter[str]()
+    kept: list[Flat] = []
     rows = length = 0
-    records = read_records([path], kind, bad)
-    while batch := list(islice(records, _AT_A_TIME)):
-        texts = []
-        for record, _ in batch:
-            prompt = prompt_of(record)
-            texts.append("\n".join(texts_of(record)))
-            prompts[prompt[-1].content[:200] if prompt else texts[-1][:80]] += 1
-            if isinstance(record, Chat):
-                turns[sum(m.role == "assistant" for m in record.messages)] += 1
-            elif isinstance(record, Preference):
-                turns[sum(m.role == "user" for m in prompt)] += 1
-                bias += _bias(len(record.chosen.content), len(record.rejected.content))
+    for batch in batches(scan_rows(path), kind):
+        flats = [flat for flat in batch.flats if isinstance(flat, tuple)]
+        bad.update([error.reason for error in batch.flats if isinstance(error, DataError)])
+        texts = ["\n".join(flat[1::2]) for flat in flats]
+        place, end = _PROMPT[kind]
+        prompts.update([flat[place][:end] for flat in flats])
+        if role := _ROLE.get(kind):
+            turns.update([flat[::2].count(role) for flat in flats])
+        if kind == "preference":
+            _add_bias(bias, flats)
         length += sum(map(len, texts))
         found += languages(texts)
         if len(prompts) > _PROMPTS:
-            prompts = Counter({text: n for text, n in prompts.most_common(_PROMPTS // 2) if n > 1})
+            again = Counter({text: n for text, n in prompts.items() if n > 1})
+            prompts = Counter(dict(again.most_common(_PROMPTS // 2)))
         if tokens and sample is None:
-            tokens.add(batch)
+            tokens.add(flats)
         elif tokens and sample:
-            _sample(kept, batch, rows, sample, chance)
-        rows += len(batch)
+            _sample(kept, flats, rows, sample, chance)
+        rows += len(flats)
+    if not rows:
+        next(read_records([path], kind, BadRows("skip", 1.0)))  # raises the error that says so
     if tokens and kept:
         tokens.add(kept)
     return {
@@ -171,7 +186,7 @@ def measure(
         "kind": kind,
         "bytes": path.stat().st_size,
         "rows": rows,
-        "bad_rows": dict(bad.counts),
+        "bad_rows": dict(bad),
         "characters": length,
         "turns": {str(n): count for n, count in sorted(turns.items())},
         "languages": {name: count / rows for name, count in found.most_common()},
@@ -181,13 +196,17 @@ def measure(
     }
 
 
-def _bias(chosen: int, rejected: int) -> Counter[str]:
-    """Tell which of a pair's answers is the longer one, by their characters."""
-    longer, equal = chosen > rejected, chosen == rejected
-    return Counter(dict(zip(_BIAS, (longer, equal, chosen, rejected), strict=True)))
+def _add_bias(bias: Counter[str], pairs: list[Flat]) -> None:
+    """Count which of each pair's answers is the longer one, by their characters."""
+    chosen, rejected = [len(flat[-3]) for flat in pairs], [len(flat[-1]) for flat in pairs]
+    longer, equal = (sum(map(than, chosen, rejected)) for than in (gt, eq))
+    counts = (longer, equal, sum(chosen), sum(rejected))
+    bias.update(dict(zip(_BIAS, counts, strict=True)))
 
 
-def _sample(kept: Rows, batch: Rows, before: int, size: int, chance: random.Random) -> None:
+def _sample(
+    kept: list[Flat], batch: list[Flat], before: int, size: int, chance: random.Random
+) -> None:
     """Keep a fair sample of all rows so far (reservoir sampling)."""
     for seen, row in enumerate(batch, before + 1):
         if seen <= size:

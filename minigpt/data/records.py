@@ -17,8 +17,8 @@ from minigpt.errors import DataError
 
 Kind = Literal["text", "chat", "preference"]
 
-_ROLES = {role: role for role in ("system", "user", "assistant")}
-_ROLES |= {"human": "user", "gpt": "assistant"}
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
 # The key of the prompt and, where the messages do not hold it already, that of the answer.
 _CHAT_KEYS = {"messages": "", "conversations": "", "instruction": "output", "prompt": "completion"}
@@ -45,7 +45,7 @@ _REMEDIES = {
     "special_token": "Remove it: data must not be able to start or end a turn.",
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
     "tool_role": "Leave out conversations with tool calls.",
-    "unknown_role": f"Known are {', '.join(_ROLES)}.",
+    "unknown_role": f"Known are {', '.join(ROLES)}.",
 }
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 
@@ -286,11 +286,11 @@ class _Parser:
         role = value[role_key]
         if not isinstance(role, str):
             raise _wrong_type(role, "a string", place)
-        if role not in _ROLES:
+        if role not in ROLES:
             reason = "tool_role" if role in _TOOL_ROLES else "unknown_role"
             raise _error(reason, place, f"role {role!r:.40} is not supported")
         content = self.string(value[content_key], content_place, blank=role == "system")
-        return place, Message(_ROLES[role], content)
+        return place, Message(ROLES[role], content)
 
     def string(self, value: object, place: str, *, blank: bool = False) -> str:
         if not isinstance(value, str):

@@ -23,6 +23,7 @@ _REMEDIES = {
     "no_rows": "Give a file with one JSON object on each line.",
     "unreadable": "Name a file that can be read, or the files in a directory.",
 }
+_DECODER = json.JSONDecoder()
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -81,7 +82,12 @@ def _decode(data: bytes, line: int) -> Any:
     """Decode JSON that starts at `line` of its file; return the error if it cannot be."""
     reason, remedy = "bad_json", _REMEDIES["bad_json"]
     try:
-        return json.loads(data.decode().rstrip())
+        text = data.decode().rstrip()
+        if text.startswith("{"):  # `loads` takes half as long again
+            value, end = _DECODER.raw_decode(text)
+            if end == len(text):
+                return value
+        return json.loads(text)
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         byte = error.start - data.rfind(b"\n", 0, error.start)

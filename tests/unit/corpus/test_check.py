@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt.corpus.check import Checker, Findings
-from minigpt.corpus.encoding import CONTROL
+from minigpt.corpus.flat import CONTROL_BYTES
 from minigpt.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -264,13 +264,15 @@ def test_the_kind_is_guessed_or_given(write: Any, minigpt: Any) -> None:
 
 
 def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, minigpt: Any) -> None:
-    path, file = write([GOOD, *[{"messages": []}] * 30]), tmp_path / "out" / "report.json"
+    path, file = write([GOOD, *[{"messages": []}] * 30, GOOD]), tmp_path / "out" / "report.json"
     outcome = minigpt("data", "check", path, "--json", file)
     assert outcome.out.count("[no_messages]. ") + outcome.out.count("[no_messages]\n") == 20
     assert f"{path}: 10 more [no_messages]; --all shows them" in outcome.out
     report = json.loads(file.read_text())
-    assert (report["rows"], report["errors"], report["counts"]) == (31, 30, {"no_messages": 30})
-    assert report["problems"][0]["line"] == 2
+    assert (report["rows"], report["errors"]) == (32, 30)
+    assert report["counts"] == {"no_messages": 30, "duplicate": 1}
+    places = [(problem["path"], problem["line"]) for problem in report["problems"]]
+    assert places == [(str(path), line) for line in (*range(2, 22), 32)]
     everything = minigpt("data", "check", path, "--all").out
     assert everything.count("[no_messages]\n") == 30
 
@@ -330,7 +332,7 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
             assert findings.errors()
             assert not out.exists()
             data = b"\n".join(rows)
-            text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL)
+            text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL_BYTES)
             broken_array = text.lstrip().startswith(b"[")
             assert broken_array or data.startswith(b"\x1f\x8b")  # or gzip
             return
