@@ -223,18 +223,24 @@ class Gguf:
         check_fits(ids, self.context, name)
         if sampling.logprobs is not None:
             raise ConfigError("GGUF files are answered without log-probs. Use the run's own model.")
-        values = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": self.context,
+        greedy = sampling.temperature == 0
+        steps = {  # in Chooser's order; each costs time, so only those that do something
+            "penalties": sampling.repetition_penalty != 1,
+            "temperature": not greedy,
+            "top_k": greedy or sampling.top_k > 0,
+            "top_p": not greedy and sampling.top_p < 1,
+            "min_p": not greedy and sampling.min_p > 0,
         }
-        return values | {
+        return {
             "prompt": ids,
             "n_predict": min(sampling.max_new_tokens, self.context - len(ids)),
-            "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+            "samplers": [step for step, needed in steps.items() if needed],
+            "repeat_penalty": sampling.repetition_penalty,
+            "repeat_last_n": self.context,
+            "temperature": sampling.temperature,
+            "top_k": 1 if greedy else sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
             "seed": sampling.seed % (2**32 - 1),  # the last one stands for a random seed
             "cache_prompt": False,  # a reply must not depend on what was asked before
             "ignore_eos": self.endless,
