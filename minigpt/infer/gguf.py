@@ -81,6 +81,8 @@ class LlamaCpp:
         except RuntimeError as error:
             raise ModelError(f"llama.cpp cannot load {file}: {error}") from error
         self.host = urlsplit(self.server.listening_address).netloc
+        # A server that is dropped before its loop has begun never ends: see that it has.
+        self.ask("/completion", prompt=[0], n_predict=1)
 
     def ask(self, path: str, **body: Any) -> Any:
         """Post a request; return the decoded answer."""
