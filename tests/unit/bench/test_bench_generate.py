@@ -47,27 +47,33 @@ def test_every_arm_is_measured(
     assert f"ratio_int8{'':26} {result['ratio_int8']}" in outcome.out
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_saved_model_is_measured(minigpt: Minigpt, tmp_path: Path, family: str) -> None:
-    tiny.model(family, vocab_size=280).save_pretrained(tmp_path)
-    tiny.tokenizer(tmp_path)
-    outcome = minigpt("bench", "generate", "--model", tmp_path, *SHORT)
-    assert outcome.status == (0 if family == "qwen3" else 2), outcome
-    if family == "qwen3":
-        assert f"parameters{'':26} {tiny.model('qwen3').num_parameters()}" in outcome.out
-
-
-def test_without_llamacpp_its_arm_is_left_out(
-    minigpt: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("without", "normalizer", "told"),
+    [
+        ("", None, "measured"),
+        ("xllamacpp", None, "not measured; it needs: pip install 'minigpt[gguf]'"),
+        ("", {"type": "NFC"}, "not measured: This tokenizer cannot be exported to GGUF"),
+    ],
+)
+def test_a_saved_model_is_measured(
+    minigpt: Minigpt,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without: str,
+    normalizer: dict[str, str] | None,
+    told: str,
 ) -> None:
+    """The arm of llama.cpp is left out where it cannot be."""
     tiny.model("qwen3").save_pretrained(tmp_path)
-    tiny.tokenizer(tmp_path)
+    words = Path(tiny.tokenizer(tmp_path)) / "tokenizer.json"
+    words.write_text(json.dumps(json.loads(words.read_text()) | {"normalizer": normalizer}))
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: n != "xllamacpp" and find(n, *r))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: n != without and find(n, *r))
     outcome = minigpt("bench", "generate", "--model", tmp_path, *SHORT)
     assert outcome.status == 0
-    assert "not measured; it needs: pip install 'minigpt[gguf]'" in outcome.out
-    assert "gguf_q8_0" not in outcome.out
+    assert f"parameters{'':26} {tiny.model('qwen3').num_parameters()}" in outcome.out
+    assert f"gguf{'':32} {told}" in outcome.out
+    assert ("gguf_q8_0_tokens_per_s" in outcome.out) == (told == "measured")
 
 
 @pytest.mark.parametrize(
