@@ -79,7 +79,9 @@ class LlamaCpp:
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise ModelError(f"llama.cpp cannot load {file}: {error}") from error
+            raise ModelError(
+                f"llama.cpp cannot load {file.name}: it is damaged, or not for this version."
+            ) from error
         self.host = urlsplit(self.server.listening_address).netloc
         # A server that is dropped before its loop has begun never ends: see that it has.
         self.ask("/completion", prompt=[0], n_predict=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,6 +199,12 @@ def test_what_is_refused(llama: Gguf) -> None:
         list(llama.llama.complete(prompt=[5], n_predict="x"))
 
 
+def test_others_on_the_machine_cannot_ask(llama: Gguf) -> None:
+    with closing(http.client.HTTPConnection(llama.llama.host)) as connection:
+        connection.request("POST", "/completion", json.dumps({"prompt": "a"}))
+        assert connection.getresponse().status == 401
+
+
 def test_a_stream_that_is_left_makes_room_for_the_next(llama: Gguf) -> None:
     llama.endless = True
     stream = llama.stream("the cat", Sampling(100))
@@ -254,7 +262,7 @@ def test_files_that_llamacpp_refuses(tokenizer: Any, tmp_path: Path, capfd: Any)
     gguf.write(
         Engine(tiny.model("qwen3"), tokenizer), tmp_path / "a.gguf", "f32", "odd", Card("a", "a")
     )
-    with pytest.raises(ModelError, match=r"llama.cpp cannot load .*a.gguf"):
+    with pytest.raises(ModelError, match=r"llama.cpp cannot load a.gguf: it is damaged"):
         Gguf(tmp_path / "a.gguf")
     assert capfd.readouterr() == ("", "")
 
