@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,6 +23,7 @@ EXAMPLES = """examples:
 """
 VOCABULARY = 6400  # of a model with random weights
 PROMPTS = 32  # of the batch, 8 to 160 tokens long
+PROMPT = "x" * 32  # alone
 
 
 def main(args: list[str]) -> None:
@@ -57,6 +60,8 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     arms = arms_of(model, tokenizer, chosen, "fp32")
     if bf16:
         arms |= arms_of(copy.deepcopy(model).to(torch.bfloat16), tokenizer, chosen, "bf16")
+    gguf, said = gguf_arm(model, tokenizer, chosen)
+    arms |= gguf
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():  # once unmeasured, with what is only done once
         arm()
@@ -69,6 +74,7 @@ def measure(chosen: Namespace) -> dict[str, Any]:
         "ratio_fp32": ("fp32", "transformers_fp32"),
         "ratio_bf16": ("bf16", "transformers_bf16"),
         "ratio_int8": ("int8", "transformers_fp32"),
+        "ratio_gguf_q8_0": ("gguf_q8_0", "transformers_fp32"),
         "ratio_batch": ("batch_fp32", "one_by_one_fp32"),
     }
     ratios = {n: round(rate[a] / rate[b], 2) for n, (a, b) in pairs.items() if a in rate}
@@ -76,6 +82,7 @@ def measure(chosen: Namespace) -> dict[str, Any]:
         **{f"{name}_tokens_per_s": value for name, value in rate.items()},
         **ratios,
         "bf16": "measured" if bf16 else "not measured: this CPU has no bf16 instructions",
+        "gguf": said,
         "parameters": model.num_parameters(),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -94,13 +101,12 @@ def arms_of(
     engine.ends = set()  # random weights may end a reply at once
     letters = random.Random(0)
     prompts = ["x" * letters.randint(8, 160) for _ in range(PROMPTS)]
-    prompt = "x" * 32
 
     def stream(engine: Engine) -> int:
-        return sum(len(delta.ids) for delta in engine.stream(prompt, how))
+        return sum(len(delta.ids) for delta in engine.stream(PROMPT, how))
 
     def transformers() -> int:
-        ids = torch.tensor([engine.encode(prompt)])
+        ids = torch.tensor([engine.encode(PROMPT)])
         given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         out = model.generate(ids, **given, max_new_tokens=chosen.tokens, do_sample=False)
         return int(out.shape[1] - ids.shape[1])
@@ -117,6 +123,31 @@ def arms_of(
     arms[f"one_by_one_{dtype}"] = lambda: complete(*alone)
     arms[f"batch_{dtype}"] = lambda: complete(prompts)
     return arms
+
+
+def gguf_arm(
+    model: Any, tokenizer: Any, chosen: Namespace
+) -> tuple[dict[str, Callable[[], int]], str]:
+    """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one."""
+    if not all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
+        return {}, "not measured; it needs: pip install 'minigpt[gguf]'"
+    from minigpt.export.card import Card
+    from minigpt.export.gguf import check_config, pre_tokenizer, write
+    from minigpt.infer.engine import Engine, Sampling
+    from minigpt.infer.gguf import Gguf
+
+    try:
+        check_config(model.config)
+        pre = pre_tokenizer(tokenizer)
+    except ConfigError as error:
+        return {}, f"not measured: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write(Engine(model, tokenizer), file, "q8_0", pre, Card("bench", "bench"))
+        engine = Gguf(file)
+    engine.endless = True
+    how = Sampling(chosen.tokens)
+    return {"gguf_q8_0": lambda: len(engine.complete([PROMPT], how)[0].ids)}, "measured"
 
 
 def load(chosen: Namespace) -> tuple[Any, Any]:
@@ -143,13 +174,17 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
 
 
 def bytes_only() -> Any:
-    """Return a tokenizer whose tokens are the bytes: a model without training says no words."""
+    """Return a tokenizer whose tokens are the bytes: a model without training says no words.
+
+    One merge, of letters that no prompt holds, is there for llama.cpp, which loads none without.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from minigpt.data.tokenizer import SPECIAL_TOKENS, wrap
 
-    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "qq"]
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    bpe = Tokenizer(models.BPE(vocabulary, [("q", "q")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return wrap(bpe)

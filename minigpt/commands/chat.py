@@ -27,10 +27,12 @@ from minigpt.files import write_text
 if TYPE_CHECKING:
     from minigpt.data.records import Message
     from minigpt.infer.engine import Engine, Sampling
+    from minigpt.infer.gguf import Gguf
 
 EXAMPLES = """examples:
   minigpt chat --model outputs/sft
   minigpt chat --model outputs/sft --adapter outputs/lora --system "Answer in one sentence."
+  minigpt chat --model exports/sft-gguf
 
 In the chat: !help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.
 """
@@ -63,7 +65,7 @@ class Chat:
         system: message that stands before the dialogue; "" for none.
     """
 
-    def __init__(self, engine: Engine, how: Sampling, system: str) -> None:
+    def __init__(self, engine: Engine | Gguf, how: Sampling, system: str) -> None:
         self.engine, self.how, self.system_text = engine, how, system
         self.history: list[Message] = []
         self.question, self.answered = "", False  # the last one

@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   minigpt generate --model outputs/pretrain --text --prompt "Once upon"
   echo "Hello" | minigpt generate --model outputs/sft --temperature 0.8 --top_p 0.9
   minigpt generate --model outputs/sft --file questions.jsonl > answers.jsonl
+  minigpt generate --model exports/sft-gguf/sft-q8_0.gguf --prompt "Hello"
 """
 
 

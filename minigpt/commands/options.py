@@ -12,6 +12,7 @@ from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from minigpt.infer.engine import Engine, Sampling
+    from minigpt.infer.gguf import Gguf
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,7 +35,7 @@ def positive(text: str) -> int:
 
 
 def add_model(parser: CommandParser) -> None:
-    """Add the options that say which model answers."""
+    """Add the options that say which model is meant."""
     parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
     parser.add_argument("--adapter", help="LoRA directory to put on the model")
 
@@ -45,12 +46,24 @@ def add_weights(parser: CommandParser) -> None:
     parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=told)
 
 
-def load_engine(chosen: argparse.Namespace) -> Engine:
-    """Load the model that the options of `add_model` and `add_weights` name."""
+def load_engine(chosen: argparse.Namespace) -> Engine | Gguf:
+    """Load the model that the options of `add_model` and `add_weights` name.
+
+    Raises:
+        ConfigError: for options that a GGUF file cannot have.
+    """
     from minigpt.cli import quiet
     from minigpt.infer.engine import Engine
+    from minigpt.infer.gguf import Gguf, find_gguf
 
     quiet()
+    if (file := find_gguf(chosen.model)) is not None:
+        if chosen.adapter or chosen.weights != "fp32":
+            raise ConfigError(
+                f"{file} is a GGUF file: its weights are as they are. Leave --adapter and "
+                "--weights out, or export it with that adapter and another --dtype."
+            )
+        return Gguf(file)
     return Engine.load(chosen.model, chosen.adapter, weights=chosen.weights)
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
-import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from jinja2 import TemplateError
@@ -22,6 +17,7 @@ from minigpt.data.records import Message
 from minigpt.data.tokenizer import special_texts
 from minigpt.errors import ModelError
 from minigpt.infer.engine import Engine, Sampling
+from minigpt.infer.gguf import LlamaCpp
 
 Numbers = dict[str, Any]
 Chat = list[dict[str, str]]
@@ -141,48 +137,6 @@ def check_texts(
     hold(numbers, "token ids differ", same == len(texts))
     hold(numbers, "chats are rendered otherwise", chats == len(expected.chats))
     return numbers
-
-
-class LlamaCpp:
-    """llama.cpp on a GGUF file, asked over its loopback port.
-
-    Raises:
-        ModelError: when llama.cpp refuses the file.
-    """
-
-    def __init__(self, file: Path, context: int) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
-        params.warmup, params.verbosity = False, 1  # errors only
-        # As exact as it gets: the cache in f32, and attention that does not round to f16.
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise ModelError(f"llama.cpp cannot load the export: {error}") from error
-        self.host = urlsplit(self.server.listening_address).netloc
-
-    def ask(self, path: str, **body: Any) -> Any:
-        """Post a request; return the decoded answer."""
-        with closing(http.client.HTTPConnection(self.host)) as connection:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", path, json.dumps(body), headers)
-            return json.loads(connection.getresponse().read())
-
-    def ids_of(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of texts, asked in one row with -1 after each."""
-        row = [part for text in texts for part in (text, -1)]
-        ids = self.ask("/tokenize", content=row, add_special=False, parse_special=True)["tokens"]
-        parts = itertools.groupby(ids, lambda token: token == -1)
-        return [list(part) for mark, part in parts if not mark]
-
-    def prompt_of(self, chat: Chat) -> str:
-        """Return the prompt that a chat becomes."""
-        return str(self.ask("/apply-template", messages=chat).get("prompt"))
 
 
 def check_llamacpp(expected: Expected, file: Path, limit: float) -> Numbers:

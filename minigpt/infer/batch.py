@@ -62,6 +62,15 @@ class Delta:
     ended_by: int | None = None
 
 
+def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
+    """Refuse, with a ConfigError that begins with its name, a prompt that fills the context."""
+    if len(ids) + 1 > context:
+        raise ConfigError(
+            f"{name}The prompt has {len(ids)} tokens, but the model's context length is "
+            f"{context} tokens, the reply included. Give a shorter prompt."
+        )
+
+
 class _Request:
     def __init__(self, number: int, ids: list[int], sampling: Sampling, engine: Engine) -> None:
         self.number, self.ids, self.sampling = number, ids, sampling
@@ -93,11 +102,7 @@ class Batch:
         Raises:
             ConfigError: for a prompt that fills the model's context.
         """
-        if len(ids) + 1 > self.engine.context:
-            raise ConfigError(
-                f"{name}The prompt has {len(ids)} tokens, but the model's context length is "
-                f"{self.engine.context} tokens, the reply included. Give a shorter prompt."
-            )
+        check_fits(ids, self.engine.context, name)
         self._count += 1
         self._queue.append(_Request(self._count, list(ids), sampling, self.engine))
         return self._count

@@ -134,15 +134,7 @@ class Engine:
             ConfigError: for a chat when the model has no chat template.
             DataError: for text that is not valid Unicode.
         """
-        texts = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                "the prompt holds a lone surrogate, half of a character",
-                remedy="Give it as valid UTF-8.",
-                reason="lone_surrogate",
-            ) from None
+        check_unicode(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
             return list(ids) or [tokenizers.document_end(self.tokenizer)]
@@ -206,6 +198,19 @@ class Engine:
         batch.add(self.encode(prompt), sampling)
         while not batch.idle:
             yield from batch.step()
+
+
+def check_unicode(prompt: str | Sequence[Message]) -> None:
+    """Refuse, with a DataError, text that is not valid Unicode."""
+    texts = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "the prompt holds a lone surrogate, half of a character",
+            remedy="Give it as valid UTF-8.",
+            reason="lone_surrogate",
+        ) from None
 
 
 def _reply(deltas: list[Delta], sampling: Sampling) -> Reply:

@@ -9,49 +9,22 @@ from transformers import PreTrainedTokenizerFast
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character, or not yet
 
 
-class TextStream:
-    """The text of a reply as its tokens arrive.
+class StopTexts:
+    """Lets text pass up to a stop text, and holds back what may become one.
 
     Args:
-        tokenizer: turns ids into text.
         stop: texts that end the reply.
 
     Attributes:
-        stopped: whether a stop text has come; the released text ends before it.
+        stopped: whether a stop text has come; what passed ends before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
-        self.backend, self.stop = tokenizer.backend_tokenizer, tuple(stop)
-        self.stopped = False
-        self._ids: list[int] = []  # of the window that is still decoded
-        self._known = 0  # how many of them were there when the window's text was last whole
-        self._taken = 0  # characters of the window's text that were taken
-        self._held = ""
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop, self.stopped, self._held = tuple(stop), False, ""
 
-    def add(self, token: int) -> str:
-        """Take a token; return the text that is certain now."""
-        self._ids.append(token)
-        text = self.backend.decode(self._ids)
-        whole = text.rstrip(UNFINISHED)
-        self._take(whole)
-        if whole == text:  # the last tokens stay: some decoders write a first token otherwise
-            self._ids = self._ids[self._known :]
-            self._known, self._taken = len(self._ids), len(self.backend.decode(self._ids))
-        return self._release()
-
-    def end(self) -> str:
-        """Return what was held back, when no more tokens come."""
-        self._take(self.backend.decode(self._ids))
-        out = self._release()
-        if not self.stopped:
-            out, self._held = out + self._held, ""
-        return out
-
-    def _take(self, text: str) -> None:
-        self._held += text[self._taken :]
-        self._taken = max(self._taken, len(text))
-
-    def _release(self) -> str:
+    def add(self, text: str) -> str:
+        """Take more text; return what is certain now."""
+        self._held += text
         places = [at for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if self.stopped or places:
             out = "" if self.stopped else self._held[: min(places)]
@@ -61,6 +34,51 @@ class TextStream:
         cut = len(self._held) - held
         out, self._held = self._held[:cut], self._held[cut:]
         return out
+
+    def end(self) -> str:
+        """Return what was held back, when no more text comes."""
+        out, self._held = self._held, ""
+        return out
+
+
+class TextStream:
+    """The text of a reply as its tokens arrive.
+
+    Args:
+        tokenizer: turns ids into text.
+        stop: texts that end the reply.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
+        self.backend, self._stops = tokenizer.backend_tokenizer, StopTexts(stop)
+        self._ids: list[int] = []  # of the window that is still decoded
+        self._known = 0  # how many of them were there when the window's text was last whole
+        self._taken = 0  # characters of the window's text that were taken
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come; the released text ends before it."""
+        return self._stops.stopped
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that is certain now."""
+        self._ids.append(token)
+        text = self.backend.decode(self._ids)
+        whole = text.rstrip(UNFINISHED)
+        out = self._take(whole)
+        if whole == text:  # the last tokens stay: some decoders write a first token otherwise
+            self._ids = self._ids[self._known :]
+            self._known, self._taken = len(self._ids), len(self.backend.decode(self._ids))
+        return out
+
+    def end(self) -> str:
+        """Return what was held back, when no more tokens come."""
+        return self._take(self.backend.decode(self._ids)) + self._stops.end()
+
+    def _take(self, text: str) -> str:
+        new = text[self._taken :]
+        self._taken = max(self._taken, len(text))
+        return self._stops.add(new)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -39,6 +39,11 @@ def find_model(place: str | Path) -> Path | str:
     is_hub_id = str(place).count("/") <= 1 and not path.exists() and not str(place).startswith(".")
     if is_hub_id and path.parent.name != "outputs":
         return str(place)
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise ModelError(
+            f"{place} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
+            "Give the run that it was exported from."
+        )
     stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
     raise ModelError(
         f"There is no trained model in {place}. Make it with: "

@@ -28,7 +28,7 @@ ALLOWED = {
     "infer": {"data", "model"},
     "modules": {"data", "model", "infer"},
     "callbacks": {"data", "model"},
-    "bench": {"data", "model", "infer", "commands", "cli"},
+    "bench": {"data", "model", "infer", "export", "commands", "cli"},
     "corpus": {"data", "report"},
     "evaluate": {"data", "model", "infer"},
     "export": {"data", "model", "infer"},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,8 @@ def test_every_arm_is_measured(
     outcome = minigpt("bench", "generate", *options)
     assert outcome.status == 0
     result = json.loads(file.read_text())
-    arms = {"transformers_fp32", "fp32", "int8", "one_by_one_fp32", "batch_fp32"}
-    ratios = {"ratio_fp32", "ratio_int8", "ratio_batch"}
+    arms = {"transformers_fp32", "fp32", "int8", "one_by_one_fp32", "batch_fp32", "gguf_q8_0"}
+    ratios = {"ratio_fp32", "ratio_int8", "ratio_batch", "ratio_gguf_q8_0"}
     if bf16:
         arms |= {"transformers_bf16", "bf16", "one_by_one_bf16", "batch_bf16"}
         ratios.add("ratio_bf16")
@@ -40,17 +41,39 @@ def test_every_arm_is_measured(
     assert result["ratio_fp32"] == pytest.approx(
         result["fp32_tokens_per_s"] / result["transformers_fp32_tokens_per_s"], abs=0.01
     )
+    assert result["gguf"] == "measured"
     assert ("has no bf16" in result["bf16"]) == (not bf16)
     assert result["threads"] == torch.get_num_threads()
     assert f"ratio_int8{'':26} {result['ratio_int8']}" in outcome.out
 
 
-def test_a_saved_model_is_measured(minigpt: Minigpt, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("without", "normalizer", "told"),
+    [
+        ("", None, "measured"),
+        ("xllamacpp", None, "not measured; it needs: pip install 'minigpt[gguf]'"),
+        ("", {"type": "NFC"}, "not measured: This tokenizer cannot be exported to GGUF"),
+    ],
+)
+def test_a_saved_model_is_measured(
+    minigpt: Minigpt,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without: str,
+    normalizer: dict[str, str] | None,
+    told: str,
+) -> None:
+    """The arm of llama.cpp is left out where it cannot be."""
     tiny.model("qwen3").save_pretrained(tmp_path)
-    tiny.tokenizer(tmp_path)
+    words = Path(tiny.tokenizer(tmp_path)) / "tokenizer.json"
+    words.write_text(json.dumps(json.loads(words.read_text()) | {"normalizer": normalizer}))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: n != without and find(n, *r))
     outcome = minigpt("bench", "generate", "--model", tmp_path, *SHORT)
     assert outcome.status == 0
     assert f"parameters{'':26} {tiny.model('qwen3').num_parameters()}" in outcome.out
+    assert f"gguf{'':32} {told}" in outcome.out
+    assert ("gguf_q8_0_tokens_per_s" in outcome.out) == (told == "measured")
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (wrong_theta, "log-probabilities differ", "out"),
         (wrong_merges, "token ids differ", "out.gguf"),
-        (unknown_pre, "llama.cpp cannot load the export", "out"),
+        (unknown_pre, "llama.cpp cannot load tiny-f32.gguf", "out"),
         (wrong_template, "chats are rendered otherwise", "out.gguf"),
         (wrong_weight, "weights differ", "out.gguf"),
     ],
