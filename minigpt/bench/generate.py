@@ -15,6 +15,7 @@ from typing import Any
 
 from minigpt.bench.measure import architecture
 from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.errors import ConfigError
 from minigpt.files import write_json
 
 EXAMPLES = """examples:
