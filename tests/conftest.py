@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ os.environ["MINIGPT_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Sums depend on how many threads share them, and golden losses must not depend on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Whoever starts tests in the background has them ignore Ctrl-C, and every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def show(chosen: argparse.Namespace) -> None:
     for file in chosen.files:
         for part in show.segments(Path(file), *options):
             parts.append(part)
-            console.rule(part.heading, align="left")
+            console.print(f"── {part.heading}", style="bold")
             console.print(show.coloured(part) if console.color_system else show.plain(part))
     if not parts:
         raise ConfigError(f"There is no row from line {chosen.start} on.")

@@ -25,6 +25,7 @@ ONE = {"trainer__accumulate_grad_batches": 1}
     [
         ("nan", 0, ONE),
         ("inf", 0, ONE),
+        ("1e36", 0, ONE),  # the loss is finite, the gradient's norm is not
         pytest.param("nan", 1, TWO, marks=pytest.mark.faults),
     ],
 )

@@ -338,4 +338,7 @@ def test_ctrl_c_ends_the_process(exported: Path) -> None:
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(20) in (1, -signal.SIGINT, 130)
+        try:
+            assert process.wait(20) in (1, -signal.SIGINT, 130)
+        finally:
+            process.kill()
