@@ -70,8 +70,8 @@ def test_serving_until_a_signal_comes(
 
 
 def test_names() -> None:
-    assert named(["outputs/sft", "Qwen/Qwen3-0.6B", "x=a=b"]) == {
-        "outputs/sft": "outputs/sft",  # it is no directory here
+    assert named(["outputs/nowhere", "Qwen/Qwen3-0.6B", "x=a=b"]) == {
+        "outputs/nowhere": "outputs/nowhere",  # it is no directory here
         "Qwen/Qwen3-0.6B": "Qwen/Qwen3-0.6B",
         "x": "a=b",
     }
