@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,15 @@ def metrics(run_dir: Path, name: str = "train/loss") -> list[float]:
     """Return a metric's values in the order in which they were logged."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def told(outcome: Any, *fragments: object) -> str:
+    """Assert that a command was refused in one paragraph that holds the fragments."""
+    assert outcome.status == 2
+    last = outcome.err.strip().splitlines()[-1]
+    assert last.startswith("minigpt: ")
+    assert "Traceback" not in outcome.err
+    assert len(re.findall("^minigpt: ", outcome.err, re.MULTILINE)) == 1
+    for fragment in fragments:
+        assert str(fragment) in last
+    return last

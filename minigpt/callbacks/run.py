@@ -65,9 +65,11 @@ class RunRecorder(Callback):
             for name, value in trainer.callback_metrics.items():
                 log.info("%s: %.4g", name, value)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        self.final = {k: v for k, v in metrics.items() if k.startswith("val/")}
-        if trainer.sanity_checking:
-            self.before = self.final
+        held_out = {k: v for k, v in metrics.items() if k.startswith("val/")}
+        if not trainer.sanity_checking:
+            self.final = held_out
+        else:
+            self.before = held_out
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, 0)
 
@@ -84,14 +86,13 @@ class RunRecorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export and sum up."""
         pl_module.export(self.run_dir / "hf")
-        final = self.final
         if trainer.is_global_zero:
-            self._write_summary(trainer, pl_module, final)
+            self._write_summary(trainer, pl_module)
             for logger in trainer.loggers:
                 hyper = getattr(trainer, "hyper", {})
-                logger.log_hyperparams(hyper, {f"final/{k}": v for k, v in final.items()})
+                logger.log_hyperparams(hyper, {f"final/{k}": v for k, v in self.final.items()})
 
-    def _write_summary(self, trainer: Trainer, pl_module: Any, final: dict[str, float]) -> None:
+    def _write_summary(self, trainer: Trainer, pl_module: Any) -> None:
         summary = {
             "stage": type(pl_module).__name__,
             "steps": trainer.global_step,
@@ -100,15 +101,15 @@ class RunRecorder(Callback):
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             **peak_memory(),
             "before": self.before,
-            "final": final,
+            "final": self.final,
             "data": trainer.datamodule.statistics(),  # type: ignore[attr-defined]
             "machine": machine(),
         }
         write_json(self.run_dir / "summary.json", summary)
         told = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
-        if "val/loss" in final:
+        if "val/loss" in self.final:
             before = self.before.get("val/loss", math.nan)
-            told += f"; held-out loss {before:.3f} → {final['val/loss']:.3f}"
+            told += f"; held-out loss {before:.3f} → {self.final['val/loss']:.3f}"
         log.info("%s. The model is in %s", told, self.run_dir / "hf")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -1,0 +1,374 @@
+"""What `minigpt fit` says to bad input, and what becomes of run directories."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import told
+from transformers import AutoModelForCausalLM
+
+from minigpt.__main__ import TRAINER_VERBS
+from minigpt.data import tokenizer as tokenizers
+
+Minigpt = Callable[..., Any]
+
+
+# Rows
+
+
+def chat(*turns: tuple[str, object]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+
+
+LONG = "the cat " * 90
+BAD_ROWS: dict[str, tuple[bytes | str, str, str]] = {  # row, field, a fragment of the message
+    "not json": ("{oops", "", "invalid JSON at column 2"),
+    "wrong keys": ('{"foo": 1}', "", "not a chat row: its keys are ['foo']. Accepted are"),
+    "wrong type": (chat(("user", 5)), "messages[0].content", "must be a string, not a number"),
+    "bad utf-8": (b'{"messages": "\xff"}', "", "byte 15 of the line is not UTF-8. Convert"),
+    "roles": (chat(("user", "a"), ("user", "b")), "messages[1].role", "'user' where 'assistant'"),
+    "no assistant": (chat(("user", "a")), "messages[0].role", "no assistant message"),
+    "special token": (
+        chat(("user", "a<|im_end|>"), ("assistant", "b")),
+        "messages[0].content",
+        "holds the special token '<|im_end|>'. Remove it",
+    ),
+    "no targets": (chat(("user", LONG), ("assistant", "b")), "", "Raise max_length"),
+    "surrogate": (
+        chat(("user", "\ud800"), ("assistant", "b")),
+        "messages[0].content",
+        "lone surrogate",
+    ),
+}
+
+
+def rows_file(trained: Path, tmp_path: Path, *rows: bytes | str) -> Path:
+    """The good rows of the sample, and some more."""
+    file = tmp_path / "rows.jsonl"
+    more = [row if isinstance(row, bytes) else row.encode() for row in rows]
+    file.write_bytes((trained / "sft.jsonl").read_bytes() + b"\n".join(more) + b"\n")
+    return file
+
+
+@pytest.mark.parametrize(("row", "field", "fragment"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row(
+    fit: Minigpt, trained: Path, tmp_path: Path, row: bytes | str, field: str, fragment: str
+) -> None:
+    file = rows_file(trained, tmp_path, row)
+    outcome = fit("sft", data__init_args__train=str(file))
+    told(outcome, f"{file}:49:{field}".rstrip(":"), fragment)
+    assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["status.json"]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 2
+    assert fit("sft").status == 0  # nothing blocks a second try
+
+
+def test_empty_file(fit: Minigpt, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    file = str(tmp_path / "rows.jsonl")
+    told(fit("sft", data__init_args__train=file), file, "holds no rows", "one JSON object on each")
+
+
+def test_missing_file(fit: Minigpt) -> None:
+    told(fit("sft", data__init_args__train="none.jsonl"), "none.jsonl", "Check")
+
+
+def test_long_rows_are_cut_and_counted(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    file = rows_file(trained, tmp_path, chat(("user", "the"), ("assistant", LONG)))
+    before = fit("sft", "--overwrite=true", data__init_args__cache_dir=str(tmp_path / "stores"))
+    after = fit("sft", "--overwrite=true", data__init_args__train=str(file))
+    cut = r"rows\.jsonl: 49 rows, .* (\d+) rows cut to the maximum length"
+    whole = r"sft\.jsonl: 48 rows, .* (\d+) rows cut to the maximum length"
+    counts = [re.search(p, o.err) for p, o in ((whole, before), (cut, after))]
+    numbers = [int(found[1]) for found in counts if found]
+    assert numbers[1] == numbers[0] + 1
+
+
+def test_bad_rows_can_be_skipped(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    file = rows_file(trained, tmp_path, "{oops")
+    outcome = fit("sft", data__init_args__train=str(file), data__init_args__on_bad_row="skip")
+    assert outcome.status == 0
+    assert f"skipped 1 bad rows: 1 bad_json (first {file}:49)" in outcome.err
+
+
+def test_too_many_skipped_rows_stop_the_run(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    file = rows_file(trained, tmp_path, "{oops", chat(("user", "a")), "{oops", "{}")
+    options = {"data__init_args__train": str(file), "data__init_args__on_bad_row": "skip"}
+    last = told(fit("sft", **options), f"2 bad_json (first {file}:49)", "more than 5.0% of 52 rows")
+    assert "1 no_assistant" in last
+    assert fit("sft", **options, data__init_args__max_bad_share=0.1).status == 0
+
+
+# Models and tokenizers
+
+
+@pytest.mark.parametrize("place", ["outputs/pretrain", "./none", "/none/such"])
+def test_missing_model(
+    fit: Minigpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told(
+        fit("sft", model__init_args__init_from=place),
+        f"no trained model in {place}",
+        "minigpt fit --config configs/pretrain.yaml",
+    )
+
+
+def test_missing_tokenizer(fit: Minigpt) -> None:
+    told(
+        fit("pretrain", model__init_args__tokenizer="outputs/none"),
+        "no tokenizer at outputs/none",
+        "minigpt tokenizer train",
+    )
+
+
+def test_tokenizer_larger_than_the_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    small = AutoModelForCausalLM.from_pretrained(trained / "sft" / "hf")
+    small.resize_token_embeddings(300)
+    small.save_pretrained(tmp_path / "small")
+    outcome = fit(
+        "sft",
+        model__init_args__init_from=str(tmp_path / "small"),
+        model__init_args__tokenizer=str(trained / "tokenizer"),
+    )
+    told(outcome, "The tokenizer has 320 tokens but the model only 300", "saved with the model")
+
+
+def test_tokenizer_of_other_tokens(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    other = tokenizers.load(trained / "tokenizer")
+    other.add_tokens(["another"])
+    tokenizers.save(other, tmp_path / "other")
+    outcome = fit("sft", model__init_args__tokenizer=str(tmp_path / "other"))
+    told(
+        outcome,
+        "The tokenizer given has 321 tokens, the model's own 320",
+        "Leave the tokenizer out",
+    )
+
+
+def test_damaged_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
+    model = tmp_path / "damaged"
+    model.mkdir()
+    for file in (trained / "sft" / "hf").iterdir():
+        content = file.read_bytes()
+        cut = len(content) // 2 if file.suffix == ".safetensors" else len(content)
+        (model / file.name).write_bytes(content[:cut])
+    told(fit("sft", model__init_args__init_from=str(model)), f"The model at {model} cannot be")
+
+
+# Configs and options
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "fragment"),
+    [
+        ({"model__init_args__foo": 1}, "model.init_args.foo", "no such option"),
+        ({"model__init_args__optimizer__lrr": 1}, "model.init_args.optimizer.lrr", "mean lr?"),
+        ({"model__init_args__lora": {"rr": 1}}, "model.init_args.lora.rr", "no such option"),
+        ({"data__init_args__max_len": 9}, "data.init_args.max_len", "mean max_length?"),
+        ({"trainer__max_step": 9}, "trainer.max_step", "mean max_steps?"),
+        ({"rundir": "x"}, "rundir", "mean run_dir?"),
+        ({"model__class_path": "SFTModul"}, "model", "no class SFTModul. The stages are"),
+        ({"data__class_path": "SFTModule"}, "data", "no class SFTModule. There are PretrainData"),
+        ({"trainer__max_steps": "many"}, "trainer.max_steps", "a whole number, but is many"),
+        (
+            {"model__init_args__optimizer__lr": "fast"},
+            "model.init_args.optimizer.lr",
+            "must be a number, but is fast",
+        ),
+        (
+            {"model__init_args__optimizer__name": "adan"},
+            "model.init_args.optimizer.name",
+            "must be one of 'adamw', 'muon', but is adan",
+        ),
+        ({"data__init_args__train": 5}, "data.init_args.train", "a string or list or dict, but is"),
+        ({"overwrite": "maybe"}, "overwrite", "must be true or false, but is maybe"),
+    ],
+)
+def test_bad_config(
+    fit: Minigpt, tmp_path: Path, changes: dict[str, Any], key: str, fragment: str
+) -> None:
+    outcome = fit("sft", **changes)
+    config = next(tmp_path.glob("*.yaml"))
+    assert "class '" not in told(outcome, f"{config}:1: {key}: ", fragment)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_key_is_found_by_its_line_in_the_last_config(
+    fit: Minigpt, minigpt: Minigpt, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("# more\ntrainer:\n  max_steps: 5\n  max_stepz: 5\n")
+    told(fit("sft", "--config", overlay), f"{overlay}:4: trainer.max_stepz", "max_steps?")
+
+
+@pytest.mark.parametrize(
+    ("option", "fragment"),
+    [
+        ("--trainer.maxx_steps=3", "Did you mean max_steps?"),
+        ("--model.init_args.optimizer.lrr=3", "Did you mean lr?"),
+        ("--runn_dir=3", "Did you mean run_dir?"),
+        ("--data.init_args.max_length=long", "must be a whole number, but is long"),
+        ("--data.max_length=long", "must be a whole number, but is long"),
+    ],
+)
+def test_bad_option(fit: Minigpt, option: str, fragment: str) -> None:
+    told(fit("sft", option), f"minigpt: {option.partition('=')[0]}: ", fragment)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (None, "cannot be read: No such file or directory. Check the name"),
+        (b"model: [1, 2\nfoo: }", ":2:4: invalid YAML: "),
+        (b"\tmodel: 1", ":1:1: invalid YAML: "),
+        (b"hello", "this one holds 'hello'"),
+        (b"", "this one holds nothing"),
+        (b"run_dir: \xff", "is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("form", ["--config {}", "--config={}", "-c {}"])
+def test_bad_config_file(
+    minigpt: Minigpt, tmp_path: Path, content: bytes | None, fragment: str, form: str
+) -> None:
+    file = tmp_path / "stage.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    told(minigpt("fit", *form.format(file).split(" ")), f"{file}", fragment)
+
+
+@pytest.mark.parametrize("verb", TRAINER_VERBS)
+def test_no_config(minigpt: Minigpt, verb: str) -> None:
+    told(minigpt(verb), "name a config with --config FILE")
+
+
+BAD_NUMBERS = [
+    ("data__init_args__tokens_per_batch", 0),
+    ("data__init_args__tokens_per_batch", -5),
+    ("data__init_args__tokens_per_batch", 63),
+    ("data__init_args__max_length", 0),
+    ("data__init_args__data_limit", 0),
+    ("data__init_args__max_prompt_length", 0),
+    ("data__init_args__val_share", -0.1),
+    ("data__init_args__max_bad_share", 1.1),
+    ("trainer__max_steps", 0),
+    ("trainer__max_steps", -5),
+    ("trainer__max_epochs", 0),
+    ("trainer__accumulate_grad_batches", 0),
+    ("trainer__log_every_n_steps", 0),
+    ("checkpoint__every", 0),
+    ("checkpoint__keep", 0),
+    ("model__init_args__optimizer__lr", 0),
+    ("model__init_args__optimizer__lr", -1e-3),
+    ("model__init_args__optimizer__weight_decay", -1),
+    ("model__init_args__optimizer__momentum", 1),
+    ("model__init_args__schedule__warmup", -1),
+    ("model__init_args__lora__r", 0),
+    ("model__init_args__lora__r", -1),
+    ("model__init_args__lora__alpha", 0),
+    ("model__init_args__lora__dropout", 1),
+    ("model__init_args__sampling__top_p", 0),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), BAD_NUMBERS)
+def test_number_out_of_range(fit: Minigpt, path: str, value: float) -> None:
+    outcome = fit("lora" if "lora" in path else "sft", **{path: value})
+    told(outcome, path.rpartition("__")[2], value)
+
+
+def test_beta_out_of_range(fit: Minigpt, trained: Path) -> None:
+    told(fit("dpo", model__init_args__beta=0), "model.beta must be above 0, but is 0")
+
+
+def test_a_run_without_an_end(fit: Minigpt) -> None:
+    told(fit("sft", trainer__max_steps=-1), "has no end: set trainer.max_steps or")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trainer__strategy": "dpp"}, {"trainer__devices": 0}, {"trainer__accelerator": "tpu"}],
+)
+def test_trainer_that_cannot_be_built(fit: Minigpt, changes: dict[str, Any]) -> None:
+    told(fit("sft", **changes), "minigpt: trainer: ")
+
+
+# Run directories
+
+
+def content(run_dir: Path) -> dict[str, bytes]:
+    files = (p for p in run_dir.rglob("*") if p.is_file() and p.name != "status.json")
+    return {str(p): p.read_bytes() for p in files}
+
+
+def test_finished_run_is_refused(fit: Minigpt, tmp_path: Path) -> None:
+    assert fit("sft").status == 0
+    before = content(tmp_path / "run")
+    last = told(fit("sft"), tmp_path / "run", "--ckpt_path auto", "--overwrite true", "--run_dir")
+    assert "already holds a run (hf, checkpoints)" in last
+    assert content(tmp_path / "run") == before
+    assert fit("sft", "--ckpt_path", "auto", trainer__max_steps=4).status == 0
+    assert (tmp_path / "run" / "checkpoints" / "step=4").is_dir()
+    assert fit("sft", "--overwrite", "true", trainer__max_steps=2).status == 0
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__init_args__train": "none.jsonl"},
+        {"model__init_args__init_from": "./none"},
+        {"data__init_args__tokens_per_batch": 1},
+    ],
+)
+def test_a_failed_overwrite_keeps_the_old_run(
+    fit: Minigpt, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert fit("sft").status == 0
+    before = content(tmp_path / "run")
+    told(fit("sft", "--overwrite", "true", **changes))
+    assert content(tmp_path / "run") == before
+
+
+def test_a_run_is_made_anew_from_its_own_config(
+    fit: Minigpt, minigpt: Minigpt, tmp_path: Path
+) -> None:
+    assert fit("sft").status == 0
+    config = tmp_path / "run" / "config.yaml"
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert minigpt("fit", "--config", config, "--overwrite", "true").status == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_unwritable_run_directory(fit: Minigpt, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    told(fit("sft", "--run_dir", tmp_path / place), f"Cannot write to {tmp_path / place}: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_missing_checkpoint(fit: Minigpt) -> None:
+    told(fit("sft", "--ckpt_path", "none.ckpt"), "There is no checkpoint at none.ckpt")
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_verb_that_needs_a_run(minigpt: Minigpt, fit: Minigpt, tmp_path: Path, verb: str) -> None:
+    fit("sft", data__init_args__train="none.jsonl")  # writes the config and fails
+    config = next(tmp_path.glob("*.yaml"))
+    told(minigpt(verb, "--config", config), "no trained model", "minigpt fit")
+
+
+def test_without_a_later_validation_nothing_is_said_of_the_end(
+    fit: Minigpt, tmp_path: Path
+) -> None:
+    outcome = fit("sft", trainer__val_check_interval=100)
+    assert outcome.status == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["val/loss"] > 0
+    assert summary["final"] == {}
+    assert "→" not in outcome.err
