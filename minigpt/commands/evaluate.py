@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.commands.options import CommandParser, add_sampling, positive, sampling, writing
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--reference", help="model that --preferences are compared with")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
     parser.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
-    parser.add_argument("--max_new_tokens", type=positive, default=64, help="of a reply (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    add_sampling(parser, max_new_tokens=64, temperature=0.0)
     parser.add_argument("--json", type=Path, help="write all scores")
     parser.add_argument("--html", type=Path, help="write a page with tables and charts")
     chosen = parser.parse_args(args)
@@ -57,17 +55,16 @@ def main(args: list[str]) -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Results]:
-    """Run every test on every model, one model in memory at a time."""
+    """Run every test on every model, one model in memory at a time, beside the reference."""
     if chosen.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
     from minigpt.cli import quiet
     from minigpt.evaluate.suite import Settings, prepare
-    from minigpt.infer.engine import Engine, Sampling
+    from minigpt.infer.engine import Engine
 
     quiet()
-    sampling = Sampling(chosen.max_new_tokens, chosen.temperature, seed=chosen.seed)
-    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling)
+    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling(chosen))
     tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
     results: dict[str, Results] = {}
     for model in chosen.model:

@@ -107,16 +107,15 @@ def _adapter(engine: Engine) -> Any:
             return score(engine, pairs)[0]
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            options = [request.args[1] for request in requests]
-            longest = max(int(o.get("max_gen_toks", MAX_NEW)) for o in options)
             contexts = [request.args[0] for request in requests]
-            replies = engine.complete(contexts, Sampling(max_new_tokens=longest))
-            return [_cut(r.text, o.get("until")) for r, o in zip(replies, options, strict=True)]
+            replies = engine.complete(contexts, [_sampling(r.args[1]) for r in requests])
+            return [reply.text for reply in replies]
 
     return MiniGPT()
 
 
-def _cut(text: str, until: str | list[str] | None) -> str:
-    """Cut a reply before the first of the strings that end it."""
-    ends = [until] if isinstance(until, str) else until or []
-    return text[: min([text.find(end) for end in ends if end and end in text], default=len(text))]
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """Return how a task wants its replies."""
+    until = options.get("until") or []
+    stop = tuple(filter(None, [until] if isinstance(until, str) else until))
+    return Sampling(int(options.get("max_gen_toks", MAX_NEW)), stop=stop)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.records import BadRows, Record, Source, Text, parse_row, read_records
+from minigpt.data.records import BadRows, Kind, Record, Source, parse_row, read_records
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import special_texts, token_bytes
 from minigpt.errors import DataError
@@ -140,23 +140,26 @@ def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, 
         raise error.at(path, 1) from None
 
 
+def samples(
+    engine: Engine, kind: Kind, rows: Iterable[tuple[Record, Source]], max_length: int
+) -> Iterator[Sample]:
+    """Yield what training makes of records: windows of texts, preferences cut to the length."""
+    encoder = Encoder(kind, engine.tokenizer, Limits(max_length=max_length))
+    for one, source in encoder.encode(rows, BadRows()):
+        ids = np.array(one.prompt + one.first + one.second)
+        runs = (len(one.prompt), len(one.first), len(one.second))
+        yield Sample(ids, *runs, None, (str(source.path), source.line))
+
+
 def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score]:
     """Measure the loss on text, in windows of at most `max_length` tokens, as training does.
 
     The first token of a document has nothing before it and is not counted.
     """
-    encoder = Encoder("text", engine.tokenizer, Limits(max_length=max_length))
     sizes = torch.tensor(token_bytes(engine.tokenizer), device=engine.model.device)
     nats, tokens, size = 0.0, 0, 0
-
-    def samples() -> Iterator[Sample]:
-        for row in documents(path, special_texts(engine.tokenizer)):
-            assert isinstance(row[0], Text)
-            for one, source in encoder.encode([row], BadRows()):
-                ids = np.array(one.first)
-                yield Sample(ids, 0, len(ids), 0, None, (path, source.line))
-
-    for batch in batches(engine, samples()):
+    rows = documents(path, special_texts(engine.tokenizer))
+    for batch in batches(engine, samples(engine, "text", rows, max_length)):
         nats -= float(of_labels(log_softmax(engine, batch), batch).double().sum())
         tokens += len(batch.labels)
         size += int(sizes[batch.labels].sum())

@@ -4,17 +4,13 @@ whether it takes length for quality.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
-from minigpt.data.batch import Sample
 from minigpt.data.records import BadRows, read_records
-from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import special_texts
 from minigpt.errors import ModelError
-from minigpt.evaluate.likelihood import batches, log_softmax, of_labels
+from minigpt.evaluate.likelihood import batches, log_softmax, of_labels, samples
 from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine
 from minigpt.model.losses import sum_by
@@ -49,7 +45,9 @@ def prefer(
     margins: list[float] = []
     lengths: list[tuple[int, int]] = []
     divergence, tokens = 0.0, 0
-    for batch in batches(engine, _samples(engine, path, max_length)):
+    special = special_texts(engine.tokenizer)
+    rows = read_records([path], "preference", BadRows(), special_tokens=special)
+    for batch in batches(engine, samples(engine, "preference", rows, max_length)):
         logp = log_softmax(engine, batch)
         rewards = of_labels(logp, batch)
         if reference:
@@ -70,16 +68,6 @@ def prefer(
 
 def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
     return engine.tokenizer.get_vocab(), engine.model.config.vocab_size
-
-
-def _samples(engine: Engine, path: str, max_length: int) -> Iterator[Sample]:
-    encoder = Encoder("preference", engine.tokenizer, Limits(max_length=max_length))
-    bad = BadRows()
-    for row in read_records([path], "preference", bad, None, special_texts(engine.tokenizer)):
-        for one, source in encoder.encode([row], bad):
-            runs = (len(one.prompt), len(one.first), len(one.second))
-            ids = np.array(one.prompt + one.first + one.second)
-            yield Sample(ids, *runs, None, (path, source.line))
 
 
 def _length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from minigpt.data.exam import Item, load_exam
 from minigpt.data.prompts import load_prompts
@@ -33,6 +33,11 @@ class Settings:
     beta: float = 0.1
     max_length: int = 512
     sampling: Sampling = field(default_factory=Sampling)
+
+    @cached_property
+    def known(self) -> Engine | None:
+        """The reference, loaded once for all models and files."""
+        return Engine.load(self.reference) if self.reference else None
 
 
 def prepare(files: Mapping[str, Sequence[str]], settings: Settings) -> dict[str, Test]:
@@ -76,8 +81,7 @@ def _preferences(path: str, settings: Settings) -> Test:
     sum(1 for _ in read_records([path], "preference", BadRows()))
 
     def test(engine: Engine) -> dict[str, Score]:
-        reference = Engine.load(settings.reference) if settings.reference else None
-        return preferences.prefer(engine, path, settings.max_length, reference, settings.beta)
+        return preferences.prefer(engine, path, settings.max_length, settings.known, settings.beta)
 
     return test
 

@@ -15,7 +15,7 @@ import tiny
 from tiny_runs import write_jsonl
 
 from minigpt.evaluate import harness
-from minigpt.infer.engine import Engine
+from minigpt.infer.engine import Engine, Sampling
 
 Minigpt = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[3]
@@ -185,9 +185,24 @@ def test_tasks_that_cannot_run(
     assert told in outcome.err
 
 
-def test_a_text_is_cut_before_the_first_stop() -> None:
-    assert harness._cut("a b\nc", ["\n", " "]) == "a"
-    assert harness._cut("a b", "c") == harness._cut("a b", None) == "a b"
+def test_a_task_says_where_its_replies_end() -> None:
+    asked = harness._sampling({"until": ["\n", "", " "], "max_gen_toks": 4})
+    assert asked == Sampling(4, stop=("\n", " "))
+    assert harness._sampling({"until": "c"}).stop == ("c",)
+    assert harness._sampling({"until": None}) == Sampling(harness.MAX_NEW)
+
+
+def test_a_reference_is_loaded_once(
+    minigpt: Minigpt, trained: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = Engine.load
+    monkeypatch.setattr(Engine, "load", lambda place: loaded.append(str(place)) or load(place))
+    models, reference = [str(trained / "sft"), str(trained / "lora")], trained / "sft" / "hf"
+    preferences = ("--preferences", "dpo_val.jsonl", "--reference", reference)
+    outcome = minigpt("evaluate", "--model", *models, *preferences)
+    assert outcome.status == 0, outcome.err
+    assert sorted(loaded) == sorted([*models, str(reference)])
 
 
 def test_it_stays_offline(
