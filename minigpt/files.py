@@ -148,9 +148,9 @@ def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Fill a file beside its place, then put it there in one rename."""
+    """Fill a file beside its place, then put it there in one rename; several processes may."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         sync(partial)

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from minigpt.files import write_text
+
 # Charts that show training and validation together, in TensorBoard's "Custom scalars" tab.
 LAYOUT = {
     "train and validation": {
@@ -63,9 +65,7 @@ class JSONLLogger(Logger):
         last = json.loads(kept[-1]) if kept else {}
         if validation_due and last.get("step") == steps - 1 > 0 and "val/loss" in last:
             kept.pop()
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(kept))
 
     @property
     def name(self) -> str:

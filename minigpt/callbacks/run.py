@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
-from minigpt.files import write_json
+from minigpt.files import write_json, write_text
 from minigpt.machine import peak_memory
 from minigpt.model.parallel import gathered
 
@@ -192,11 +192,7 @@ class PredictionWriter(BasePredictionWriter):
         every = gathered([done for batch in predictions for done in batch])
         if trainer.is_global_zero:
             rows = sorted(every, key=lambda done: done[0])
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            with partial.open("w", encoding="utf-8") as file:
-                for _, row, text in rows:
-                    row = {**row, "completion": text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            partial.replace(self.path)
+            done = ({**row, "completion": text} for _, row, text in rows)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+            write_text(self.path, "".join(lines))
             log.info("%d completions written to %s", len(rows), self.path)

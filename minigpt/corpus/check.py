@@ -20,10 +20,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
-from minigpt.corpus.encoding import finding, open_data, readable
+from minigpt.corpus.encoding import finding, readable
 from minigpt.corpus.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
 from minigpt.data.records import BadRows, Kind, Message, Source, read_records
-from minigpt.data.rows import scan_rows
+from minigpt.data.rows import open_data, scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
 from minigpt.errors import DataError

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from minigpt.corpus.flat import CONTROL_BYTES
+from minigpt.data.rows import open_data
 from minigpt.errors import DataError
 
 _BLOCK = 1 << 20
@@ -37,14 +36,6 @@ def readable(path: Path, copy: Path, add: Add) -> Path:
     except (OSError, EOFError, zlib.error, UnicodeError):
         return path
     return copy
-
-
-@contextmanager
-def open_data(path: Path) -> Iterator[IO[bytes]]:
-    """Open a plain or gzipped file."""
-    with path.open("rb") as raw:
-        zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:

@@ -10,9 +10,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from io import BufferedIOBase
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from minigpt.errors import DataError
 
@@ -45,9 +45,8 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
         DataError: the file cannot be read, or it holds no rows.
     """
     try:
-        with path.open("rb") as raw:
-            zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-            yield from _rows(gzip.GzipFile(fileobj=raw) if zipped else raw)
+        with open_data(path) as stream:
+            yield from _rows(stream)
     except DataError as error:
         raise error.at(path, error.line) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -57,11 +56,19 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise _error(reason, f"cannot be read: {error.strerror}").at(path) from None
 
 
+@contextmanager
+def open_data(path: Path) -> Iterator[IO[bytes]]:
+    """Open a plain or gzipped file."""
+    with path.open("rb") as raw:
+        zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
+
+
 def _error(reason: str, problem: str) -> DataError:
     return DataError(problem, remedy=_REMEDIES[reason], reason=reason)
 
 
-def _rows(stream: BufferedIOBase) -> Iterator[tuple[int, object]]:
+def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
     rows = 0
     for line, data in enumerate(stream, 1):
         data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import JSONLDataModule, PackedDataset, Selection
 from minigpt.data.order import PackedOrder, Part
 from minigpt.data.store import TokenStore
+from minigpt.files import whole_file
 from minigpt.model.lm import PackedLM
 from minigpt.model.parallel import gathered
 
@@ -88,17 +87,8 @@ def _read(path: Path, pairs: int) -> Scores | None:
 
 
 def _write(path: Path, scores: Scores) -> None:
-    """Put the file in its place when it is whole and on the disk."""
-    partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            partial = Path(file.name)
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, scores)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
     except OSError as error:  # a run can do without: the next one computes them again
         log.warning("The reference's log-probs cannot be kept in %s: %s", path, error.strerror)
-        if partial is not None:
-            partial.unlink(missing_ok=True)
