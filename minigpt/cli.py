@@ -162,7 +162,7 @@ class MiniGPTCLI(LightningCLI):
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
             check_numbers(config)
-            self._settle_start(config)
+        self._settle_start(config)
         config.weights_only = True  # no checkpoint may run code
         if self.verb in ("validate", "test"):
             config.verbose = False  # the results are told in our own lines
@@ -180,14 +180,12 @@ class MiniGPTCLI(LightningCLI):
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
-            if newest is None and is_first_process():
+            if newest is None and self.verb == "fit" and is_first_process():
                 self.stale = leftovers(self.run_dir, ("metrics.jsonl",))
-        elif config.get("ckpt_path") is None and is_first_process():
-            self.stale = claim(self.run_dir, config.overwrite)
         elif config.get("ckpt_path"):
-            if not Path(config.ckpt_path).exists():
-                raise ModelError(f"There is no checkpoint at {config.ckpt_path}.")
             verify(Path(config.ckpt_path))
+        elif self.verb == "fit" and is_first_process():
+            self.stale = claim(self.run_dir, config.overwrite)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; a run directory belongs to one training at a time."""

@@ -1,10 +1,12 @@
-"""What this process has used."""
+"""The machine, and what this process has used of it."""
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def peak_memory() -> dict[str, int]:
@@ -24,3 +26,19 @@ def peak_memory() -> dict[str, int]:
     if torch is not None and torch.cuda.is_available():
         peaks["peak_gpu_mb"] = torch.cuda.max_memory_allocated() // 1_000_000
     return peaks
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to compare times: processor, cores, system, versions."""
+    import torch
+    import transformers
+
+    return {
+        "system": platform.platform(terse=True),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -210,8 +210,8 @@ STAGES: dict[str, Callable[[str], Record]] = {
 
 def write_report(records: dict[str, Record]) -> None:
     """Write report.json, report.html and report.md, and print the exam table."""
-    from minigpt.callbacks.run import machine
     from minigpt.files import write_json
+    from minigpt.machine import machine
     from minigpt.report.build import write_report
 
     seconds = {name: record.pop("seconds") for name, record in records.items()}

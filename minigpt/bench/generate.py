@@ -13,10 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minigpt.bench.measure import architecture
-from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.bench.measure import architecture, publish
+from minigpt.commands.options import CommandParser, positive
 from minigpt.errors import ConfigError
-from minigpt.files import write_json
 
 EXAMPLES = """examples:
   minigpt bench generate
@@ -40,12 +39,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="of each arm (5)")
     parser.add_argument("--json", help="where to write the result")
     chosen = parser.parse_args(args)
-    report = measure(chosen)
-    for name, value in report.items():
-        print(f"{name:36} {value}")
-    if chosen.json:
-        with writing(chosen.json):
-            write_json(Path(chosen.json), report)
+    publish(measure(chosen), chosen.json)
 
 
 def measure(chosen: Namespace) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
+from minigpt.commands.options import writing
 from minigpt.errors import ConfigError, MiniGPTError
 from minigpt.files import write_json
+from minigpt.machine import machine
 
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
@@ -128,21 +130,20 @@ def publish(report: Result, path: str | None) -> None:
     """Print the figures, and write everything if asked to."""
     for name, value in report.items():
         if isinstance(value, int | float | str):
-            print(f"{name:32} {told(value)}")
+            print(f"{name:36} {told(value)}")
     if path:
-        write_json(Path(path), report)
+        with writing(path):
+            write_json(Path(path), report)
 
 
 def surroundings() -> Result:
     """Return machine, versions and date."""
-    import torch
-
+    found = machine()
     names = ("torch", "transformers", "peft", "lightning", "tokenizers")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(),
-        "system": platform.platform(terse=True),
-        "processor": gpu or f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "system": found["system"],
+        "processor": found["gpu"] or f"{platform.machine()}, {found['processor']}",
         "threads": threads(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+        "versions": {"python": found["python"], **{name: version(name) for name in names}},
     }

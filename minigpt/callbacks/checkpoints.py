@@ -46,12 +46,11 @@ class WholeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; no code in it is ever run.
+        """Read a checkpoint, which the command line has verified; no code in it is ever run.
 
         Raises:
-            ModelError: when it is damaged or holds more than plain values and tensors.
+            ModelError: when it holds more than plain values and tensors.
         """
-        verify(Path(path))
         try:
             state: dict[str, Any] = torch.load(
                 Path(path) / STATE, map_location=map_location or "cpu", weights_only=True
@@ -136,6 +135,8 @@ def verify(path: Path) -> None:
     Raises:
         ModelError: when something is missing or changed.
     """
+    if not path.exists():
+        raise ModelError(f"There is no checkpoint at {path}.")
     if problem := damage(path):
         raise ModelError(
             f"The checkpoint {path} is damaged: {problem}. Use another one, or --ckpt_path auto "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
 from minigpt.files import write_json, write_text
-from minigpt.machine import peak_memory
+from minigpt.machine import machine, peak_memory
 from minigpt.model.parallel import gathered
 
 log = logging.getLogger(__name__)
@@ -131,22 +130,6 @@ class RunRecorder(Callback):
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():
             log.info("%s: %.4g", name, score)
-
-
-def machine() -> dict[str, Any]:
-    """Return what a reader needs to compare times: processor, cores, system, versions."""
-    import torch
-    import transformers
-
-    return {
-        "system": platform.platform(terse=True),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 class SampleText(Callback):

@@ -9,6 +9,7 @@ from typing import Any
 
 from minigpt.commands.options import CommandParser, add_model, run_name, writing
 from minigpt.errors import ConfigError
+from minigpt.export import DTYPES
 
 EXAMPLES = """examples:
   minigpt export hf --model outputs/sft --output_dir exports/sft --license apache-2.0
@@ -17,7 +18,6 @@ EXAMPLES = """examples:
   minigpt export gguf --model outputs/sft --output_dir exports/sft-gguf --dtype q8_0
   minigpt export gguf --model outputs/sft --output sft.gguf
 """
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # What an export writes, and so what a later one may replace.
 WRITTEN = (
     *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "README.md"),

@@ -1,1 +1,3 @@
 """Models for other engines: transformers, peft, llama.cpp, Ollama; each export is checked."""
+
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")  # of the matrices in a GGUF file

@@ -27,7 +27,6 @@ from minigpt.model.saved import generation_config
 log = logging.getLogger(__name__)
 
 ARCHITECTURES = ("qwen3", "llama")
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 BLOCK = 32  # values of a row that share a scale in q8_0 and q4_0
 # A weight's error, as a share of its tensor's largest value.
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045, "Q4_0": 0.126}

@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from minigpt.errors import ModelError
-from minigpt.files import damage, publish, told_when_unwritable, write_manifest
+from minigpt.files import publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
 
 Item = TypeVar("Item")
@@ -51,16 +50,6 @@ class FSDP2(ModelParallelStrategy):
                 write_manifest(partial)
                 publish(partial, path)
         self.barrier()
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Load shards, checked against their manifest.
-
-        Raises:
-            ModelError: when the checkpoint is damaged.
-        """
-        if problem := damage(Path(checkpoint_path)):
-            raise ModelError(f"The checkpoint {checkpoint_path} is damaged: {problem}.")
-        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(lm: PackedLM, mesh: DeviceMesh) -> None:

@@ -246,9 +246,8 @@ class BaseModule(LightningModule, ABC):
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = _norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
         loss = float(totals["loss"] / totals["count"].clamp(min=1))
-        scaler = getattr(
-            self.trainer.precision_plugin, "scaler", None
-        )  # it looks at gradients itself
+        # A scaler of fp16 looks at the gradients itself.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         number = self.trainer.global_step + 1
         if may_step(number, loss, 0.0 if scaler else float(norm), self.parts, self.watch):
             if gradient_clip_val:

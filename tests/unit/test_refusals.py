@@ -356,6 +356,18 @@ def test_missing_checkpoint(fit: Minigpt) -> None:
     told(fit("sft", "--ckpt_path", "none.ckpt"), "There is no checkpoint at none.ckpt")
 
 
+def test_other_verbs_take_checkpoints_that_are_whole(
+    fit: Minigpt, minigpt: Minigpt, tmp_path: Path
+) -> None:
+    assert fit("sft").status == 0
+    validate = ("validate", "--config", tmp_path / "run-fit.yaml", "--ckpt_path")
+    assert "val/loss" in minigpt(*validate, "auto").err
+    told(minigpt(*validate, "none"), "There is no checkpoint at none")
+    newest = tmp_path / "run" / "checkpoints" / "step=3"
+    (newest / "state.pt").write_bytes(b"")
+    told(minigpt(*validate, newest), f"{newest} is damaged: state.pt has 0 bytes instead of")
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_a_verb_that_needs_a_run(minigpt: Minigpt, fit: Minigpt, tmp_path: Path, verb: str) -> None:
     fit("sft", data__init_args__train="none.jsonl")  # writes the config and fails

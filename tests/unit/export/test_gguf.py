@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, ModelError
-from minigpt.export import check, gguf
+from minigpt.export import DTYPES, check, gguf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.saved import save_model
@@ -57,7 +57,7 @@ def served(file: Path) -> Any:
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
-@pytest.mark.parametrize("dtype", gguf.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_llamacpp_computes_the_same(
     family: str, tied: bool, dtype: str, saved: Saved, tmp_path: Path
 ) -> None:
