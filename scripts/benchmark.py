@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
 # The files are named as in data/; --max-length are those of the figures in the design.
 STAGES = {"pretrain": 512, "sft": 768, "dpo": 1024, "lora": 340}
+UNITS = {"dpo": ("pairs_per_s", "pairs/s")}  # others: tokens
 BUNDLED = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "lora": "lora_medical"}
 NOTES = """Every line comes from one command that measures both sides in turn, each in processes
 of its own, and takes the median. *Useful* tokens are the data's own; padding never counts. The
@@ -94,14 +95,7 @@ def training(results: dict[str, Result]) -> list[str]:
     rows = [titles, "|" + "---|" * 8]
     for stage in STAGES:
         r = results[stage]
-        unit, shown = (
-            ("pairs_per_s", "pairs/s")
-            if stage == "dpo"
-            else (
-                "useful_tokens_per_s",
-                "tokens/s",
-            )
-        )
+        unit, shown = UNITS.get(stage, ("useful_tokens_per_s", "tokens/s"))
         head = f"| {stage} | {r['data']}, {r['max_length']} | {shown} |"
         theirs = f"{told(r[f'baseline_{unit}'])} |"
         baseline_memory = r["baseline_peak_rss_mb"]

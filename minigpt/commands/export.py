@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from minigpt.commands.options import CommandParser, add_model, run_name, writing
+from minigpt.commands.options import CommandParser, add_model, check_room, run_name, writing
 from minigpt.errors import ConfigError
 from minigpt.export import DTYPES
 
@@ -59,23 +58,6 @@ def main(args: list[str]) -> None:
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def check_room(place: Path, overwrite: bool) -> None:
-    """Refuse a place where an export would replace something else.
-
-    Raises:
-        ConfigError: when the place is taken.
-    """
-    if not place.exists():
-        return
-    held = [path.name for path in place.iterdir()] if place.is_dir() else [place.name]
-    if others := sorted(name for name in held if not any(fnmatch(name, w) for w in WRITTEN)):
-        raise ConfigError(
-            f"{place} is no place for an export: it holds {', '.join(others[:3])}. Choose another."
-        )
-    if held and not overwrite:
-        raise ConfigError(f"{place} is there already. Choose another place, or add --overwrite.")
-
-
 def export(chosen: argparse.Namespace) -> dict[str, Any]:
     """Export; return the numbers of the check.
 
@@ -87,7 +69,7 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     for model in filter(None, (chosen.model, chosen.adapter)):
         if place.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
             raise ConfigError(f"{place} holds the model itself. Export it to another place.")
-    check_room(place, chosen.overwrite)
+    check_room(place, "an export", WRITTEN, chosen.overwrite)
     from minigpt.cli import quiet
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf

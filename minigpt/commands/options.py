@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -71,6 +72,32 @@ def run_name(place: str | Path) -> str:
     """Return the name of a run by its directory, or by the model in it."""
     path = Path(place).resolve()
     return (path.parent if path.name == "hf" else path).name
+
+
+def check_room(place: Path, what: str, written: Collection[str], overwrite: bool) -> None:
+    """Refuse a place where a verb would replace something else than its own earlier work.
+
+    Args:
+        place: file or directory to be written.
+        what: will be there, such as "a tokenizer".
+        written: names of the files that the verb writes, or patterns of them.
+        overwrite: whether earlier work may be replaced.
+
+    Raises:
+        ConfigError: when the place is taken.
+    """
+    if not place.exists():
+        return
+    held = [path.name for path in place.iterdir()] if place.is_dir() else [place.name]
+    others = sorted(name for name in held if not any(fnmatch(name, own) for own in written))
+    if others:
+        raise ConfigError(
+            f"{place} is no place for {what}: it holds {', '.join(others[:3])}. Choose another one."
+        )
+    if held and not overwrite:
+        raise ConfigError(
+            f"{place} already holds {what}. Choose another place, or replace it with --overwrite."
+        )
 
 
 @contextmanager

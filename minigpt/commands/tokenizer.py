@@ -7,9 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.commands.options import CommandParser, positive, writing
+from minigpt.commands.options import CommandParser, check_room, positive, writing
 from minigpt.data import tokenizer as tokenizers
-from minigpt.errors import ConfigError
 from minigpt.files import whole_directory
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def train_to(
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
     """
-    check_room(directory, overwrite)
+    check_room(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
     trained = tokenizers.train(files, vocab_size, limit)
     with writing(directory), whole_directory(directory) as partial:
         tokenizers.save(trained, partial)
@@ -69,28 +68,6 @@ def train_to(
     )
     log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
     return ratio
-
-
-def check_room(directory: Path, overwrite: bool) -> None:
-    """Refuse a place where a tokenizer would replace something else.
-
-    Raises:
-        ConfigError: for a file, a directory with other files in it, or a tokenizer that
-            nobody asked to replace.
-    """
-    if not directory.exists():
-        return
-    held = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
-    if others := sorted(held - TOKENIZER_FILES):
-        raise ConfigError(
-            f"{directory} is no place for a tokenizer: it holds {', '.join(others[:3])}. Choose "
-            "an --output_dir of its own."
-        )
-    if held and not overwrite:
-        raise ConfigError(
-            f"{directory} already holds a tokenizer. Choose another --output_dir, or replace it "
-            "with --overwrite."
-        )
 
 
 def characters_per_token(

@@ -79,7 +79,7 @@ def test_bad_rows(minigpt: Minigpt, texts: Path, tmp_path: Path, row: bytes, fra
         ({"--vocab_size": "many"}, "invalid int value: 'many'"),
         ({"--data_limit": 0}, "must be a whole number of at least 1, but is '0'"),
         ({"--output_dir": "texts.jsonl/tok"}, "Cannot write to texts.jsonl/tok"),
-        ({"--output_dir": "texts.jsonl"}, "no place for a tokenizer: it holds a file"),
+        ({"--output_dir": "texts.jsonl"}, "no place for a tokenizer: it holds texts.jsonl"),
         ({"--output_dir": "."}, "no place for a tokenizer: it holds texts.jsonl"),
     ],
 )

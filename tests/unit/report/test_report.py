@@ -119,6 +119,10 @@ def test_whatever_a_run_holds_there_is_a_report(runs: Path, tmp_path: Path, cont
         shutil.copytree(runs / "sft", place)
         (place / name).write_bytes(content)
         write_report([place], tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert page.endswith("</html>\n")
+        assert "<h2>Runs</h2>" in page
+        assert "<td>sft</td>" in page
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl"])
