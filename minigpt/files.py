@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,14 @@ def publish(partial: Path, directory: Path) -> None:
     partial.rename(directory)
     sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory; if that is cut off, what is left no longer bears its name."""
+    old = directory.with_name(f".{directory.name}-old")
+    with suppress(OSError):  # what cannot be removed stays, whole
+        directory.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt.errors import ModelError
-from minigpt.files import damage, told_when_unwritable, whole_directory, write_manifest
+from minigpt.files import (
+    damage,
+    remove_directory,
+    told_when_unwritable,
+    whole_directory,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ class WholeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
-        shutil.rmtree(path, ignore_errors=True)
+        remove_directory(Path(path))
 
 
 class Checkpoints(Checkpoint):
@@ -106,7 +112,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
         if trainer.is_global_zero:
             for old in list(newest_first(self.directory.parent))[self.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_directory(old)
 
 
 def newest_first(run_dir: Path) -> Iterator[Path]:

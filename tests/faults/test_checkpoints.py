@@ -16,7 +16,7 @@ import torch
 from runs import Start, eventually, rows, status  # type: ignore[import-not-found]
 
 from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
-from minigpt.files import MANIFEST, damage, write_manifest
+from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
 
 # Large enough that a run which saves after each step spends most of its time on saving.
 LARGE = {"hidden_size": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
@@ -71,6 +71,27 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
         before = number(found)
     partial = {path.name for path in (run_dir / "checkpoints").glob(".*")}
     assert len(partial) <= 1  # what a kill leaves is cleared by the next run
+
+
+def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoints" / "step=3"
+    path.mkdir(parents=True)
+    for name in (STATE, "other"):
+        (path / name).touch()
+    write_manifest(path)
+
+    def killed(directory: Path, **_: Any) -> None:
+        (directory / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minigpt.files.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_directory(path)
+    assert list(newest_first(tmp_path)) == []
+    (left,) = (tmp_path / "checkpoints").iterdir()
+    assert left.match(".step=*")  # the next run clears it
 
 
 def newest(run_dir: Path) -> Path | None:
