@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -152,3 +155,22 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(note)!r}).write_text(f'{{os.getpid()}} sleeps')\n"
+        "time.sleep(120)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", "from minigpt.bench.measure import spawn; spawn(['sleeper'], 'it')"],
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    eventually(lambda: note.exists() and note.read_text().endswith("sleeps"))
+    benchmark.send_signal(signal.SIGTERM)
+    assert benchmark.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text().split()[0]), 0)
