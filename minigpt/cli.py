@@ -29,12 +29,7 @@ from minigpt.callbacks.checkpoints import Checkpoints, WholeCheckpointIO, newest
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
 from minigpt.callbacks.resume import FitLoop, SameRun
-from minigpt.callbacks.run import (
-    MakeRoom,
-    PredictionWriter,
-    RunRecorder,
-    SampleText,
-)
+from minigpt.callbacks.run import MakeRoom, PredictionWriter, RunRecorder, SampleText
 from minigpt.callbacks.stopping import RunStatus, Stopping, own_words, signals_given_back
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain

@@ -9,6 +9,10 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,19 +55,18 @@ def measure(chosen: Namespace) -> dict[str, Any]:
 
     quiet()
     model, tokenizer = load(chosen)
-    bf16 = fast_bf16(torch.device("cpu"))
     arms = arms_of(model, tokenizer, chosen, "fp32")
-    if bf16:
-        arms |= arms_of(copy.deepcopy(model).to(torch.bfloat16), tokenizer, chosen, "bf16")
-    gguf, said = gguf_arm(model, tokenizer, chosen)
-    arms |= gguf
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    for arm in arms.values():  # once unmeasured, with what is only done once
-        arm()
-    for _ in range(chosen.repeats):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            rates[name].append(arm() / (time.perf_counter() - start))
+    arms |= arms_of(copy.deepcopy(model).to(torch.bfloat16), tokenizer, chosen, "bf16")
+    with ExitStack() as stack:
+        gguf, said = gguf_arm(model, tokenizer, chosen, stack)
+        arms |= gguf
+        rates: dict[str, list[float]] = {name: [] for name in arms}
+        for arm in arms.values():  # once unmeasured, with what is only done once
+            arm()
+        for _ in range(chosen.repeats):
+            for name, arm in arms.items():
+                start = time.perf_counter()
+                rates[name].append(arm() / (time.perf_counter() - start))
     rate = {name: round(median(values), 1) for name, values in rates.items()}
     pairs = {
         "ratio_fp32": ("fp32", "transformers_fp32"),
@@ -76,7 +79,7 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     return {
         **{f"{name}_tokens_per_s": value for name, value in rate.items()},
         **ratios,
-        "bf16": "measured" if bf16 else "not measured: this CPU has no bf16 instructions",
+        "bf16": "in hardware" if fast_bf16(torch.device("cpu")) else "emulated by this CPU",
         "gguf": said,
         "parameters": model.num_parameters(),
         "threads": torch.get_num_threads(),
@@ -114,35 +117,51 @@ def arms_of(
         small = Engine(model, tokenizer, int8=True)
         small.ends = set()
         arms["int8"] = lambda: stream(small)
-    alone = [[one] for one in prompts]
-    arms[f"one_by_one_{dtype}"] = lambda: complete(*alone)
-    arms[f"batch_{dtype}"] = lambda: complete(prompts)
+        alone = [[one] for one in prompts]
+        arms["one_by_one_fp32"] = lambda: complete(*alone)
+        arms["batch_fp32"] = lambda: complete(prompts)
     return arms
 
 
 def gguf_arm(
-    model: Any, tokenizer: Any, chosen: Namespace
+    model: Any, tokenizer: Any, chosen: Namespace, stack: ExitStack
 ) -> tuple[dict[str, Callable[[], int]], str]:
-    """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one."""
+    """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one.
+
+    It is a process of its own, which the stack ends: where the threads of llama.cpp are, those
+    of torch no longer wait awake for their next product.
+    """
     if not all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
         return {}, "not measured; it needs: pip install 'minigpt[gguf]'"
     from minigpt.export.card import Card
     from minigpt.export.gguf import check_config, pre_tokenizer, write
-    from minigpt.infer.engine import Engine, Sampling
-    from minigpt.infer.gguf import Gguf
+    from minigpt.infer.engine import Engine
 
     try:
         check_config(model.config)
         pre = pre_tokenizer(tokenizer)
     except ConfigError as error:
         return {}, f"not measured: {error}"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.gguf"
-        write(Engine(model, tokenizer), file, "q8_0", pre, Card("bench", "bench"))
-        engine = Gguf(file)
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
+    write(Engine(model, tokenizer), file, "q8_0", pre, Card("bench", "bench"))
+    pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+    return {"gguf_q8_0": lambda: pool.submit(gguf_stream, file, chosen.tokens).result()}, "measured"
+
+
+def gguf_stream(file: Path, tokens: int) -> int:
+    """Let llama.cpp go on with the prompt; return how many tokens it made."""
+    from minigpt.infer.engine import Sampling
+
+    return len(_gguf(file).complete([PROMPT], Sampling(tokens))[0].ids)
+
+
+@cache
+def _gguf(file: Path) -> Any:
+    from minigpt.infer.gguf import Gguf
+
+    engine = Gguf(file)
     engine.endless = True
-    how = Sampling(chosen.tokens)
-    return {"gguf_q8_0": lambda: len(engine.complete([PROMPT], how)[0].ids)}, "measured"
+    return engine
 
 
 def load(chosen: Namespace) -> tuple[Any, Any]:

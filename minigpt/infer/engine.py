@@ -156,9 +156,7 @@ class Engine:
         return Native(self._weights[1])
 
     def complete(
-        self,
-        prompts: Sequence[str | Sequence[Message]],
-        sampling: Sampling | Sequence[Sampling],
+        self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
     ) -> list[Reply]:
         """Complete prompts together; replies come in the order asked.
 

@@ -171,9 +171,7 @@ class Gguf:
         return [token for piece in ids for token in piece]
 
     def complete(
-        self,
-        prompts: Sequence[str | Sequence[Message]],
-        sampling: Sampling | Sequence[Sampling],
+        self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
     ) -> list[Reply]:
         """Complete prompts; replies come in the order asked. See `Engine.complete`."""
         ids = [self.encode(prompt) for prompt in prompts]

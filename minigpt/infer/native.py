@@ -2,7 +2,8 @@
 
 One row times a matrix costs what reading the matrix costs, and all around it is overhead. So
 the matrices are few (q, k and v are one, gate and up another), they lie as the product reads
-them, the norms' weights are multiplied into them, and the cache is written in place.
+them, the norms' weights and attention's scale are multiplied into them, and the cache is written
+in place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 ROOM = 64  # positions by which the cache grows at least
+# `_op`, because the operator's Python wrapper takes a fifth of a small product's time.
+INT8_LINEAR = torch.ops.quantized.linear_dynamic._op
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
 
@@ -49,21 +52,23 @@ class Matrix:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, int8: bool) -> None:
         self.packed = _int8(weight) if int8 else None
-        self.weight = weight.t().to(dtype).contiguous()
+        # Row times matrix is faster down the columns in fp32, and along the rows in bf16.
+        plain = dtype is torch.float32
+        self.weight = weight.t().contiguous() if plain else weight.to(dtype).t()
 
     def __call__(self, x: Tensor, whole: bool = False) -> Tensor:
         """Return x @ weight.T; x [T, in]; `whole` asks for the exact weight."""
         if self.packed is None or whole:
             return x.mm(self.weight)
         # 7 bits: without VNNI, products of full bytes overflow where they are summed in pairs.
-        out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, True)
+        out: Tensor = INT8_LINEAR(x, self.packed, True)
         return out
 
     def add(self, base: Tensor, x: Tensor, whole: bool) -> Tensor:
         """Return base + x @ weight.T."""
         if self.packed is None or whole:
             return torch.addmm(base, x, self.weight)
-        return base + self(x)
+        return self(x).add_(base)
 
 
 def _int8(weight: Tensor) -> Any:
@@ -105,10 +110,11 @@ class Weights:
         self.kv = int(config.num_key_value_heads)
         self.width = int(body.layers[0].self_attn.head_dim)
         self.rope, self._matrix = body.rotary_emb, partial(Matrix, dtype=dtype, int8=int8)
-        self._floors = {  # what the norms' epsilon adds to the length of a vector, by its size
-            size: torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
+        # What the norms' epsilon adds to the length of a vector, and of a head's.
+        self._floor, self._head_floor = (
+            torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
             for size in (config.hidden_size, self.width)
-        }
+        )
         self.embedding: Tensor = body.embed_tokens.weight.to(dtype)
         # Rotary pairs, half a head apart, are put side by side: as one complex number each.
         self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
@@ -122,16 +128,18 @@ class Weights:
     def _layer(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         turned = [
-            m.weight.unflatten(0, (-1, self.width))[:, self._pairs].flatten(0, 1)
+            m.weight.float().unflatten(0, (-1, self.width))[:, self._pairs].flatten(0, 1)
             for m in (attention.q_proj, attention.k_proj)
         ]
-        qkv = torch.cat([*turned, attention.v_proj.weight]).float()
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).float()
         norm = None
         if hasattr(attention, "q_norm"):
             norms = [(attention.q_norm, self.heads), (attention.k_norm, self.kv)]
             rows = [self._folded(n.weight)[self._pairs].expand(count, -1) for n, count in norms]
-            norm = torch.cat(rows)
+            norm = torch.cat([rows[0] * self.width**-0.5, rows[1]])
+        else:
+            turned[0] *= self.width**-0.5
+        qkv = torch.cat([*turned, attention.v_proj.weight.float()])
         return Layer(
             self._matrix(qkv * self._folded(layer.input_layernorm.weight)),
             norm,
@@ -149,9 +157,7 @@ class Weights:
 
     def unit(self, x: Tensor) -> Tensor:
         """Return RMS-normed vectors over the root of their size: of length 1."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        unit: Tensor = x / norm.hypot(self._floors[x.shape[-1]])
-        return unit.to(x.dtype)
+        return (x / _length(x, self._floor)).to(x.dtype)
 
     def forward(self, tokens: Tensor, turns: Tensor, attend: Attend, whole: bool) -> Tensor:
         """Return the last layer's output [T, hidden] for a row of tokens [T].
@@ -165,24 +171,30 @@ class Weights:
         turned = self.heads + self.kv
         for index, layer in enumerate(self.layers):
             heads = layer.qkv(self.unit(x), whole).view(len(x), -1, self.width)
-            self._turn(heads[:, :turned], layer.norm, turns)
+            self._turn(heads.narrow(1, 0, turned), layer.norm, turns)
             x = layer.out.add(x, attend(index, heads), whole)
             gate, up = layer.gate_up(self.unit(x), whole).chunk(2, -1)
-            x = layer.down.add(x, F.silu(gate).mul_(up), whole)
+            x = layer.down.add(x, F.silu(gate, inplace=True).mul_(up), whole)
         return x
 
     def _turn(self, heads: Tensor, norm: Tensor | None, turns: Tensor) -> None:
         """Norm and rotate queries and keys in place."""
         exact = heads.float()
         if norm is not None:
-            exact = self.unit(exact).mul_(norm)
-        torch.view_as_complex(exact.view(*exact.shape[:2], -1, 2)).mul_(turns)
-        if exact.data_ptr() != heads.data_ptr():
+            exact.div_(_length(exact, self._head_floor)).mul_(norm)
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        if exact is not heads:
             heads.copy_(exact)
 
     def logits(self, x: Tensor, whole: bool) -> Tensor:
         """Return logits [T, V] of outputs [T, hidden]."""
         return self.head(self.unit(x), whole)
+
+
+def _length(x: Tensor, floor: Tensor) -> Tensor:
+    """Return the vectors' lengths, in fp32, with the epsilon of their norm."""
+    length: Tensor = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+    return length.hypot_(floor)
 
 
 class Native:
@@ -199,8 +211,15 @@ class Native:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.lengths: list[int] = []
-        self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
         self.turns = weights.rotations(0)
+        self.cache = self._room(0, 0)
+
+    def _room(self, rows: int, positions: int) -> Tensor:
+        """Return a cache: [layers, 2, rows, K, positions, D], keys and values of each layer."""
+        weights = self.weights
+        shape = (len(weights.layers), 2, rows, weights.kv, positions, weights.width)
+        # Zeros, because what the mask hides is still multiplied, by 0.
+        return torch.zeros(shape, dtype=weights.dtype, device=self.turns.device)
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
@@ -219,9 +238,11 @@ class Native:
             for row, (start, end) in enumerate(spans, first):
                 own = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
                 kept = own[split[0] :].unflatten(0, (2, -1))
-                self.caches[layer][:, row, :, : end - start] = kept
+                self.cache[layer, :, row, :, : end - start] = kept
                 q, k, v = (part[None] for part in own.split((*split, split[1])))
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                out = scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=True, scale=1.0
+                )
                 outs.append(out[0].transpose(0, 1).flatten(1))
             return torch.cat(outs)
 
@@ -236,25 +257,31 @@ class Native:
         self.lengths = [length + 1 for length in self.lengths]
         self._reserve()
         longest = max(self.lengths)
-        # One row is written by plain indices, which takes a third of the time.
-        at: Any = (0, longest - 1) if rows == 1 else (torch.arange(rows, device=device), places)
         mask = None
         if min(self.lengths) < longest:
             hidden = torch.arange(longest, device=device) > places[:, None]
             mask = torch.zeros(hidden.shape, dtype=weights.dtype, device=device)
-            mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+            mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(weights.kv, 0)[:, None]
+        # Views cost as much as sums of such a size: all layers' are taken at once.
+        kept = self.cache[:, :, :rows, :, :longest].flatten(2, 3)
+        keys, values = kept[:, 0].mT.unbind(), kept[:, 1].unbind()
+        pairs = self.cache.unbind()
+        slots = self.cache[:, :, :1, :, longest - 1].unbind()
+        every = torch.arange(rows, device=device)
+        turns = self.turns[places] if rows > 1 else self.turns.narrow(0, longest - 1, 1)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            cache = self.caches[layer]
-            new = heads[:, weights.heads :].view(rows, 2, weights.kv, weights.width)
-            cache[:, at[0], :, at[1]] = new[0] if rows == 1 else new
+            new = heads.narrow(1, weights.heads, 2 * weights.kv)
+            if rows == 1:  # plain indices take a third of the time
+                slots[layer].copy_(new.view(slots[layer].shape))
+            else:
+                pairs[layer][:, every, :, places] = new.unflatten(1, (2, -1))
             # The query heads of a group are as several queries: its keys are read once.
-            q = heads[:, : weights.heads].view(rows, weights.kv, -1, weights.width)
-            keys, values = cache[:, :rows, :, :longest].unbind()
-            return scaled_dot_product_attention(q, keys, values, mask).flatten(1)
+            q = heads.narrow(1, 0, weights.heads).reshape(rows * weights.kv, -1, weights.width)
+            return _attend(q, keys[layer], values[layer], mask).view(rows, -1)
 
         given = torch.tensor(tokens, device=device)
-        out = weights.forward(given, self.turns[places], attend, whole=False)
+        out = weights.forward(given, turns, attend, whole=False)
         return weights.logits(out, whole=False)
 
     @torch.inference_mode()
@@ -263,25 +290,28 @@ class Native:
         last = self.lengths.pop()
         if row < (end := len(self.lengths)):
             self.lengths[row] = last
-            for cache in self.caches:
-                cache[:, row, :, :last] = cache[:, end, :, :last]
+            self.cache[:, :, row, :, :last] = self.cache[:, :, end, :, :last]
 
     def _reserve(self) -> None:
         """Make room for the rows as they are now."""
         rows, length = len(self.lengths), max(self.lengths)
-        held_rows, held = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
+        held_rows, held = self.cache.shape[2:5:2]
         if rows <= held_rows and length <= held:
             return
         more = held_rows if rows <= held_rows else max(rows, 2 * held_rows)
         positions = held if length <= held else max(length + ROOM, held * 3 // 2)
-        shape = (2, more, self.weights.kv, positions, self.weights.width)
-        for index in range(len(self.weights.layers)):
-            # Zeros, because what the mask hides is still multiplied, by 0.
-            cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
-            if held:
-                cache[:, :held_rows, :, :held] = self.caches[index]
-                self.caches[index] = cache
-            else:
-                self.caches.append(cache)
+        cache = self._room(more, positions)
+        cache[:, :, :held_rows, :, :held] = self.cache
+        self.cache = cache
         if positions > len(self.turns):
             self.turns = self.weights.rotations(positions)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention [N, G, D] of scaled queries [N, G, D] to keys [N, D, L]."""
+    if q.dtype is torch.float32:  # so few queries that a fused kernel's start costs more
+        scores = torch.bmm(q, keys) if mask is None else torch.baddbmm(mask, q, keys)
+        return torch.bmm(scores.softmax(-1), values)
+    q, keys, values = q.unsqueeze(1), keys.mT.unsqueeze(1), values.unsqueeze(1)
+    shown = None if mask is None else mask.unsqueeze(1)
+    return scaled_dot_product_attention(q, keys, values, shown, scale=1.0).flatten(1)

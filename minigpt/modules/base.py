@@ -37,12 +37,7 @@ from minigpt.model.build import (
 )
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
-from minigpt.model.optim import (
-    OptimizerOptions,
-    ScheduleOptions,
-    build_optimizer,
-    build_schedule,
-)
+from minigpt.model.optim import OptimizerOptions, ScheduleOptions, build_optimizer, build_schedule
 from minigpt.model.parallel import flat_weights, full_weights, gathered, shard
 from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step
@@ -198,10 +193,7 @@ class BaseModule(LightningModule, ABC):
             options = OptimizerOptions(name="adamw", lr=options.adamw_lr)
         optimizer = build_optimizer(self.model, options)
         schedule = build_schedule(optimizer, self.schedule_options, self.total_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
         """Return the run's optimizer steps, from max_steps or max_epochs, whichever is less."""

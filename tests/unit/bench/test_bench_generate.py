@@ -12,16 +12,13 @@ import tiny_runs
 import torch
 
 from minigpt.bench import measure
+from minigpt.model.optim import fast_bf16
 
 Minigpt = Callable[..., Any]
 SHORT = ("--tokens", "3", "--repeats", "1")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_every_arm_is_measured(
-    minigpt: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
-) -> None:
-    monkeypatch.setattr("minigpt.model.optim.fast_bf16", lambda _: bf16)
+def test_every_arm_is_measured(minigpt: Minigpt, tmp_path: Path) -> None:
     size = {
         "model": {"init_args": {"architecture": tiny_runs.ARCHITECTURE | {"max_positions": 256}}}
     }
@@ -32,10 +29,8 @@ def test_every_arm_is_measured(
     assert outcome.status == 0
     result = json.loads(file.read_text())
     arms = {"transformers_fp32", "fp32", "int8", "one_by_one_fp32", "batch_fp32", "gguf_q8_0"}
-    ratios = {"ratio_fp32", "ratio_int8", "ratio_batch", "ratio_gguf_q8_0"}
-    if bf16:
-        arms |= {"transformers_bf16", "bf16", "one_by_one_bf16", "batch_bf16"}
-        ratios.add("ratio_bf16")
+    arms |= {"transformers_bf16", "bf16"}
+    ratios = {"ratio_fp32", "ratio_bf16", "ratio_int8", "ratio_batch", "ratio_gguf_q8_0"}
     assert {name for name in result if name.endswith("_per_s")} == {
         f"{arm}_tokens_per_s" for arm in arms
     }
@@ -44,7 +39,7 @@ def test_every_arm_is_measured(
         result["fp32_tokens_per_s"] / result["transformers_fp32_tokens_per_s"], abs=0.01
     )
     assert result["gguf"] == "measured"
-    assert ("has no bf16" in result["bf16"]) == (not bf16)
+    assert (result["bf16"] == "in hardware") == fast_bf16(torch.device("cpu"))
     assert result["threads"] == torch.get_num_threads()
     assert f"ratio_int8{'':26} {measure.told(result['ratio_int8'])}\n" in outcome.out
 
