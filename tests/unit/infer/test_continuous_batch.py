@@ -116,6 +116,24 @@ def test_untied_heads_and_bf16_weights(tokenizer: PreTrainedTokenizerFast) -> No
     assert runner.weights.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", NATIVE)
+@torch.no_grad()
+def test_steps_have_the_models_own_logits(
+    family: str, rows: int, dtype: torch.dtype, off: float, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = endless(family, tokenizer).model
+    asked = [[5, 9, 7], [8] * 9, [6, 5]][:rows]
+    runner = Native(Weights(model, dtype))
+    runner.admit(asked)
+    for token in (11, 12, 13):
+        asked = [[*ids, token] for ids in asked]
+        logits = runner.step([token] * rows).float()
+        own = torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in asked])
+        assert float((logits - own).abs().max()) < off * float(own.abs().max())
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_request_says_the_same_alone_and_in_company(
     family: str, tokenizer: PreTrainedTokenizerFast
