@@ -19,6 +19,7 @@ from typing import Any
 from minigpt.bench.baseline import Job
 from minigpt.bench.measure import PRECISIONS, Result, publish, spawn, surroundings
 from minigpt.bench.train import FOREVER, Work, config, prepare, run_baseline
+from minigpt.commands.bench import ended_whole
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
 
@@ -119,7 +120,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--json")
     chosen = parser.parse_args(args)
     chosen.stage, chosen.steps, chosen.optimizer = "pretrain", FOREVER, "muon"
-    with tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
+    with ended_whole(), tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
         publish(measure(chosen, Path(place)), chosen.json)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -62,22 +61,12 @@ def spawn(args: list[str], what: str) -> float:
     number = str(threads())
     env = os.environ | {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}
     started = time.time()
-    # `run` ends its process when it is left; unasked, SIGTERM would end only this one.
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        command = [sys.executable, "-m", *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    done = subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True)
     if done.returncode:
         nothing = "killed, perhaps for want of memory" if done.returncode == -9 else "nothing"
         said = (done.stderr.strip() or done.stdout.strip() or nothing).splitlines()[-1]
         raise MiniGPTError(f"{what} ended with status {done.returncode}: {said}")
     return started
-
-
-def _leave(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)
 
 
 def alternate(arms: Mapping[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:

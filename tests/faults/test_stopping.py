@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from runs import Start, at, eventually, rows, slow, status  # type: ignore[import-not-found]
 from safetensors.torch import load_file
@@ -157,6 +159,14 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
+SPAWNING = """
+from minigpt.bench.measure import spawn
+from minigpt.commands.bench import ended_whole
+with ended_whole():
+    spawn(["sleeper"], "it")
+"""
+
+
 def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     (tmp_path / "sleeper.py").write_text(
@@ -166,11 +176,30 @@ def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     benchmark = subprocess.Popen(
-        [sys.executable, "-c", "from minigpt.bench.measure import spawn; spawn(['sleeper'], 'it')"],
-        env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "-c", SPAWNING], env=os.environ | {"PYTHONPATH": path}
     )
     eventually(lambda: note.exists() and note.read_text().endswith("sleeps"))
     benchmark.send_signal(signal.SIGTERM)
     assert benchmark.wait(30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text().split()[0]), 0)
+
+
+@pytest.mark.faults
+def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
+    size = tmp_path / "tiny.yaml"
+    architecture = tiny_runs.ARCHITECTURE | {"max_positions": 256}
+    size.write_text(json.dumps({"model": {"init_args": {"architecture": architecture}}}))
+    options = ["--size", str(size), "--tokens", "3", "--repeats", "100000"]
+    benchmark = subprocess.Popen([sys.executable, "-m", "minigpt", "bench", "generate", *options])
+    children = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children")
+    pool = eventually(lambda: [p for p in children.read_text().split() if b"spawn_main" in said(p)])
+    benchmark.send_signal(signal.SIGTERM)
+    assert benchmark.wait(30) == 128 + signal.SIGTERM
+    eventually(lambda: not any(map(said, pool)), 10)
+
+
+def said(process: str) -> bytes:
+    """Return the command line of a process; nothing when it has ended."""
+    place = Path("/proc", process, "cmdline")
+    return place.read_bytes() if place.exists() else b""
