@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 ROOM = 64  # positions by which the cache grows at least
@@ -211,15 +211,8 @@ class Native:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.lengths: list[int] = []
+        self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
         self.turns = weights.rotations(0)
-        self.cache = self._room(0, 0)
-
-    def _room(self, rows: int, positions: int) -> Tensor:
-        """Return a cache: [layers, 2, rows, K, positions, D], keys and values of each layer."""
-        weights = self.weights
-        shape = (len(weights.layers), 2, rows, weights.kv, positions, weights.width)
-        # Zeros, because what the mask hides is still multiplied, by 0.
-        return torch.zeros(shape, dtype=weights.dtype, device=self.turns.device)
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
@@ -238,11 +231,9 @@ class Native:
             for row, (start, end) in enumerate(spans, first):
                 own = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
                 kept = own[split[0] :].unflatten(0, (2, -1))
-                self.cache[layer, :, row, :, : end - start] = kept
+                self.caches[layer][:, row, :, : end - start] = kept
                 q, k, v = (part[None] for part in own.split((*split, split[1])))
-                out = scaled_dot_product_attention(
-                    q, k, v, is_causal=True, enable_gqa=True, scale=1.0
-                )
+                out = sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
                 outs.append(out[0].transpose(0, 1).flatten(1))
             return torch.cat(outs)
 
@@ -262,23 +253,20 @@ class Native:
             hidden = torch.arange(longest, device=device) > places[:, None]
             mask = torch.zeros(hidden.shape, dtype=weights.dtype, device=device)
             mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(weights.kv, 0)[:, None]
-        # Views cost as much as sums of such a size: all layers' are taken at once.
-        kept = self.cache[:, :, :rows, :, :longest].flatten(2, 3)
-        keys, values = kept[:, 0].mT.unbind(), kept[:, 1].unbind()
-        pairs = self.cache.unbind()
-        slots = self.cache[:, :, :1, :, longest - 1].unbind()
         every = torch.arange(rows, device=device)
-        turns = self.turns[places] if rows > 1 else self.turns.narrow(0, longest - 1, 1)
+        turns = self.turns[longest - 1 : longest] if rows == 1 else self.turns[places]
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            new = heads.narrow(1, weights.heads, 2 * weights.kv)
+            cache = self.caches[layer]
+            new = heads.narrow(1, weights.heads, 2 * weights.kv).unflatten(1, (2, -1))
             if rows == 1:  # plain indices take a third of the time
-                slots[layer].copy_(new.view(slots[layer].shape))
+                cache.select(3, longest - 1).select(1, 0).copy_(new[0])
             else:
-                pairs[layer][:, every, :, places] = new.unflatten(1, (2, -1))
+                cache[:, every, :, places] = new
             # The query heads of a group are as several queries: its keys are read once.
             q = heads.narrow(1, 0, weights.heads).reshape(rows * weights.kv, -1, weights.width)
-            return _attend(q, keys[layer], values[layer], mask).view(rows, -1)
+            keys, values = cache.narrow(3, 0, longest).narrow(1, 0, rows).flatten(1, 2).unbind()
+            return _attend(q, keys, values, mask).reshape(rows, -1)
 
         given = torch.tensor(tokens, device=device)
         out = weights.forward(given, turns, attend, whole=False)
@@ -290,28 +278,34 @@ class Native:
         last = self.lengths.pop()
         if row < (end := len(self.lengths)):
             self.lengths[row] = last
-            self.cache[:, :, row, :, :last] = self.cache[:, :, end, :, :last]
+            for cache in self.caches:
+                cache[:, row, :, :last] = cache[:, end, :, :last]
 
     def _reserve(self) -> None:
         """Make room for the rows as they are now."""
         rows, length = len(self.lengths), max(self.lengths)
-        held_rows, held = self.cache.shape[2:5:2]
+        held_rows, held = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
         if rows <= held_rows and length <= held:
             return
         more = held_rows if rows <= held_rows else max(rows, 2 * held_rows)
         positions = held if length <= held else max(length + ROOM, held * 3 // 2)
-        cache = self._room(more, positions)
-        cache[:, :, :held_rows, :, :held] = self.cache
-        self.cache = cache
+        shape = (2, more, self.weights.kv, positions, self.weights.width)
+        for index in range(len(self.weights.layers)):
+            # Zeros, because what the mask hides is still multiplied, by 0.
+            cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
+            if held:
+                cache[:, :held_rows, :, :held] = self.caches[index]
+                self.caches[index] = cache
+            else:
+                self.caches.append(cache)
         if positions > len(self.turns):
             self.turns = self.weights.rotations(positions)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention [N, G, D] of scaled queries [N, G, D] to keys [N, D, L]."""
+    """Return the attention [N, G, D] of scaled queries [N, G, D] to keys and values [N, L, D]."""
     if q.dtype is torch.float32:  # so few queries that a fused kernel's start costs more
-        scores = torch.bmm(q, keys) if mask is None else torch.baddbmm(mask, q, keys)
+        scores = torch.bmm(q, keys.mT) if mask is None else torch.baddbmm(mask, q, keys.mT)
         return torch.bmm(scores.softmax(-1), values)
-    q, keys, values = q.unsqueeze(1), keys.mT.unsqueeze(1), values.unsqueeze(1)
-    shown = None if mask is None else mask.unsqueeze(1)
-    return scaled_dot_product_attention(q, keys, values, shown, scale=1.0).flatten(1)
+    shown = None if mask is None else mask[:, None]
+    return sdpa(q[:, None], keys[:, None], values[:, None], shown, scale=1.0).squeeze(1)
