@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
+import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import cache
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minigpt.bench.measure import architecture, publish
+from minigpt.bench.measure import architecture, publish, spawn
 from minigpt.commands.options import CommandParser, positive
 from minigpt.errors import ConfigError
 
@@ -60,14 +59,9 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         gguf, said = gguf_arm(model, tokenizer, chosen, stack)
         arms |= gguf
-        rates: dict[str, list[float]] = {name: [] for name in arms}
-        for arm in arms.values():  # once unmeasured, with what is only done once
-            arm()
-        for _ in range(chosen.repeats):
-            for name, arm in arms.items():
-                start = time.perf_counter()
-                rates[name].append(arm() / (time.perf_counter() - start))
-    rate = {name: round(median(values), 1) for name, values in rates.items()}
+        # In turn, so that a busy machine meets all alike; the first time warms up.
+        runs = [{n: arm() for n, arm in arms.items()} for _ in range(1 + chosen.repeats)][1:]
+    rate = {name: round(median(run[name] for run in runs), 1) for name in arms}
     pairs = {
         "ratio_fp32": ("fp32", "transformers_fp32"),
         "ratio_bf16": ("bf16", "transformers_bf16"),
@@ -87,10 +81,16 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     }
 
 
+def timed(work: Callable[[], int]) -> float:
+    """Return the rate [tokens/s] of what returns how many tokens it made."""
+    start = time.perf_counter()
+    return work() / (time.perf_counter() - start)
+
+
 def arms_of(
     model: Any, tokenizer: Any, chosen: Namespace, dtype: str
-) -> dict[str, Callable[[], int]]:
-    """Return what is measured in a dtype; each arm returns how many tokens it made."""
+) -> dict[str, Callable[[], float]]:
+    """Return what is measured in a dtype; each arm returns its rate [tokens/s]."""
     import torch
 
     from minigpt.infer.engine import Engine, Sampling
@@ -120,16 +120,16 @@ def arms_of(
         alone = [[one] for one in prompts]
         arms["one_by_one_fp32"] = lambda: complete(*alone)
         arms["batch_fp32"] = lambda: complete(prompts)
-    return arms
+    return {name: partial(timed, arm) for name, arm in arms.items()}
 
 
 def gguf_arm(
     model: Any, tokenizer: Any, chosen: Namespace, stack: ExitStack
-) -> tuple[dict[str, Callable[[], int]], str]:
+) -> tuple[dict[str, Callable[[], float]], str]:
     """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one.
 
-    It is a process of its own, which the stack ends: where the threads of llama.cpp are, those
-    of torch no longer wait awake for their next product.
+    It has processes of its own: where the threads of llama.cpp are, those of torch no longer
+    wait awake for their next product.
     """
     if not all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
         return {}, "not measured; it needs: pip install 'minigpt[gguf]'"
@@ -144,24 +144,25 @@ def gguf_arm(
         return {}, f"not measured: {error}"
     file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
     write(Engine(model, tokenizer), file, "q8_0", pre, Card("bench", "bench"))
-    pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-    return {"gguf_q8_0": lambda: pool.submit(gguf_stream, file, chosen.tokens).result()}, "measured"
+    rate = file.with_name("rate")
+
+    def arm() -> float:
+        spawn(["minigpt.bench.generate", str(file), str(chosen.tokens), str(rate)], "llama.cpp")
+        return float(rate.read_text())
+
+    return {"gguf_q8_0": arm}, "measured"
 
 
-def gguf_stream(file: Path, tokens: int) -> int:
-    """Let llama.cpp go on with the prompt; return how many tokens it made."""
+def gguf_stream(file: Path, tokens: int) -> float:
+    """Let llama.cpp go on with the prompt, once unmeasured; return its rate [tokens/s]."""
     from minigpt.infer.engine import Sampling
-
-    return len(_gguf(file).complete([PROMPT], Sampling(tokens))[0].ids)
-
-
-@cache
-def _gguf(file: Path) -> Any:
     from minigpt.infer.gguf import Gguf
 
     engine = Gguf(file)
     engine.endless = True
-    return engine
+    for _ in range(2):
+        rate = timed(lambda: len(engine.complete([PROMPT], Sampling(tokens))[0].ids))
+    return rate
 
 
 def load(chosen: Namespace) -> tuple[Any, Any]:
@@ -202,3 +203,7 @@ def bytes_only() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return wrap(bpe)
+
+
+if __name__ == "__main__":  # llama.cpp's process
+    Path(sys.argv[3]).write_text(str(gguf_stream(Path(sys.argv[1]), int(sys.argv[2]))))
