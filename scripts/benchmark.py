@@ -132,9 +132,9 @@ def sooner(r: Result) -> list[str]:
     return [
         f"- The plain loop with AdamW at its best learning rate ({r['baseline_lr']}) came to a "
         f"held-out loss of {r['baseline_loss']:.3f} nats per token on {r['data']} in "
-        f"{r['baseline_s']:.0f} s; `minigpt fit` with Muon {there} it: {r['loss']:.3f} in "
-        f"{r['seconds']:.0f} s, {r['times_sooner']:.1f} times less ({r['size']}, {r['precision']}, "
-        f"{r['date']})."
+        f"{r['baseline_s']:.0f} s; `minigpt fit` with {r['optimizer']} {there} it: "
+        f"{r['loss']:.3f} in {r['seconds']:.0f} s, {r['times_sooner']:.1f} times less "
+        f"({r['size']}, {r['precision']}, {r['date']})."
     ]
 
 

@@ -53,7 +53,7 @@ def fit(chosen: argparse.Namespace, work: Work, name: str, steps: int, val: str 
     """Run `minigpt fit`; return its summary with the seconds that training took."""
     made: Any = config(work, "model", work.place / name, seed=0)
     made["model"]["init_args"] |= {
-        "optimizer": {"name": "muon", "lr": chosen.lr, "adamw_lr": chosen.adamw_lr},
+        "optimizer": {"name": chosen.optimizer, "lr": chosen.lr, "adamw_lr": chosen.adamw_lr},
         "schedule": {"name": "wsd", "decay": chosen.decay},
     }
     made["data"]["init_args"] |= {"val": val, "tokens_per_batch": chosen.tokens_per_batch}
@@ -85,6 +85,7 @@ def measure(chosen: argparse.Namespace, place: Path) -> Result:
     return {
         "data": Path(chosen.data).resolve().name,
         "size": chosen.size,
+        "optimizer": chosen.optimizer,
         "precision": work.precision,
         **surroundings(),
         "baseline_lr": best,
@@ -107,10 +108,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="for the plain loop (600)")
     parser.add_argument("--share", type=float, default=8.0, help="we get 1/SHARE of it (8)")
     parser.add_argument("--baseline_lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--lr", type=float, default=1e-2, help="ours, of Muon's matrices")
-    parser.add_argument("--adamw_lr", type=float, default=1e-2, help="ours, of the rest")
-    parser.add_argument("--decay", type=float, default=0.5, help="share of our steps that fall")
-    parser.add_argument("--tokens_per_batch", type=int, default=1024, help="of our step")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="ours")
+    parser.add_argument("--lr", type=float, default=2e-3, help="ours; with muon, of its matrices")
+    parser.add_argument("--adamw_lr", type=float, default=1e-2, help="with muon, of the rest")
+    parser.add_argument("--decay", type=float, default=0.8, help="share of our steps that fall")
+    parser.add_argument("--tokens_per_batch", type=int, default=512, help="of our step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks of the plain loop's step")
     parser.add_argument("--rows", type=int, help="use only the first rows")
@@ -119,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="by default what is fast here")
     parser.add_argument("--json")
     chosen = parser.parse_args(args)
-    chosen.stage, chosen.steps, chosen.optimizer = "pretrain", FOREVER, "muon"
+    chosen.stage, chosen.steps = "pretrain", FOREVER
     with ended_whole(), tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
         publish(measure(chosen, Path(place)), chosen.json)
 
