@@ -85,7 +85,7 @@ def head_is_linear(hf: PreTrainedModel) -> bool:
     hf.eval()
     try:
         ids = torch.arange(min(8, hf.config.vocab_size), device=head.weight.device)[None]
-        out = hf(input_ids=ids, use_cache=False, output_hidden_states=True)
+        out = hf(input_ids=ids, use_cache=False)
         ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         bound = TOLERANCE * max(1.0, float(out.logits.abs().max()))
         return bool((ours - out.logits).abs().max() <= bound)
