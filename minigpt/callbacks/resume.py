@@ -85,7 +85,7 @@ class SameRun(Callback):
         """Add the run's identity and circumstances, and where its last step left it."""
         self.known = self.known or identity(trainer, pl_module)
         checkpoint["run"] = self.known
-        checkpoint["machine"] = circumstances(trainer)
+        checkpoint["machine"] = circumstances(trainer, pl_module)
         checkpoint["boundary"] = {
             "batches": self.boundary.batches,
             "validation_due": self.boundary.validation_due,
@@ -115,7 +115,10 @@ class SameRun(Callback):
                     f"or start a new run{override}."
                 )
             log.warning("Going on although this is another run: %s.", told)
-        take_up_machine(checkpoint.get("machine", {}), circumstances(trainer))
+        machine = checkpoint.get("machine", {})
+        if pl_module.compiled is None:
+            pl_module.compiled = machine.get("compiled")
+        take_up_machine(machine, circumstances(trainer, pl_module))
         then = checkpoint["boundary"]
         chances, rank = then.pop("chance"), trainer.global_rank
         self.boundary = Boundary(**then, chance=chances[rank] if rank < len(chances) else [])
@@ -210,7 +213,7 @@ def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:
     if then.get("threads", now["threads"]) != now["threads"]:
         torch.set_num_threads(then["threads"])  # sums depend on how many threads share them
         log.info("Threads: %d, as before.", then["threads"])
-    for name in ("processes", "precision", "torch"):
+    for name in ("processes", "precision", "torch", "compiled"):
         if then.get(name, now[name]) != now[name]:
             log.warning(
                 "%s: %s before, %s now. The order of data is the same; numbers agree up to "
@@ -238,13 +241,14 @@ def identity(trainer: Any, pl_module: Any) -> dict[str, str]:
     return known
 
 
-def circumstances(trainer: Trainer) -> dict[str, Any]:
+def circumstances(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     """Return what may change the last bits of a sum."""
     return {
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
+        "compiled": pl_module.compiled,
     }
 
 

@@ -28,7 +28,7 @@ BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
 
 
-@torch.compiler.disable  # the plan has another shape in each batch
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has a plan of its own
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -76,8 +76,10 @@ def packed_attention(
         for index in plan.gather:
             # index_select, because its backward is many times faster on a CPU than indexing's
             flat = (x.index_select(0, index.flatten()) for x in (q, k, v))
-            rows = [x.unflatten(0, index.shape).transpose(1, 2) for x in flat]  # [R, heads, L, D]
-            results.append(_attend(*rows, dropout, scaling).transpose(1, 2).flatten(0, 1))
+            # [R, heads, L, D]
+            rows = [x.unflatten(0, list(index.shape)).transpose(1, 2) for x in flat]
+            out = _attend(rows[0], rows[1], rows[2], dropout, scaling)
+            results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, plan.scatter).unsqueeze(0), None
 
 
@@ -117,9 +119,8 @@ class _BlockCausal(torch.autograd.Function):
         for start, end in _blocks(length):
             queries = q[..., start:end, :].reshape(len(keys), -1, width)
             scores = torch.bmm(queries, keys[:, :end].mT)
-            scores.view(len(keys), -1, end - start, end)[..., start:] += _future(
-                end - start, q.dtype
-            )
+            own = scores.view(len(keys), -1, end - start, end)[..., start:]
+            own += _future(end - start, q.dtype)
             weights = torch.softmax(scores, -1)
             out[..., start:end, :] = torch.bmm(weights, values[:, :end]).view(
                 *q.shape[:3], -1, width

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 from minigpt.data.batch import PackedBatch
 from minigpt.model.attention import PACKED
-from minigpt.model.losses import linear_cross_entropy, linear_logprobs, sum_by
+from minigpt.model.losses import (
+    Softmax,
+    linear_cross_entropy,
+    linear_logprobs,
+    softmax,
+    sum_by,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +35,7 @@ class PackedLM(nn.Module):
         hf: the model; its attention becomes the packed one.
 
     Attributes:
+        softmax: of the head's logits; compiled with the layers.
         plain_head: True when the model's logits are not hidden @ weight + bias (soft caps,
             scaling), so that its own forward computes them.
     """
@@ -37,6 +44,7 @@ class PackedLM(nn.Module):
         super().__init__()
         self.hf = hf
         hf.config._attn_implementation = PACKED
+        self.softmax: Softmax = softmax
         self.plain_head = not head_is_linear(hf)
         if self.plain_head:
             log.warning(
@@ -54,8 +62,8 @@ class PackedLM(nn.Module):
         head: Any = self.hf.get_output_embeddings()
         targets = hidden.index_select(0, batch.predict_at)
         if not per_answer:
-            return linear_cross_entropy(targets, head.weight, head.bias, batch.labels)
-        logp = linear_logprobs(targets, head.weight, head.bias, batch.labels)
+            return linear_cross_entropy(targets, head.weight, head.bias, batch.labels, self.softmax)
+        logp = linear_logprobs(targets, head.weight, head.bias, batch.labels, self.softmax)
         return sum_by(logp, batch.answers, batch.n_answers)
 
     def _plain_logprobs(self, batch: PackedBatch) -> Tensor:

@@ -5,19 +5,57 @@ Shape legend: N targets, H hidden size, V vocabulary, P preference pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
-CHUNK = 1024  # targets whose logits exist at a time
+LOGITS = 2**23  # that exist at a time
 
 PreferenceLoss = Literal["sigmoid", "cdpo"]
+Softmax = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float()
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log Σ exp [N] in fp32 and the probabilities [N, V] in the logits' own type."""
+    wide = logits.float()
+    normaliser = wide.logsumexp(-1)
+    return normaliser, (wide - normaliser[:, None]).exp().to(logits.dtype)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of about equal length, and their labels [n, 1]."""
+    number = -(-len(labels) * len(weight) // LOGITS)
+    size = -(-len(labels) // max(1, number))
+    for start in range(0, len(labels), size or 1):
+        chunk = slice(start, start + size)
+        yield chunk, labels[chunk, None]
+
+
+class _Head:
+    """Gradients of a linear head, added up chunk by chunk."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        self.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        self.of_bias = torch.zeros_like(bias) if bias is not None else None
+
+    def add(self, chunk: slice, of_logits: Tensor) -> None:
+        """Add what the gradient of a chunk's logits [n, V] comes to."""
+        if self.of_hidden is not None:
+            self.of_hidden[chunk] = of_logits @ self.weight
+        if self.of_weight is not None:
+            self.of_weight.addmm_(of_logits.T, self.hidden[chunk])
+        if self.of_bias is not None:
+            self.of_bias += of_logits.sum(0)
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias."""
+        return self.of_hidden, self.of_weight, self.of_bias
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,32 +63,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softmax: Softmax,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None else None
-        for start in range(0, len(labels), CHUNK):
-            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            logits = _logits(h, weight, bias)
-            normaliser = logits.logsumexp(-1)
-            total += (normaliser - logits.gather(1, y[:, None]).squeeze(1)).sum()
-            error = logits.sub_(normaliser[:, None]).exp_()  # softmax
-            error.scatter_add_(1, y[:, None], error.new_full((len(y), 1), -1.0))
-            error = error.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + CHUNK] = error @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(error.T, h)
-            if grad_bias is not None:
-                grad_bias += error.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        head = _Head(ctx, hidden, weight, bias)
+        for chunk, own in _chunks(hidden, weight, labels):
+            logits = linear(hidden[chunk], weight, bias)
+            normaliser, error = softmax(logits)
+            logp = logits.gather(1, own).float() - normaliser[:, None]
+            total -= logp.sum()
+            head.add(chunk, error.scatter_(1, own, logp.expm1().to(error.dtype)))
+        ctx.save_for_backward(*head.gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else g * grads[0] for g in ctx.saved_tensors), None)
+        return (*(None if g is None else g * grads[0] for g in ctx.saved_tensors), None, None)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -58,35 +91,30 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softmax: Softmax,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(labels), CHUNK):
-            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            logits = _logits(h, weight, bias)
-            out[start : start + CHUNK] = logits.gather(1, y[:, None]).squeeze(1)
-            out[start : start + CHUNK] -= logits.logsumexp(-1)
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        for chunk, own in _chunks(hidden, weight, labels):
+            logits = linear(hidden[chunk], weight, bias)
+            out[chunk] = logits.gather(1, own).squeeze(1).float() - logits.float().logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, bias, labels, out)
+        ctx.softmax = softmax
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None else None
-        for start in range(0, len(labels), CHUNK):
-            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            g = grads[0][start : start + CHUNK, None]
-            error = _logits(h, weight, bias).softmax(-1).mul_(-g).scatter_add_(1, y[:, None], g)
-            error = error.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + CHUNK] = error @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(error.T, h)
-            if grad_bias is not None:
-                grad_bias += error.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None
+        hidden, weight, bias, labels, logp = ctx.saved_tensors
+        head = _Head(ctx, hidden, weight, bias)
+        for chunk, own in _chunks(hidden, weight, labels):
+            error = ctx.softmax(linear(hidden[chunk], weight, bias))[1]
+            error.scatter_(1, own, logp[chunk, None].expm1().to(error.dtype))
+            head.add(chunk, error.mul_(-grads[0][chunk, None].to(error.dtype)))
+        return (*head.gradients, None, None)
 
 
 def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
@@ -99,7 +127,11 @@ def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softmax: Softmax = softmax,
 ) -> Tensor:
     """Sum of cross-entropies in nats, without ever holding the logits of the whole batch.
 
@@ -107,21 +139,28 @@ def linear_cross_entropy(
         hidden: [N, H] hidden states of the target positions.
         weight: [V, H] head; `bias`: [V] or None.
         labels: [N] target ids.
+        softmax: this module's, or the same compiled.
 
     Returns:
         Scalar, fp32; 0 when N is 0.
     """
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels)
+        loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels, softmax)
     return loss
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softmax: Softmax = softmax,
+) -> Tensor:
     """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        out: Tensor = _LinearLogprobs.apply(h, w, b, labels)
+        out: Tensor = _LinearLogprobs.apply(h, w, b, labels, softmax)
     return out
 
 

@@ -101,3 +101,13 @@ def gathered(mine: list[Item]) -> list[Item]:
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
     return [item for part in every for item in part]
+
+
+def gradient_norm(grads: list[Tensor], flat_shards: bool) -> Tensor:
+    """Return the norm of all gradients, of which FSDP1 gives each process another part."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    if flat_shards:
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        return squares.sqrt()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

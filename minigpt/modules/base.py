@@ -35,10 +35,17 @@ from minigpt.model.build import (
     count_parameters,
     fit_vocabulary,
 )
+from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
 from minigpt.model.optim import OptimizerOptions, ScheduleOptions, build_optimizer, build_schedule
-from minigpt.model.parallel import flat_weights, full_weights, gathered, shard
+from minigpt.model.parallel import (
+    flat_weights,
+    full_weights,
+    gathered,
+    gradient_norm,
+    shard,
+)
 from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step
 from minigpt.modules.totals import Totals
@@ -71,6 +78,8 @@ class BaseModule(LightningModule, ABC):
         schedule: how the learning rate moves.
         lora: train a low-rank adapter instead of the whole model.
         activation_checkpointing: compute activations twice instead of keeping them.
+        compile_layers: compile the model's layers with torch.compile; by default where that pays:
+            in half precision, in runs of some minutes and more.
         sample_prompts: asked at each validation; the replies are logged as text.
         spike: what to do when the loss jumps.
         sampling: how `test`, `predict` and the logged samples choose tokens.
@@ -88,6 +97,7 @@ class BaseModule(LightningModule, ABC):
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
+        compile_layers: bool | None = None,
         sample_prompts: list[str] | None = None,
         spike: Spike = Spike(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
@@ -98,9 +108,14 @@ class BaseModule(LightningModule, ABC):
                 "Set model.init_args.init_from to the model to start from, such as "
                 "outputs/pretrain."
             )
+        if compile_layers and activation_checkpointing:
+            raise ConfigError(
+                "model.compile_layers and model.activation_checkpointing exclude each other."
+            )
         self.init_from, self.tokenizer_path = init_from, tokenizer
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.lora, self.activation_checkpointing = lora, activation_checkpointing
+        self.compiled = compile_layers  # None: not decided yet
         self.sample_prompts, self.sampling = sample_prompts or [], sampling
         self.trained: str | None = None  # a finished run to use instead of `init_from`
         self.lm: PackedLM | None = None
@@ -183,6 +198,19 @@ class BaseModule(LightningModule, ABC):
         assert self.lm is not None
         return self.lm
 
+    def on_fit_start(self) -> None:
+        """Compile the layers, where asked to or where it pays."""
+        if self.compiled is None:
+            self.compiled = compiling_pays(self)
+        if self.compiled:
+            log.info("Compiling the model's layers: the first steps take longer.")
+            for lm in self.packed_models():
+                compile_model(lm)
+
+    def packed_models(self) -> list[PackedLM]:
+        """Return the models that compute packed batches."""
+        return [self.model]
+
     # Optimization
 
     def configure_optimizers(self) -> Any:
@@ -236,7 +264,7 @@ class BaseModule(LightningModule, ABC):
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = _norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
+        norm = gradient_norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
         loss = float(totals["loss"] / totals["count"].clamp(min=1))
         # A scaler of fp16 looks at the gradients itself.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -370,12 +398,3 @@ class BaseModule(LightningModule, ABC):
 def bits_per_byte(totals: dict[str, Tensor]) -> float:
     """Return the loss of all targets in bits per UTF-8 byte of their text."""
     return float(totals["loss"]) / math.log(2) / max(1.0, float(totals["bytes"]))
-
-
-def _norm(grads: list[Tensor], flat_shards: bool) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(grads)
-    if flat_shards:  # FSDP1: each process holds other parts of the gradients
-        squares = norm.square()
-        torch.distributed.all_reduce(squares)
-        return squares.sqrt()
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

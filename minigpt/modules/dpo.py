@@ -66,6 +66,7 @@ class DPOModule(BaseModule):
 
     def on_fit_start(self) -> None:
         """Use the reference up before training, if asked to."""
+        super().on_fit_start()
         if self.reference == "precomputed":
             self.precompute()
 
@@ -81,6 +82,10 @@ class DPOModule(BaseModule):
     def on_test_start(self) -> None:
         """Load the reference also where the held-out pairs are the test."""
         self.on_validation_start()
+
+    def packed_models(self) -> list[PackedLM]:
+        """Return the model and its reference."""
+        return [self.model, *self._frozen]
 
     def precompute(self) -> None:
         """Learn the reference's log-probs of all pairs, then let the frozen copy go."""

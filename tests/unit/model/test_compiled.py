@@ -1,0 +1,119 @@
+"""Compiled layers: the same numbers, no compiling after the first batches, never a crash."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+from minigpt.model.attention import attention_of
+from minigpt.model.compiled import compile_model, compiling_pays
+from minigpt.model.lm import PackedLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def results(lm: PackedLM, batch: Any, per_answer: bool, half: bool) -> list[torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        value = lm(batch, per_answer)
+    weights = [p for p in lm.parameters() if p.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value.sum(), weights)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_compiled_equals_plain_and_is_compiled_once(half: bool) -> None:
+    lm = PackedLM(tiny.model("qwen3"))
+    layouts = [[100, 60, 90], [20, 120, 100, 7], [250], [30, 30, 30, 30, 30, 30, 30, 40], [6, 244]]
+    batches = [tiny.batch(lengths, seed) for seed, lengths in enumerate(layouts)]
+    plain = [results(lm, b, p, half) for b in batches for p in (False, True)]
+    compile_model(lm)
+    got = [results(lm, b, p, half) for b in batches[:2] for p in (False, True)]
+    warm = compiled_graphs()
+    assert warm > 0
+    got += [results(lm, b, p, half) for b in batches[2:] for p in (False, True)]
+    assert compiled_graphs() == warm
+    bound = 0.06 if half else 1e-5  # bf16 keeps 8 bits, and is rounded in other places
+    for mine, truth in zip(got, plain, strict=True):
+        for a, b in zip(mine, truth, strict=True):
+            assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-6
+
+
+@pytest.mark.slow
+def test_generation_goes_through_the_layers_as_they_are() -> None:
+    model = tiny.model("qwen3").eval()
+    ids = torch.arange(5)[None]
+    with attention_of(model, "sdpa"):
+        before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    lm = PackedLM(model)
+    compile_model(lm)
+    with attention_of(model, "sdpa"):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+    assert compiled_graphs() == 0
+
+
+def test_a_model_that_cannot_be_compiled_trains_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TorchDynamoException("\nno C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    lm, batch = PackedLM(tiny.model("llama")), tiny.batch([20, 7])
+    expected = lm(batch)
+    compile_model(lm)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(lm(batch), expected)
+        assert torch.equal(lm(batch), expected)
+    assert caplog.messages == ["Not compiled, which only costs speed: no C++ compiler"]
+
+
+LONG = {"steps": 10**6, "precision": "bf16-mixed", "strategy": SingleDeviceStrategy("cpu")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "pays"),
+    [
+        ({}, True),
+        ({"steps": 10}, False),
+        ({"precision": "32-true"}, False),
+        ({"strategy": ModelParallelStrategy()}, False),
+        ({"again": True}, False),
+    ],
+)
+def test_compiling_pays_in_long_runs_in_half_precision(changes: dict[str, Any], pays: bool) -> None:
+    chosen = {"again": False, **LONG, **changes}
+    if isinstance(chosen["strategy"], ModelParallelStrategy):
+        chosen["strategy"].parallel_devices = [torch.device("cpu")]
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(
+            strategy=chosen["strategy"],
+            precision=chosen["precision"],
+            accumulate_grad_batches=1,
+            datamodule=SimpleNamespace(tokens_per_batch=4096),
+        ),
+        model=PackedLM(tiny.model("qwen3")),
+        activation_checkpointing=chosen["again"],
+        total_steps=lambda: chosen["steps"],
+    )
+    assert compiling_pays(module) is pays
