@@ -154,6 +154,7 @@ def measure(work: Work) -> Result:
     arms["baseline"] = partial(their_arm, work)
     arms["matmul"] = lambda _: {"flops": matmul_peak(work.precision, work.device)}
     results = alternate(arms, chosen.repeats)
+    results["start"] = [our_start(work)]
     names = ("stage", "size", "max_length", "optimizer", "repeats")
     return {
         **{name: getattr(chosen, name) for name in names},
@@ -181,7 +182,8 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
         "gemm_peak_fraction": flops / peak,
         "gemm_peak_gflops": peak / 1e9,
         "gemm_precision": "bf16" if work.precision.startswith("bf16") else "fp32",
-        "first_step_s": middle(ours, "first_step_s"),
+        "first_step_s": middle(results["start"], "first_step_s"),
+        "warm_up_s": middle(ours, "first_step_s"),
     }
     if live:
         report["ratio_live"] = middle(live, unit) / middle(theirs, unit)
@@ -215,17 +217,31 @@ def table(report: Result) -> str:
 
 def our_arm(work: Work, reference: str, repeat: int) -> Result:
     """Run `minigpt fit` and read its speed from what it logged; the first step warms up."""
-    run_dir = work.place / f"run-{reference}-{repeat}"
+    return fit(work, config(work, reference, work.place / f"run-{reference}-{repeat}", repeat))
+
+
+def our_start(work: Work) -> Result:
+    """Run a single step: so short a run compiles nothing."""
+    made = config(work, "model", work.place / "run-start", 0)
+    made["trainer"] |= {"max_steps": 1, "min_steps": 1}
+    return fit(work, made)
+
+
+def fit(work: Work, made: Result) -> Result:
+    """Run `minigpt fit`; return what it took, and its speed after the first step."""
     file = work.place / "fit.yaml"
-    file.write_text(json.dumps(config(work, reference, run_dir, repeat)))  # JSON is YAML
+    file.write_text(json.dumps(made))  # JSON is YAML
     started = spawn(["minigpt", "fit", "--config", str(file)], "minigpt fit")
+    run_dir = Path(made["run_dir"])
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     first, *steps = [row for row in map(json.loads, lines) if "tokens_seen" in row]
+    done = {"first_step_s": first["time"] - started}
+    if not steps:
+        return done
     seconds = steps[-1]["time"] - first["time"]
     summary = json.loads((run_dir / "summary.json").read_text())
-    return {
+    return done | {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
-        "first_step_s": first["time"] - started,
         "steps": len(steps),
         "loss": steps[-1]["train/loss"],
         **{name: value for name, value in summary.items() if name.startswith("peak_")},

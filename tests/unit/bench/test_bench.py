@@ -62,12 +62,14 @@ def test_stages(
     assert done.status == 0, done.err
     report = json.loads((tmp_path / "out.json").read_text())
     names = ("useful_tokens_per_s", "ratio", "gemm_peak_fraction", "peak_rss_mb", "first_step_s")
+    names = (*names, "warm_up_s")
     for name in (*names, "baseline_useful_tokens_per_s", "baseline_peak_rss_mb"):
         assert report[name] > 0
         assert name in done.out
     arms = ["minigpt", "minigpt"] if stage == "dpo" else ["minigpt"]
-    assert here == 2 * [*arms, "minigpt.bench.baseline"]
+    assert here == [*2 * [*arms, "minigpt.bench.baseline"], "minigpt"]
     runs = report["runs"]
+    assert [*runs.pop("start")[0].values()] == [report["first_step_s"]]
     assert [len(arm) for arm in runs.values()] == [2] * len(runs)
     unit = "useful_tokens_per_s"
     middle = {name: sum(run.get(unit, 0) for run in arm) / 2 for name, arm in runs.items()}
@@ -105,7 +107,11 @@ def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path)
     assert work.matrices == matrices
     arm = {"useful_tokens_per_s": 10.0, "first_step_s": 1.0, "peak_rss_mb": 1}
     report = train.figures(
-        work, {"minigpt": [arm], "baseline": [arm], "matmul": [{"flops": 4e6}, {"flops": 5e6}]}
+        work,
+        {
+            **{name: [arm] for name in ("minigpt", "baseline", "start")},
+            "matmul": [{"flops": 4e6}, {"flops": 5e6}],
+        },
     )
     squares = (lengths**2).sum() / lengths.sum()
     flops = 10 * (6 * matrices + 6 * a["layers"] * width * squares)
@@ -121,9 +127,10 @@ def test_both_arms_do_as_they_are_told(
     options += ["--optimizer", "muon", "--precision", precision, "--json", tmp_path / "out.json"]
     done = minigpt("bench", "train", "--stage", "sft", "--data", trained / "sft.jsonl", *options)
     assert done.status == 0, done.err
-    ours, theirs = jobs
+    ours, theirs, start = jobs
     lightnings = {"fp32": "32-true", "bf16": "bf16-mixed"}[precision]
     assert ours["trainer"]["precision"] == theirs["precision"] == lightnings
+    assert start["trainer"]["max_steps"] == 1
     one = {"accelerator": "cpu", "devices": 1, "max_steps": 6, "max_time": {"seconds": 1}}
     assert {name: ours["trainer"][name] for name in one} == one
     assert (theirs["device"], theirs["steps"], theirs["seconds"]) == ("cpu", 5, 1)
