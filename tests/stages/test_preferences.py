@@ -16,6 +16,7 @@ import torch
 from tiny_runs import Fit
 
 from minigpt.cli import run
+from minigpt.errors import ConfigError
 from minigpt.model.saved import load_model
 from minigpt.modules.dpo import DPOModule
 
@@ -205,12 +206,30 @@ def test_the_reference_stays_as_it_was(world: Path, fit: Fit) -> None:
     assert len(module.state_dict()) == len(module.lm.state_dict())
 
 
-@pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_cdpo_runs(smoothing: float, tmp_path: Path, fit: Fit) -> None:
-    fit("dpo", model__init_args__loss="cdpo", model__init_args__label_smoothing=smoothing)
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "first"),
+    [
+        ("cdpo", 0.1, math.log(2)),
+        ("cdpo", 0.3, math.log(2)),
+        ("robust", 0.1, math.log(2)),
+        ("hinge", 0.0, 1.0),
+        ("ipo", 0.0, 25.0),
+        ("sigmoid_norm", 0.0, math.log(2)),
+    ],
+)
+def test_other_losses_train(
+    loss: str, smoothing: float, first: float, tmp_path: Path, fit: Fit
+) -> None:
+    fit("dpo", model__init_args__loss=loss, model__init_args__label_smoothing=smoothing)
     losses = tiny_runs.metrics(tmp_path / "run")
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[0] == pytest.approx(first, rel=1e-5)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "sigmoid_norm"])
+def test_label_smoothing_needs_a_loss_with_wrong_labels(loss: Any) -> None:
+    with pytest.raises(ConfigError, match=f"loss: cdpo or robust .*with loss: {loss}"):
+        DPOModule(init_from="start", loss=loss, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
