@@ -59,7 +59,8 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     """
     found = find_model(place)
     if isinstance(found, Path) and (found / ADAPTER).is_file():
-        return merge(load_adapter(load_model(base_of(found), attention), found))
+        base = base_of(found)
+        return merge(load_adapter(load_model(base, attention), found, base))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
