@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.tokenizer import END_OF_TEXT, TURN_END
+from minigpt.data.tokenizer import CODE, END_OF_TEXT, TURN_END
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
@@ -67,10 +67,12 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = CODE if "trust_remote_code" in str(error) else first
         raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
