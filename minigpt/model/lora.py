@@ -162,7 +162,8 @@ def _check_fit(model: PreTrainedModel, directory: Path) -> None:
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Return the base model with the adapter's update added to its weights."""
     with_adapter: Any = adapted
-    return with_adapter.merge_and_unload()  # type: ignore[no-any-return]
+    merged: PreTrainedModel = with_adapter.merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze it, and the next stage may train it
 
 
 def save_adapter(

@@ -16,7 +16,9 @@ import torch
 from tiny_runs import Fit
 
 from minigpt.cli import run
+from minigpt.data.datamodule import PackedDataset
 from minigpt.errors import ConfigError
+from minigpt.model.lm import PackedLM
 from minigpt.model.saved import load_model
 from minigpt.modules.dpo import DPOModule
 
@@ -192,6 +194,27 @@ def test_adapter_off_equals_a_frozen_copy(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[-1] < losses[0]
     assert same(losses, tiny_runs.metrics(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_reference_of_a_run_from_an_adapter_has_that_adapter(
+    lora: Any, world: Path, fit: Fit
+) -> None:
+    """It is merged first: what is switched off, or trained, is this run's own."""
+    cli = fit("dpo", model__init_args__lora=lora, model__init_args__init_from=str(world / "lora"))
+    data = cli.datamodule
+    batch = next(iter(PackedDataset(data.order, data.train_parts, 0, 0, 0, 1)))
+
+    def logprobs(start: str) -> torch.Tensor:
+        with torch.no_grad():
+            scores: torch.Tensor = PackedLM(load_model(world / start))(batch, per_answer=True)
+        return scores
+
+    reference = cli.model.reference_logprobs(batch)
+    assert torch.allclose(reference, logprobs("lora"), rtol=1e-4)
+    assert not torch.allclose(reference, logprobs("sft"), rtol=1e-2)
+    with torch.no_grad():
+        assert not torch.allclose(reference, cli.model.model(batch, per_answer=True), rtol=1e-3)
 
 
 def test_the_reference_stays_as_it_was(world: Path, fit: Fit) -> None:
