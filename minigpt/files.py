@@ -169,5 +169,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
