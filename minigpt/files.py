@@ -120,6 +120,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(directory: Path) -> str:
+    """Return a short digest of a model directory's weight files."""
+    joined = "".join(digest(file) for file in sorted(directory.glob("*.safetensors")))
+    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+
+
 class told_when_unwritable:  # noqa: N801  (used like a function)
     """Context manager that names what could not be written, and why.
 
@@ -163,5 +169,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)

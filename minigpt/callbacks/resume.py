@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.errors import ConfigError
-from minigpt.files import digest
+from minigpt.files import weights_digest
 from minigpt.model.parallel import gathered
 from minigpt.model.saved import find_model
 
@@ -261,7 +261,4 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def model_digest(place: str) -> str:
     """Return a digest of a model's weight files; of its name, for one on a hub."""
     found = find_model(place)
-    if not isinstance(found, Path):
-        return found
-    joined = "".join(digest(file) for file in sorted(found.glob("*.safetensors")))
-    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+    return weights_digest(found) if isinstance(found, Path) else found

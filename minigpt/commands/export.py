@@ -19,7 +19,7 @@ EXAMPLES = """examples:
 """
 # What an export writes, and so what a later one may replace.
 WRITTEN = (
-    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "README.md"),
+    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "base.json", "README.md"),
     *("special_tokens_map.json", "chat_template.jinja", "*.gguf", "Modelfile"),
 )
 

@@ -40,7 +40,7 @@ from minigpt.data.chat import ChatCodec, Piece
 from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
 from minigpt.data.tokenizer import document_end, special_texts
 from minigpt.errors import DataError
-from minigpt.files import sync, write_json
+from minigpt.files import remove_directory, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +125,23 @@ def open_store(
     source = Path(source)
     root = Path(cache_dir) if cache_dir else default_cache()
     path = root / f"{source.stem}-{digest(source, kind, tokenizer, limits)}"
-    if not (path / "meta.json").exists():
+    if not _whole(path, kind):
+        if path.exists():
+            log.warning("The token store %s is damaged: it is built again.", path)
         _build(source, kind, tokenizer, limits, path)
     return TokenStore(path, source)
+
+
+def _whole(path: Path, kind: Kind) -> bool:
+    """Whether a store's files have the sizes that its meta.json speaks of."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        tokens, samples, width = meta["tokens"], meta["samples"], np.dtype(meta["dtype"]).itemsize
+        sizes = {"tokens": tokens * width, "samples": samples * SAMPLE.itemsize}
+        sizes |= {"lengths": samples * 4, **({"targets": tokens} if kind == "chat" else {})}
+        return all((path / f"{n}.bin").stat().st_size == size for n, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def default_cache() -> Path:
@@ -231,7 +245,7 @@ def _build(
         }
         write_json(partial / "meta.json", meta)
         sync(partial)
-        _publish(partial, path)
+        _publish(partial, path, kind)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _report(source, meta, bad)
@@ -248,12 +262,15 @@ def _seldom_collecting() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _publish(partial: Path, path: Path) -> None:
+def _publish(partial: Path, path: Path, kind: Kind) -> None:
     try:
         partial.rename(path)
     except OSError:
-        if not (path / "meta.json").exists():  # else another process built the same store
-            raise
+        if _whole(path, kind):  # another process built the same store
+            return
+        remove_directory(path)
+        partial.rename(path)
+    sync(path.parent)
 
 
 def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
+CODE = (
+    "it brings code of its own, and code of others is never run here. Give one that transformers "
+    "loads by itself."
+)
 BYTES = 256
 # Chinese has no spaces, so in repetitive text BPE would join whole sentences into tokens that
 # say nothing about a new wording. Four Chinese characters or a long English word still fit.
@@ -158,8 +162,10 @@ def load(path: str | Path) -> PreTrainedTokenizerFast:
         TokenizerError: when there is none, with the command that makes one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
         raise TokenizerError(
             f"There is no tokenizer at {path}. Make one with: minigpt tokenizer train "
             "--data_file data/pretrain.jsonl --output_dir outputs/tokenizer"

@@ -110,7 +110,9 @@ class Engine:
         if adapter is None and isinstance(found, Path) and (found / ADAPTER).is_file():
             found, adapter = base_of(found), found
         base = load_model(found, "sdpa")
-        adapted = load_adapter(base, Path(find_model(adapter))) if adapter is not None else None
+        adapted = None
+        if adapter is not None:
+            adapted = load_adapter(base, Path(find_model(adapter)), found)
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
         base.to(torch.bfloat16 if weights == "bf16" else torch.float32)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
-from minigpt.files import whole_directory
+from minigpt.files import weights_digest, whole_directory, write_json
 from minigpt.model.build import fit_vocabulary
 
 log = logging.getLogger(__name__)
+
+BASE = "base.json"  # beside an adapter: the digest of the weights it was trained on
 
 
 @dataclass(frozen=True)
@@ -90,26 +93,48 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
     )
     adapted: Any = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.base_digest = weights_digest(Path(base)) if Path(base).is_dir() else None
     return adapted  # type: ignore[no-any-return]
 
 
-def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> PeftModel:
     """Put a saved adapter on a model, whose vocabulary grows as it grew in training.
 
+    Args:
+        model: changed in place.
+        directory: the adapter's.
+        base: where the model came from.
+
     Raises:
-        ModelError: when the adapter is missing, damaged, or fits another base.
+        ModelError: when the adapter is missing, damaged, or was trained on another base.
     """
     try:
         _check_fit(model, directory)
+        trained_on = _check_base(directory, base)
         if (directory / "tokenizer.json").is_file():
             fit_vocabulary(model, tokenizers.load(directory))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
+            adapted: Any = PeftModel.from_pretrained(model, str(directory))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"The adapter at {directory} cannot be loaded: {first}") from error
-    return adapted
+    adapted.base_digest = trained_on
+    return adapted  # type: ignore[no-any-return]
+
+
+def _check_base(directory: Path, base: Path | str) -> str | None:
+    """Return the digest that an adapter keeps of its base; None for plain peft's and hub ids."""
+    if not (directory / BASE).is_file():
+        return None
+    known: str = json.loads((directory / BASE).read_text())["weights"]
+    if Path(base).is_dir() and (now := weights_digest(Path(base))) != known:
+        raise ModelError(
+            f"The adapter at {directory} was trained on other weights than those in {base} (digest "
+            f"{known}, now {now}): the base was trained again, or is another one. Train the "
+            "adapter again, or put its base back."
+        )
+    return known
 
 
 def _check_fit(model: PreTrainedModel, directory: Path) -> None:
@@ -137,7 +162,8 @@ def _check_fit(model: PreTrainedModel, directory: Path) -> None:
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Return the base model with the adapter's update added to its weights."""
     with_adapter: Any = adapted
-    return with_adapter.merge_and_unload()  # type: ignore[no-any-return]
+    merged: PreTrainedModel = with_adapter.merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze it, and the next stage may train it
 
 
 def save_adapter(
@@ -152,4 +178,6 @@ def save_adapter(
     with whole_directory(directory) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
         tokenizers.save(tokenizer, partial)
+        if known := getattr(adapted, "base_digest", None):
+            write_json(partial / BASE, {"weights": known})
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.tokenizer import END_OF_TEXT, TURN_END
+from minigpt.data.tokenizer import CODE, END_OF_TEXT, TURN_END
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
@@ -59,17 +59,20 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     """
     found = find_model(place)
     if isinstance(found, Path) and (found / ADAPTER).is_file():
-        return merge(load_adapter(load_model(base_of(found), attention), found))
+        base = base_of(found)
+        return merge(load_adapter(load_model(base, attention), found, base))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = CODE if "trust_remote_code" in str(error) else first
         raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random

@@ -12,7 +12,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
 from minigpt.model.build import fit_vocabulary
 from minigpt.model.lm import PackedLM
-from minigpt.model.losses import PreferenceLoss, dpo
+from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
 from minigpt.model.saved import load_model
 from minigpt.modules.base import BaseModule, Step
 from minigpt.modules.reference import digest_of, scores_of
@@ -27,8 +27,9 @@ class DPOModule(BaseModule):
 
     Args:
         beta: strength of the pull towards the reference.
-        loss: sigmoid (DPO) or cdpo (labels that may be wrong).
-        label_smoothing: cdpo's share of wrong labels.
+        loss: sigmoid (DPO); cdpo or robust (labels that may be wrong); hinge (SLiC); ipo or
+            sigmoid_norm (by the mean over an answer's tokens). Formulas: `losses.dpo`.
+        label_smoothing: the share of wrong labels, for cdpo and robust.
         reference: `model` keeps the frozen model; `precomputed` computes its log-probs of
             all pairs once, keeps them with the token stores, and lets it go.
         kwargs: see `BaseModule`.
@@ -45,10 +46,10 @@ class DPOModule(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= label_smoothing < 0.5 or (loss == "sigmoid" and label_smoothing):
+        if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):
             raise ConfigError(
-                "model.label_smoothing belongs to loss: cdpo and lies in 0..0.5; "
-                f"got {label_smoothing} with loss: {loss}."
+                f"model.label_smoothing belongs to loss: {' or '.join(SMOOTHED)} and lies in "
+                f"0..0.5; got {label_smoothing} with loss: {loss}."
             )
         if not beta > 0:
             raise ConfigError(f"model.beta must be above 0, but is {beta}.")
@@ -122,7 +123,8 @@ class DPOModule(BaseModule):
         learns = len(batch.labels) > 0  # else the batch only keeps processes in step
         policy = self.model(batch, per_answer=True)
         reference = self.reference_logprobs(batch)
-        pairs = dpo(policy, reference, self.beta, self.loss, self.label_smoothing)
+        lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)
+        pairs = dpo(policy, reference, lengths, self.beta, self.loss, self.label_smoothing)
         weight = float(learns)
         margins = pairs.chosen_rewards - pairs.rejected_rewards
         sums: dict[str, Tensor | float] = {

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from driver import sgd  # type: ignore[import-not-found]
+from driver import never, sgd  # type: ignore[import-not-found]
 
+import minigpt.model.optim as optim
 import minigpt.modules.base as base
 from minigpt.cli import run
 from minigpt.model.saved import load_model
@@ -78,6 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, kind in JOBS:
         alone = job(root, stage, kind, "alone", trainer__accumulate_grad_batches=2)
         with patch.context() as only:
+            only.setattr(optim, "fast_bf16", never)
             if alone["sgd"]:
                 only.setattr(base, "build_optimizer", sgd)
             run(alone["args"])

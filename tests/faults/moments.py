@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from runs import eventually  # type: ignore[import-not-found]
+
+from minigpt.data import store
 
 
 class At(Callback):
@@ -58,6 +61,25 @@ class Slow(Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         time.sleep(self.seconds)
+
+
+class Meet(Callback):
+    """Puts a store in its place only when another run has built one, too.
+
+    Args:
+        mine: the file that says that this run has.
+        other: the file of the other run.
+    """
+
+    def __init__(self, mine: str, other: str) -> None:
+        publish = store._publish
+
+        def together(*places: Any) -> None:
+            Path(mine).touch()
+            eventually(Path(other).exists)
+            publish(*places)
+
+        store._publish = together
 
 
 class Poison(Callback):

@@ -87,6 +87,12 @@ def slow(seconds: float) -> list[dict[str, Any]]:
     return [{"class_path": "moments.Slow", "init_args": {"seconds": seconds}}]
 
 
+def meet(mine: Path, other: Path) -> list[dict[str, Any]]:
+    """Return the config of a callback that has two runs build their store at once."""
+    files = {"mine": f"{mine}-built", "other": f"{other}-built"}
+    return [{"class_path": "moments.Meet", "init_args": files}]
+
+
 def eventually(happened: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait until something is true, and return it."""
     until = time.monotonic() + seconds

@@ -48,6 +48,6 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(model: torch.nn.Module, options: Any) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, lr=0.5)
+        return torch.optim.SGD(trained, lr=0.2)
 
     monkeypatch.setattr("minigpt.modules.base.build_optimizer", build)

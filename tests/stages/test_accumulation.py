@@ -44,7 +44,7 @@ def by_hand(cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: fl
             torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
             with torch.no_grad():
                 for p in lm.parameters():
-                    p -= 0.5 * factor(step) * p.grad
+                    p -= 0.2 * factor(step) * p.grad
             step += 1
     assert step == total
     return lm
@@ -66,7 +66,7 @@ def test_windows_equal_steps_written_out(
     assert len({len(batch.labels) for batch in micro_batches(cli, 0)}) > 3
     expected = by_hand(cli, world / "pretrain", 2, 8, clip)
     for name, value in weights(tmp_path / "run").items():
-        assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-4, atol=1e-4), name
+        assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "lora"])

@@ -292,17 +292,35 @@ def test_a_missing_file_is_a_data_error(tmp_path: Path, tokenizer: PreTrainedTok
             open_store(path, "text", tokenizer, Limits(), tmp_path / "cache")
 
 
-def test_the_loser_of_a_race_takes_the_winners_store(
-    opened: Opener, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loser_of_a_race_takes_the_winners_store(opened: Opener) -> None:
     winner = opened("text", [{"text": "a"}])
-    build = stores._build
-    build(opened.file, "text", opened.tokenizer, Limits(), winner.path)
+    (winner.path / "of the winner").touch()
+    stores._build(opened.file, "text", opened.tokenizer, Limits(), winner.path)
     assert opened.entries() == [winner.path.name]
-    (winner.path / "meta.json").unlink()  # what stands there is no store
-    with pytest.raises(OSError, match="not empty"):
-        build(opened.file, "text", opened.tokenizer, Limits(), winner.path)
-    assert opened.entries() == [winner.path.name]
+    assert (winner.path / "of the winner").exists()
+
+
+@pytest.mark.parametrize("name", ["tokens", "samples", "lengths", "targets", "meta"])
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_damaged_store_is_built_again(
+    name: str, damage: str, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [said("hi", "yes"), said("春眠", "不觉 晓")]
+    made = opened("chat", rows)
+    before, file = runs(made), next(made.path.glob(f"{name}.*"))
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 2)
+    again = opened("chat", rows)
+    assert again.path == made.path
+    assert runs(again) == before
+    assert again.targets is not None
+    assert opened.entries() == [made.path.name]
+    assert caplog.messages.count(f"The token store {made.path} is damaged: it is built again.") == 1
+    caplog.clear()
+    opened("chat", rows)
+    assert not caplog.messages
 
 
 RACER = """
@@ -312,11 +330,11 @@ from minigpt.data import store, tokenizer
 here = Path(sys.argv[1])
 tok = tokenizer.load(here / "tok")
 publish = store._publish
-def together(partial, path):
+def together(*places):
     (here / "ready-there").touch()
     while not (here / "ready-here").exists():
         time.sleep(0.002)
-    publish(partial, path)
+    publish(*places)
 store._publish = together
 opened = store.open_store(here / "rows.jsonl", "text", tok, store.Limits(), here / "cache")
 print(opened.path.name, len(opened), int(opened.tokens.sum()))
@@ -331,12 +349,12 @@ def test_two_processes_may_build_at_once(
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     publish = stores._publish
 
-    def together(partial: Path, path: Path) -> None:
+    def together(*places: Any) -> None:
         """Rename when the other process is about to."""
         (tmp_path / "ready-here").touch()
         while not (tmp_path / "ready-there").exists() and other.poll() is None:
             time.sleep(0.002)
-        publish(partial, path)
+        publish(*places)
 
     monkeypatch.setattr(stores, "_publish", together)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

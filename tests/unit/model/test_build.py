@@ -223,6 +223,32 @@ def test_a_missing_tokenizer_names_the_command(tmp_path: Path) -> None:
 # Whole or not at all
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_others_is_never_run_nor_asked_about(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(prompt: str = "") -> str:
+        pytest.fail(f"asked: {prompt}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    save_model(tiny.model("llama"), tokenizers.load(tiny.tokenizer(tmp_path / "t")), tmp_path / "m")
+    (tmp_path / "m" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((tmp_path / "m" / file).read_text())
+    auto = {
+        "AutoConfig": "own.A",
+        "AutoModelForCausalLM": "own.B",
+        "AutoTokenizer": [None, "own.C"],
+    }
+    config |= {"model_type": "own", "tokenizer_class": "Own", "auto_map": auto}
+    (tmp_path / "m" / file).write_text(json.dumps(config))
+    load, error = (load_model, ModelError)
+    if file == "tokenizer_config.json":
+        load, error = (tokenizers.load, TokenizerError)
+    with pytest.raises(error, match=r"m cannot be loaded: .*code of others is never run here"):
+        load(tmp_path / "m")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     place = tmp_path / "a" / "b"
     for text in ("first", "second"):

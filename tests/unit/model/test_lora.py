@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
+from minigpt.infer.engine import Engine
 from minigpt.model.build import checkpoint_activations, fit_vocabulary
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import (
+    BASE,
     Lora,
     add_adapter,
     linear_layers,
@@ -126,7 +128,7 @@ def test_a_saved_adapter_is_the_same_for_plain_peft_and_for_us(
     save_adapter(adapted, tokenizers.load(bases[family]), tmp_path / "hf")
     plain = PeftModel.from_pretrained(load_model(bases[family], "sdpa"), str(tmp_path / "hf"))
     assert torch.equal(logits(plain), before)
-    ours = load_adapter(load_model(bases[family], "sdpa"), tmp_path / "hf")
+    ours = load_adapter(load_model(bases[family], "sdpa"), tmp_path / "hf", bases[family])
     assert torch.equal(logits(ours), before)
     merged = load_model(tmp_path, "sdpa")  # a run directory; it names its base itself
     assert torch.allclose(logits(merged), before, rtol=1e-4, atol=1e-4)
@@ -177,10 +179,50 @@ def test_an_adapter_on_another_base_is_refused(
     adapted = add_adapter(load_model(bases["llama"]), NO_DROPOUT, "base")
     save_adapter(adapted, tokenizers.load(bases["llama"]), tmp_path / "hf")
     with pytest.raises(ModelError, match=r"another base|cannot be loaded"):
-        load_adapter(other(kind), tmp_path / "hf")
+        load_adapter(other(kind), tmp_path / "hf", "base")
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.fixture
+def on_a_base(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A run with an adapter, and the base that it names, which is trained again afterwards."""
+    base, tokenizer = tmp_path / "base", tokenizers.load(bases["llama"])
+    save_model(tiny.model("llama"), tokenizer, base)
+    adapted = add_adapter(load_model(base), NO_DROPOUT, str(base))
+    save_adapter(adapted, tokenizer, tmp_path / "run" / "hf")
+    load_model(tmp_path / "run")
+    Engine.load(str(tmp_path / "run"))
+    again = load_model(base)
+    again.get_input_embeddings().weight.data[7] += 0.01
+    save_model(again, tokenizer, base)
+    return tmp_path / "run"
+
+
+def test_an_adapter_is_not_put_on_a_base_that_was_trained_again(
+    on_a_base: Path, bases: dict[str, Path]
+) -> None:
+    match = f"at {on_a_base / 'hf'} was trained on other weights than those in .*base .*again"
+    with pytest.raises(ModelError, match=match):
+        load_model(on_a_base)
+    with pytest.raises(ModelError, match=match):
+        Engine.load(str(on_a_base), merged=False)
+    with pytest.raises(ModelError, match=match):
+        Engine.load(str(on_a_base.with_name("base")), str(on_a_base))
+
+
+def test_an_exported_adapter_still_knows_its_base(on_a_base: Path, bases: dict[str, Path]) -> None:
+    save_model(load_model(bases["llama"]), tokenizers.load(bases["llama"]), on_a_base / "../base")
+    engine = Engine.load(str(on_a_base), merged=False)  # the base is back
+    assert engine.adapter is not None
+    save_adapter(engine.adapter, engine.tokenizer, on_a_base / "copy")
+    assert (on_a_base / "copy" / BASE).read_bytes() == (on_a_base / "hf" / BASE).read_bytes()
+
+
+def test_an_adapter_without_a_record_of_its_base_loads(on_a_base: Path) -> None:
+    (on_a_base / "hf" / BASE).unlink()  # as plain peft writes it
+    load_model(on_a_base)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", BASE])
 @pytest.mark.parametrize("content", [b"", b"neither weights nor JSON " * 50])
 def test_a_damaged_adapter_is_a_model_error(
     name: str, content: bytes, bases: dict[str, Path], tmp_path: Path
@@ -217,4 +259,4 @@ def test_a_given_state_is_saved_instead_of_the_adapters(
 
 def test_a_missing_adapter_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="There is no adapter in"):
-        load_adapter(tiny.model("llama"), tmp_path)
+        load_adapter(tiny.model("llama"), tmp_path, "base")
