@@ -31,6 +31,7 @@ from minigpt.files import (
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
+ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
 
 
 class WholeCheckpointIO(CheckpointIO):
@@ -90,8 +91,10 @@ class Checkpoints(Checkpoint):
         """Do not save again what the run goes on from; clear what was cut off."""
         self.saved, self.last = trainer.global_step, pl_module.total_steps()
         if trainer.is_global_zero:
-            for partial in self.directory.glob(".step=*"):
+            run_dir = self.directory.parent
+            for partial in (*self.directory.glob(".*step=*"), *run_dir.glob(".hf-*")):
                 shutil.rmtree(partial, ignore_errors=True)
+            set_aside(run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,19 +114,40 @@ class Checkpoints(Checkpoint):
         self.saved = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
         if trainer.is_global_zero:
-            for old in list(newest_first(self.directory.parent))[self.keep :]:
-                remove_directory(old)
+            old = list(newest_first(self.directory.parent))[self.keep :]
+            for path in (*old, *self.directory.glob(f"{ASIDE}*")):
+                remove_directory(path)
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints after a step, and damaged ones: the run goes on without them.
+
+    They no longer count, so neither `auto` nor `keep` takes them for the run's own. They are
+    removed with the first checkpoint that is saved after them.
+    """
+    found = newest_first(run_dir)
+    aside = [path for path in found if number(path) > step or damage(path) is not None]
+    for path in aside:
+        target = path.with_name(ASIDE + path.name)
+        remove_directory(target)
+        path.rename(target)
+    if aside:
+        log.warning(
+            "The run goes on after step %d, without %s: kept as %s* until the next checkpoint.",
+            *(step, ", ".join(path.name for path in aside), run_dir / "checkpoints" / ASIDE),
+        )
+
+
+def number(checkpoint: Path) -> int:
+    """Return the optimizer steps that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step="))
 
 
 def newest_first(run_dir: Path) -> Iterator[Path]:
     """Yield a run's checkpoints, whole or not, the one with the most steps first."""
-    found = {
-        int(path.name.removeprefix("step=")): path
-        for path in (run_dir / "checkpoints").glob("step=*")
-        if path.name.removeprefix("step=").isdigit()
-    }
-    for step in sorted(found, reverse=True):
-        yield found[step]
+    found = (run_dir / "checkpoints").glob("step=*")
+    named = [path for path in found if path.name.removeprefix("step=").isdigit()]
+    yield from sorted(named, key=number, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Start, eventually, rows, status  # type: ignore[import-not-found]
+from runs import Start, at, eventually, rows, status  # type: ignore[import-not-found]
 
 from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
 from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
@@ -100,6 +100,46 @@ def newest(run_dir: Path) -> Path | None:
 
 def number(path: Path | None) -> int:
     return int(path.name.partition("=")[2]) if path else -1
+
+
+def kept(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(
+    keep: int, start: Start, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 9}}
+    assert start("pretrain", "run", trainer__accumulate_grad_batches=1, **changes).wait() == 0
+    assert kept(run_dir) == ["step=2", "step=4", "step=6", "step=8"]
+    changes = {"checkpoint": {"every": 2, "keep": keep}, "trainer__accumulate_grad_batches": 1}
+    (run_dir / ".hf-cut-off").mkdir()
+    early, dies = ("--ckpt_path", str(run_dir / "checkpoints" / "step=2")), at("train_batch_start")
+    killed = start("pretrain", "run", *early, trainer__callbacks=dies, **changes)
+    assert killed.wait() == -signal.SIGKILL
+    assert kept(run_dir) == ["aside-step=4", "aside-step=6", "aside-step=8", "step=2"]
+    assert "after step 2, without step=8, step=6, step=4: kept as " in killed.told
+    assert not (run_dir / ".hf-cut-off").exists()
+    stop = at("train_batch_start", signal_name="SIGTERM")
+    stopped = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **changes)
+    assert stopped.wait() == 75
+    assert f"Resuming from {run_dir}/checkpoints/step=2" in stopped.told
+    assert kept(run_dir) == ["step=2", "step=3"][-keep:]
+    last = start("pretrain", "run", "--ckpt_path", "auto", **changes)
+    assert last.wait() == 0
+    assert f"Resuming from {run_dir}/checkpoints/step=3" in last.told
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start("pretrain", "run", checkpoint={"every": 2, "keep": 9}).wait() == 0
+    for name in ("step=6", "step=8"):
+        (run_dir / "checkpoints" / name / MANIFEST).unlink()
+    changes: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 2}, "trainer__max_steps": 5}
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert kept(run_dir) == ["step=4", "step=5"]
 
 
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path: Path) -> None:
