@@ -8,7 +8,6 @@ is on the disk.
 from __future__ import annotations
 
 import logging
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from minigpt.files import (
     whole_directory,
     write_manifest,
 )
+from minigpt.model.restore import SHARDED, load_plain
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +58,7 @@ class WholeCheckpointIO(CheckpointIO):
         Raises:
             ModelError: when it holds more than plain values and tensors.
         """
-        try:
-            state: dict[str, Any] = torch.load(
-                Path(path) / STATE, map_location=map_location or "cpu", weights_only=True
-            )
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ModelError(
-                f"The checkpoint {path} is refused: it holds more than numbers and plain values, "
-                "or is no checkpoint of MiniGPT."
-            ) from error
-        return state
+        return load_plain(Path(path) / STATE, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
@@ -157,6 +148,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             return path
         log.warning("The checkpoint %s is damaged (%s): the one before is used.", path, problem)
     return None
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside shards, without reading weights from the disk.
+
+    Raises:
+        ModelError: when it holds more than plain values and tensors.
+    """
+    sharded = path / SHARDED
+    return load_plain(sharded if sharded.exists() else path / STATE, mmap=True)
 
 
 def verify(path: Path) -> None:
