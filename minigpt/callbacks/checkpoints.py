@@ -26,7 +26,7 @@ from minigpt.files import (
     whole_directory,
     write_manifest,
 )
-from minigpt.model.restore import SHARDED, load_plain
+from minigpt.model.restore import SHARDED, check_kind, load_plain
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ class WholeCheckpointIO(CheckpointIO):
         """Read a checkpoint, which the command line has verified; no code in it is ever run.
 
         Raises:
-            ModelError: when it holds more than plain values and tensors.
+            ModelError: when it holds more than plain values and tensors, or is one of FSDP2.
         """
+        check_kind(Path(path), sharded=False)
         return load_plain(Path(path) / STATE, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:

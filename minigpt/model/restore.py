@@ -41,6 +41,27 @@ def refused(path: Path) -> ModelError:
     )
 
 
+def check_kind(path: Path, sharded: bool) -> None:
+    """Refuse a checkpoint that another kind of strategy has saved.
+
+    Args:
+        path: the checkpoint.
+        sharded: whether the strategy in use is FSDP2.
+
+    Raises:
+        ModelError: when it is of the other kind.
+    """
+    if (path / SHARDED).exists() == sharded:
+        return
+    kinds = ["of one file (one process, or DDP)", "in shards (FSDP2)"]
+    saved, wanted = kinds if sharded else kinds[::-1]
+    raise ModelError(
+        f"The checkpoint {path} is {saved}, and this strategy reads one {wanted}. Go on with the "
+        "strategy that saved it, or start a new run; model.init_args.init_from takes the weights "
+        "of a finished one."
+    )
+
+
 def check_fit(path: Any, saved: dict[str, Any], own: dict[str, Any], whole: bool) -> None:
     """Compare the names and shapes of a checkpoint's weights with a model's.
 
