@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import Start, status  # type: ignore[import-not-found]
 from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minigpt.callbacks.checkpoints import newest_checkpoint
-from minigpt.errors import ModelError
+from minigpt.errors import ModelError, TrainingError
 from minigpt.files import write_manifest
+from minigpt.model.parallel import FSDP2
 from minigpt.model.restore import SHARDED
 from minigpt.model.sharded import load_into
 
-FSDP2 = {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP2"}}
+SHARDS = {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP2"}}
 AGAIN = ("--ckpt_path", "auto")
 
 
@@ -41,7 +46,7 @@ def last(run: Any) -> str:
 def test_a_sharded_checkpoint_with_code_in_it_is_refused(
     file: str, start: Start, tmp_path: Path
 ) -> None:
-    assert start("pretrain", "run", **FSDP2).wait() == 0
+    assert start("pretrain", "run", **SHARDS).wait() == 0
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     trap = Trap(tmp_path / "trapped")
@@ -53,7 +58,7 @@ def test_a_sharded_checkpoint_with_code_in_it_is_refused(
         table.planner_data = trap
         (checkpoint / file).write_bytes(pickle.dumps(table))
     write_manifest(checkpoint)
-    run = start("pretrain", "run", *AGAIN, **FSDP2, trainer__max_steps=9)
+    run = start("pretrain", "run", *AGAIN, **SHARDS, trainer__max_steps=9)
     assert run.wait() == 2
     assert f"The checkpoint {checkpoint} is refused: it holds more than" in last(run)
     assert not (tmp_path / "trapped").exists()
@@ -77,8 +82,8 @@ def test_a_change_of_the_kind_of_checkpoint_is_refused_in_words(
     start: Start, tmp_path: Path
 ) -> None:
     for name, first, then, told in (
-        ("one", {}, FSDP2, "is of one file (one process, or DDP), and this strategy reads one in"),
-        ("two", FSDP2, {}, "is in shards (FSDP2), and this strategy reads one of one file (one"),
+        ("one", {}, SHARDS, "is of one file (one process, or DDP), and this strategy reads one in"),
+        ("two", SHARDS, {}, "is in shards (FSDP2), and this strategy reads one of one file (one"),
     ):
         assert start("pretrain", name, **first).wait() == 0
         run = start("pretrain", name, *AGAIN, **then, trainer__max_steps=9)
@@ -87,8 +92,8 @@ def test_a_change_of_the_kind_of_checkpoint_is_refused_in_words(
 
 
 def test_weights_of_another_size_are_refused_in_words(start: Start, world: Path) -> None:
-    assert start("sft", "run", **FSDP2).wait() == 0
-    other = {"model__init_args__init_from": str(world / "gpt2"), **FSDP2, "trainer__max_steps": 9}
+    assert start("sft", "run", **SHARDS).wait() == 0
+    other = {"model__init_args__init_from": str(world / "gpt2"), **SHARDS, "trainer__max_steps": 9}
     run = start("sft", "run", *AGAIN, **other)
     assert run.wait() == 2
     assert "does not fit this model: the shape of lm.hf." in last(run)
@@ -96,13 +101,24 @@ def test_weights_of_another_size_are_refused_in_words(start: Start, world: Path)
 
 def test_a_full_disk_is_told(start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert start("pretrain", "run", **FSDP2, trainer__max_steps=3).wait() == 0
+    assert start("pretrain", "run", **SHARDS, trainer__max_steps=3).wait() == 0
     checkpoint = newest_checkpoint(run_dir)
     assert checkpoint is not None
     limit = {"RLIMIT_FSIZE": max(f.stat().st_size for f in checkpoint.iterdir()) // 2}
-    run = start("pretrain", "run", *AGAIN, **FSDP2, limits=limit)
+    run = start("pretrain", "run", *AGAIN, **SHARDS, limits=limit)
     assert run.wait() == 2, run.told
     assert f"{run_dir}/checkpoints/step=6 could not be written: " in last(run)
     assert status(run_dir)["state"] == "failed"
     assert newest_checkpoint(run_dir) == checkpoint
-    assert start("pretrain", "run", *AGAIN, **FSDP2).wait() == 0
+    assert start("pretrain", "run", *AGAIN, **SHARDS).wait() == 0
+
+
+def test_what_failed_in_another_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise CheckpointException("", {1: (OSError(errno.ENOSPC, "No space left"), StackSummary())})
+
+    monkeypatch.setattr(ModelParallelStrategy, "save_checkpoint", full)
+    with pytest.raises(TrainingError, match=f"{tmp_path}/step=3 could not be written: No space"):
+        FSDP2().save_checkpoint({}, tmp_path / "step=3")
