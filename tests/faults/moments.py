@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -44,6 +45,20 @@ class At(Callback):
         if self.left == -1:
             print(f"struck at {time.time()}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), self.signal)
+
+
+class FullDisk(Callback):
+    """Lets no file grow large from the end of training on, as on a full disk.
+
+    Args:
+        size: bytes that still fit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def on_train_end(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Slow(Callback):

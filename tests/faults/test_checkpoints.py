@@ -17,6 +17,7 @@ from runs import Start, at, eventually, rows, status  # type: ignore[import-not-
 
 from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
 from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
+from minigpt.model.saved import load_model
 
 # Large enough that a run which saves after each step spends most of its time on saving.
 LARGE = {"hidden_size": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
@@ -157,6 +158,18 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path
     assert [p.name for p in newest_first(run_dir)] == ["step=3"]
     assert (run_dir / "checkpoints" / "step=3" / STATE).read_bytes() == before
     assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+
+
+def test_a_disk_that_is_full_at_the_export_is_told(start: Start, tmp_path: Path) -> None:
+    full = [{"class_path": "moments.FullDisk", "init_args": {"size": 20_000}}]
+    run = start("pretrain", "run", trainer__callbacks=full)
+    assert run.wait() == 2, run.told
+    last = run.told.rpartition("minigpt: ")[2]
+    assert last.startswith(f"{tmp_path}/run/hf could not be written: File too large. ")
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run" / "hf").exists()
+    assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+    assert load_model(tmp_path / "run")
 
 
 def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: Path) -> None:
