@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 
@@ -59,6 +60,32 @@ class FullDisk(Callback):
 
     def on_train_end(self, *_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+class Opened(Callback):
+    """Notes which files under a directory are opened during a run.
+
+    Args:
+        under: the directory.
+        file: gets a line each.
+        own_io: leave MiniGPT's way of writing checkpoints, or take Lightning's.
+    """
+
+    def __init__(self, under: str, file: str, own_io: bool) -> None:
+        self.under, self.file, self.own_io = under, Path(file), own_io
+        self.opened: list[str] = []
+
+    def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if not self.own_io:
+            trainer.strategy.checkpoint_io = TorchCheckpointIO()
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, args: Any) -> None:
+        if event == "open" and str(args[0]).startswith(self.under):
+            self.opened.append(str(args[0]))
+
+    def on_fit_end(self, *_: Any) -> None:
+        self.file.write_text("".join(f"{name}\n" for name in self.opened))
 
 
 class Slow(Callback):

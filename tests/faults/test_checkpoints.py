@@ -57,13 +57,16 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
         "trainer__val_check_interval": 100_000,
         "checkpoint": {"every": 1, "keep": 3},
     }
-    rng, run_dir, before = random.Random(0), tmp_path / "run", -1
-    for _ in range(kills):
+    rng, run_dir, before, hits = random.Random(0), tmp_path / "run", -1, 0
+    for kill in range(kills):
         run = start("pretrain", "run", "--ckpt_path", "auto", **changes)
         eventually(lambda last=before: number(newest(run_dir)) > last)
         time.sleep(rng.uniform(0, 0.2))
+        if kill % 2 == 0:  # in any case while it is saving
+            eventually(lambda: any((run_dir / "checkpoints").glob(f".step=*/{STATE}")))
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
+        hits += any((run_dir / "checkpoints").glob(".step=*"))  # the kill in the middle of a save
         assert all(damage(path) is None for path in newest_first(run_dir))
         found = newest_checkpoint(run_dir)
         assert number(found) > before
@@ -72,6 +75,12 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
         before = number(found)
     partial = {path.name for path in (run_dir / "checkpoints").glob(".*")}
     assert len(partial) <= 1  # what a kill leaves is cleared by the next run
+    assert hits >= kills // 3
+    changes["trainer__max_steps"] = before + 3
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert start("pretrain", "whole", **{**changes, "checkpoint": {"every": 100_000}}).wait() == 0
+    ends = [(tmp_path / n / "hf" / "model.safetensors").read_bytes() for n in ("run", "whole")]
+    assert ends[0] == ends[1]
 
 
 def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(
@@ -180,8 +189,35 @@ def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: P
     assert f"{tmp_path}/run/checkpoints/step=3 could not be written: " in run.told
 
 
-def test_the_directory_for_temporary_files_does_not_matter(start: Start) -> None:
-    assert start("pretrain", "run", env={"TMPDIR": "/nonexistent"}).wait() == 0
+def test_a_directory_that_became_read_only_is_told(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start("pretrain", "run", trainer__max_steps=3).wait() == 0
+    (run_dir / "checkpoints").chmod(0o555)
+    more = start("pretrain", "run", "--ckpt_path", "auto", plain_user=True)
+    code = more.wait()
+    (run_dir / "checkpoints").chmod(0o755)
+    assert code == 2, more.told
+    last = more.told.rpartition("minigpt: ")[2]
+    assert last.startswith(f"{run_dir}/checkpoints/step=6 could not be written: Permission denied")
+    assert "Trained" not in more.told.partition("Resuming")[2]
+    assert status(run_dir)["state"] == "failed"
+    assert kept(run_dir) == ["step=3"]
+    assert damage(run_dir / "checkpoints" / "step=3") is None
+    assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+
+
+@pytest.mark.parametrize("own_io", [True, False])
+def test_nothing_is_written_to_the_directory_for_temporary_files(
+    own_io: bool, start: Start, tmp_path: Path
+) -> None:
+    """Lightning's way, the negative control, goes through it: another, perhaps smaller disk."""
+    place, noted = tmp_path / "tmp", tmp_path / "opened"
+    place.mkdir()
+    options = {"under": str(place), "file": str(noted), "own_io": own_io}
+    watch = [{"class_path": "moments.Opened", "init_args": options}]
+    run = start("pretrain", "run", env={"TMPDIR": str(place)}, trainer__callbacks=watch)
+    assert run.wait() == 0, run.told
+    assert bool(noted.read_text()) != own_io
 
 
 class Trap:
