@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ class whole_directory:  # noqa: N801  (used like a function)
                 publish(self.partial, self.directory)
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def clear_partials(directory: Path) -> None:
+    """Remove what killed processes left beside a directory that none may be filling now."""
+    for end in ("", "-old"):
+        for left in directory.parent.glob(f".{escape(directory.name)}-????????{end}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def publish(partial: Path, directory: Path) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt.errors import ModelError
 from minigpt.files import (
+    clear_partials,
     damage,
     remove_directory,
     told_when_unwritable,
@@ -84,7 +85,8 @@ class Checkpoints(Checkpoint):
         self.saved, self.last = trainer.global_step, pl_module.total_steps()
         if trainer.is_global_zero:
             run_dir = self.directory.parent
-            for partial in (*self.directory.glob(".*step=*"), *run_dir.glob(".hf-*")):
+            clear_partials(run_dir / "hf")
+            for partial in self.directory.glob(".*step=*"):
                 shutil.rmtree(partial, ignore_errors=True)
             set_aside(run_dir, trainer.global_step)
 
