@@ -226,7 +226,7 @@ class MiniGPTCLI(LightningCLI):
             saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
             own += [
                 RunStatus(self.run_dir),
-                SameRun(config.allow_changes),
+                SameRun(config.allow_changes, self._options(), config.ckpt_path),
                 Stopping(saving),
                 saving,
             ]
@@ -249,6 +249,10 @@ class MiniGPTCLI(LightningCLI):
         FitLoop.put_in(trainer)
         trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
         return trainer
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = self.config[self.verb].model.as_dict()["init_args"]
+        return options
 
     def _hyperparameters(self) -> dict[str, Any]:
         config = self.config[self.verb]

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,13 @@ class whole_directory:  # noqa: N801  (used like a function)
                 publish(self.partial, self.directory)
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def clear_partials(directory: Path) -> None:
+    """Remove what killed processes left beside a directory that none may be filling now."""
+    for end in ("", "-old"):
+        for left in directory.parent.glob(f".{escape(directory.name)}-????????{end}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def publish(partial: Path, directory: Path) -> None:
@@ -148,8 +157,8 @@ def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
     """Return how to tell that a place cannot be written to; None for another error."""
     if isinstance(error, MiniGPTError):
         return None
-    found = (e for e in chain(error) if isinstance(e, OSError))
-    reason = next((e.strerror for e in found if e.errno in NO_ROOM | NO_ENTRY), None)
+    numbers = (_system_error(e) for e in chain(error))
+    reason = next((os.strerror(n) for n in numbers if n in NO_ROOM | NO_ENTRY), None)
     if reason is None and "inline_container" in str(error):
         reason = "the file is not whole"  # torch hides the system's error behind its own
     if reason is None:
@@ -158,6 +167,13 @@ def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
         f"{place} could not be written: {reason}. Earlier checkpoints are intact; make room and "
         "go on with --ckpt_path auto."
     )
+
+
+def _system_error(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
+    return int(found[1]) if found else None
 
 
 @contextmanager

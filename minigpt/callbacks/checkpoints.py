@@ -8,7 +8,6 @@ is on the disk.
 from __future__ import annotations
 
 import logging
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +20,19 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt.errors import ModelError
 from minigpt.files import (
+    clear_partials,
     damage,
     remove_directory,
     told_when_unwritable,
     whole_directory,
     write_manifest,
 )
+from minigpt.model.restore import SHARDED, check_kind, load_plain
 
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
+ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
 
 
 class WholeCheckpointIO(CheckpointIO):
@@ -55,18 +57,10 @@ class WholeCheckpointIO(CheckpointIO):
         """Read a checkpoint, which the command line has verified; no code in it is ever run.
 
         Raises:
-            ModelError: when it holds more than plain values and tensors.
+            ModelError: when it holds more than plain values and tensors, or is one of FSDP2.
         """
-        try:
-            state: dict[str, Any] = torch.load(
-                Path(path) / STATE, map_location=map_location or "cpu", weights_only=True
-            )
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ModelError(
-                f"The checkpoint {path} is refused: it holds more than numbers and plain values, "
-                "or is no checkpoint of MiniGPT."
-            ) from error
-        return state
+        check_kind(Path(path), sharded=False)
+        return load_plain(Path(path) / STATE, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
@@ -90,8 +84,11 @@ class Checkpoints(Checkpoint):
         """Do not save again what the run goes on from; clear what was cut off."""
         self.saved, self.last = trainer.global_step, pl_module.total_steps()
         if trainer.is_global_zero:
-            for partial in self.directory.glob(".step=*"):
+            run_dir = self.directory.parent
+            clear_partials(run_dir / "hf")
+            for partial in self.directory.glob(".*step=*"):
                 shutil.rmtree(partial, ignore_errors=True)
+            set_aside(run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,19 +108,40 @@ class Checkpoints(Checkpoint):
         self.saved = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
         if trainer.is_global_zero:
-            for old in list(newest_first(self.directory.parent))[self.keep :]:
-                remove_directory(old)
+            old = list(newest_first(self.directory.parent))[self.keep :]
+            for path in (*old, *self.directory.glob(f"{ASIDE}*")):
+                remove_directory(path)
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints after a step, and damaged ones: the run goes on without them.
+
+    They no longer count, so neither `auto` nor `keep` takes them for the run's own. They are
+    removed with the first checkpoint that is saved after them.
+    """
+    found = newest_first(run_dir)
+    aside = [path for path in found if number(path) > step or damage(path) is not None]
+    for path in aside:
+        target = path.with_name(ASIDE + path.name)
+        remove_directory(target)
+        path.rename(target)
+    if aside:
+        log.warning(
+            "The run goes on after step %d, without %s: kept as %s* until the next checkpoint.",
+            *(step, ", ".join(path.name for path in aside), run_dir / "checkpoints" / ASIDE),
+        )
+
+
+def number(checkpoint: Path) -> int:
+    """Return the optimizer steps that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step="))
 
 
 def newest_first(run_dir: Path) -> Iterator[Path]:
     """Yield a run's checkpoints, whole or not, the one with the most steps first."""
-    found = {
-        int(path.name.removeprefix("step=")): path
-        for path in (run_dir / "checkpoints").glob("step=*")
-        if path.name.removeprefix("step=").isdigit()
-    }
-    for step in sorted(found, reverse=True):
-        yield found[step]
+    found = (run_dir / "checkpoints").glob("step=*")
+    named = [path for path in found if path.name.removeprefix("step=").isdigit()]
+    yield from sorted(named, key=number, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -133,6 +151,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             return path
         log.warning("The checkpoint %s is damaged (%s): the one before is used.", path, problem)
     return None
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside shards, without reading weights from the disk.
+
+    Raises:
+        ModelError: when it holds more than plain values and tensors.
+    """
+    sharded = path / SHARDED
+    return load_plain(sharded if sharded.exists() else path / STATE, mmap=True)
 
 
 def verify(path: Path) -> None:

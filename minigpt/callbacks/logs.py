@@ -63,7 +63,8 @@ class JSONLLogger(Logger):
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [ln for ln in lines if ln.endswith("}\n") and json.loads(ln)["step"] < steps]
         last = json.loads(kept[-1]) if kept else {}
-        if validation_due and last.get("step") == steps - 1 > 0 and "val/loss" in last:
+        later = steps > 1 or len(kept) > 1  # than the validation before the first step
+        if validation_due and last.get("step") == steps - 1 and "val/loss" in last and later:
             kept.pop()
         write_text(self.path, "".join(kept))
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor
 
+from minigpt.callbacks.checkpoints import saved_state
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.errors import ConfigError
 from minigpt.files import weights_digest
@@ -22,7 +23,13 @@ from minigpt.model.saved import find_model
 
 log = logging.getLogger(__name__)
 
-FIXED = {"stage", "method"}  # the state of one does not fit another
+# The state of one does not fit another.
+FIXED = {"stage", "method", "architecture", "vocabulary"}
+# Options of a stage that are compared by content or in other words, or do not move the weights.
+# A spike's policy may change: it is how one goes on after a spike.
+APART = {"init_from", "tokenizer", "optimizer", "lora", "reference", "activation_checkpointing"}
+APART |= {"compile_layers"}
+APART |= {"sample_prompts", "sampling", "spike"}
 
 
 @dataclass
@@ -44,17 +51,43 @@ class SameRun(Callback):
     """Keeps in each checkpoint what made it, and compares before a run goes on from it.
 
     Args:
-        allow_changes: go on with other data, tokenizer, base or rates, and only say so.
+        allow_changes: go on with other data, tokenizer, base or options, and only say so.
+        options: the stage's, as in the config.
+        start: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, allow_changes: bool) -> None:
-        self.allow_changes = allow_changes
+    def __init__(self, allow_changes: bool, options: dict[str, Any], start: str | None) -> None:
+        self.allow_changes, self.options, self.start = allow_changes, options, start
         self.known: dict[str, str] = {}
         self.changed: list[str] = []
         self.fresh: list[dict[str, Any]] = []
         self.chance: list[Tensor] = []
         self.resumed = False
         self.step, self.boundary = -1, Boundary()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare, before a model is built and weights are loaded into it.
+
+        Raises:
+            ConfigError: when the run is not the one that the checkpoint belongs to.
+        """
+        self.known = identity(trainer, pl_module, self.options)
+        if self.start is not None:
+            self._compare(saved_state(Path(self.start)).get("run", {}), self.known)
+
+    def _compare(self, then: dict[str, str], now: dict[str, str]) -> None:
+        self.changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+        if not self.changed:
+            return
+        told = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in self.changed)
+        fixed = FIXED.intersection(self.changed)
+        if fixed or not self.allow_changes:
+            override = "" if fixed else ", or go on all the same with --allow_changes true"
+            raise ConfigError(
+                f"This is not the run that the checkpoint belongs to: {told}. Put it back, "
+                f"or start a new run{override}."
+            )
+        log.warning("Going on although this is another run: %s.", told)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the optimizer's options before a checkpoint's are put over them."""
@@ -83,7 +116,6 @@ class SameRun(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the run's identity and circumstances, and where its last step left it."""
-        self.known = self.known or identity(trainer, pl_module)
         checkpoint["run"] = self.known
         checkpoint["machine"] = circumstances(trainer, pl_module)
         checkpoint["boundary"] = {
@@ -95,31 +127,14 @@ class SameRun(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Compare, and take up the threads and the state of chance.
-
-        Raises:
-            ConfigError: when the run is not the one that the checkpoint belongs to.
-        """
+        """Take up the threads and the state of chance."""
         if trainer.state.fn != "fit":
             return
-        self.known = identity(trainer, pl_module)
-        then, now = checkpoint.get("run", {}), self.known
-        self.changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-        if self.changed:
-            told = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in self.changed)
-            fixed = FIXED.intersection(self.changed)
-            if fixed or not self.allow_changes:
-                override = "" if fixed else ", or go on all the same with --allow_changes true"
-                raise ConfigError(
-                    f"This is not the run that the checkpoint belongs to: {told}. Put it back, "
-                    f"or start a new run{override}."
-                )
-            log.warning("Going on although this is another run: %s.", told)
         machine = checkpoint.get("machine", {})
         if pl_module.compiled is None:
             pl_module.compiled = machine.get("compiled")
         take_up_machine(machine, circumstances(trainer, pl_module))
-        then = checkpoint["boundary"]
+        then: dict[str, Any] = checkpoint["boundary"]
         chances, rank = then.pop("chance"), trainer.global_rank
         self.boundary = Boundary(**then, chance=chances[rank] if rank < len(chances) else [])
         self.resumed = True
@@ -128,7 +143,7 @@ class SameRun(Callback):
         """Take up the run where the checkpoint left it."""
         if not self.resumed:
             return self._note(trainer, pl_module, False)
-        if "optimizer" in self.changed:
+        if {"optimizer", "schedule"}.intersection(self.changed):
             self._take_up_rates(trainer)
         self.step, self.chance = trainer.global_step, self.boundary.chance
         for logger in trainer.loggers:
@@ -222,23 +237,37 @@ def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def identity(trainer: Any, pl_module: Any) -> dict[str, str]:
+def identity(trainer: Any, pl_module: Any, options: dict[str, Any]) -> dict[str, str]:
     """Return what makes a run this run, as short texts that can be compared and read."""
     data = trainer.datamodule
     rates = asdict(pl_module.optimizer_options)
+    own = {name: value for name, value in options.items() if name not in APART}
+    if "architecture" in own:
+        own["architecture"] = dict(own["architecture"])
+        own["dropout"] = own["architecture"].pop("dropout")  # fits any weights
     known = {
         "stage": type(pl_module).__name__,
         "method": f"{rates.pop('name')}, {pl_module.lora or 'all weights'}",
-        "optimizer": ", ".join(f"{name} {value}" for name, value in rates.items()),
+        "optimizer": listed(rates),
         "tokenizer": tokenizer_digest(pl_module.tokenizer),
+        "vocabulary": str(len(pl_module.tokenizer)),
         "data": data.fingerprint(),
         "seed": str(data.seed),
         "tokens_per_batch": str(data.tokens_per_batch),
         "batches_per_step": str(trainer.accumulate_grad_batches * trainer.world_size),
+        "gradient_clip_val": str(trainer.gradient_clip_val),
+        **{name: listed(value) for name, value in own.items()},
     }
     if pl_module.needs_base:
         known["base"] = model_digest(pl_module.init_from)
     return known
+
+
+def listed(value: Any) -> str:
+    """Return an option as a short text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return str(value)
 
 
 def circumstances(trainer: Trainer, pl_module: Any) -> dict[str, Any]:

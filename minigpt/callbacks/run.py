@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
 from minigpt.data.records import Message
-from minigpt.files import write_json, write_text
+from minigpt.files import told_when_unwritable, write_json, write_text
 from minigpt.machine import machine, peak_memory
 from minigpt.model.parallel import gathered
 
@@ -84,7 +84,8 @@ class RunRecorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export and sum up."""
-        pl_module.export(self.run_dir / "hf")
+        with told_when_unwritable(self.run_dir / "hf"):
+            pl_module.export(self.run_dir / "hf")
         if trainer.is_global_zero:
             self._write_summary(trainer, pl_module)
             for logger in trainer.loggers:

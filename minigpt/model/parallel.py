@@ -9,13 +9,21 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minigpt.files import publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
+from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
+from minigpt.model.sharded import load_into, saved_shapes
 
 Item = TypeVar("Item")
 
@@ -44,12 +52,42 @@ class FSDP2(ModelParallelStrategy):
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
         with told_when_unwritable(path):
-            super().save_checkpoint(checkpoint, partial, storage_options)
+            try:
+                super().save_checkpoint(checkpoint, partial, storage_options)
+            except CheckpointException as error:  # no Exception, and hides what happened
+                raise next(iter(error.failures.values()))[0] from error
             self.barrier()
             if self.is_global_zero:
                 write_manifest(partial)
                 publish(partial, path)
         self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Let all processes read their shards; an adapter's checkpoint holds only the adapter.
+
+        Raises:
+            ModelError: when it holds more than plain values and tensors, or fits another model.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        check_kind(path, sharded=True)
+        prefix, shapes = "state_dict.", saved_shapes(path)
+        saved = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+        assert self.model is not None
+        assert self.lightning_module is not None
+        weights: dict[str, Any] = get_model_state_dict(self.model)
+        own = {name: weight.shape for name, weight in weights.items()}
+        strict = self.lightning_module.strict_loading
+        check_fit(path, saved, own, strict)
+        state = {name: weights[name] for name in saved}
+        load_into({"state_dict": state}, path)
+        self.model.load_state_dict(state, strict=strict)
+        for number, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{number}"
+            moments = {name: get_optimizer_state_dict(self.model, optimizer)}
+            load_into(moments, path)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, moments[name], options=options)
+        return load_plain(path / SHARDED)
 
 
 def shard(lm: PackedLM, mesh: DeviceMesh) -> None:

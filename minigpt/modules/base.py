@@ -39,13 +39,8 @@ from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
 from minigpt.model.optim import OptimizerOptions, ScheduleOptions, build_optimizer, build_schedule
-from minigpt.model.parallel import (
-    flat_weights,
-    full_weights,
-    gathered,
-    gradient_norm,
-    shard,
-)
+from minigpt.model.parallel import flat_weights, full_weights, gathered, gradient_norm, shard
+from minigpt.model.restore import check_fit
 from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step
 from minigpt.modules.totals import Totals
@@ -379,7 +374,10 @@ class BaseModule(LightningModule, ABC):
             checkpoint["state_dict"] = {n: w for n, w in weights.items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the count of tokens and the running mean."""
+        """See whether the weights fit; continue the count of tokens and the running mean."""
+        if weights := checkpoint.get("state_dict"):  # FSDP2 has loaded its own already
+            saved, own = ({n: w.shape for n, w in d.items()} for d in (weights, self.state_dict()))
+            check_fit(self.trainer.ckpt_path, saved, own, self.strict_loading)
         self.tokens_seen = checkpoint["tokens_seen"]
         self.watch.load_state_dict(checkpoint["loss_watch"])
 

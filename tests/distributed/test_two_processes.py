@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
 STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp2": FSDP2}
 JOBS = [(stage, "sgd") for stage in tiny_runs.STAGES] + [("pretrain", "muon"), ("lora", "muon")]
+RESUMED = [("pretrain", "muon"), ("lora", "muon"), ("dpo", "sgd")]
 ALL = [(stage, kind, strategy) for stage, kind in JOBS for strategy in STRATEGIES]
 
 
@@ -99,10 +100,11 @@ def later_jobs(root: Path) -> list[dict[str, Any]]:
     single = {"id": "1", "family": "single", "messages": asked, "answer": "no such reply"}
     tiny_runs.write_jsonl(root / "single.jsonl", [single])
     for name in STRATEGIES:
-        resumed = job(root, "pretrain", "muon", f"{name}-resumed", **two(name))
-        checkpoint = root / f"pretrain-muon-{name}" / "checkpoints" / "step=2"
-        resumed["args"] += ["--ckpt_path", str(checkpoint)]
-        jobs.append(resumed)
+        for stage, kind in RESUMED:
+            resumed = job(root, stage, kind, f"{name}-resumed", **two(name))
+            checkpoint = root / f"{stage}-{kind}-{name}" / "checkpoints" / "step=2"
+            resumed["args"] += ["--ckpt_path", str(checkpoint)]
+            jobs.append(resumed)
         known = {
             "model__init_args__reference": "precomputed",
             "data__init_args__cache_dir": str(root / f"cache-{name}"),
@@ -147,11 +149,14 @@ def test_the_logged_numbers_are_those_of_one_process(
         assert together == pytest.approx(alone, rel=1e-3), name
 
 
+@pytest.mark.parametrize(("stage", "kind"), RESUMED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_ends_where_the_whole_one_did(strategy: str, runs: Path) -> None:
-    whole = load_model(runs / f"pretrain-muon-{strategy}").state_dict()
-    resumed = runs / f"pretrain-muon-{strategy}-resumed"
-    assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(runs / "pretrain-muon-ddp")) - 2
+def test_a_resumed_run_ends_where_the_whole_one_did(
+    strategy: str, stage: str, kind: str, runs: Path
+) -> None:
+    before = runs / f"{stage}-{kind}-{strategy}"
+    whole, resumed = load_model(before).state_dict(), before.with_name(f"{before.name}-resumed")
+    assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(before)) - 2
     for name, value in load_model(resumed).state_dict().items():
         assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from runs import eventually  # type: ignore[import-not-found]
 
@@ -47,6 +49,46 @@ class At(Callback):
         if self.left == -1:
             print(f"struck at {time.time()}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), self.signal)
+
+
+class FullDisk(Callback):
+    """Lets no file grow large from the end of training on, as on a full disk.
+
+    Args:
+        size: bytes that still fit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def on_train_end(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+class Opened(Callback):
+    """Notes which files under a directory are opened during a run.
+
+    Args:
+        under: the directory.
+        file: gets a line each.
+        own_io: leave MiniGPT's way of writing checkpoints, or take Lightning's.
+    """
+
+    def __init__(self, under: str, file: str, own_io: bool) -> None:
+        self.under, self.file, self.own_io = under, Path(file), own_io
+        self.opened: list[str] = []
+
+    def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if not self.own_io:
+            trainer.strategy.checkpoint_io = TorchCheckpointIO()
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, args: Any) -> None:
+        if event == "open" and str(args[0]).startswith(self.under):
+            self.opened.append(str(args[0]))
+
+    def on_fit_end(self, *_: Any) -> None:
+        self.file.write_text("".join(f"{name}\n" for name in self.opened))
 
 
 class Slow(Callback):

@@ -1,16 +1,18 @@
 """Imports MiniGPT once and forks a process for each run, so that a test can kill many.
 
-Reads requests as JSON lines: {"args": [...], "log": file, "env": {...}, "limits": {...}} starts
-`minigpt ARGS` and answers with its process id; {"wait": id} answers with its exit status
-(negative: the signal that killed it).
+Reads requests as JSON lines: {"args": [...], "log": file, "env": {...}, "limits": {...},
+"plain_user": true} starts `minigpt ARGS` and answers with its process id; {"wait": id} answers with
+its exit status (negative: the signal that killed it).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ def child(request: dict[str, Any]) -> None:
     os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), **request.get("env", {})}
     for name, limit in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    tempfile.tempdir = None  # TMPDIR is read again
+    if request.get("plain_user"):
+        give_up_privileges()
     sys.argv = [minigpt.__main__.__file__, *request["args"]]  # for Lightning's own launcher
     status = 1
     try:
@@ -43,6 +48,13 @@ def child(request: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def give_up_privileges() -> None:
+    """Let the modes of files count for root, too."""
+    if sys.platform == "linux":
+        version_3, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None, use_errno=True).capset(version_3, nothing) == 0
 
 
 def serve() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Start, eventually, rows, status  # type: ignore[import-not-found]
+from runs import Start, at, eventually, rows, status  # type: ignore[import-not-found]
 
 from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
 from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
+from minigpt.model.saved import load_model
 
 # Large enough that a run which saves after each step spends most of its time on saving.
 LARGE = {"hidden_size": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
@@ -56,13 +57,16 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
         "trainer__val_check_interval": 100_000,
         "checkpoint": {"every": 1, "keep": 3},
     }
-    rng, run_dir, before = random.Random(0), tmp_path / "run", -1
-    for _ in range(kills):
+    rng, run_dir, before, hits = random.Random(0), tmp_path / "run", -1, 0
+    for kill in range(kills):
         run = start("pretrain", "run", "--ckpt_path", "auto", **changes)
         eventually(lambda last=before: number(newest(run_dir)) > last)
         time.sleep(rng.uniform(0, 0.2))
+        if kill % 2 == 0:  # in any case while it is saving
+            eventually(lambda: any((run_dir / "checkpoints").glob(f".step=*/{STATE}")))
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
+        hits += any((run_dir / "checkpoints").glob(".step=*"))  # the kill in the middle of a save
         assert all(damage(path) is None for path in newest_first(run_dir))
         found = newest_checkpoint(run_dir)
         assert number(found) > before
@@ -71,6 +75,12 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
         before = number(found)
     partial = {path.name for path in (run_dir / "checkpoints").glob(".*")}
     assert len(partial) <= 1  # what a kill leaves is cleared by the next run
+    assert hits >= kills // 3
+    changes["trainer__max_steps"] = before + 3
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert start("pretrain", "whole", **{**changes, "checkpoint": {"every": 100_000}}).wait() == 0
+    ends = [(tmp_path / n / "hf" / "model.safetensors").read_bytes() for n in ("run", "whole")]
+    assert ends[0] == ends[1]
 
 
 def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(
@@ -102,6 +112,46 @@ def number(path: Path | None) -> int:
     return int(path.name.partition("=")[2]) if path else -1
 
 
+def kept(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(
+    keep: int, start: Start, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 9}}
+    assert start("pretrain", "run", trainer__accumulate_grad_batches=1, **changes).wait() == 0
+    assert kept(run_dir) == ["step=2", "step=4", "step=6", "step=8"]
+    changes = {"checkpoint": {"every": 2, "keep": keep}, "trainer__accumulate_grad_batches": 1}
+    (run_dir / ".hf-cut_off_").mkdir()
+    early, dies = ("--ckpt_path", str(run_dir / "checkpoints" / "step=2")), at("train_batch_start")
+    killed = start("pretrain", "run", *early, trainer__callbacks=dies, **changes)
+    assert killed.wait() == -signal.SIGKILL
+    assert kept(run_dir) == ["aside-step=4", "aside-step=6", "aside-step=8", "step=2"]
+    assert "after step 2, without step=8, step=6, step=4: kept as " in killed.told
+    assert not (run_dir / ".hf-cut_off_").exists()
+    stop = at("train_batch_start", signal_name="SIGTERM")
+    stopped = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **changes)
+    assert stopped.wait() == 75
+    assert f"Resuming from {run_dir}/checkpoints/step=2" in stopped.told
+    assert kept(run_dir) == ["step=2", "step=3"][-keep:]
+    last = start("pretrain", "run", "--ckpt_path", "auto", **changes)
+    assert last.wait() == 0
+    assert f"Resuming from {run_dir}/checkpoints/step=3" in last.told
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start("pretrain", "run", checkpoint={"every": 2, "keep": 9}).wait() == 0
+    for name in ("step=6", "step=8"):
+        (run_dir / "checkpoints" / name / MANIFEST).unlink()
+    changes: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 2}, "trainer__max_steps": 5}
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert kept(run_dir) == ["step=4", "step=5"]
+
+
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     first = start("pretrain", "run", trainer__max_steps=3)
@@ -119,6 +169,18 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path
     assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
 
 
+def test_a_disk_that_is_full_at_the_export_is_told(start: Start, tmp_path: Path) -> None:
+    full = [{"class_path": "moments.FullDisk", "init_args": {"size": 20_000}}]
+    run = start("pretrain", "run", trainer__callbacks=full)
+    assert run.wait() == 2, run.told
+    last = run.told.rpartition("minigpt: ")[2]
+    assert last.startswith(f"{tmp_path}/run/hf could not be written: File too large. ")
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run" / "hf").exists()
+    assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+    assert load_model(tmp_path / "run")
+
+
 def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
@@ -127,8 +189,35 @@ def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: P
     assert f"{tmp_path}/run/checkpoints/step=3 could not be written: " in run.told
 
 
-def test_the_directory_for_temporary_files_does_not_matter(start: Start) -> None:
-    assert start("pretrain", "run", env={"TMPDIR": "/nonexistent"}).wait() == 0
+def test_a_directory_that_became_read_only_is_told(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start("pretrain", "run", trainer__max_steps=3).wait() == 0
+    (run_dir / "checkpoints").chmod(0o555)
+    more = start("pretrain", "run", "--ckpt_path", "auto", plain_user=True)
+    code = more.wait()
+    (run_dir / "checkpoints").chmod(0o755)
+    assert code == 2, more.told
+    last = more.told.rpartition("minigpt: ")[2]
+    assert last.startswith(f"{run_dir}/checkpoints/step=6 could not be written: Permission denied")
+    assert "Trained" not in more.told.partition("Resuming")[2]
+    assert status(run_dir)["state"] == "failed"
+    assert kept(run_dir) == ["step=3"]
+    assert damage(run_dir / "checkpoints" / "step=3") is None
+    assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
+
+
+@pytest.mark.parametrize("own_io", [True, False])
+def test_nothing_is_written_to_the_directory_for_temporary_files(
+    own_io: bool, start: Start, tmp_path: Path
+) -> None:
+    """Lightning's way, the negative control, goes through it: another, perhaps smaller disk."""
+    place, noted = tmp_path / "tmp", tmp_path / "opened"
+    place.mkdir()
+    options = {"under": str(place), "file": str(noted), "own_io": own_io}
+    watch = [{"class_path": "moments.Opened", "init_args": options}]
+    run = start("pretrain", "run", env={"TMPDIR": str(place)}, trainer__callbacks=watch)
+    assert run.wait() == 0, run.told
+    assert bool(noted.read_text()) != own_io
 
 
 class Trap:

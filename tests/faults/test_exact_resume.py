@@ -118,3 +118,17 @@ def test_without_its_state_a_run_does_not_go_on_exactly(
     found = differences(state(tmp_path / "whole"), state(tmp_path / "run"))
     assert any(place.startswith("/state_dict") for place in found)
     assert rows(tmp_path / "run") != rows(tmp_path / "whole")
+
+
+def test_a_validation_after_the_first_step_is_logged_once(start: Start, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "trainer__accumulate_grad_batches": 1,
+        "trainer__val_check_interval": 1,
+        "trainer__max_steps": 2,
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    assert start("pretrain", "whole", **changes).wait() == 0
+    killed = start("pretrain", "run", trainer__callbacks=at("train_batch_start", 1), **changes)
+    assert killed.wait() == -signal.SIGKILL
+    assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")

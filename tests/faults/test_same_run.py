@@ -48,6 +48,8 @@ def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_
         ({"data__init_args__seed": 5}, "seed was 0, is 5"),
         ({"data__init_args__tokens_per_batch": 300}, "tokens_per_batch was 256, is 300"),
         ({"trainer__accumulate_grad_batches": 3}, "batches_per_step was 2, is 3"),
+        ({"trainer__gradient_clip_val": 0.5}, "gradient_clip_val was 1.0, is 0.5"),
+        ({"model__init_args__schedule__warmup": 2}, "schedule was name wsd, warmup 1.0, "),
     ],
 )
 def test_another_config_is_refused(start: Start, changes: dict[str, Any], told: str) -> None:
@@ -55,6 +57,59 @@ def test_another_config_is_refused(start: Start, changes: dict[str, Any], told: 
     refused = start("sft", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
     assert told in refused.told
+    assert "--allow_changes true" in refused.told
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told"),
+    [
+        ("dpo", {"beta": 0.2, "loss": "cdpo", "label_smoothing": 0.1}, "beta was 0.1, is 0.2; "),
+        ("pretrain", {"architecture__dropout": 0.1}, "dropout was 0.0, is 0.1. "),
+    ],
+)
+def test_the_options_of_a_stage_are_compared(
+    stage: str, changes: dict[str, Any], told: str, start: Start
+) -> None:
+    cut(start, stage)
+    changes = {f"model__init_args__{name}": value for name, value in changes.items()}
+    refused = start(stage, "run", "--ckpt_path", "auto", **changes)
+    assert refused.wait() == 2
+    assert told in refused.told
+    neutral = {"spike": {"action": "warn"}, "sample_prompts": [], "activation_checkpointing": True}
+    if stage == "dpo":
+        assert "label_smoothing was 0.0, is 0.1; loss was sigmoid, is cdpo. " in refused.told
+        changes = {f"model__init_args__{name}": value for name, value in neutral.items()}
+        assert start(stage, "run", "--ckpt_path", "auto", **changes).wait() == 0
+
+
+def test_weights_of_other_sizes_are_refused_in_words(
+    start: Start, world: Path, tmp_path: Path
+) -> None:
+    cut(start, "pretrain")
+    again, free = ("--ckpt_path", "auto"), ("--allow_changes", "true")
+    wide = {"model__init_args__architecture__hidden_size": 64}
+    made = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 300)
+    made.save_pretrained(str(tmp_path / "tokenizer"))
+    words = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
+    for changes, told in (
+        (wide, "architecture was hidden_size 32, "),
+        (words, "vocabulary was 320, is 300. "),
+    ):
+        for args in (again, again + free):
+            refused = start("pretrain", "run", *args, **changes)
+            assert refused.wait() == 2
+            last = refused.told.rpartition("minigpt: ")[2]
+            assert told in last
+            assert "--allow_changes" not in last
+    assert start("pretrain", "run", *again).wait() == 0
+
+
+def test_a_base_of_another_size_is_refused_in_words(start: Start, world: Path) -> None:
+    cut(start, "sft")
+    other = {"model__init_args__init_from": str(world / "gpt2")}
+    refused = start("sft", "run", "--ckpt_path", "auto", **other)
+    assert refused.wait() == 2
+    assert "does not fit this model: the shape of lm.hf." in refused.told.rpartition("minigpt: ")[2]
 
 
 def test_another_method_is_refused_for_good(start: Start) -> None:

@@ -121,7 +121,12 @@ def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_
     assert "library_name: peft" in card
     assert "base_model:" not in card
     assert str(trained) not in card
+    killed, other = (tmp_path / f".{target}-cut_off_" for target in ("adapter", "adapter-2"))
+    for path in (killed, other):
+        path.mkdir()
     named = minigpt("export", "hf", *given, "--base_model_name", "me/sft", "--overwrite")
+    assert not killed.exists()
+    other.rmdir()  # another export's
     assert named.status == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/sft"

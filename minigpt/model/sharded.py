@@ -1,0 +1,79 @@
+"""Reading the sharded checkpoints of FSDP2 without ever running code that is in them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from minigpt.model.restore import refused
+
+# What torch itself writes into `.metadata`, which it reads with an unguarded pickle.
+KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+    "torch": {"Size", *(n for n, kind in vars(torch).items() if isinstance(kind, torch.dtype))},
+}
+
+
+class _Known(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's, but the table of what lies where is made of known classes only."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found: Metadata = _Known(file).load()
+        return found
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's, but a value that is no tensor is plain."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def saved_shapes(path: Path) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors in a checkpoint, by name.
+
+    Raises:
+        ModelError: when its table is missing, damaged, or holds code.
+    """
+    try:
+        found = _Reader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle raises anything
+        raise refused(path) from error
+    return {n: m.size for n, m in found.items() if isinstance(m, TensorStorageMetadata)}
+
+
+def load_into(state: dict[str, Any], path: Path) -> None:
+    """Fill a state from a checkpoint's shards; every process must call this.
+
+    Raises:
+        ModelError: when they are damaged, lack something, or hold code.
+    """
+    try:
+        load(state, storage_reader=_Reader(path), planner=_Planner())
+    except CheckpointException as error:
+        raise refused(path) from error
