@@ -71,13 +71,16 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = _dtype_of(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
+    index = torch.cat([group.flatten() for group in plan.gather])
+    sizes = [group.numel() for group in plan.gather]
+    # Once for all groups, whose gradients would be added up one by one; index_select, because its
+    # backward is many times faster on a CPU than indexing's.
+    parts = (x.index_select(0, index).split(sizes) for x in (q, k, v))
     results = []
     with torch.autocast(query.device.type, enabled=False):
-        for index in plan.gather:
-            # index_select, because its backward is many times faster on a CPU than indexing's
-            flat = (x.index_select(0, index.flatten()) for x in (q, k, v))
+        for group, *flat in zip(plan.gather, *parts, strict=True):
             # [R, heads, L, D]
-            rows = [x.unflatten(0, list(index.shape)).transpose(1, 2) for x in flat]
+            rows = [x.unflatten(0, list(group.shape)).transpose(1, 2) for x in flat]
             out = _attend(rows[0], rows[1], rows[2], dropout, scaling)
             results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, plan.scatter).unsqueeze(0), None
