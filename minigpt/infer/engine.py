@@ -92,8 +92,9 @@ class Engine:
         tokenizer: str | Path | None = None,
         merged: bool = True,
         weights: Precision = "fp32",
+        device: str | None = None,
     ) -> Engine:
-        """Load a model, or a base with an adapter; onto the GPU where there is one.
+        """Load a model, or a base with an adapter.
 
         Args:
             model: run directory, HF directory or hub id; an adapter directory brings its base.
@@ -101,6 +102,7 @@ class Engine:
             tokenizer: by default the one saved with the model.
             merged: add the adapter to the weights, or compute it beside them.
             weights: what to keep them in.
+            device: by default the GPU where there is one, or else the CPU.
 
         Raises:
             ModelError, TokenizerError: when something is missing or does not fit.
@@ -114,7 +116,8 @@ class Engine:
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
         base.to(torch.bfloat16 if weights == "bf16" else torch.float32)  # type: ignore[arg-type]
-        base.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        base.to(device)  # type: ignore[arg-type]
         own = tokenizers.load(tokenizer or find_model(adapter or model))
         check_vocabulary(base, len(own))
         engine = cls(base.eval(), own, weights == "int8")
