@@ -62,6 +62,7 @@ class Engine:
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
         ends: the tokens that end a reply.
+        context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
         ConfigError: when int8 weights are asked for and the model cannot have them.
@@ -77,6 +78,7 @@ class Engine:
         own = getattr(config, "eos_token_id", None)
         known: Any = generation_config(tokenizer).eos_token_id
         self.ends = {*known, *(own if isinstance(own, list) else [own])} - {None}
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(
@@ -123,12 +125,6 @@ class Engine:
         engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted
         return engine
-
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model takes, in tokens."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        return int(longest) if longest else sys.maxsize
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.
