@@ -85,6 +85,8 @@ TURN = {"role": "user", "content": "x"}
         (CHATS, {"stream_options": {}}, 400, None, None, "'stream' to be true"),
         (CHATS, {"top_logprobs": 1}, 400, None, None, "'logprobs' to be true"),
         (CHATS, {"tools": [{"type": "function"}]}, 400, None, "tools", "not supported"),
+        (CHATS, {"tool_choice": "required"}, 400, None, "tool_choice", "not supported"),
+        (CHATS, {"modalities": ["text", "audio"]}, 400, None, "modalities", "not supported"),
         (CHATS, {"temprature": 1}, 400, None, "temprature", "not supported"),
         (TEXTS, {"prompt": []}, 400, None, "prompt", "prompt."),
         (TEXTS, {"prompt": [0, 10**6]}, 400, None, "prompt", "below"),
