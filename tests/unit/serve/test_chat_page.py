@@ -157,6 +157,7 @@ def test_policy_runs_nothing_but_the_page(opened: Page, served: Served) -> None:
 
 def test_stop(opened: Page, served: Served) -> None:
     choose(opened, "base")
+    opened.locator("#max_tokens").evaluate("(node) => { node.value = node.max; }")  # time to stop
     for way in ("button", "Escape"):
         ask(opened, LONG)
         expect(reply(opened, "base").locator(".said")).not_to_be_empty()
