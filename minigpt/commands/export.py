@@ -54,6 +54,8 @@ def main(args: list[str]) -> None:
         ".gguf"
     ):
         gguf.error("--output names a file ending in .gguf, --output_dir a directory")
+    if chosen.results and chosen.output_dir is None:
+        gguf.error("--results goes with --output_dir, which has a model card")
     for name, value in export(chosen).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 

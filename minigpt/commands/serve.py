@@ -13,7 +13,7 @@ from minigpt.errors import ConfigError
 EXAMPLES = """examples:
   minigpt serve outputs/sft
   minigpt serve outputs/pretrain outputs/sft outputs/dpo outputs/lora
-  minigpt serve small=outputs/sft --port 9000 --slots 16
+  minigpt serve small=outputs/sft --port 9000 --slots 16 --max_context 1024
   MINIGPT_API_KEY=$(openssl rand -hex 32) minigpt serve outputs/sft --host 0.0.0.0
 """
 
@@ -33,6 +33,7 @@ def main(args: list[str]) -> None:
     for name, default, told in (
         ("slots", 8, "answers written at once, per model"),
         ("max_queue", 256, "answers that may wait, per model"),
+        ("max_context", 4096, "tokens of a prompt and its answer; at most what the model takes"),
         ("max_body", 2**20, "longest request in bytes"),
         ("timeout", 600, "seconds that an answer may take"),
     ):
@@ -94,6 +95,8 @@ def serve(
 
     quiet()
     engines = {name: Engine.load(place, weights=chosen.weights) for name, place in places.items()}
+    for engine in engines.values():
+        engine.context = min(engine.context, chosen.max_context)
     worker = Worker(engines, chosen.slots, chosen.max_queue)
     app = create_app(worker, key, chosen.max_body, chosen.timeout)
     host, port = listener.getsockname()[:2]

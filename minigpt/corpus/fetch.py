@@ -12,6 +12,7 @@ import http.client
 import json
 import re
 import shutil
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -98,7 +99,7 @@ class Corpus(NamedTuple):
 
 _MINIMIND = Home(
     "jingyaogong/minimind_dataset",
-    "Apache-2.0; gathered from other sets, whose terms apply as well",
+    "Apache-2.0 and CC-BY-NC-2.0; gathered from other sets, whose terms apply as well",
     modelscope="gongjy/minimind_dataset",
 )
 _STORIES = Home("roneneldan/TinyStories", "CDLA-Sharing-1.0")
@@ -111,10 +112,10 @@ _ZH, _ZH_VAL = "finetune/train_zh_0.json", "finetune/valid_zh_0.json"
 
 CORPORA = {
     "minimind-pretrain": Corpus(
-        "Chinese texts, 1.6 GB", "text", _MINIMIND, ("pretrain_hq.jsonl",), _marked
+        "Chinese texts, 1.2 GB", "text", _MINIMIND, ("pretrain_t2t_mini.jsonl",), _marked
     ),
-    "minimind-sft": Corpus("Chinese chats, 1.2 GB", "chat", _MINIMIND, ("sft_mini_512.jsonl",)),
-    "minimind-dpo": Corpus("preference pairs, 55 MB", "preference", _MINIMIND, ("dpo.jsonl",)),
+    "minimind-sft": Corpus("Chinese chats, 1.7 GB", "chat", _MINIMIND, ("sft_t2t_mini.jsonl",)),
+    "minimind-dpo": Corpus("preference pairs, 54 MB", "preference", _MINIMIND, ("dpo.jsonl",)),
     "minimind-medical": Corpus(
         "Chinese medical chats, 34 MB", "chat", _MINIMIND, ("lora_medical.jsonl",)
     ),
@@ -205,7 +206,8 @@ def _download(
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(
             f"Cannot fetch {file} of {home.repository}: {error}. Run the command again to go on "
-            "where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file by hand."
+            "where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file by hand. "
+            f"If it is there no more, name another with --file: they are listed at {home.page}."
         ) from error
     found = _checksums(path)
     if stated not in ("", *found):
@@ -250,7 +252,14 @@ def _from_web(url: str, path: Path) -> tuple[str, Path, str, str]:
     if etag and part.exists():
         headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+    try:
+        opened = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or "Range" not in headers:
+            raise
+        part.unlink()  # it was whole already, or is longer than the file
+        return _from_web(url, path)
+    with opened as answer:
         etag, length = answer.headers.get("ETag") or "", answer.headers.get("Content-Length")
         tag.write_text(etag)
         with part.open("ab" if answer.status == 206 else "wb") as file:

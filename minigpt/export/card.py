@@ -42,6 +42,11 @@ class Card:
     license: str | None = None
     results: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse results that are no JSON objects before the work, with a ConfigError."""
+        for file in self.results:
+            read_object(Path(file))
+
     def write(
         self, directory: Path, numbers: dict[str, Any], base: str | None = None, gguf: str = ""
     ) -> None:
@@ -54,7 +59,7 @@ class Card:
             gguf: name of the GGUF file.
 
         Raises:
-            ConfigError: for results that are no JSON object.
+            ConfigError: for numbers of the run that are no JSON object.
         """
         kind = "gguf" if gguf else "peft" if base else "transformers"
         head = {"library_name": kind, "pipeline_tag": "text-generation", "tags": ["minigpt"]}

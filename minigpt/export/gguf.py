@@ -76,7 +76,7 @@ def export_gguf(
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("GGUF export needs one more package: pip install 'minigpt[gguf]'")
-    engine = Engine.load(model, adapter)
+    engine = Engine.load(model, adapter, device="cpu")
     check_config(engine.model.config)
     pre = pre_tokenizer(engine.tokenizer)
     has_llamacpp = importlib.util.find_spec("xllamacpp") is not None

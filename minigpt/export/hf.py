@@ -75,7 +75,7 @@ def export_hf(
         ConfigError: when there is no adapter to keep, or it cannot stand alone.
         ModelError: when the export does not do what the model does; nothing is kept.
     """
-    engine = Engine.load(model, adapter, merged=False)
+    engine = Engine.load(model, adapter, merged=False, device="cpu")
     base = base_to_keep(engine, model, adapter) if keep_adapter else None
     expected = observe(engine)
     use_plain_template(engine.tokenizer)

@@ -62,6 +62,7 @@ class Engine:
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
         ends: the tokens that end a reply.
+        context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
         ConfigError: when int8 weights are asked for and the model cannot have them.
@@ -77,6 +78,7 @@ class Engine:
         own = getattr(config, "eos_token_id", None)
         known: Any = generation_config(tokenizer).eos_token_id
         self.ends = {*known, *(own if isinstance(own, list) else [own])} - {None}
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(
@@ -92,8 +94,9 @@ class Engine:
         tokenizer: str | Path | None = None,
         merged: bool = True,
         weights: Precision = "fp32",
+        device: str | None = None,
     ) -> Engine:
-        """Load a model, or a base with an adapter; onto the GPU where there is one.
+        """Load a model, or a base with an adapter.
 
         Args:
             model: run directory, HF directory or hub id; an adapter directory brings its base.
@@ -101,6 +104,7 @@ class Engine:
             tokenizer: by default the one saved with the model.
             merged: add the adapter to the weights, or compute it beside them.
             weights: what to keep them in.
+            device: by default the GPU where there is one, or else the CPU.
 
         Raises:
             ModelError, TokenizerError: when something is missing or does not fit.
@@ -116,18 +120,13 @@ class Engine:
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
         base.to(torch.bfloat16 if weights == "bf16" else torch.float32)  # type: ignore[arg-type]
-        base.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        base.to(device)  # type: ignore[arg-type]
         own = tokenizers.load(tokenizer or find_model(adapter or model))
         check_vocabulary(base, len(own))
         engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted
         return engine
-
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model takes, in tokens."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        return int(longest) if longest else sys.maxsize
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.

@@ -280,6 +280,8 @@ class Native:
             self.lengths[row] = last
             for cache in self.caches:
                 cache[:, row, :, :last] = cache[:, end, :, :last]
+        if not self.lengths:  # one long request would hold its room for as long as we serve
+            self.caches = []
 
     def _reserve(self) -> None:
         """Make room for the rows as they are now."""

@@ -87,17 +87,13 @@ class Endpoints:
             words = "has no chat template: continue text with /v1/completions instead."
             raise RefusedError(400, f"{wanted.model!r} {words}", "no_chat_template", "model")
         messages = [message.record() for message in wanted.messages]
-        ids = await self.worker.encode(wanted.model, messages)
-        return await self._answer(wanted, request, [ids], "messages")
+        return await self._answer(wanted, request, [messages], "messages")
 
     async def text(self, wanted: TextRequest, request: Request) -> Response:
         """Continue texts."""
-        size, prompts = len(self._engine(wanted.model).tokenizer), []
-        for prompt in wanted.prompts():
-            text = isinstance(prompt, str)
-            prompts.append(await self.worker.encode(wanted.model, prompt) if text else prompt)
-            if max(prompts[-1]) >= size:
-                raise RefusedError(400, f"Token ids must be below {size}.", None, "prompt")
+        size, prompts = len(self._engine(wanted.model).tokenizer), wanted.prompts()
+        if any(max(prompt) >= size for prompt in prompts if not isinstance(prompt, str)):
+            raise RefusedError(400, f"Token ids must be below {size}.", None, "prompt")
         return await self._answer(wanted, request, prompts, "prompt")
 
     async def health(self) -> Response:
@@ -120,10 +116,18 @@ class Endpoints:
             raise RefusedError(404, words, "model_not_found", "model")
         return self.worker.engines[name]
 
+    async def _ids(self, model: str, prompt: Any) -> list[int]:
+        known = isinstance(prompt, list) and isinstance(prompt[0], int)
+        return prompt if known else await self.worker.encode(model, prompt)
+
     async def _answer(
-        self, wanted: Wanted, request: Request, prompts: list[list[int]], param: str
+        self, wanted: Wanted, request: Request, asked: list[Any], param: str
     ) -> Response:
+        end = asyncio.get_running_loop().time() + self.timeout
         context, sequences = self._engine(wanted.model).context, []
+        self.worker.check_room(wanted.model, len(asked) * wanted.n)
+        async with asyncio.timeout_at(end):
+            prompts = [await self._ids(wanted.model, prompt) for prompt in asked]
         for ids in prompts:
             if len(ids) >= context:
                 words = f"The maximum context length is {context} tokens, the answer included; "
@@ -134,9 +138,9 @@ class Endpoints:
         job = self.worker.submit(wanted.model, sequences)
         self.metrics.prompt.labels(wanted.model).inc(answer.prompt_tokens)
         if wanted.stream:
-            return Events(job, self.worker, self._events(job, answer))
+            return Events(job, self.worker, self._events(job, answer, end))
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout_at(end):
                 await while_there(request, self._whole(job, answer))
         finally:
             self.worker.cancel(job)
@@ -155,12 +159,12 @@ class Endpoints:
         async for _ in self._chunks(job, answer):
             pass
 
-    async def _events(self, job: Job, answer: Answer) -> AsyncIterator[str]:
+    async def _events(self, job: Job, answer: Answer, end: float) -> AsyncIterator[str]:
         """Yield the events of a stream; what goes wrong is told as one of them."""
-        chunks, end = self._chunks(job, answer), time.perf_counter() + self.timeout
+        chunks = self._chunks(job, answer)
         try:
             while True:
-                async with asyncio.timeout(end - time.perf_counter()):
+                async with asyncio.timeout_at(end):
                     chunk = await anext(chunks)
                 if chunk is not None:
                     yield event(chunk)
@@ -214,7 +218,8 @@ def failure(error: Exception) -> Response:
     """Return the answer to a request that failed on the server's side."""
     if isinstance(error, TimeoutError):
         return refusal(504, "The answer took longer than this server allows.", "timeout")
-    return refusal(500, str(error) or "The server failed on this request.", "server_error")
+    status = error.status if isinstance(error, ServingError) else 500
+    return refusal(status, str(error) or "The server failed on this request.", "server_error")
 
 
 def invalid(error: RequestValidationError) -> Response:

@@ -15,10 +15,11 @@ from minigpt.infer.engine import Sampling
 
 # Clients send these as a matter of course; they change nothing about an answer.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# What MiniGPT cannot do, at the value that asks for nothing; any other value is refused.
-IDLE: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
-IDLE |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
-IDLE |= {"echo": False, "best_of": 1, "suffix": ""}
+HARMLESS |= {"parallel_tool_calls"}  # `tools` are refused
+# What MiniGPT cannot do, at the values that ask for nothing; any other value is refused.
+IDLE: dict[str, list[Any]] = {"frequency_penalty": [0], "presence_penalty": [0], "logit_bias": [{}]}
+IDLE |= {"tools": [[]], "tool_choice": ["none", "auto"], "response_format": [{"type": "text"}]}
+IDLE |= {"modalities": [["text"]], "echo": [False], "best_of": [1], "suffix": [""]}
 
 
 class _Strict(BaseModel):
@@ -78,7 +79,7 @@ class Wanted(_Strict):
         if not isinstance(body, dict):
             return body
         asks = {name: value for name, value in body.items() if value is not None}
-        return {k: v for k, v in asks.items() if k not in HARMLESS and (k, v) not in IDLE.items()}
+        return {k: v for k, v in asks.items() if k not in HARMLESS and v not in IDLE.get(k, ())}
 
     @model_validator(mode="after")
     def _options_have_their_option(self) -> Wanted:
@@ -157,16 +158,19 @@ class Answer:
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.texts, self.finish = [""] * choices, [""] * choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in range(choices)]
+        self.offsets = [0] * choices  # the length of the tokens that were told, each as a text
         self.started: set[int] = set()
         self.tells_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         kind = "chat.completion" if self.chat else "text_completion"
         kind += ".chunk" if wanted.stream and self.chat else ""
         self.head: dict[str, Any] = {"object": kind, "model": wanted.model}
-        self.head |= {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time())}
+        name = "chatcmpl" if self.chat else "cmpl"
+        self.head |= {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time())}
 
     def add(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """Count a new part in; return the chunk of a stream that tells it, if it says anything."""
-        told = self._logprobs(delta.logprobs, len(self.texts[index]))
+        told = self._logprobs(delta.logprobs, self.offsets[index])
+        self.offsets[index] += sum(len(one.token) for one in delta.logprobs)
         self.texts[index] += delta.text
         self.logprobs[index] += delta.logprobs
         self.finish[index] = delta.finish or ""

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +26,10 @@ class QueueFullError(Exception):
 
 class ServingError(Exception):
     """An answer that cannot be finished, through no fault of the client's."""
+
+    def __init__(self, reason: str, status: int = 500) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class Job:
@@ -62,6 +67,8 @@ class Worker:
         self.engines, self.slots, self.places = engines, slots, slots + max_queue
         self.batches = {name: Batch(engine, slots) for name, engine in engines.items()}
         self.jobs: set[Job] = set()
+        self.broken = False
+        self._reading: Counter[str] = Counter()  # prompts that are encoded, or wait for it
         self._commands: queue.SimpleQueue[tuple[Callable[[Job], None], Job] | None]
         self._commands = queue.SimpleQueue()
         self._owners: dict[str, dict[int, tuple[Job, int]]] = {name: {} for name in engines}
@@ -84,32 +91,44 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether answers are still being computed."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self.broken
 
     async def encode(self, model: str, prompt: str | Sequence[Message]) -> list[int]:
-        """Return the ids of a prompt, computed beside the event loop."""
-        engine = self.engines[model]
-        return await self._loop.run_in_executor(self._encoder, engine.encode, prompt)
+        """Return the ids of a prompt, which takes a place while it waits to be encoded."""
+        self._reading[model] += 1
+        try:
+            read = self.engines[model].encode
+            return await self._loop.run_in_executor(self._encoder, read, prompt)
+        finally:
+            self._reading[model] -= 1
 
     def submit(self, model: str, sequences: Sequence[tuple[list[int], Sampling]]) -> Job:
-        """Queue the sequences of one request.
-
-        Raises:
-            QueueFullError: when they find no place.
-            ConfigError: when they never could.
-        """
-        if len(sequences) > self.places:
-            raise ConfigError(f"{len(sequences)} answers are more than {self.places}, the most.")
-        if self.load(model) + len(sequences) > self.places:
-            raise QueueFullError
+        """Queue the sequences of one request; errors are those of `check_room`."""
+        self.check_room(model, len(sequences))
         job = Job(model, sequences)
         self.jobs.add(job)
         self._commands.put((self._admit, job))
         return job
 
     def load(self, model: str) -> int:
-        """Return how many sequences of a model are being written or wait."""
-        return sum(len(job.open) for job in self.jobs if job.model == model)
+        """Return how many sequences of a model are being written, wait, or are still prompts."""
+        open_ = sum(len(job.open) for job in self.jobs if job.model == model)
+        return open_ + self._reading[model]
+
+    def check_room(self, model: str, count: int) -> None:
+        """See that so many sequences can be taken.
+
+        Raises:
+            ServingError: when nothing is computed any more.
+            ConfigError: when they never could.
+            QueueFullError: when they find no place.
+        """
+        if not self.alive:
+            raise ServingError("The server computes no answers any more. Restart it.", 503)
+        if count > self.places:
+            raise ConfigError(f"{count} answers are more than {self.places}, the most.")
+        if self.load(model) + count > self.places:
+            raise QueueFullError
 
     def cancel(self, job: Job) -> None:
         """Free what a request holds; nothing happens when it is finished."""
@@ -124,6 +143,17 @@ class Worker:
             job.inbox.put_nowait(ServingError(reason))
 
     def _run(self) -> None:
+        try:
+            self._compute()
+        except Exception:
+            log.exception("No answers are computed any more. Restart the server.")
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        self.broken = True  # at once, as the thread lives on for a moment
+        self.fail(self.jobs, "The server failed on this request.")
+
+    def _compute(self) -> None:
         while True:
             idle = all(batch.idle for batch in self.batches.values())
             while idle or not self._commands.empty():

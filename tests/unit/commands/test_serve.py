@@ -49,7 +49,9 @@ def test_serving_until_a_signal_comes(
                     told["health"] = client.get("/health").json()
                     break
                 time.sleep(0.02)
-            told["models"] = [one["id"] for one in client.get("/v1/models").json()["data"]]
+            listed = client.get("/v1/models").json()["data"]
+            told["models"] = {one["id"]: one["max_model_len"] for one in listed}
+            told["long"] = client.post("/v1/completions", json=body | {"prompt": [5] * 1100})
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
@@ -59,13 +61,16 @@ def test_serving_until_a_signal_comes(
     visitor = threading.Thread(target=visit)
     visitor.start()
     places = [f"a={model}", f"b={model.parent}"]
-    outcome = minigpt("serve", *places, "--port", url.rpartition(":")[2])
+    given = ["--port", url.rpartition(":")[2], "--max_context", "1100"]
+    outcome = minigpt("serve", *places, *given)
     visitor.join()
     assert outcome.status == status
     assert outcome.out == f"Serving a, b at {url} (Ctrl-C stops)\n"
     assert outcome.err == ("minigpt: interrupted\n" if status else "")
     assert told["health"] == {"status": "ok"}
-    assert told["models"] == ["a", "b"]
+    assert told["models"] == {"a": 1100, "b": 1100}
+    assert told["long"].status_code == 400
+    assert told["long"].json()["error"]["code"] == "context_length_exceeded"
     assert told["last"] == "data: [DONE]"  # what was begun went on to its end
 
 

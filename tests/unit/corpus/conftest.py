@@ -82,6 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         etag = self.server.etags.get(path, f'"{hashlib.sha256(content).hexdigest()}"')
         same = self.headers.get("If-Range", etag) == etag
         start = int(wanted.split("=")[1].split("-")[0]) if wanted and same else 0
+        if wanted and same and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         body = content[start:]
         self.send_response(206 if wanted and same else 200)
         if wanted and same:

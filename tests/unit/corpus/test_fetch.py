@@ -57,6 +57,7 @@ def test_the_hub_through_its_own_client(stub: Any, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 20, done.stderr
     assert "minigpt: Cannot fetch no.jsonl of jingyaogong/minimind_dataset: http" in done.stderr
+    assert "listed at https://huggingface.co/datasets/jingyaogong/minimind_dataset." in done.stderr
     assert done.stdout.index("CDLA-Sharing-1.0") < done.stdout.index("3 rows; left out: 1 empty")
     texts = [row["text"] for row in rows_of(tmp_path / "tinystories-val.jsonl")]
     assert texts == ["Once upon a time.\n\nThe end.", "Ünïcödé", "Last one"]
@@ -83,6 +84,19 @@ def test_what_broke_off_goes_on_where_it_stopped(stub: Any, tmp_path: Path, mini
     assert rows_of(tmp_path / "minimind-medical.jsonl") == CHATS
     again = minigpt(*options, "--output_dir", tmp_path)
     assert "exists already" in again.err
+
+
+def test_what_came_whole_but_was_not_renamed_does_not_stop_reruns(
+    stub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.files[MEDICAL] = content = jsonl(CHATS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fetch.fetch("minimind-medical", tmp_path, modelscope=True)
+    path, rows, _ = fetch.fetch("minimind-medical", tmp_path, modelscope=True)
+    assert (rows, rows_of(path)) == (400, CHATS)
+    assert [wanted for *_, wanted in stub.asked] == [None, f"bytes={len(content)}-", None]
 
 
 def test_another_version_is_not_joined_to_the_first_half(stub: Any, tmp_path: Path) -> None:

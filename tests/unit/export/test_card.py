@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minigpt.errors import ConfigError
 from minigpt.export import card
 from minigpt.export.card import Card, flat, stages, table
 
@@ -48,6 +49,13 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert "| texts_with_equal_ids | 3000 of 3000 |" in text
     assert str(tmp_path) not in text
     assert str(trained) not in text
+
+
+def test_results_are_read_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    for name, told in (("list.json", "no JSON object"), ("none.json", "cannot be read")):
+        with pytest.raises(ConfigError, match=told):
+            Card("x", str(tmp_path), results=[str(tmp_path / name)])
 
 
 def test_a_model_that_is_no_run(tmp_path: Path) -> None:

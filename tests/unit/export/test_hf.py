@@ -59,6 +59,37 @@ def test_a_run_loads_in_plain_transformers(minigpt: Minigpt, trained: Path, tmp_
     assert grown[: len(said.ids)] == said.ids
 
 
+SFT = [("hf", "sft"), ("gguf", "sft")]
+
+
+@pytest.mark.parametrize(("kind", "run"), SFT)
+def test_exports_are_computed_on_the_cpu(
+    kind: str,
+    run: str,
+    minigpt: Minigpt,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    outcome = minigpt("export", kind, "--model", trained / run, "--output_dir", tmp_path / "out")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "run", "more"),
+    [*((*one, ()) for one in SFT), ("hf", "lora", ()), ("hf", "lora", ("--keep_adapter",))],
+)
+def test_exports_where_there_is_a_gpu(
+    kind: str, run: str, more: tuple[str, ...], minigpt: Minigpt, trained: Path, tmp_path: Path
+) -> None:
+    assert Engine.load(trained / run).model.device.type == "cuda"
+    options = ("--model", trained / run, "--output_dir", tmp_path / "out", *more)
+    outcome = minigpt("export", kind, *options)
+    assert (outcome.status, outcome.err) == (0, "")
+
+
 def test_what_older_stacks_read(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "sft"
     assert minigpt("export", "hf", "--model", trained / "sft", "--output_dir", out).status == 0

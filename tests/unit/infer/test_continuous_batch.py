@@ -212,6 +212,24 @@ def test_a_prompt_must_fit_the_context_and_the_reply_is_cut_to_it(
     assert len(ids_of(deltas)) == 12
 
 
+def test_the_cache_is_freed_when_there_is_nothing_to_do(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    batch = Batch(endless("qwen3", tokenizer, max_position_embeddings=512), 8)
+    runner = batch._runner
+    assert isinstance(runner, Native)
+    said = []
+    for _ in range(2):
+        numbers = [batch.add([5] * n, Sampling(max_new_tokens=4)) for n in (400, *range(3, 10))]
+        said.append([delta.ids for delta in batch.step()])
+        assert runner.caches[0].shape[1:4:2] == (8, 464)
+        batch.cancel(numbers[0])
+        while not batch.idle:
+            batch.step()
+        assert runner.caches == []
+    assert said[0] == said[1]
+
+
 @torch.no_grad()
 def test_logprobs_are_the_models_own(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, prompt = endless("qwen3", tokenizer), prompts(1)[0]

@@ -157,6 +157,7 @@ def test_policy_runs_nothing_but_the_page(opened: Page, served: Served) -> None:
 
 def test_stop(opened: Page, served: Served) -> None:
     choose(opened, "base")
+    opened.locator("#max_tokens").evaluate("(node) => { node.value = node.max; }")  # time to stop
     for way in ("button", "Escape"):
         ask(opened, LONG)
         expect(reply(opened, "base").locator(".said")).not_to_be_empty()
@@ -195,6 +196,33 @@ def test_regenerate_and_edit(opened: Page) -> None:
     opened.get_by_role("button", name="New chat").click()
     expect(opened.locator(".turn")).to_have_count(0)
     expect(opened.get_by_text("What would you like to ask?")).to_be_visible()
+
+
+def test_an_edit_without_a_model_takes_nothing_back(opened: Page) -> None:
+    for text in (ASKED, "more"):
+        ask(opened, text)
+        expect(opened.get_by_role("button", name="Send")).to_be_visible()
+    opened.get_by_role("button", name="Edit").first.click()
+    choose(opened)
+    opened.get_by_label("Edit message").fill("another")
+    opened.get_by_role("button", name="Send again").click()
+    expect(opened.get_by_role("status")).to_have_text("Choose at least one model.")
+    expect(opened.locator(".turn")).to_have_count(2)
+    expect(opened.get_by_label("Edit message")).to_have_value("another")
+
+
+@pytest.mark.parametrize("clipboard", [True, False])
+def test_copy(opened: Page, clipboard: bool) -> None:
+    """Pages of other hosts have no `navigator.clipboard` without TLS."""
+    opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened.evaluate("window.kept = navigator.clipboard")
+    if not clipboard:
+        opened.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    ask(opened, ASKED)
+    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    reply(opened).get_by_role("button", name="Copy").click()
+    expect(opened.get_by_role("status")).to_have_text("Copied")
+    assert opened.evaluate("window.kept.readText()") == SAID
 
 
 def test_enter_of_an_input_method_sends_nothing(opened: Page) -> None:

@@ -34,6 +34,7 @@ def test_chat(client: openai.OpenAI, served: Served) -> None:
     assert (choice.message.role, choice.message.content) == ("assistant", SAID)
     assert (choice.finish_reason, choice.logprobs) == ("stop", None)
     assert (reply.object, reply.model) == ("chat.completion", "sft")
+    assert reply.id.startswith("chatcmpl-")
     assert reply.usage is not None
     said = served.worker.engines["sft"].encode(SAID)
     assert reply.usage.completion_tokens == len(said)
@@ -71,6 +72,7 @@ def test_stream_ends_with_done(served: Served) -> None:
 def test_text(client: openai.OpenAI, served: Served) -> None:
     reply = client.completions.create(**TEXT)
     assert (reply.object, reply.choices[0].finish_reason) == ("text_completion", "length")
+    assert reply.id.startswith("cmpl-")
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 12
     chunks = client.completions.create(**TEXT | {"seed": 1}, stream=True)
@@ -121,6 +123,8 @@ def test_messages_in_parts_and_roles(client: openai.OpenAI) -> None:
         ({"temperature": 2, "extra_body": {"min_p": 0.999}}, SAID, "stop"),
         ({"temperature": 2, "top_p": 1e-6}, SAID, "stop"),
         ({"user": "me", "frequency_penalty": 0, "tools": [], "logit_bias": {}}, SAID, "stop"),
+        ({"parallel_tool_calls": True, "tool_choice": "auto"}, SAID, "stop"),
+        ({"modalities": ["text"], "tool_choice": "none"}, SAID, "stop"),
     ],
 )
 def test_options(client: openai.OpenAI, more: dict[str, Any], text: str, finish: str) -> None:
@@ -172,8 +176,11 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
     assert {len(token.top_logprobs) for token in alone} == {0}
 
 
-def test_logprobs_of_a_text(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_logprobs_of_a_text(client: openai.OpenAI, held: bool) -> None:
     asked = TEXT | {"logprobs": 3, "seed": 2}
+    if held:  # the first characters, as they may become a stop text
+        asked["stop"] = client.completions.create(**asked).choices[0].text[:8] + "~~"
     told = client.completions.create(**asked).choices[0].logprobs
     assert told is not None
     assert told.tokens is not None
@@ -182,7 +189,8 @@ def test_logprobs_of_a_text(client: openai.OpenAI) -> None:
     assert all(1 <= len(top) <= 3 for top in told.top_logprobs or [])
     chunks = list(client.completions.create(**asked, stream=True))
     streamed = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
-    assert [token for part in streamed for token in part.tokens or []] == told.tokens
+    for field, values in told:
+        assert [v for part in streamed for v in getattr(part, field)] == values
 
 
 async def gathered(served: Served, bodies: list[dict[str, Any]]) -> list[str]:

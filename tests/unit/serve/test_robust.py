@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -83,6 +85,8 @@ TURN = {"role": "user", "content": "x"}
         (CHATS, {"stream_options": {}}, 400, None, None, "'stream' to be true"),
         (CHATS, {"top_logprobs": 1}, 400, None, None, "'logprobs' to be true"),
         (CHATS, {"tools": [{"type": "function"}]}, 400, None, "tools", "not supported"),
+        (CHATS, {"tool_choice": "required"}, 400, None, "tool_choice", "not supported"),
+        (CHATS, {"modalities": ["text", "audio"]}, 400, None, "modalities", "not supported"),
         (CHATS, {"temprature": 1}, 400, None, "temprature", "not supported"),
         (TEXTS, {"prompt": []}, 400, None, "prompt", "prompt."),
         (TEXTS, {"prompt": [0, 10**6]}, 400, None, "prompt", "below"),
@@ -306,6 +310,47 @@ def test_full_queue(engines: dict[str, Engine]) -> None:
             stream.close()
 
 
+@contextlib.contextmanager
+def slow_reading(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[threading.Event]:
+    """Prompts of `base` are not encoded before the event."""
+    go = threading.Event()
+    read = engines["base"].encode
+    monkeypatch.setattr(engines["base"], "encode", lambda text: go.wait(20) and read(text))
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def test_prompts_that_are_read_take_places(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = LONG | {"stream": False, "max_tokens": 2}
+    with (
+        running(engines, slots=2, max_queue=1) as served,
+        ThreadPoolExecutor(3) as clients,
+        slow_reading(engines, monkeypatch) as go,
+    ):
+        waiting = [clients.submit(served.post, TEXTS, json=body) for _ in range(3)]
+        served.until(lambda: served.worker.load("base") == 3)
+        assert served.post(TEXTS, json=body).status_code == 429
+        go.set()
+        assert [one.result().status_code for one in waiting] == [200] * 3
+        assert served.worker.load("base") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_limit_of_prompts_that_are_read(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    with running(engines, timeout=0.3) as served, slow_reading(engines, monkeypatch):
+        answer = served.post(TEXTS, json=LONG | {"stream": stream})
+        assert (answer.status_code, error_of(answer)["code"]) == (504, "timeout")
+        assert served.worker.load("base") == 0
+
+
 def test_time_limit(engines: dict[str, Engine]) -> None:
     with running(engines, timeout=0.3) as served:
         client = served.client
@@ -337,6 +382,26 @@ def test_model_that_breaks(engines: dict[str, Engine], monkeypatch: pytest.Monke
         with pytest.raises(openai.APIError, match="failed on this request"):
             list(client.completions.create(**LONG))
         client.completions.create(**LONG | {"stream": False, "max_tokens": 3})
+
+
+def test_model_that_cannot_go_on(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(engines) as served:
+
+        def failing(*_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(Batch, "step", failing)
+        monkeypatch.setattr("minigpt.serve.worker.Batch", failing)
+        answer = served.post(TEXTS, json=LONG | {"stream": False})
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "server_error")
+        assert served.get("/health").status_code == 503
+        for path, body in ((TEXTS, LONG), (CHATS, CHAT)):
+            answer = served.post(path, json=body)
+            assert answer.status_code == 503
+            assert "Restart it" in error_of(answer)["message"]
+    assert "No answers are computed any more" in caplog.text
 
 
 def test_answers_are_ended_when_the_server_stops(
