@@ -11,7 +11,7 @@ from minigpt.commands.options import CommandParser, add_sampling, positive, samp
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.evaluate.suite import Results
+    from minigpt.evaluate.scores import Results
 
 KINDS = {
     "text": "bits per byte of {text} rows or a .txt file",
@@ -106,19 +106,9 @@ def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 
 
 def html(results: dict[str, Results]) -> str:
-    """Return a page: the main share of each test as bars, then a table for each test."""
-    from minigpt.evaluate.suite import tables
-    from minigpt.report.build import bars
-    from minigpt.report.page import Html, charts, escape, page, table
+    """Return a page: of each test a table, and the main share as bars."""
+    from minigpt.report.build import Document, add_scores
+    from minigpt.report.page import page
 
-    figures: list[Html] = []
-    parts: list[str] = []
-    for test, body in tables(results).items():
-        parts += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
-        for name in (row[0] for row in body):
-            found = {m: s for m, tests in results.items() if (s := tests.get(test, {}).get(name))}
-            if all(score.high is not None for score in found.values()):
-                figures.append(bars(f"{test}: {name}", found))
-                break
-    note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
-    return page("Evaluation", note + charts(figures) + "".join(parts))
+    add_scores(document := Document(), results)
+    return page("Evaluation", "".join(document.html))
