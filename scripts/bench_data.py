@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Measure `minigpt data check` and `stats` on files made of the bundled rows, all different.
+"""Measure `minigpt data check` and `stats` on files made of the bundled rows, all different:
+alone, `check` against the bundled exams, and `stats` with a tokenizer trained on the rows.
 
 Speed is the file's size by the time of one core that reading it takes, without the start of
 the process; memory is the process's peak.
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"text": "pretrain.jsonl", "chat": "sft.jsonl", "preference": "dpo.jsonl"}
+ARMS = ("check", "check --exam", "stats", "stats --tokenizer")
 CHILD = """
 import resource, sys, time
 from minigpt.commands.data import main
@@ -62,8 +64,16 @@ def write(path: Path, kind: str, chinese: bool, size: float) -> int:
 
 
 def measure(verb: str, path: Path) -> tuple[float, float]:
-    """Return the seconds and the peak megabytes of a verb."""
-    command = [sys.executable, "-c", CHILD, verb, str(path)]
+    """Return the seconds and the peak megabytes of a verb; its option gets what it needs."""
+    verb, *option = verb.split()
+    tokenizer = path.with_name("tokenizer")
+    if option == ["--tokenizer"] and not tokenizer.exists():
+        from minigpt.commands.tokenizer import train_to
+
+        train_to(tokenizer, [str(ROOT / "data" / name) for name in KINDS.values()], 6400)
+    given = {"--tokenizer": [tokenizer], "--exam": sorted((ROOT / "data" / "exam").glob("*.jsonl"))}
+    options = [*option, *(str(file) for name in option for file in given[name])]
+    command = [sys.executable, "-c", CHILD, verb, str(path), *options]
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -79,7 +89,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, nargs="+", default=[10.0], help="sizes (10)")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts (3)")
     chosen = parser.parse_args()
-    print(f"{'rows':22} {'MB':>6} {'B/row':>6}   {'check':>18}   {'stats':>18}")
+    print(f"{'rows':22} {'MB':>6} {'B/row':>6}", *(f"  {arm:>18}" for arm in ARMS))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "rows.jsonl")
         for kind in KINDS:
@@ -88,7 +98,7 @@ def main() -> None:
                     count = write(path, kind, language == "Chinese", size * 1e6)
                     size = path.stat().st_size / 1e6
                     line = f"{kind + ', ' + language:22} {size:6.1f} {size * 1e6 / count:6.0f}"
-                    for verb in ("check", "stats"):
+                    for verb in ARMS:
                         seconds, peak = min(measure(verb, path) for _ in range(chosen.repeats))
                         line += f"   {size / seconds:5.1f} MB/s {peak:4.0f} MB"
                     print(line, flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 from minigpt.commands.options import CommandParser, positive, writing
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
+from minigpt.progress import shown
 
 EXAMPLES = """examples:
   minigpt data check data/sft.jsonl --val data/sft_val.jsonl --exam data/exam/skills.jsonl
@@ -91,16 +92,19 @@ def check(chosen: argparse.Namespace) -> None:
     findings = Findings(limit=10**9 if chosen.all else 20)
     options = (chosen.kind, chosen.val, chosen.exam, tokenizer_of(chosen))
     with tempfile.TemporaryDirectory(prefix="minigpt-check-") as scratch:
-        checker = Checker(findings, Path(scratch), *options, chosen.max_length, chosen.near)
+        with shown("reading what must not leak"):
+            checker = Checker(findings, Path(scratch), *options, chosen.max_length, chosen.near)
         for file in files:
-            checker.check(file)
-        checker.finish()
+            with shown(f"checking {file}"):
+                checker.check(file)
+        with shown("comparing rows"):
+            checker.finish()
         print(*findings.lines(), sep="\n", end="\n" if findings.counts else "")
         hints = findings.counts.total() - findings.errors()
         found = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
         print(f"{counted(checker.rows, 'row')} checked: {found}")
         if fix:
-            with writing(fix):
+            with writing(fix), shown(f"writing {fix}"):
                 written = checker.write_fixed(files[0], fix)
             print(f"{fix}: {counted(written, 'row')}, {checker.rows - written:,} left out")
     if chosen.json:
@@ -120,7 +124,8 @@ def stats(chosen: argparse.Namespace) -> None:
     options = (chosen.kind, tokenizer, chosen.max_length, chosen.tokens_per_batch)
     reports = []
     for file in chosen.files:
-        reports.append(measure(Path(file), *options, None if chosen.all else chosen.sample))
+        with shown(f"measuring {file}"):
+            reports.append(measure(Path(file), *options, None if chosen.all else chosen.sample))
         print(terminal(reports[-1]), end="\n\n")
     if chosen.json:
         with writing(chosen.json):

@@ -11,7 +11,7 @@ from minigpt.commands.options import CommandParser, add_sampling, positive, samp
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.evaluate.suite import Results
+    from minigpt.evaluate.scores import Results
 
 KINDS = {
     "text": "bits per byte of {text} rows or a .txt file",
@@ -51,34 +51,45 @@ def main(args: list[str]) -> None:
         raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
     if len(set(chosen.model)) < len(chosen.model):
         raise ConfigError("--model names the same model twice.")
-    report(chosen, measure(chosen))
+    results: dict[str, Results] = {}
+    try:
+        measure(chosen, results)
+    finally:  # what was measured before an error or Ctrl-C is told, too
+        if results:
+            from minigpt.evaluate.suite import lines
+
+            print("\n".join(lines(results)), flush=True)
 
 
-def measure(chosen: argparse.Namespace) -> dict[str, Results]:
-    """Run every test on every model, one model in memory at a time, beside the reference."""
+def measure(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Run every test on every model, one model in memory at a time, beside the reference.
+
+    Each score is added to the results, and written, as it is there.
+    """
     if chosen.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
     from minigpt.cli import quiet
     from minigpt.evaluate.suite import Settings, prepare
     from minigpt.infer.engine import Engine
+    from minigpt.progress import shown
 
     quiet()
     settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling(chosen))
     tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
-    results: dict[str, Results] = {}
     for model in chosen.model:
         engine = Engine.load(model)
-        results[model] = {name: test(engine) for name, test in tests.items()}
-    return results
+        for name, test in tests.items():
+            with shown(f"{model}: {name}"):
+                scores = test(engine)
+            results.setdefault(model, {})[name] = scores
+            write(chosen, results)
 
 
-def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
-    """Print the table and write the files asked for."""
-    from minigpt.evaluate.suite import lines
+def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Write the files asked for."""
     from minigpt.files import write_json, write_text
 
-    print("\n".join(lines(results)))
     if chosen.json:
         models = {
             model: {
@@ -95,19 +106,9 @@ def report(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 
 
 def html(results: dict[str, Results]) -> str:
-    """Return a page: the main share of each test as bars, then a table for each test."""
-    from minigpt.evaluate.suite import tables
-    from minigpt.report.build import bars
-    from minigpt.report.page import Html, charts, escape, page, table
+    """Return a page: of each test a table, and the main share as bars."""
+    from minigpt.report.build import Document, add_scores
+    from minigpt.report.page import page
 
-    figures: list[Html] = []
-    parts: list[str] = []
-    for test, body in tables(results).items():
-        parts += [f"<h2>{escape(test)}</h2>", table(["", *results, "chance", "items"], body)]
-        for name in (row[0] for row in body):
-            found = {m: s for m, tests in results.items() if (s := tests[test].get(name))}
-            if all(score.high is not None for score in found.values()):
-                figures.append(bars(f"{test}: {name}", found))
-                break
-    note = '<p class="soft">Shares with their 95% interval (Wilson).</p>'
-    return page("Evaluation", note + charts(figures) + "".join(parts))
+    add_scores(document := Document(), results)
+    return page("Evaluation", "".join(document.html))

@@ -77,11 +77,12 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     from minigpt.export.gguf import export_gguf
     from minigpt.export.hf import export_hf
     from minigpt.files import clear_partials
+    from minigpt.progress import shown
 
     quiet()
     card = Card(chosen.name or run_name(source), str(source), chosen.license, chosen.results)
     clear_partials(place)
-    with writing(place):
+    with writing(place), shown(f"exporting {chosen.model}"):
         if chosen.kind == "gguf":
             numbers = export_gguf(chosen.model, place, card, chosen.dtype, chosen.adapter)
         else:

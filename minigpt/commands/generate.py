@@ -86,11 +86,14 @@ def asked(chosen: argparse.Namespace, content: Any) -> Any:
 
 
 def complete_rows(chosen: argparse.Namespace) -> None:
-    """Complete the prompts of a JSONL and print its rows with the completions."""
+    """Complete the prompts of a JSONL and print its rows with the completions, in their order."""
     from minigpt.data.prompts import load_prompts
+    from minigpt.progress import shown
 
     prompts, how = load_prompts(chosen.file), sampling(chosen)
     engine = load_engine(chosen)
-    replies = engine.complete([asked(chosen, prompt.content) for prompt in prompts], how)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        print(json.dumps({**prompt.row, "completion": reply.text}, ensure_ascii=False))
+    replies = engine.replies([asked(chosen, prompt.content) for prompt in prompts], how)
+    with shown("completing", printing=True):
+        for prompt, reply in zip(prompts, replies, strict=True):
+            row = {**prompt.row, "completion": reply.text}
+            print(json.dumps(row, ensure_ascii=False), flush=True)

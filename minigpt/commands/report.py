@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   minigpt report outputs/pretrain
   minigpt report outputs/sft outputs/sft-2 --output compared.html
   minigpt report outputs/pipeline
+  minigpt report outputs/sft --results scores.json
 """
 
 
@@ -23,6 +24,8 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", help="run directories; outputs/pipeline for all stages")
     parser.add_argument("--output", help="the page; by default report.html in the first directory")
+    told = "scores to show as well, as evaluate --json wrote them"
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help=told)
     chosen = parser.parse_args(args)
     from minigpt.report.build import write_report
 
@@ -30,6 +33,6 @@ def main(args: list[str]) -> None:
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
     with writing(output):
-        first = write_report(chosen.runs, output)
+        first = write_report(chosen.runs, output, chosen.results)
     print(first)
     print(f"written to {output} and {output.with_suffix('.md').name}")

@@ -9,6 +9,7 @@ Arrays (C characters, U units, S texts):
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ EXAM_UNITS = 13  # the run that counts as leaked (Brown et al. 2020)
 SHINGLE = 5  # characters
 BANDS, ROWS = 16, 4  # of a MinHash signature: pairs above 0.8 are met with 99.98% certainty
 _COMPARED = 1 << 14  # pairs at a time
+# A run has at least 13 letters, and so at one of 4 places in turn 10 that are the question's.
+_GRAM, _APART = 10, EXAM_UNITS - 9
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SINGLE, _WORD = 1, 2
@@ -47,10 +50,29 @@ def tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     return folded, kinds
 
 
+@cache
+def _whole() -> NDArray[np.bool_]:
+    """Return for each code point whether all letters of what it folds to are in the table.
+
+    Not so are ligatures, accents that join the letter before them, and what is seldom used.
+    """
+    whole = np.zeros(0x110000, np.bool_)
+    whole[0x3400:0xA000] = whole[0xAC00:0xD7A4] = True
+    for code in (*range(0x3400), *range(0xFF00, 0xFFF0)):
+        parts = fold(chr(code))
+        joins = 0x1100 <= code < 0x1200 or any(unicodedata.category(c)[0] == "M" for c in parts)
+        whole[code] = not joins and (len(parts) == 1 or not any(map(str.isalnum, parts)))
+    return whole
+
+
+def _codes(texts: Sequence[str]) -> NDArray[np.uint32]:
+    return np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+
+
 def characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
     """Return the folded characters [C] of all texts, their kinds [C] and owners [C]."""
     folded, kinds = tables()
-    codes = folded[np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")]
+    codes = folded[_codes(texts)]
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     return codes, kinds[codes], np.repeat(np.arange(len(texts)), lengths)
 
@@ -86,6 +108,42 @@ def _runs(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
     return _mixed(hashes[whole]), owner[:count][whole]
 
 
+def _letters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Return the letters and digits of all texts, folded, and their places."""
+    folded, kinds = tables()
+    codes = folded[_codes(texts)]
+    places = np.flatnonzero(kinds[codes])
+    return codes[places], places
+
+
+def _grams(letters: NDArray[np.uint32], apart: int) -> NDArray[np.uint32]:
+    """Return hashes, of 20 bits, of the runs of letters that begin at every so many of them."""
+    count = max(0, (len(letters) - _GRAM) // apart + 1)
+    hashes = np.zeros(count, np.uint32)
+    for i in range(_GRAM):
+        hashes = hashes * np.uint32(0x9E3779B1) + letters[i:][: count * apart : apart][:count]
+    return hashes >> np.uint32(12)
+
+
+def _owners(texts: Sequence[str], places: NDArray[np.int64]) -> list[int]:
+    """Return which texts hold these places of all texts' characters."""
+    owners: list[int] = np.unique(
+        np.searchsorted(np.cumsum([*map(len, texts)]), places, "right")
+    ).tolist()
+    return owners
+
+
+def _bags(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """Return hashes, of 20 bits, of the letters of texts that are not empty, in any order."""
+    folded, kinds = tables()
+    codes = folded[_codes(texts)]
+    parts = _mixed(codes * _BASE)
+    parts *= kinds[codes] > 0
+    starts = np.cumsum([0, *map(len, texts[:-1])])
+    bags: NDArray[np.uint64] = np.add.reduceat(parts, starts) >> np.uint64(44)
+    return bags
+
+
 class ExamIndex:
     """The questions of exams, to be looked up in training data.
 
@@ -94,7 +152,6 @@ class ExamIndex:
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        self.short: dict[str, str] = {}
         questions, names = [], []
         for path in paths:
             for item in load_exam(path):
@@ -104,26 +161,44 @@ class ExamIndex:
         runs, owner = _runs(*_units(questions), EXAM_UNITS)
         self.runs, first = np.unique(runs, return_index=True)
         self.names = [names[i] for i in owner[first]]
-        self.sieve = np.zeros(1 << 20, np.bool_)
-        self.sieve[self.runs >> np.uint64(44)] = True
-        for i in set(range(len(questions))) - set(owner.tolist()):
-            self.short[normalise(questions[i])] = names[i]
+        self.sieve, self.bags = np.zeros((2, 1 << 20), np.bool_)
+        for i in set(owner.tolist()):
+            self.sieve[_grams(_letters(questions[i : i + 1])[0], 1)] = True
+        short = sorted(set(range(len(questions))) - set(owner.tolist()))
+        self.short = {normalise(questions[i]): names[i] for i in short}
+        if self.short:
+            self.bags[_bags(list(self.short))] = True
         self.longest = max(map(len, self.short), default=0)
 
     def hits(self, texts: Sequence[str]) -> dict[int, str]:
         """Return the leaked item for each of the texts that leaks one."""
         found = {}
-        if len(self.runs):
-            runs, owner = _runs(*_units(texts), EXAM_UNITS)
-            likely = self.sieve[runs >> np.uint64(44)]
-            runs, owner = runs[likely], owner[likely]
-            place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
-            for i in np.flatnonzero(self.runs[place] == runs).tolist():
-                found[int(owner[i])] = self.names[place[i]]
-        for i, text in enumerate(texts):
-            if len(text) <= self.longest + 8 and (name := self.short.get(normalise(text))):
+        likely = self._sharing(texts) if len(self.runs) else []
+        runs, owner = _runs(*_units([texts[i] for i in likely]), EXAM_UNITS)
+        place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
+        for i in np.flatnonzero(self.runs[place] == runs).tolist():
+            found[likely[owner[i]]] = self.names[place[i]]
+        for i in self._equal(texts):
+            if name := self.short.get(normalise(texts[i])):
                 found[i] = name
         return found
+
+    def _sharing(self, texts: Sequence[str]) -> list[int]:
+        """Return the texts that may share a run with a question."""
+        letters, places = _letters(texts)
+        at = np.flatnonzero(self.sieve[_grams(letters, _APART)]) * _APART
+        return _owners(texts, places[at])
+
+    def _equal(self, texts: Sequence[str]) -> list[int]:
+        """Return the texts that may equal a question; to normalise them all takes long."""
+        most = self.longest + 8
+        short = [i for i, text in enumerate(texts) if 0 < len(text) <= most]
+        likely = [i for i in short if texts[i].isascii()]
+        if others := [i for i in short if not texts[i].isascii()]:
+            some = [texts[i] for i in others]
+            odd = _owners(some, np.flatnonzero(~_whole()[_codes(some)]))
+            likely += [others[i] for i in {*odd, *np.flatnonzero(self.bags[_bags(some)]).tolist()}]
+        return likely
 
 
 class NearDuplicates:

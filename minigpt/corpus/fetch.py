@@ -11,7 +11,6 @@ import hashlib
 import http.client
 import json
 import re
-import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minigpt import progress
 from minigpt.data.records import Kind, parse_row
 from minigpt.data.rows import iter_rows
 from minigpt.data.tokenizer import SPECIAL_TOKENS
@@ -163,7 +163,8 @@ def fetch(
     def every() -> Rows:
         for file in files or corpus.files:
             path, sources[file] = _download(corpus.home, file, directory / ".downloads", modelscope)
-            yield from corpus.convert(path)
+            with progress.shown(f"converting {file}"):
+                yield from corpus.convert(path)
 
     good = islice(_usable(every(), corpus.kind, skipped), limit)
     with whole_file(out) as partial:
@@ -263,9 +264,11 @@ def _from_web(url: str, path: Path) -> tuple[str, Path, str, str]:
         etag, length = answer.headers.get("ETag") or "", answer.headers.get("Content-Length")
         tag.write_text(etag)
         with part.open("ab" if answer.status == 206 else "wb") as file:
-            before = file.tell()
-            shutil.copyfileobj(answer, file, _BLOCK)
-            came = file.tell() - before
+            came = 0
+            with progress.shown(f"fetching {path.name}"):
+                while block := answer.read(_BLOCK):
+                    came += file.write(block)
+                    progress.step(came, int(length or 0))
     if length not in (None, str(came)):
         raise ConnectionError(f"the connection broke after {came} of {length} bytes")
     part.replace(path)

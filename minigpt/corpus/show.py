@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.check import guess_kind
-from minigpt.data.records import BadRows, Kind, read_records
+from minigpt.data.records import BadRows, Kind, Record, Source, parse_row
+from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoded, Encoder, Limits
 from minigpt.data.tokenizer import special_texts
+from minigpt.errors import DataError
 from minigpt.report.page import escape
 
 STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
@@ -53,13 +55,25 @@ def segments(
     """
     kind = kind or guess_kind(path)
     encoder, bad = Encoder(kind, tokenizer, Limits(max_length=max_length)), BadRows()
-    records = read_records([path], kind, bad, special_tokens=special_texts(tokenizer))
-    wanted = list(islice((row for row in records if row[1].line >= start), rows))
+    records = _records(path, kind, start, special_texts(tokenizer))
+    wanted = list(islice(records, rows))
     for sample, source in encoder.encode(wanted, bad):
         for part, ids, targets in _parts(sample, kind):
             counts = f"{len(ids)} tokens, {sum(targets)} trained on"
             tokens = list(_pieces(tokenizer, ids, targets))
             yield Segment(f"{path}:{source.line}{part}: {counts}", tokens)
+
+
+def _records(
+    path: Path, kind: Kind, start: int, special: Sequence[str]
+) -> Iterator[tuple[Record, Source]]:
+    """Read the rows from a line on, whatever stands before it."""
+    for line, row in scan_rows(path):
+        if line >= start:
+            try:
+                yield parse_row(row, kind, special), Source(path, line)
+            except DataError as error:
+                raise error.at(path, line) from None
 
 
 def _parts(sample: Encoded, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:

@@ -12,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from operator import eq, gt
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.corpus.check import guess_kind
 from minigpt.corpus.duplicates import tables
 from minigpt.corpus.flat import Flat, batches, record_of
-from minigpt.data.packing import pack, utilisation
+from minigpt.data.packing import histogram, pack, utilisation
 from minigpt.data.records import BadRows, Kind, Source, read_records
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoder, Limits
@@ -111,11 +110,6 @@ class _Tokens:
             raise DataError(f"no row leaves a token to train on in {limit}", reason="no_targets")
         budget = max(tokens_per_batch, int(packed.max()))
         bins = pack(packed, budget, np.random.default_rng(0))
-        edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
-        counts = np.histogram(lengths, edges)[0]
-        used = np.flatnonzero(counts)
-        labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
-        bars = list(zip(labels, counts.tolist(), strict=True))
         quantiles = np.quantile(lengths, [0.5, 0.9, 0.99, 1]).tolist()
         return {
             "rows_measured": len(lengths),
@@ -123,7 +117,7 @@ class _Tokens:
             **dict(zip(("median", "p90", "p99", "longest"), quantiles, strict=True)),
             "max_length": limit,
             "over_max_length": float((lengths > limit).mean()),
-            "histogram": bars[used[0] : used[-1] + 1],
+            "histogram": histogram(lengths),
             "characters_per_token": self.texts / max(1, self.text_tokens),
             "packing_efficiency": utilisation(packed, bins, budget),
             "padding_efficiency": float(np.minimum(lengths, limit).mean() / limit),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.exam import Item, load_exam
 from minigpt.data.order import PackedOrder, Part
+from minigpt.data.packing import histogram
 from minigpt.data.prompts import Prompt, load_prompts
 from minigpt.data.records import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
@@ -269,7 +270,15 @@ class JSONLDataModule(LightningDataModule):
         """Return what the training and the held-out part of each file hold."""
         parts = {"train": self.train_parts, "val": self.val_parts}
         return {
-            split: [{**s.store.meta, "file": str(s.store.source), "samples": len(s)} for s in some]
+            split: [
+                {
+                    **s.store.meta,
+                    "file": str(s.store.source),
+                    "samples": len(s),
+                    "lengths": histogram(s.lengths(np.arange(len(s)))),
+                }
+                for s in some
+            ]
             for split, some in parts.items()
         }
 

@@ -79,6 +79,8 @@ def _strings(row: dict[str, Any], key: str, path: str | Path, line: int) -> tupl
 
 def fold(text: str) -> str:
     """Fold case and width."""
+    if text.isascii():  # quickly, because data have many texts
+        return text.lower()
     return unicodedata.normalize("NFKC", text).casefold()
 
 

@@ -9,6 +9,7 @@ and each sees the same mix of lengths.
 from __future__ import annotations
 
 import heapq
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,3 +60,13 @@ def pack(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> l
 def utilisation(lengths: NDArray[np.int64], bins: list[list[int]], budget: int) -> float:
     """Return the share of the micro-batches' budget that tokens fill, 0..1."""
     return float(lengths.sum()) / (len(bins) * budget) if bins else 1.0
+
+
+def histogram(lengths: NDArray[np.int64]) -> list[tuple[str, int]]:
+    """Return how many samples have how many tokens: (range, count), ranges by half powers of 2."""
+    edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
+    counts = np.histogram(lengths, edges)[0]
+    used = np.flatnonzero(counts)
+    labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
+    bars = list(zip(labels, counts.tolist(), strict=True))
+    return bars[used[0] : used[-1] + 1] if len(used) else []

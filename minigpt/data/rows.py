@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from minigpt import progress
 from minigpt.errors import DataError
 
 _REMEDIES = {
@@ -24,6 +27,7 @@ _REMEDIES = {
     "unreadable": "Name a file that can be read, or the files in a directory.",
 }
 _DECODER = json.JSONDecoder()
+_BUFFER = 1 << 17
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -56,10 +60,22 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise _error(reason, f"cannot be read: {error.strerror}").at(path) from None
 
 
+class _Told(io.FileIO):
+    """A file that tells how much of it has been read."""
+
+    done = 0  # a pipe cannot be asked where it is
+
+    def readinto(self, buffer: Any) -> int | None:
+        read = super().readinto(buffer)
+        self.done += read or 0
+        progress.step(self.done, os.fstat(self.fileno()).st_size)
+        return read
+
+
 @contextmanager
 def open_data(path: Path) -> Iterator[IO[bytes]]:
     """Open a plain or gzipped file."""
-    with path.open("rb") as raw:
+    with io.BufferedReader(_Told(path), _BUFFER) as raw:
         zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
         yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigpt.data.rows import iter_rows
 from minigpt.errors import DataError, TokenizerError
+from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,14 @@ def train(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus(files, limit), trainer)
+    with ExitStack() as later:
+
+        def texts() -> Iterator[str]:
+            with shown("reading texts"):
+                yield from corpus(files, limit)
+            later.enter_context(shown("merging tokens"))
+
+        bpe.train_from_iterator(texts(), trainer)
     if bpe.get_vocab_size() < vocab_size:
         log.warning(
             "The text gave %d tokens, fewer than the %d asked for: it is small.",

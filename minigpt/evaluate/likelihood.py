@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.records import BadRows, Kind, Record, Source, parse_row, read_records
 from minigpt.data.store import Encoder, Limits
@@ -118,6 +119,7 @@ def score(
         sums = sum_by(of_labels(logp, batch), batch.answers, batch.n_answers)
         greedy = sum_by(missed, batch.answers, batch.n_answers) == 0
         found += zip(sums.tolist(), greedy.tolist(), strict=True)
+        progress.step(len(found), len(pairs))
     scores = dict(zip(order, found, strict=True))
     return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 Z95 = 1.959964  # standard deviations of a normal distribution that hold 95% of it
@@ -51,7 +51,23 @@ class Score:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
+Results = dict[str, dict[str, Score]]  # of one model: test to name to score
+
+
 def share(rights: Sequence[bool], chance: float | None = None) -> Score:
     """Return the share of items that are right, with its interval."""
     right, total = sum(rights), len(rights)
     return Score(right / total if total else 0.0, total, *wilson(right, total), chance)
+
+
+def tables(results: Mapping[str, Results]) -> dict[str, list[list[str]]]:
+    """Return the rows of each test: name, each model's score, chance, items."""
+    found: dict[str, list[list[str]]] = {}
+    names = {(test, name): None for r in results.values() for test in r for name in r[test]}
+    for test, name in names:
+        scores = [model.get(test, {}).get(name) for model in results.values()]
+        first = next(score for score in scores if score)
+        chance = "" if first.chance is None else f"{100 * first.chance:.1f}%"
+        said = ["–" if score is None else str(score) for score in scores]
+        found.setdefault(test, []).append([name, *said, chance, f"{first.n:,}" if first.n else ""])
+    return found

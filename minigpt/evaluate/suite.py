@@ -11,11 +11,10 @@ from minigpt.data.prompts import load_prompts
 from minigpt.data.records import BadRows, read_records
 from minigpt.errors import ConfigError
 from minigpt.evaluate import choices, harness, health, likelihood, preferences
-from minigpt.evaluate.scores import Score, share
+from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.examine import sit
 
-Results = dict[str, dict[str, Score]]  # of one model: test to name to score
 Test = Callable[[Engine], dict[str, Score]]
 
 
@@ -114,19 +113,6 @@ def examine(engine: Engine, items: Sequence[Item], sampling: Sampling) -> dict[s
     whole = {"right": share([right for rights in families.values() for right in rights])}
     parts = {family: share(rights) for family, rights in families.items()}
     return whole | parts if len(parts) > 1 else whole
-
-
-def tables(results: Mapping[str, Results]) -> dict[str, list[list[str]]]:
-    """Return the rows of each test: name, each model's score, chance, items."""
-    found: dict[str, list[list[str]]] = {}
-    names = {(test, name): None for r in results.values() for test in r for name in r[test]}
-    for test, name in names:
-        scores = [model.get(test, {}).get(name) for model in results.values()]
-        first = next(score for score in scores if score)
-        chance = "" if first.chance is None else f"{100 * first.chance:.1f}%"
-        said = ["–" if score is None else str(score) for score in scores]
-        found.setdefault(test, []).append([name, *said, chance, f"{first.n:,}" if first.n else ""])
-    return found
 
 
 def lines(results: Mapping[str, Results]) -> list[str]:

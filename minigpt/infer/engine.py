@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minigpt import progress
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
@@ -169,27 +170,48 @@ class Engine:
         Raises:
             ConfigError: for a prompt that fills the model's context.
         """
+        return list(self.replies(prompts, sampling, len(prompts)))
+
+    def replies(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        sampling: Sampling | Sequence[Sampling],
+        window: int = 0,
+    ) -> Iterator[Reply]:
+        """Complete prompts as `complete` does; yield each reply once those before it are there.
+
+        Args:
+            prompts, sampling: as `complete` takes them.
+            window: of so many prompts the shortest go first; by default of those that are decoded
+                at once.
+        """
         ids = [self.encode(prompt) for prompt in prompts]
         how = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         training = self.model.training
         self.model.eval()
         try:
             with attention_of(self.model, "sdpa"):
-                return self._complete(ids, how)
+                yield from self._replies(ids, how, window)
         finally:
             self.model.train(training)
 
-    def _complete(self, ids: list[list[int]], how: list[Sampling]) -> list[Reply]:
-        batch = Batch(self, BATCH[self.model.device.type == "cuda"])
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    def _replies(self, ids: list[list[int]], how: list[Sampling], window: int) -> Iterator[Reply]:
+        slots = BATCH[self.model.device.type == "cuda"]
+        batch, window = Batch(self, slots), window or slots
+        order = sorted(range(len(ids)), key=lambda i: (i // window, len(ids[i])))
         numbers = {
             batch.add(ids[i], how[i], f"Prompt {i + 1}: " * (len(ids) > 1)): i for i in order
         }
         deltas: list[list[Delta]] = [[] for _ in ids]
+        told = done = 0
         while not batch.idle:
             for delta in batch.step():
                 deltas[numbers[delta.request]].append(delta)
-        return [_reply(*given) for given in zip(deltas, how, strict=True)]
+                done += delta.finish is not None
+            progress.step(done, len(ids))
+            while told < len(ids) and deltas[told] and deltas[told][-1].finish is not None:
+                yield _reply(deltas[told], how[told])
+                deltas[told], told = [], told + 1
 
     def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
         """Complete one prompt and yield the reply token by token."""

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from minigpt import progress
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.data.tokenizer import END_OF_TEXT
@@ -174,13 +175,21 @@ class Gguf:
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
     ) -> list[Reply]:
         """Complete prompts; replies come in the order asked. See `Engine.complete`."""
+        return list(self.replies(prompts, sampling))
+
+    def replies(
+        self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
+    ) -> Iterator[Reply]:
+        """Complete prompts and yield each reply as it is there."""
         ids = [self.encode(prompt) for prompt in prompts]
         how = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         asked = [
             self._request(one, chosen, f"Prompt {index + 1}: " * (len(ids) > 1))
             for index, (one, chosen) in enumerate(zip(ids, how, strict=True))
         ]
-        return [self._reply(body, one.stop) for body, one in zip(asked, how, strict=True)]
+        for done, (body, one) in enumerate(zip(asked, how, strict=True), 1):
+            yield self._reply(body, one.stop)
+            progress.step(done, len(ids))
 
     def _reply(self, body: dict[str, Any], stop: Sequence[str]) -> Reply:
         (said,) = self.llama.complete(**body, stop=stop)

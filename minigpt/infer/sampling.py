@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 
+FEW = 1024  # tokens that are tried before all are put in order
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -98,14 +100,28 @@ class Chooser:
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return logits [V] over the temperature, with -inf where a token may not be chosen."""
     scaled = (logits - logits.max()) / sampling.temperature
-    best = scaled.topk(min(sampling.top_k or len(scaled), len(scaled))).values
-    cut = best[-1]  # every filter keeps the tokens from some logit on
-    if sampling.top_p < 1:
-        before = best.softmax(-1).cumsum(-1)[:-1]
-        cut = best[int((before < sampling.top_p).sum())]
+    cut = scaled.new_tensor(-math.inf)  # every filter keeps the tokens from some logit on
+    if sampling.top_k or sampling.top_p < 1:
+        cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)
     if sampling.min_p > 0:
         cut = cut.clamp(min=math.log(sampling.min_p))
     return scaled.masked_fill(scaled < cut, -math.inf)
+
+
+def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return the least of the logits [V] that top_k and top_p keep.
+
+    A few tokens mostly hold top_p, and to put a whole vocabulary in order takes long.
+    """
+    every = top_k >= len(scaled)
+    best = scaled.topk(min(FEW, len(scaled)) if every else top_k).values
+    total = (scaled if every else best).logsumexp(-1)
+    if every and (best - total).exp().sum() <= top_p:
+        best = scaled.sort(descending=True).values
+    if top_p == 1:
+        return best[-1]
+    before = (best - total).exp().cumsum(-1)[:-1]
+    return best[int((before < top_p).sum())]
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:

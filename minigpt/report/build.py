@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from minigpt.errors import ConfigError
-from minigpt.evaluate.scores import Score, share, wilson
+from minigpt.evaluate.scores import Results, Score, share, tables, wilson
 from minigpt.files import write_text
 from minigpt.report.page import Html, bar_chart, charts, escape, line_chart, number, page, table
 from minigpt.report.runs import Run, found, is_number, read_run
@@ -59,10 +59,7 @@ class Document:
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Add a table."""
         self.html.append(table(head, rows))
-        lines = [[number(cell) for cell in row] for row in rows]
-        lines = [["---"] * len(head), *lines]
-        self.markdown += [f"| {' | '.join(map(_cell, row))} |" for row in [list(head), *lines]]
-        self.markdown.append("")
+        self.markdown += _markdown(head, rows)
 
     def figures(self, figures: Sequence[Html]) -> None:
         """Add charts, which only the page shows."""
@@ -73,18 +70,34 @@ class Document:
         summary = f"<summary>{escape(title)}</summary>"
         self.html.append(f"<details>{summary}{inside}</details>\n")
 
+    def folded_table(
+        self, title: str, head: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None:
+        """Add a table that is shown at a click."""
+        self.folded(title, table(head, rows))
+        summary = f"<details><summary>{escape(title)}</summary>"
+        self.markdown += [summary, "", *_markdown(head, rows), "</details>", ""]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = [list(head), ["---"] * len(head), *([number(cell) for cell in row] for row in rows)]
+    return [*(f"| {' | '.join(map(_cell, line))} |" for line in lines), ""]
+
 
 def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
-def write_report(places: Sequence[str | Path], output: Path) -> str:
+def write_report(
+    places: Sequence[str | Path], output: Path, results: Sequence[str | Path] = ()
+) -> str:
     """Write `output` (HTML) and the same name with `.md`.
 
     Args:
         places: run directories, or one with a pipeline's ``report.json``, which brings the
             runs beside it.
         output: the page.
+        results: files of scores, as ``minigpt evaluate --json`` writes them.
 
     Returns:
         What the Markdown begins with: the pipeline's results, else the list of runs.
@@ -92,7 +105,7 @@ def write_report(places: Sequence[str | Path], output: Path) -> str:
     Raises:
         ConfigError: for a place that holds neither.
     """
-    document, runs = Document(), []
+    document, runs, scores = Document(), [], read_scores(results)
     for place in map(Path, places):
         if (place / "report.json").is_file():
             report = _read_json(place / "report.json")
@@ -109,7 +122,11 @@ def write_report(places: Sequence[str | Path], output: Path) -> str:
     if runs:
         _runs(document, runs)
         first = first or "\n".join(document.markdown)
-        for part in (_curves, _exams, _samples, _data, _origins):
+        _curves(document, runs)
+        _exams(document, runs)
+    add_scores(document, scores)
+    if runs:
+        for part in (_samples, _data, _origins):
             part(document, runs)
     write_text(output, page("MiniGPT report", "".join(document.html)))
     write_text(output.with_suffix(".md"), "\n".join(["# MiniGPT report", "", *document.markdown]))
@@ -240,6 +257,49 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
         document.figures([bars(family, scores) for family, scores in taken.items()])
 
 
+def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
+    """Read what `minigpt evaluate --json` wrote, the models of all files side by side.
+
+    Raises:
+        ConfigError: for a file that holds something else.
+    """
+    results: dict[str, Results] = {}
+    for file in files:
+        try:
+            for model, tests in json.loads(Path(file).read_text(encoding="utf-8"))[
+                "models"
+            ].items():
+                for test, scores in tests.items():
+                    told = {name: Score(**_numbers(score)) for name, score in scores.items()}
+                    results.setdefault(model, {})[test] = told
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file} holds no scores ({type(error).__name__}: {error}). Give a file that "
+                "`minigpt evaluate --json FILE` wrote."
+            ) from error
+    return results
+
+
+def _numbers(score: dict[str, Any]) -> dict[str, Any]:
+    if not all(map(is_number, score.values())):
+        raise ValueError("a score is no number")
+    return score
+
+
+def add_scores(document: Document, results: Mapping[str, Results]) -> None:
+    """Add a table for each test, one column for each model, and its main share as bars."""
+    for test, body in tables(results).items():
+        document.heading(test)
+        document.table(("", *results, "chance", "items"), body)
+        for name in (row[0] for row in body):
+            given = {m: s for m, tests in results.items() if (s := tests.get(test, {}).get(name))}
+            if all(score.high is not None for score in given.values()):
+                document.figures([bars(f"{test}: {name}", given)])
+                break
+    if results:
+        document.note("Shares with their 95% interval (Wilson).")
+
+
 def _samples(document: Document, runs: Sequence[Run]) -> None:
     """Add the replies to fixed prompts: the last ones in sight, all of them at a click."""
     sampled = [run for run in runs if run.samples]
@@ -249,24 +309,34 @@ def _samples(document: Document, runs: Sequence[Run]) -> None:
         last = run.samples[-1][0]
         rows = [(run.name, prompt, reply) for step, prompt, reply in run.samples if step == last]
         document.table(("run", "prompt", f"reply at step {last}"), rows)
-        document.folded(
-            f"{run.name}: over time",
-            table(("step", "prompt", "reply"), [(str(s), p, r) for s, p, r in run.samples]),
-        )
+        every = [(str(step), prompt, reply) for step, prompt, reply in run.samples]
+        document.folded_table(f"{run.name}: over time", ("step", "prompt", "reply"), every)
 
 
 def _data(document: Document, runs: Sequence[Run]) -> None:
-    """Add what is known of each file."""
-    rows = []
+    """Add what is known of each file, and how long its samples are."""
+    rows, figures = [], []
     for run in runs:
         for split in ("train", "val"):
             told = found(run.summary, f"data {split}", list) or []
             named = {"file": _files(found(run.config, f"data init_args {split}"))}
             for one in [one for one in told if isinstance(one, dict)] or [named]:
                 counts = [one.get(name) for name in COUNTS]
-                rows.append((run.name, split, one.get("file"), *counts))
+                cut, of = one.get("cut"), one.get("rows")
+                over = f"{cut / of:.1%}" if is_number(cut) and is_number(of) and of else None
+                rows.append((run.name, split, one.get("file"), *counts, over))
+                lengths = [b for b in found(one, "lengths", list) or [] if _is_bar(b)]
+                if lengths:
+                    title = f"{run.name} {split}: samples by tokens ({over} of rows were longer)"
+                    figures.append(bar_chart(title, lengths))
     document.heading("Data")
-    document.table(("run", "split", "file", *COUNTS), rows)
+    document.table(("run", "split", "file", *COUNTS, "over max_length"), rows)
+    document.figures(figures)
+
+
+def _is_bar(value: object) -> bool:
+    """Whether a value of a JSON file is a label with a number."""
+    return isinstance(value, list) and len(value) == 2 and is_number(value[1])
 
 
 def _files(option: object) -> str | None:

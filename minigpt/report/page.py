@@ -13,7 +13,7 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = 6  # then the dashes change
 SHOWN = 300  # points of a line; more only make the file larger
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 230, 50, 12, 38
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 230, 62, 12, 38
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c1d21; --soft: #5d6068;
@@ -125,10 +125,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Write a tick briefly: 1500 as 1.5k, 0.00002 as 2e-05."""
+    """Write a tick briefly: 1500 as 1.5k, 0.00025 as 2.5e-4."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
+    if 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:g}"
 
 

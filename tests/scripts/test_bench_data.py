@@ -21,19 +21,21 @@ def test_rows_are_of_their_kind_and_do_not_repeat(tmp_path: Path) -> None:
         assert len(set(lines)) == len(lines) == count
         assert not any(map(str.isascii, lines))
         assert all(key in json.loads(line) for line in lines)
-    seconds, peak = script["measure"]("check", tmp_path / "preference.jsonl")
-    assert 0 < seconds < 60
-    assert 50 < peak < 5000
+    for arm in script["ARMS"]:
+        seconds, peak = script["measure"](arm, tmp_path / "preference.jsonl")
+        assert 0 < seconds < 60
+        assert 50 < peak < 5000
 
 
 def test_a_line_for_each_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(SCRIPT))["main"]
-    monkeypatch.setitem(main.__globals__, "measure", lambda verb, path: (0.001, len(verb) * 20))
+    script = runpy.run_path(str(SCRIPT))
+    main = script["main"]
+    monkeypatch.setitem(main.__globals__, "measure", lambda verb, path: (0.001, 100))
     monkeypatch.setattr(sys, "argv", ["bench_data.py", "--mb", "0.01", "0.02"])
     main()
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["rows", "MB", "B/row", "check", "stats"]
+    assert head.split() == ["rows", "MB", "B/row", *" ".join(script["ARMS"]).split()]
     assert len(lines) == 12
-    assert all(line.count("MB/s  100 MB") == 2 for line in lines)
+    assert all(line.count("MB/s  100 MB") == 4 for line in lines)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import tiny_runs
+from playwright.sync_api import Browser, sync_playwright
 
 from minigpt.__main__ import main
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 class Outcome(NamedTuple):
@@ -66,3 +71,18 @@ def fit(trained: Path, tmp_path: Path, minigpt: Minigpt) -> Minigpt:
         return minigpt(*tiny_runs.arguments("fit", made), *more)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser without a window."""
+    with sync_playwright() as playwright:
+        own, known = playwright.chromium.executable_path, map(shutil.which, BROWSERS)
+        found = own if Path(own).exists() else next(filter(None, known), None)
+        if found is None:
+            pytest.skip("no browser: install one with `playwright install chromium`")
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        flags = ["--no-sandbox"] if root else []
+        made = playwright.chromium.launch(executable_path=found, args=flags)
+        yield made
+        made.close()

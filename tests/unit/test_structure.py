@@ -21,7 +21,7 @@ PACKAGE = ROOT / "minigpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STAGE_FILES = ("pretrain", "sft", "dpo", "lora")
 # A module may import these parts of the package, besides itself, and those that all may.
-COMMON = {"errors", "files", "machine"}
+COMMON = {"errors", "files", "machine", "progress"}
 ALLOWED = {
     "data": set(),
     "model": {"data"},
@@ -41,6 +41,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "machine": set(),
+    "progress": set(),
     "__main__": {"cli"},
 }
 

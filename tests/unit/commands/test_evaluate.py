@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_two_models_on_everything(minigpt: Minigpt, trained: Path, files: Path) 
     page = (files / "out/scores.html").read_text()
     assert page.count("<figure>") == 4  # what holds shares: choices, pairs, exam, generation
     assert "<td>accuracy (sum)</td>" in page
+
+
+def test_an_error_loses_no_finished_result(minigpt: Minigpt, trained: Path, files: Path) -> None:
+    write_jsonl(files / "long.jsonl", [{**CHOICES[0], "prompt": "the cat " * 100}])
+    model = trained / "sft"
+    config = json.loads((model / "hf/config.json").read_text())
+    shutil.copytree(model / "hf", longer := files / "longer")
+    config["max_position_embeddings"] = 1024
+    (longer / "config.json").write_text(json.dumps(config))
+    outcome = minigpt(
+        *("evaluate", "--model", longer, model, "--choices", "choices.jsonl", "long.jsonl"),
+        *("--pairs", "pairs.jsonl", "--json", "s.json", "--html", "s.html"),
+    )
+    assert outcome.status == 2
+    assert "more than the 128 that the model reads" in outcome.err
+    first, second = (values(files / "s.json", one) for one in (longer, model))
+    assert list(first) == ["choices choices.jsonl", "choices long.jsonl", "pairs pairs.jsonl"]
+    assert list(second) == ["choices choices.jsonl"]
+    (accuracy,) = [line for line in outcome.out.splitlines() if "sum" in line and "–  " in line]
+    assert accuracy.endswith("33.3%   1")
+    assert "<h2>pairs pairs.jsonl</h2>" in (files / "s.html").read_text()
 
 
 def test_bits_per_byte_are_those_of_training(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.data.records import Message
+from minigpt.infer.batch import Batch
 from minigpt.infer.cached import Cached
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import Native
@@ -126,6 +127,40 @@ def test_a_file_of_rows_is_completed_row_by_row(
     asked.insert(1, messages)
     replies = Engine.load(trained / "sft").complete(asked, Sampling(max_new_tokens=6))
     assert [row["completion"] for row in said] == [reply.text for reply in replies]
+
+
+def test_rows_are_printed_as_they_are_done(
+    minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": text} for text in ("the cat and a dog", "a log", "rain")]
+    tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", rows)
+    monkeypatch.setattr("minigpt.infer.engine.BATCH", (1, 1))
+    ended, step = [], Batch.step
+
+    def interrupted(self: Batch) -> list[Delta]:
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+        deltas = step(self)
+        ended.extend(delta for delta in deltas if delta.finish)
+        return deltas
+
+    monkeypatch.setattr(Batch, "step", interrupted)
+    outcome = minigpt("generate", "--model", trained / "sft", "--file", file, *SHORT)
+    assert (outcome.status, outcome.err) == (130, "minigpt: interrupted\n")
+    said = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["prompt"] for row in said] == ["the cat and a dog", "a log"]
+
+
+def test_replies_come_in_order_whatever_ends_first(
+    monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    engine = Engine.load(trained / "sft")
+    prompts = ["the cat " * n for n in (9, 1, 5, 2, 7)]
+    how = [Sampling(n) for n in (1, 9, 2, 6, 3)]
+    wanted = engine.complete(prompts, how)
+    monkeypatch.setattr("minigpt.infer.engine.BATCH", (2, 2))
+    assert list(engine.replies(prompts, how)) == wanted
+    assert not engine.complete([], Sampling())
 
 
 def test_sampling_is_seeded(minigpt: Minigpt, trained: Path) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+import unicodedata
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import write_jsonl
 
-from minigpt.corpus.duplicates import NearDuplicates
+from minigpt.corpus.duplicates import EXAM_UNITS, ExamIndex, NearDuplicates, _runs, _units
+from minigpt.data.exam import normalise
 
 
 def shingles(text: str) -> set[str]:
@@ -69,3 +75,48 @@ def test_nothing_is_like_nothing() -> None:
 def test_a_long_chain_of_copies_points_to_the_first() -> None:
     text = " ".join(map(str, np.arange(50)))
     assert found([text] * 40, 1.0) == {(i, 0) for i in range(1, 40)}
+
+
+LONG = (
+    "What is the name of the bird that sings in the garden behind the old mill at dawn?",
+    "请问住在河边的那位老木匠每天早上给谁送去一把新做的椅子？",
+    "Ｗｈｅｎ does the café open, and why is it n o t a s e a r l y a s the bakery?",
+)
+SHORT = (
+    "Où est le café?",
+    "The ﬁrst one",
+    "你好吗？",
+    "각 하나",
+    "ガラスとｶﾞﾗｽ",
+    "½ of it",
+    "１２３ go!",
+)
+
+
+def test_a_sieve_misses_no_leak(tmp_path: Path) -> None:
+    """What an index finds is what looking at every text finds."""
+    chance, asked = random.Random(1), LONG + SHORT
+    rows = [{"messages": [{"role": "user", "content": q}], "answer": "a"} for q in asked]
+    write_jsonl(path := tmp_path / "exam.jsonl", rows)
+    index, texts = ExamIndex([path]), [""]
+    forms: tuple[Callable[[str], str], ...] = (
+        *(str, str.upper, str.lower),
+        *(partial(unicodedata.normalize, form) for form in ("NFD", "NFKD", "NFKC", "NFC")),
+        *(lambda text: f"“{text}”。", lambda text: text.replace(" ", "-")),
+    )
+    for _ in range(3000):
+        text = chance.choice(forms)(chance.choice(asked))
+        if chance.random() < 0.6:  # a part, somewhere in another text
+            start = chance.randrange(len(text))
+            text = text[start : start + chance.randrange(80)]
+            text = chance.choice(["", "abc ", "天地，"]) + text + chance.choice(["", " 1", "玄"])
+        texts.append(text)
+
+    def runs(text: str) -> set[int]:
+        return set(_runs(*_units([text]), EXAM_UNITS)[0].tolist())
+
+    known, equal = set().union(*map(runs, LONG)), set(map(normalise, SHORT))
+    expected = {i for i, text in enumerate(texts) if runs(text) & known or normalise(text) in equal}
+    assert index.hits(texts).keys() == expected
+    assert 500 < len(expected) < 2500
+    assert index.hits([]) == index.hits([""]) == {}

@@ -90,3 +90,14 @@ def test_the_verb(write: Any, tokenizer_dir: Path, tmp_path: Path, minigpt: Any)
     assert "not a text row" in minigpt(*options, "--kind", "text").err
     assert "need --tokenizer" in minigpt("data", "show", path).err
     assert "no tokenizer at" in minigpt("data", "show", path, "--tokenizer", tmp_path).err
+
+
+def test_rows_before_the_first_shown_may_be_bad(
+    write: Any, tokenizer_dir: Path, minigpt: Any
+) -> None:
+    path = write([b"{", {"messages": []}, CHATS[0], b"{", CHATS[1]])
+    options = ("data", "show", path, "--tokenizer", tokenizer_dir, "--start", 3)
+    outcome = minigpt(*options, "--rows", 1)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"{path}:3: " in outcome.out
+    assert f"{path}:4: invalid JSON" in minigpt(*options).err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from minigpt.errors import ConfigError
-from minigpt.infer.sampling import Chooser, Sampling, choose, filtered
+from minigpt.infer.sampling import FEW, Chooser, Sampling, choose, filtered
 
 
+@settings(deadline=None)  # the first call may wait for the machine
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
@@ -38,6 +39,36 @@ def test_filters_are_those_of_transformers(
     expected = LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
     how = Sampling(1, temperature, top_k, top_p, min_p=min_p)
     torch.testing.assert_close(filtered(logits, how).softmax(-1), expected.softmax(-1))
+
+
+def ordered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """Return how many of 5,000 logits were put in order to choose a token."""
+    sizes = [0]
+    topk, sort = torch.Tensor.topk, torch.Tensor.sort
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "topk", lambda x, k: sizes.append(k) or topk(x, k))
+        patch.setattr(torch.Tensor, "sort", lambda x, **k: sizes.append(len(x)) or sort(x, **k))
+        logits = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+        Chooser(Sampling(1, changes.pop("temperature", 1.0), **changes), []).choose(logits)
+    return max(sizes)
+
+
+def test_no_more_tokens_are_put_in_order_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ordered(monkeypatch) == 0
+    assert ordered(monkeypatch, min_p=0.1) == 0
+    assert ordered(monkeypatch, top_k=7, top_p=0.9) == 7
+    assert ordered(monkeypatch, top_p=0.5) == FEW
+    assert ordered(monkeypatch, top_p=0.9, temperature=9.0) == 5000
+
+
+@settings(deadline=None)  # the first call may wait for the machine
+@given(seed=st.integers(0, 10**6), top_p=st.sampled_from([0.01, 0.5, 0.99, 1 - 1e-7]))
+def test_few_tokens_cut_where_all_would(seed: int, top_p: float) -> None:
+    logits = 2 * torch.randn(3000, generator=torch.Generator().manual_seed(seed))
+    expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
+    kept = filtered(logits, Sampling(1, 1.0, top_p=top_p)) > -torch.inf
+    # One token more or less may be kept where the sum's last digits decide.
+    assert abs(int(kept.sum()) - int((expected > -torch.inf).sum())) <= (top_p > 0.999) * 20 + 1
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:

@@ -63,9 +63,51 @@ def test_the_report_of_several_runs(runs: Path, minigpt: Minigpt, tmp_path: Path
     assert "| empty | 0.0% (0.0–65.8) |" in text
     assert "| odd | 0.0% (0.0–56.1) |" in text
     assert "reply at step 6" in text
+    assert "<details><summary>sft: over time</summary>\n\n| step | prompt | reply |" in text
+    assert text.count("| 0 | the cat |") == 3
+    lengths = dict(summary["data"]["train"][0]["lengths"])
+    assert sum(lengths.values()) == summary["data"]["train"][0]["samples"]
+    cut = summary["data"]["train"][0]["cut"]
+    assert f"| {cut} | {cut / 48:.1%} |" in text
+    assert f"sft train: samples by tokens ({cut / 48:.1%} of rows were longer)" in page
+    assert all(f"<span>{label}</span>" in page for label in lengths)
     assert "max_length: 64" in page
     assert outcome.out.startswith("## Runs")
     assert outcome.out.endswith(f"written to {output} and report.md\n")
+
+
+def test_scores_are_shown_with_the_runs(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
+    scores = {"right": {"value": 0.5, "n": 8, "low": 0.2, "high": 0.8, "chance": 0.25}}
+    other = {"right": {"value": 0.25, "n": 8, "low": 0.1, "high": 0.5}, "bits": {"value": 1.5}}
+    files = tmp_path / "a.json", tmp_path / "b.json"
+    for file, model, test in zip(files, ("a|b", "c"), (scores, other), strict=True):
+        file.write_text(json.dumps({"models": {model: {"exam <x>": test}}}))
+    output = tmp_path / "report.html"
+    assert minigpt("report", runs / "sft", "--output", output, "--results", *files).status == 0
+    page, text = output.read_text(), output.with_suffix(".md").read_text()
+    assert "<h2>exam &lt;x&gt;</h2>" in page
+    assert "<figcaption>exam &lt;x&gt;: right</figcaption>" in page
+    assert "|  | a\\|b | c | chance | items |" in text
+    assert "| right | 50.0% (20.0–80.0) | 25.0% (10.0–50.0) | 25.0% | 8 |" in text
+    assert "| bits | – | 1.5 |" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"models": {"a": 1}}', '{"models": {"a": {"b": {"c": 1}}}}'),
+        '{"models": {"a": {"b": {"c": {"value": "x"}}}}}',
+        '{"models": {"a": {"b": {"c": {}}}}}',
+    ],
+)
+def test_files_without_scores(runs: Path, minigpt: Minigpt, tmp_path: Path, content: str) -> None:
+    (tmp_path / "s.json").write_text(content)
+    output = tmp_path / "report.html"
+    outcome = minigpt("report", runs / "sft", "--output", output, "--results", tmp_path / "s.json")
+    assert outcome.status == 2
+    assert "s.json holds no scores" in outcome.err
+    assert "minigpt evaluate --json" in outcome.err
+    assert not output.exists()
 
 
 def test_one_run_is_reported_in_its_directory(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from serving import ASKED, HTML, SAID, Served
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LONG = ASKED + " on"  # nothing learnt by heart
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = own if Path(own).exists() else next(filter(None, map(shutil.which, NAMES)), None)
-        if found is None:
-            pytest.skip("no browser: install one with `playwright install chromium`")
-        root = hasattr(os, "geteuid") and os.geteuid() == 0
-        flags = ["--no-sandbox"] if root else []
-        made = playwright.chromium.launch(executable_path=found, args=flags)
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""How far long work has come: a bar on standard error, where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_open: list[Callable[[float, float], None]] = []
+
+
+@contextmanager
+def shown(what: str, printing: bool = False) -> Iterator[None]:
+    """Show a bar while the work inside lasts, and leave no trace of it.
+
+    Args:
+        what: is done.
+        printing: the work prints as it goes; on a terminal that is progress enough.
+    """
+    if _open or not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    with Progress(
+        *(*columns, Elapsed()),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # what is printed meanwhile may go into a file
+        redirect_stderr=False,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        _open.append(lambda done, total: bar.update(task, completed=done, total=total))
+        try:
+            yield
+        finally:
+            _open.pop()
+
+
+def step(done: float, total: float) -> None:
+    """Say how much of the work is done; nothing happens where no bar is shown."""
+    if _open:
+        _open[-1](done, total)
