@@ -22,6 +22,7 @@ class At(Callback):
         signal_name: which signal.
         rank: in which process.
         after: count only calls after so many optimizer steps.
+        group: send it to all processes of the run, as `timeout` and terminals do.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class At(Callback):
         signal_name: str = "SIGKILL",
         rank: int = 0,
         after: int = 0,
+        group: bool = False,
     ) -> None:
-        self.left, self.rank, self.after = number, rank, after
+        self.left, self.rank, self.after, self.group = number, rank, after, group
         self.signal = signal.Signals[signal_name]
         setattr(self, f"on_{moment}", self._strike)
 
@@ -43,7 +45,7 @@ class At(Callback):
         self.left -= 1
         if self.left == -1:
             print(f"struck at {time.time()}", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), self.signal)
+            os.kill(0 if self.group else os.getpid(), self.signal)
 
 
 class Slow(Callback):

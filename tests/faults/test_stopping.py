@@ -33,10 +33,9 @@ def test_a_signal_ends_a_run_in_good_order(
 ) -> None:
     changes = {"data__init_args__num_workers": 2}
     assert start("sft", "whole", **changes).wait() == 0
-    run = start(
-        "sft", "run", trainer__callbacks=at("train_batch_start", 6, signal_name=name), **changes
-    )
-    assert run.wait() == code
+    callbacks = at("train_batch_start", 6, signal_name=name, group=True)  # to its workers, too
+    run = start("sft", "run", trainer__callbacks=callbacks, **changes)
+    assert run.wait() == code, run.told
     assert run.since_the_signal() < 20
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == (state, code)
