@@ -127,19 +127,31 @@ def test_errors_end_with_2_and_say_so(start: Start, tmp_path: Path) -> None:
     assert "none.jsonl" in said["reason"]
 
 
-def test_slurm_requeues_once_after_the_save(start: Start, tmp_path: Path) -> None:
-    tools, asked = tmp_path / "bin", tmp_path / "asked"
+ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("more", "job", "changes"),
+    [
+        ({}, "7", {}),
+        (ARRAY, "5_3", {}),
+        pytest.param({}, "7", DDP, marks=pytest.mark.faults),
+    ],
+    ids=["job", "array", "two processes"],
+)
+def test_slurm_requeues_once_after_the_save_and_the_status(
+    more: dict[str, str], job: str, changes: dict[str, Any], start: Start, tmp_path: Path
+) -> None:
+    tools, asked, place = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
     tools.mkdir()
-    (tools / "scontrol").write_text(
-        f'#!/bin/sh\necho "$@ $(ls {tmp_path}/run/checkpoints)" >> {asked}\n'
-    )
+    seen = f"$(ls {place}/checkpoints) $(grep -c preempted {place}/status.json)"
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@ {seen}" >> {asked}\n')
     (tools / "scontrol").chmod(0o755 | stat.S_IXUSR)
-    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1")
-    run = start("sft", "run", env=env, trainer__callbacks=callbacks)
-    assert run.wait() == 75
-    step = status(tmp_path / "run")["step"]
-    assert asked.read_text() == f"requeue 7 step={step}\n"
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **more}
+    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", group=True)
+    run = start("sft", "run", env=env, trainer__callbacks=callbacks, **changes)
+    assert run.wait() == 75, run.told
+    assert asked.read_text() == f"requeue {job} step={status(place)['step']} 1\n"
 
 
 @pytest.mark.faults
@@ -161,6 +173,29 @@ def test_two_processes_stop_together_whichever_was_asked(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "asked", "code"),
+    [
+        ("SIGINT", {"rank": 0}, 130),
+        ("SIGINT", {"rank": 1}, 130),
+        ("SIGINT", {"group": True}, 130),
+        ("SIGTERM", {"group": True}, 75),
+    ],
+)
+def test_two_processes_leave_together(
+    name: str, asked: dict[str, Any], code: int, start: Start, tmp_path: Path
+) -> None:
+    callbacks = at("train_batch_start", 4, signal_name=name, **asked)
+    workers = {"data__init_args__num_workers": 1}
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP, **workers)
+    assert run.wait() == code, run.told
+    said = status(tmp_path / "run")
+    assert said["exit_code"] == code
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+    eventually(lambda: not run.group(), 10)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: Path) -> None:
     callbacks = at("train_batch_start", 4, rank=rank)
@@ -170,6 +205,7 @@ def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: P
     if rank == 0:
         assert ended == -signal.SIGKILL
         eventually(lambda: "Another process of this run has died" in run.told)
+        eventually(lambda: not run.group(), 10)
     else:
         assert ended == 1
         assert "minigpt: Another process of this run has died" in run.told
