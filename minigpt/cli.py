@@ -6,10 +6,8 @@ by hardware; errors as one paragraph.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +28,13 @@ from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
 from minigpt.callbacks.resume import FitLoop, SameRun
 from minigpt.callbacks.run import MakeRoom, PredictionWriter, RunRecorder, SampleText
-from minigpt.callbacks.stopping import RunStatus, Stopping, own_words, signals_given_back
+from minigpt.callbacks.stopping import (
+    RunStatus,
+    Stopping,
+    locked,
+    own_words,
+    signals_given_back,
+)
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
@@ -326,34 +330,6 @@ def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
     """Return which of the named files, and TensorBoard's, an earlier run left."""
     left = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in left if path.exists()]
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Make and hold a run directory; the system lets go of it even when the process is killed.
-
-    Raises:
-        RunExistsError: when another process trains in it.
-        ConfigError: when it cannot be written to.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
-        ) from error
-    with lock as file:
-        try:
-            # Not flock, which readers that outlive a killed run would go on to hold.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunExistsError(
-                f"Another process is training in {run_dir}. Wait for it, or choose another "
-                "--run_dir."
-            ) from error
-        yield
 
 
 def check_numbers(config: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from minigpt.callbacks.checkpoints import Checkpoints
-from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    ConfigError,
+    MiniGPTError,
+    ProcessLost,
+    RunExistsError,
+    Stopped,
+    chain,
+)
 from minigpt.files import unwritable, write_json
 
 log = logging.getLogger(__name__)
@@ -112,6 +123,34 @@ def signals_given_back() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make and hold a run directory; the system lets go of it even when the process is killed.
+
+    Raises:
+        RunExistsError: when another process trains in it.
+        ConfigError: when it cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
+        ) from error
+    with lock as file:
+        try:
+            # Not flock, which readers that outlive a killed run would go on to hold.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExistsError(
+                f"Another process is training in {run_dir}. Wait for it, or choose another "
+                "--run_dir."
+            ) from error
+        yield
 
 
 def stopped(number: int, step: int | None) -> Stopped:

@@ -145,10 +145,9 @@ def leave_signals(_: int) -> None:
 
 def end_when_told(main: int) -> None:
     """End at a SIGTERM of the main process; others send it to the whole group."""
-    if sys.platform == "linux":
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
-            pass
-        os._exit(0)
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
 
 
 class JSONLDataModule(LightningDataModule):
