@@ -6,9 +6,14 @@ import importlib
 import logging
 import os
 import select
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from minigpt.errors import MiniGPTError
+from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError
 
 TRAINER_VERBS = {
     "fit": "train a stage from a config",
@@ -46,9 +51,10 @@ Each verb explains itself: minigpt <verb> --help
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return the exit status: 0, 2 for a user's error, 130 after Ctrl-C.
+    """Run a verb and return its exit status.
 
-    141 says that nobody reads the output any more, as after ``| head``.
+    That is 0, or 2 for a user's error, 75 after SIGTERM, 130 after Ctrl-C. 141 says that nobody
+    reads the output any more, as after ``| head``.
     """
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
@@ -69,14 +75,8 @@ def guarded(args: list[str]) -> int:
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     logging.getLogger("minigpt").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
-        verb, *rest = args
-        if verb in TRAINER_VERBS:
-            importlib.import_module("minigpt.cli").run(args)
-        elif verb in COMMANDS:
-            importlib.import_module(f"minigpt.commands.{verb}").main(rest)
-        else:
-            known = ", ".join(TRAINER_VERBS | COMMANDS)
-            raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")
+        with ended_whole():
+            dispatch(*args)
         sys.stdout.flush()
     except MiniGPTError as error:
         print(f"minigpt: {error}", file=sys.stderr)
@@ -88,9 +88,40 @@ def guarded(args: list[str]) -> int:
     except SystemExit as stop:  # after --help, or Lightning's answer to Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             return interrupted()
+        if stop.code == PREEMPTED:
+            print("minigpt: stopped by SIGTERM", file=sys.stderr)
+            return PREEMPTED
         if stop.code not in (0, None):
             raise
     return 0
+
+
+def dispatch(verb: str, *rest: str) -> None:
+    """Import what a verb needs, and run it."""
+    if verb in TRAINER_VERBS:
+        importlib.import_module("minigpt.cli").run([verb, *rest])
+    elif verb in COMMANDS:
+        importlib.import_module(f"minigpt.commands.{verb}").main(list(rest))
+    else:
+        known = ", ".join(TRAINER_VERBS | COMMANDS)
+        raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")
+
+
+@contextmanager
+def ended_whole() -> Iterator[None]:
+    """Let SIGTERM unwind what runs, so that it ends its own processes and leaves no half files."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def unread(error: BrokenPipeError) -> int:
@@ -106,7 +137,7 @@ def unread(error: BrokenPipeError) -> int:
 def interrupted() -> int:
     """Say that the run was interrupted; return the exit status."""
     print("minigpt: interrupted", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ by hardware; errors as one paragraph.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,13 @@ from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.callbacks.progress import StepProgress, Throughput
 from minigpt.callbacks.resume import FitLoop, SameRun
 from minigpt.callbacks.run import MakeRoom, PredictionWriter, RunRecorder, SampleText
-from minigpt.callbacks.stopping import RunStatus, Stopping, own_words, signals_given_back
+from minigpt.callbacks.stopping import (
+    RunStatus,
+    Stopping,
+    locked,
+    own_words,
+    signals_given_back,
+)
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
@@ -88,7 +92,8 @@ class MiniGPTCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.verb = args[0]
         self.throughput = Throughput()
-        with warnings.catch_warnings():
+        self.status: RunStatus | None = None  # of a `fit` that holds its run directory
+        with self._ended_in_order(), warnings.catch_warnings():
             # DDP starts this program again from sys.argv, so it stays what the user typed.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().__init__(
@@ -156,6 +161,9 @@ class MiniGPTCLI(LightningCLI):
         config = self.config[self.verb]
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
+            if first := is_first_process():
+                self.held.enter_context(locked(self.run_dir))
+            self.status = RunStatus(self.run_dir, first)
             check_numbers(config)
         self._settle_start(config)
         config.weights_only = True  # no checkpoint may run code
@@ -183,15 +191,23 @@ class MiniGPTCLI(LightningCLI):
             self.stale = claim(self.run_dir, config.overwrite)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb; a run directory belongs to one training at a time."""
-        if self.verb != "fit":
-            return super()._run_subcommand(subcommand)
-        lock = locked(self.run_dir) if is_first_process() else nullcontext()
-        with signals_given_back(), lock:
+        """Run the verb, ready for signals: data is prepared before any callback is asked."""
+        if self.verb == "fit":
+            self.stopping.install()
+        super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def _ended_in_order(self) -> Iterator[None]:
+        """Hold what a `fit` takes until its end, and note in its run directory how it ended."""
+        with signals_given_back(), ExitStack() as self.held:
             try:
-                return super()._run_subcommand(subcommand)
-            except Exception as error:
+                yield
+            except BaseException as error:
+                if self.status is None:
+                    raise
                 own = own_words(error, self.run_dir)
+                if not isinstance(own, RunExistsError):  # what is there stays as it is
+                    self.status.end(own)
                 if own is error:
                     raise
                 raise own from error
@@ -224,12 +240,10 @@ class MiniGPTCLI(LightningCLI):
         if self.verb == "fit":
             own.insert(0, MakeRoom(self.stale))
             saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
-            own += [
-                RunStatus(self.run_dir),
-                SameRun(config.allow_changes, self._options(), config.ckpt_path),
-                Stopping(saving),
-                saving,
-            ]
+            assert self.status is not None
+            self.stopping = Stopping(saving, self.status)
+            same = SameRun(config.allow_changes, self._options(), config.ckpt_path)
+            own += [self.status, same, self.stopping, saving]
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
             own.append(PredictionWriter(Path(target)))
@@ -267,7 +281,8 @@ class MiniGPTCLI(LightningCLI):
 
 def is_first_process() -> bool:
     """Whether no launcher has made this process another one's helper."""
-    return all(int(os.environ.get(name, "0")) <= 0 for name in ("RANK", "LOCAL_RANK"))
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, "0")) <= 0 for name in names)
 
 
 def join_launcher(trainer: Any) -> None:
@@ -301,11 +316,10 @@ RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json", 
 
 
 def claim(run_dir: Path, overwrite: bool) -> list[Path]:
-    """Make a run directory, and return what an earlier run left in it.
+    """Return what an earlier run left in a run directory.
 
     Raises:
         RunExistsError: when it holds a run and `overwrite` is false.
-        ConfigError: when it cannot be written to.
     """
     used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
     if used and not overwrite:
@@ -314,13 +328,6 @@ def claim(run_dir: Path, overwrite: bool) -> list[Path]:
             "(scripts: --resume), start over with --overwrite true (scripts: --overwrite), or "
             "choose another --run_dir (scripts: --output_dir)."
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
-        ) from error
     return leftovers(run_dir, RUN_FILES)
 
 
@@ -328,26 +335,6 @@ def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
     """Return which of the named files, and TensorBoard's, an earlier run left."""
     left = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in left if path.exists()]
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory; the system lets go of it even when the process is killed.
-
-    Raises:
-        RunExistsError: when another process trains in it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            # Not flock, which readers that outlive a killed run would go on to hold.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunExistsError(
-                f"Another process is training in {run_dir}. Wait for it, or choose another "
-                "--run_dir."
-            ) from error
-        yield
 
 
 def check_numbers(config: Any) -> None:

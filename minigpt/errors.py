@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+PREEMPTED, INTERRUPTED = 75, 130  # sysexits.h EX_TEMPFAIL: try again later; 128 + SIGINT
+
 
 class MiniGPTError(Exception):
     """Base of all errors that users meet; `str(error)` is the paragraph they read."""

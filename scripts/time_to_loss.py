@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minigpt.__main__ import ended_whole
 from minigpt.bench.baseline import Job
 from minigpt.bench.measure import PRECISIONS, Result, publish, spawn, surroundings
 from minigpt.bench.train import FOREVER, Work, config, prepare, run_baseline
-from minigpt.commands.bench import ended_whole
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +21,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from minigpt.callbacks.checkpoints import Checkpoints
-from minigpt.errors import MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    ConfigError,
+    MiniGPTError,
+    ProcessLost,
+    RunExistsError,
+    Stopped,
+    chain,
+)
 from minigpt.files import unwritable, write_json
 
 log = logging.getLogger(__name__)
 
-PREEMPTED, INTERRUPTED = 75, 130  # sysexits.h EX_TEMPFAIL: try again later; 128 + SIGINT
 SIGNALS: dict[int, int] = {
     signal.SIGTERM: PREEMPTED,
     signal.SIGINT: INTERRUPTED,
@@ -41,24 +51,22 @@ class Stopping(Callback):
 
     Args:
         checkpoints: saves.
+        status: is told before SLURM is asked to run the job again, which ends this one.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpoints, status: RunStatus) -> None:
+        self.checkpoints, self.status = checkpoints, status
         self.received = 0
         self.step = -1
         self.training = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take over the signals."""
-        self._install()
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take them over again: Lightning's handlers broadcast where a rank may not listen."""
         self.training, self.step = True, trainer.global_step
-        self._install()
+        self.install()
 
-    def _install(self) -> None:
+    def install(self) -> None:
+        """Take over the signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -67,7 +75,7 @@ class Stopping(Callback):
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.training or (number == signal.SIGINT == self.received):
-            raise stopped(number, None)
+            raise self._ended(number, None)
         self.received = number
         log.warning("%s: stopping after this step.", signal.Signals(number).name)
 
@@ -93,9 +101,16 @@ class Stopping(Callback):
         if not asked:
             return
         self.checkpoints.save(trainer)
-        if asked == signal.SIGUSR1 and trainer.is_global_zero:
+        error = self._ended(asked, trainer.global_step)
+        trainer.strategy.barrier()  # the first process is killed soon after another one has left
+        raise error
+
+    def _ended(self, number: int, step: int | None) -> Stopped:
+        error = stopped(number, step)
+        self.status.end(error)
+        if number == signal.SIGUSR1 and self.status.first:
             requeue()
-        raise stopped(asked, trainer.global_step)
+        return error
 
 
 @contextmanager
@@ -110,6 +125,34 @@ def signals_given_back() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make and hold a run directory; the system lets go of it even when the process is killed.
+
+    Raises:
+        RunExistsError: when another process trains in it.
+        ConfigError: when it cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
+        ) from error
+    with lock as file:
+        try:
+            # Not flock, which readers that outlive a killed run would go on to hold.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExistsError(
+                f"Another process is training in {run_dir}. Wait for it, or choose another "
+                "--run_dir."
+            ) from error
+        yield
+
+
 def stopped(number: int, step: int | None) -> Stopped:
     """Return the error that ends a run which was asked to stop."""
     name = signal.Signals(number).name
@@ -121,6 +164,10 @@ def own_words(error: BaseException, run_dir: Path) -> BaseException:
     """Return how to tell a user of a failure that is not MiniGPT's; else the error itself."""
     if isinstance(error, MiniGPTError):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        return stopped(signal.SIGINT, None)
+    if isinstance(error, SystemExit):
+        return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
     broken = isinstance(error, torch.distributed.DistBackendError)
     if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
         return ProcessLost(
@@ -148,34 +195,41 @@ class RunStatus(Callback):
 
     Args:
         run_dir: where it is written.
+        first: whether this process writes it.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "status.json"
+    def __init__(self, run_dir: Path, first: bool) -> None:
+        self.path, self.first = run_dir / "status.json", first
+        self.trainer: Trainer | None = None
+        self.ended = False
 
-    def _write(self, trainer: Trainer, state: str, exit_code: int | None, reason: str = "") -> None:
-        if trainer.is_global_zero:
-            status = {"state": state, "exit_code": exit_code, "step": trainer.global_step}
+    def _write(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        if self.first:
+            step = self.trainer and self.trainer.global_step
+            status = {"state": state, "exit_code": exit_code, "step": step}
             write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is under way."""
-        self._write(trainer, "running", None)
+        self.trainer = trainer
+        self._write("running", None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is finished: the model is exported."""
-        self._write(trainer, "finished", 0)
+        self._write("finished", 0)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
         """The run ended otherwise."""
-        exception = own_words(exception, self.path.parent)
-        code = exception.exit_code if isinstance(exception, MiniGPTError) else 1
+        self.end(own_words(error, self.path.parent))
+
+    def end(self, error: BaseException) -> None:
+        """Write what ended the run, unless that is written."""
+        if self.ended:
+            return
+        self.ended = True
+        code = error.exit_code if isinstance(error, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-        if isinstance(exception, KeyboardInterrupt):
-            code = INTERRUPTED
         try:
-            self._write(trainer, states.get(code, "failed"), code, str(exception))
-        except OSError as error:  # a full disk must not hide why the run failed
-            log.warning("%s could not be written: %s", self.path, error.strerror)
+            self._write(states.get(code, "failed"), code, str(error))
+        except OSError as failure:  # a full disk must not hide why the run failed
+            log.warning("%s could not be written: %s", self.path, failure.strerror)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 from minigpt.errors import ConfigError
 
@@ -40,21 +36,6 @@ def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(HELP.format(verbs="\n".join(f"  {v:10} {what}" for v, what in VERBS.items())))
     elif args[0] in VERBS:
-        with ended_whole():
-            importlib.import_module(f"minigpt.bench.{args[0]}").main(args[1:])
+        importlib.import_module(f"minigpt.bench.{args[0]}").main(args[1:])
     else:
         raise ConfigError(f"Unknown benchmark: {args[0]}. Known: {', '.join(VERBS)}.")
-
-
-@contextmanager
-def ended_whole() -> Iterator[None]:
-    """Let SIGTERM end what is measured, too: unasked, it would end only this process."""
-
-    def leave(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

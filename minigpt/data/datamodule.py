@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -128,13 +131,24 @@ class PackedLoader:
             num_workers=m.num_workers,
             pin_memory=m.pin_memory,
             generator=torch.Generator(),  # its own, so that reading never changes the dropout
-            worker_init_fn=leave_ctrl_c if m.num_workers else None,
+            worker_init_fn=leave_signals if m.num_workers else None,
         )
 
 
-def leave_ctrl_c(_: int) -> None:
+def leave_signals(_: int) -> None:
     """Leave it to the main process to stop: it still needs this worker for the current step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # only there a process learns who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def end_when_told(main: int) -> None:
+    """End at a SIGTERM of the main process; others send it to the whole group."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
 
 
 class JSONLDataModule(LightningDataModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import signal
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from runs import eventually  # type: ignore[import-not-found]
@@ -27,6 +27,7 @@ class At(Callback):
         signal_name: which signal.
         rank: in which process.
         after: count only calls after so many optimizer steps.
+        group: send it to all processes of the run, as `timeout` and terminals do.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class At(Callback):
         signal_name: str = "SIGKILL",
         rank: int = 0,
         after: int = 0,
+        group: bool = False,
     ) -> None:
-        self.left, self.rank, self.after = number, rank, after
+        self.left, self.rank, self.after, self.group = number, rank, after, group
         self.signal = signal.Signals[signal_name]
         setattr(self, f"on_{moment}", self._strike)
 
@@ -48,7 +50,7 @@ class At(Callback):
         self.left -= 1
         if self.left == -1:
             print(f"struck at {time.time()}", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), self.signal)
+            os.kill(0 if self.group else os.getpid(), self.signal)
 
 
 class FullDisk(Callback):
@@ -163,10 +165,10 @@ class Weights(Callback):
         self.file = Path(file)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        total = torch.zeros((), dtype=torch.float64)
+        digest = hashlib.sha256()
         for p in pl_module.parameters():
-            total += p.detach().double().abs().sum()
-            for value in trainer.optimizers[0].state.get(p, {}).values():
-                total += value.detach().double().abs().sum() if value.ndim else 0
+            moments = trainer.optimizers[0].state.get(p, {}).values()
+            for value in (p, *(m for m in moments if m.ndim)):
+                digest.update(value.detach().numpy().tobytes())
         with self.file.open("a") as file:
-            file.write(f"{trainer.global_step} {float(total)!r}\n")
+            file.write(f"{trainer.global_step} {digest.hexdigest()}\n")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ class Running:
     def since_the_signal(self) -> float:
         """Return the seconds since `moments.At` sent its signal."""
         return time.time() - float(self.told.rpartition("struck at ")[2].split()[0])
+
+    def group(self) -> list[str]:
+        """Return the processes of the run that live, also when the first has ended."""
+        stats = {}
+        for place in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                stats[place.parent.name] = place.read_text().rpartition(")")[2].split()
+        return [p for p, (_, _, group, *_) in stats.items() if group == str(self.pid) != p]
 
     @property
     def told(self) -> str:

@@ -18,6 +18,11 @@ LORA = {"r": 4, "dropout": 0.2}
 # Each stage with dropout on: in GPT-2 itself, or in the adapter.
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"model__init_args__architecture__dropout": 0.2},
+    "pretrain-muon": {
+        "model__init_args__architecture__dropout": 0.2,
+        "model__init_args__optimizer": {"name": "muon", "lr": 0.01},
+        "trainer__precision": "bf16-mixed",
+    },
     "sft": {"model__init_args__init_from": "gpt2"},
     "dpo": {"model__init_args__init_from": "gpt2"},
     "lora": {"model__init_args__lora": LORA},

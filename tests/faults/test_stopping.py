@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,10 +16,10 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from runs import Start, at, eventually, rows, slow, status  # type: ignore[import-not-found]
+from runs import Start, Starter, at, eventually, rows, slow, status  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
-from minigpt.callbacks.checkpoints import newest_checkpoint
+from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
 
 DDP = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
 FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
@@ -33,10 +34,9 @@ def test_a_signal_ends_a_run_in_good_order(
 ) -> None:
     changes = {"data__init_args__num_workers": 2}
     assert start("sft", "whole", **changes).wait() == 0
-    run = start(
-        "sft", "run", trainer__callbacks=at("train_batch_start", 6, signal_name=name), **changes
-    )
-    assert run.wait() == code
+    callbacks = at("train_batch_start", 6, signal_name=name, group=True)  # to its workers, too
+    run = start("sft", "run", trainer__callbacks=callbacks, **changes)
+    assert run.wait() == code, run.told
     assert run.since_the_signal() < 20
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == (state, code)
@@ -67,6 +67,48 @@ def test_a_signal_before_training_ends_the_run_at_once(start: Start, tmp_path: P
     assert status(tmp_path / "run")["exit_code"] == 75
 
 
+def test_a_signal_while_data_is_prepared_ends_the_run_at_once(
+    start: Start, world: Path, tmp_path: Path
+) -> None:
+    long, cache = tmp_path / "long.jsonl", tmp_path / "cache"
+    long.write_text((world / "sft.jsonl").read_text() * 5000)
+    data = {"data__init_args__train": str(long), "data__init_args__cache_dir": str(cache)}
+    run = start("sft", "run", **data)
+    eventually(lambda: list(cache.rglob("tokens.bin")))
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75, run.told
+    assert "minigpt: stopped by SIGTERM: before training began." in run.told
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("preempted", 75)
+    assert not list(cache.rglob("tokens.bin"))  # nor is half a store left
+
+
+def test_an_early_error_after_a_preemption_is_noted(start: Start, tmp_path: Path) -> None:
+    callbacks = at("train_batch_start", 6, signal_name="SIGTERM")
+    assert start("sft", "run", trainer__callbacks=callbacks).wait() == 75
+    refused = start("sft", "run")  # what is there stays as it is
+    assert refused.wait() == 2
+    assert status(tmp_path / "run")["exit_code"] == 75
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert start("sft", "run", "--ckpt_path", "auto", trainer__max_steps=0).wait() == 2
+    assert "trainer.max_steps" in status(tmp_path / "run")["reason"]
+    (checkpoint / STATE).write_bytes(b"")
+    assert start("sft", "run", "--ckpt_path", str(checkpoint)).wait() == 2
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("failed", 2)
+    assert "is damaged" in said["reason"]
+
+
+def test_the_status_of_a_run_is_its_own(start: Start, tmp_path: Path) -> None:
+    first = start("sft", "run", trainer__callbacks=slow(30))
+    eventually(lambda: (tmp_path / "run" / "status.json").exists())
+    assert start("sft", "run", "--ckpt_path", str(tmp_path / "none")).wait() == 2
+    assert status(tmp_path / "run")["state"] == "running"
+    first.send(signal.SIGKILL)
+    first.wait()
+
+
 def test_a_second_ctrl_c_does_not_wait(start: Start, tmp_path: Path) -> None:
     run = start("sft", "run", trainer__callbacks=slow(30))
     eventually(lambda: (tmp_path / "run" / "status.json").exists())
@@ -85,19 +127,31 @@ def test_errors_end_with_2_and_say_so(start: Start, tmp_path: Path) -> None:
     assert "none.jsonl" in said["reason"]
 
 
-def test_slurm_requeues_once_after_the_save(start: Start, tmp_path: Path) -> None:
-    tools, asked = tmp_path / "bin", tmp_path / "asked"
+ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("more", "job", "changes"),
+    [
+        ({}, "7", {}),
+        (ARRAY, "5_3", {}),
+        pytest.param({}, "7", DDP, marks=pytest.mark.faults),
+    ],
+    ids=["job", "array", "two processes"],
+)
+def test_slurm_requeues_once_after_the_save_and_the_status(
+    more: dict[str, str], job: str, changes: dict[str, Any], start: Start, tmp_path: Path
+) -> None:
+    tools, asked, place = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
     tools.mkdir()
-    (tools / "scontrol").write_text(
-        f'#!/bin/sh\necho "$@ $(ls {tmp_path}/run/checkpoints)" >> {asked}\n'
-    )
+    seen = f"$(ls {place}/checkpoints) $(grep -c preempted {place}/status.json)"
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@ {seen}" >> {asked}\n')
     (tools / "scontrol").chmod(0o755 | stat.S_IXUSR)
-    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1")
-    run = start("sft", "run", env=env, trainer__callbacks=callbacks)
-    assert run.wait() == 75
-    step = status(tmp_path / "run")["step"]
-    assert asked.read_text() == f"requeue 7 step={step}\n"
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **more}
+    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", group=True)
+    run = start("sft", "run", env=env, trainer__callbacks=callbacks, **changes)
+    assert run.wait() == 75, run.told
+    assert asked.read_text() == f"requeue {job} step={status(place)['step']} 1\n"
 
 
 @pytest.mark.faults
@@ -119,6 +173,29 @@ def test_two_processes_stop_together_whichever_was_asked(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "asked", "code"),
+    [
+        ("SIGINT", {"rank": 0}, 130),
+        ("SIGINT", {"rank": 1}, 130),
+        ("SIGINT", {"group": True}, 130),
+        ("SIGTERM", {"group": True}, 75),
+    ],
+)
+def test_two_processes_leave_together(
+    name: str, asked: dict[str, Any], code: int, start: Start, tmp_path: Path
+) -> None:
+    callbacks = at("train_batch_start", 4, signal_name=name, **asked)
+    workers = {"data__init_args__num_workers": 1}
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP, **workers)
+    assert run.wait() == code, run.told
+    said = status(tmp_path / "run")
+    assert said["exit_code"] == code
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+    eventually(lambda: not run.group(), 10)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: Path) -> None:
     callbacks = at("train_batch_start", 4, rank=rank)
@@ -128,6 +205,7 @@ def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: P
     if rank == 0:
         assert ended == -signal.SIGKILL
         eventually(lambda: "Another process of this run has died" in run.told)
+        eventually(lambda: not run.group(), 10)
     else:
         assert ended == 1
         assert "minigpt: Another process of this run has died" in run.told
@@ -161,10 +239,49 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
 
 SPAWNING = """
 from minigpt.bench.measure import spawn
-from minigpt.commands.bench import ended_whole
+from minigpt.__main__ import ended_whole
 with ended_whole():
     spawn(["sleeper"], "it")
 """
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "data check {file}",
+        "generate --model {world}/sft --file {file}",
+    ],
+)
+def test_every_verb_says_that_it_was_stopped(
+    verb: str, starter: Starter, world: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "endless.jsonl"
+    os.mkfifo(file)
+    args = verb.format(file=file, place=tmp_path, world=world).split()
+    run = starter.start(args, tmp_path / "log")
+    writer = eventually(lambda: opened(file), 20)  # the verb waits for rows
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75, run.told
+    os.close(writer)
+    assert run.told == "minigpt: stopped by SIGTERM\n"
+
+
+def opened(fifo: Path) -> int | None:
+    """Return a descriptor that writes to a pipe, when somebody reads from it."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def test_a_validation_that_is_stopped(starter: Starter, world: Path, tmp_path: Path) -> None:
+    callbacks = at("validation_batch_start", signal_name="SIGTERM")
+    made = tiny_runs.config(world, "sft", tmp_path / "run", trainer__callbacks=callbacks)
+    shutil.copytree(world / "sft", tmp_path / "run")
+    run = starter.start(tiny_runs.arguments("validate", made), tmp_path / "log")
+    assert run.wait() == 75
+    assert run.told.splitlines()[-1] == "minigpt: stopped by SIGTERM"
+    assert "Traceback" not in run.told
 
 
 def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None:
@@ -180,7 +297,7 @@ def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None
     )
     eventually(lambda: note.exists() and note.read_text().endswith("sleeps"))
     benchmark.send_signal(signal.SIGTERM)
-    assert benchmark.wait(30) == 128 + signal.SIGTERM
+    assert benchmark.wait(30) == 75
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text().split()[0]), 0)
 
@@ -197,7 +314,7 @@ def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
         lambda: [p for p in children.read_text().split() if b"xllamacpp" in told(p, "maps")]
     )
     benchmark.send_signal(signal.SIGTERM)
-    assert benchmark.wait(30) == 128 + signal.SIGTERM
+    assert benchmark.wait(30) == 75
     assert not any(told(p, "cmdline") for p in running)
 
 
