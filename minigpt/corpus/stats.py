@@ -117,7 +117,7 @@ class _Tokens:
             **dict(zip(("median", "p90", "p99", "longest"), quantiles, strict=True)),
             "max_length": limit,
             "over_max_length": float((lengths > limit).mean()),
-            "histogram": histogram(lengths),
+            "histogram": histogram([lengths]),
             "characters_per_token": self.texts / max(1, self.text_tokens),
             "packing_efficiency": utilisation(packed, bins, budget),
             "padding_efficiency": float(np.minimum(lengths, limit).mean() / limit),

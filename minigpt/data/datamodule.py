@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,11 +22,13 @@ from minigpt.data.packing import histogram
 from minigpt.data.prompts import Prompt, load_prompts
 from minigpt.data.records import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.data.workers import leave_signals
 from minigpt.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 Files = str | list[str] | dict[str, float] | None
+WINDOW = 1 << 16  # samples whose lengths are looked at together
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
 
 
@@ -46,6 +44,13 @@ class Selection:
     def lengths(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `numbers` [K]."""
         return self.store.lengths(numbers if self.index is None else self.index[numbers])
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the store holds, and how many of the samples have how many tokens."""
+        starts = range(0, len(self), WINDOW)
+        parts = (self.lengths(np.arange(a, min(a + WINDOW, len(self)))) for a in starts)
+        known = {"file": str(self.store.source), "samples": len(self)}
+        return {**self.store.meta, **known, "lengths": histogram(parts)}
 
     def sample(self, number: int) -> Sample:
         """Read one sample."""
@@ -133,22 +138,6 @@ class PackedLoader:
             generator=torch.Generator(),  # its own, so that reading never changes the dropout
             worker_init_fn=leave_signals if m.num_workers else None,
         )
-
-
-def leave_signals(_: int) -> None:
-    """Leave it to the main process to stop: it still needs this worker for the current step."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # only there a process learns who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def end_when_told(main: int) -> None:
-    """End at a SIGTERM of the main process; others send it to the whole group."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
-        pass
-    os._exit(0)
 
 
 class JSONLDataModule(LightningDataModule):
@@ -284,16 +273,7 @@ class JSONLDataModule(LightningDataModule):
         """Return what the training and the held-out part of each file hold."""
         parts = {"train": self.train_parts, "val": self.val_parts}
         return {
-            split: [
-                {
-                    **s.store.meta,
-                    "file": str(s.store.source),
-                    "samples": len(s),
-                    "lengths": histogram(s.lengths(np.arange(len(s)))),
-                }
-                for s in some
-            ]
-            for split, some in parts.items()
+            split: [selection.statistics() for selection in some] for split, some in parts.items()
         }
 
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:

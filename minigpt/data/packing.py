@@ -9,6 +9,7 @@ and each sees the same mix of lengths.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -62,10 +63,16 @@ def utilisation(lengths: NDArray[np.int64], bins: list[list[int]], budget: int) 
     return float(lengths.sum()) / (len(bins) * budget) if bins else 1.0
 
 
-def histogram(lengths: NDArray[np.int64]) -> list[tuple[str, int]]:
-    """Return how many samples have how many tokens: (range, count), ranges by half powers of 2."""
+def histogram(lengths: Iterable[NDArray[np.int64]]) -> list[tuple[str, int]]:
+    """Return how many samples have how many tokens: (range, count), ranges by half powers of 2.
+
+    Args:
+        lengths: of the samples, in as many arrays as it takes to hold only some of them.
+    """
     edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
-    counts = np.histogram(lengths, edges)[0]
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for some in lengths:
+        counts += np.histogram(some, edges)[0]
     used = np.flatnonzero(counts)
     labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
     bars = list(zip(labels, counts.tolist(), strict=True))
