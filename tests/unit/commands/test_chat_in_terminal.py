@@ -229,6 +229,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.expect(r"the cat\r\n\S.{20}")  # it streams
     terminal.type("\x03")
     terminal.expect(r"\[\d+ tokens, stopped\].*> ")
+    time.sleep(0.5)  # readline shows its prompt a moment before it listens for Ctrl-C
     terminal.type("\x03")  # with no answer to stop
     terminal.expect("Ctrl-D ends the chat.*> ")
     terminal.type("!set max_new_tokens 5\n")
