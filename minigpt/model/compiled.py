@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minigpt.data.batch import Sample, collate
 from minigpt.model import losses
 from minigpt.model.build import count_parameters
 from minigpt.model.lm import PackedLM
 
 log = logging.getLogger(__name__)
 
+SHORT = 64  # tokens of a sample that warms up; every model takes that many
 # Operations from which on compiling for half a minute pays: about five minutes of training.
 WORTHWHILE = {"cpu": 1e14, "cuda": 1e17}
 
@@ -44,16 +48,40 @@ def compiling_pays(module: Any) -> bool:
     return bool(operations > WORTHWHILE.get(trainer.strategy.root_device.type, math.inf))
 
 
-def compile_model(lm: PackedLM) -> None:
-    """Compile a model's layers and its softmax in place.
+def compile_model(lm: PackedLM, tokens: int, precision: AbstractContextManager[None]) -> None:
+    """Compile a model's layers and its softmax in place, and let a batch through to warm up.
+
+    The compiler fits its kernels to the first batch that it sees. It is always the same one, so
+    that a run that goes on has the kernels that it had before.
 
     Where compiling fails, in whatever way, the model goes on as it is, which is told in a line.
+
+    Args:
+        lm: the model.
+        tokens: of a micro-batch.
+        precision: what a step's forward pass runs in.
     """
     state = _Fallback()
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
             layer.forward = _for_packed(layer.forward, state)
     lm.softmax = state.guarded(losses.softmax)
+    try:
+        _warm_up(lm, tokens, precision)
+    except TorchDynamoException as error:  # of the backward pass
+        state.fail(error)
+
+
+def _warm_up(lm: PackedLM, tokens: int, precision: AbstractContextManager[None]) -> None:
+    count = max(1, tokens // SHORT)
+    ids = np.zeros(SHORT, np.int64)
+    batch = collate([Sample(ids, 0, SHORT, 0, None, ("", 0))] * count)
+    weights = [p for p in lm.parameters() if p.requires_grad]
+    with torch.random.fork_rng():  # dropout draws as if this had not been
+        with precision:
+            loss = lm(batch.to(next(lm.parameters()).device))
+        if weights:
+            torch.autograd.grad(loss, weights, allow_unused=True)
 
 
 class _Fallback:
@@ -61,6 +89,12 @@ class _Fallback:
 
     def __init__(self) -> None:
         self.failed = False
+
+    def fail(self, error: Exception) -> None:
+        """Go on without compiling."""
+        self.failed = True
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        log.warning("Not compiled, which only costs speed: %s", first)
 
     def guarded(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function compiled, or as it is once compiling has failed."""
@@ -71,9 +105,7 @@ class _Fallback:
                 try:
                     return compiled(*args, **kwargs)
                 except TorchDynamoException as error:
-                    self.failed = True
-                    first = next((ln for ln in str(error).splitlines() if ln.strip()), "")
-                    log.warning("Not compiled, which only costs speed: %s", first)
+                    self.fail(error)
             return plain(*args, **kwargs)
 
         return call

@@ -198,9 +198,10 @@ class BaseModule(LightningModule, ABC):
         if self.compiled is None:
             self.compiled = compiling_pays(self)
         if self.compiled:
-            log.info("Compiling the model's layers: the first steps take longer.")
+            log.info("Compiling the model's layers, which takes up to a minute.")
             for lm in self.packed_models():
-                compile_model(lm)
+                precision = self.trainer.precision_plugin.forward_context()
+                compile_model(lm, self.trainer.datamodule.tokens_per_batch, precision)  # type: ignore[attr-defined]
 
     def packed_models(self) -> list[PackedLM]:
         """Return the models that compute packed batches."""

@@ -28,10 +28,17 @@ STAGES: dict[str, dict[str, Any]] = {
     "lora": {"model__init_args__lora": LORA},
     "dpo-lora": {"model__init_args__lora": LORA},
 }
+COMPILED = {
+    "lora-compiled": {
+        "model__init_args__lora": LORA,
+        "model__init_args__compile_layers": True,
+        "trainer__precision": "bf16-mixed",
+    }
+}
 
 
 def options(world: Path, stage: str, workers: int) -> dict[str, Any]:
-    changes = {**STAGES[stage], "data__init_args__num_workers": workers}
+    changes = {**(STAGES | COMPILED)[stage], "data__init_args__num_workers": workers}
     if "model__init_args__init_from" in changes:
         changes["model__init_args__init_from"] = str(world / "gpt2")
     return changes
@@ -74,6 +81,7 @@ MOMENTS = {
 ALL = [
     *((stage, 0, moment) for stage in STAGES for moment in MOMENTS),
     *((stage, 2, "in the middle of an accumulation") for stage in STAGES),
+    *((stage, 0, "in the middle of an accumulation") for stage in COMPILED),
 ]
 QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while validating")}
 

@@ -17,7 +17,7 @@ COMPILE = "model__init_args__compile_layers"
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[PackedLM]:
     """Note which models are to be compiled, and leave them as they are."""
     noted: list[PackedLM] = []
-    monkeypatch.setattr("minigpt.modules.base.compile_model", noted.append)
+    monkeypatch.setattr("minigpt.modules.base.compile_model", lambda lm, *_: noted.append(lm))
     return noted
 
 
