@@ -27,9 +27,8 @@ log = logging.getLogger(__name__)
 FIXED = {"stage", "method", "architecture", "vocabulary"}
 # Options of a stage that are compared by content or in other words, or do not move the weights.
 # A spike's policy may change: it is how one goes on after a spike.
-APART = {"init_from", "tokenizer", "optimizer", "lora", "reference", "activation_checkpointing"}
-APART |= {"compile_layers"}
-APART |= {"sample_prompts", "sampling", "spike"}
+APART = {"init_from", "tokenizer", "optimizer", "lora", "reference"}
+APART |= {"activation_checkpointing", "compile_layers", "sample_prompts", "sampling", "spike"}
 
 
 @dataclass

@@ -219,7 +219,8 @@ def test_an_exported_adapter_still_knows_its_base(on_a_base: Path, bases: dict[s
 
 def test_an_adapter_without_a_record_of_its_base_loads(on_a_base: Path) -> None:
     (on_a_base / "hf" / BASE).unlink()  # as plain peft writes it
-    load_model(on_a_base)
+    merged, base = load_model(on_a_base), load_model(on_a_base.with_name("base"))
+    assert merged.state_dict().keys() == base.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", BASE])
