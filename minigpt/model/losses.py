@@ -145,6 +145,8 @@ def linear_cross_entropy(
     Returns:
         Scalar, fp32; 0 when N is 0.
     """
+    if not torch.is_grad_enabled():  # else the gradients would be computed all the same
+        return -linear_logprobs(hidden, weight, bias, labels, softmax).sum()
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels, softmax)

@@ -266,9 +266,8 @@ def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
     results: dict[str, Results] = {}
     for file in files:
         try:
-            for model, tests in json.loads(Path(file).read_text(encoding="utf-8"))[
-                "models"
-            ].items():
+            models = json.loads(Path(file).read_text(encoding="utf-8"))["models"]
+            for model, tests in models.items():
                 for test, scores in tests.items():
                     told = {name: Score(**_numbers(score)) for name, score in scores.items()}
                     results.setdefault(model, {})[test] = told

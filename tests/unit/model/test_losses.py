@@ -133,6 +133,14 @@ def test_linear_losses_equal_torch(
         assert torch.allclose(mine.double(), truth, rtol=1e-4, atol=1e-4)
 
 
+def test_cross_entropy_without_gradients_is_the_same() -> None:
+    args = arguments(207, 8, 30, True)
+    with torch.no_grad():
+        value = linear_cross_entropy(*args)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(linear_cross_entropy(*args).item(), rel=1e-6)
+
+
 @PAIRS
 def test_linear_losses_over_several_chunks(
     ours: Callable[..., Tensor], plain: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
