@@ -66,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    return guarded(args)
+    try:
+        return guarded(args)
+    finally:  # here, where no error's traceback holds the model any more
+        if (parallel := sys.modules.get("minigpt.model.parallel")) is not None:
+            parallel.leave_group()
 
 
 def guarded(args: list[str]) -> int:

@@ -18,6 +18,7 @@ import torch
 import minigpt.model.optim as optim
 import minigpt.modules.base as base
 from minigpt.cli import run
+from minigpt.model.parallel import leave_group
 
 RATE = 0.5
 
@@ -40,6 +41,7 @@ def main(file: str) -> None:
     for job in json.loads(Path(file).read_text()):
         base.build_optimizer = sgd if job["sgd"] else own
         run(job["args"])
+    leave_group()
 
 
 if __name__ == "__main__":
