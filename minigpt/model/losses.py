@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
 LOGITS = 2**23  # that exist at a time
+KEPT = 2**25  # probabilities, up to which they are kept for the way back instead of computed again
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm"]
 SMOOTHED = ("cdpo", "robust")  # the losses that assume a share of wrong labels
@@ -88,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probabilities of the labels under a linear head; logits are computed again to go back."""
+    """Log-probabilities of the labels under a linear head; if there are many, the logits are
+    computed again to go back.
+    """
 
     @staticmethod
     def forward(
@@ -100,21 +103,30 @@ class _LinearLogprobs(torch.autograd.Function):
         softmax: Softmax,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        keep = any(ctx.needs_input_grad) and len(labels) * len(weight) <= KEPT
+        kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
-            out[chunk] = logits.gather(1, own).squeeze(1).float() - logits.float().logsumexp(-1)
-        ctx.save_for_backward(hidden, weight, bias, labels, out)
+            normaliser, probabilities = softmax(logits)
+            out[chunk] = logits.gather(1, own).squeeze(1).float() - normaliser
+            kept += [probabilities] * keep
+        ctx.save_for_backward(hidden, weight, bias, labels, out, *kept)
         ctx.softmax = softmax
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, logp = ctx.saved_tensors
+        hidden, weight, bias, labels, logp, *kept = ctx.saved_tensors
         head = _Head(ctx, hidden, weight, bias)
-        for chunk, own in _chunks(hidden, weight, labels):
-            error = ctx.softmax(linear(hidden[chunk], weight, bias))[1]
-            error.scatter_(1, own, logp[chunk, None].expm1().to(error.dtype))
-            head.add(chunk, error.mul_(-grads[0][chunk, None].to(error.dtype)))
+        for number, (chunk, own) in enumerate(_chunks(hidden, weight, labels)):
+            if kept:
+                probabilities = kept[number]
+            else:
+                probabilities = ctx.softmax(linear(hidden[chunk], weight, bias))[1]
+            factor = -grads[0][chunk, None]
+            of_logits = probabilities * factor.to(probabilities.dtype)
+            of_own = logp[chunk, None].expm1() * factor
+            head.add(chunk, of_logits.scatter_(1, own, of_own.to(of_logits.dtype)))
         return (*head.gradients, None, None)
 
 

@@ -141,11 +141,16 @@ def test_cross_entropy_without_gradients_is_the_same() -> None:
     assert value.item() == pytest.approx(linear_cross_entropy(*args).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("kept", [losses.KEPT, 207 * 30 - 1], ids=["kept", "computed again"])
 @PAIRS
 def test_linear_losses_over_several_chunks(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(losses, "LOGITS", 30 * 100)
+    monkeypatch.setattr(losses, "KEPT", kept)
     args = arguments(207, 8, 30, True)
     assert [len(own) for _, own in losses._chunks(args[0], args[1], args[3])] == [69, 69, 69]
     for mine, truth in zip(gradients(ours, args), gradients(plain, args), strict=True):
