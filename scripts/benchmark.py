@@ -111,7 +111,11 @@ def training(results: dict[str, Result]) -> list[str]:
             )
     first = results["pretrain"]
     peak = f"{first['gemm_peak_gflops']:,.0f} GFLOP/s in {first['gemm_precision']}"
-    return [*rows, "", f"*Peak* is the share of the best rate of a large matmul, {peak}."]
+    rows += ["", f"*Peak* is the share of the best rate of a large matmul, {peak}."]
+    peers = [f"{s} {r['ratio_trl']:.2f}×" for s in STAGES if "ratio_trl" in (r := results[s])]
+    if peers:
+        rows += ["", f"Against TRL on the same rows: {', '.join(peers)}."]
+    return rows
 
 
 def preparing(r: Result) -> list[str]:

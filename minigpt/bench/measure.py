@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -139,7 +140,8 @@ def publish(report: Result, path: str | None) -> None:
 def surroundings() -> Result:
     """Return machine, versions and date."""
     found = machine()
-    names = ("torch", "transformers", "peft", "lightning", "tokenizers")
+    names = ["torch", "transformers", "peft", "lightning", "tokenizers"]
+    names += ["trl"] if find_spec("trl") else []
     return {
         "date": date.today().isoformat(),
         "system": found["system"],

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ STAGES: dict[str, tuple[str, str, Any, int]] = {
     "lora": ("LoRAModule", "SFTDataModule", "chat", 32),
 }
 FOREVER = 100_000
-ARMS = {"MiniGPT": "", "live reference": "live_", "plain loop": "baseline_"}
+ARMS = {"MiniGPT": "", "live reference": "live_", "plain loop": "baseline_", "TRL": "trl_"}
 SHOWN = {
     "useful tokens/s": "useful_tokens_per_s",
     "pairs/s": "pairs_per_s",
@@ -151,7 +152,9 @@ def measure(work: Work) -> Result:
     arms: dict[str, Callable[[int], Result]] = {"minigpt": partial(our_arm, work, "precomputed")}
     if chosen.stage == "dpo":
         arms["live"] = partial(our_arm, work, "model")
-    arms["baseline"] = partial(their_arm, work)
+    arms["baseline"] = partial(their_arm, work, "minigpt.bench.baseline")
+    if find_spec("trl"):
+        arms["trl"] = partial(their_arm, work, "minigpt.bench.peer")
     arms["matmul"] = lambda _: {"flops": matmul_peak(work.precision, work.device)}
     results = alternate(arms, chosen.repeats)
     results["start"] = [our_start(work)]
@@ -171,7 +174,9 @@ def measure(work: Work) -> Result:
 
 def figures(work: Work, results: dict[str, list[Result]]) -> Result:
     """Turn the runs into the figures of the report."""
-    ours, theirs, live = (results.get(name, []) for name in ("minigpt", "baseline", "live"))
+    ours, theirs, live, trl = (
+        results.get(name, []) for name in ("minigpt", "baseline", "live", "trl")
+    )
     unit = "useful_tokens_per_s"
     peak = max(result["flops"] for result in results["matmul"])
     # A frozen matrix needs no gradient of its own: LoRA takes 4 instead of 6 per weight.
@@ -187,8 +192,11 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
     }
     if live:
         report["ratio_live"] = middle(live, unit) / middle(theirs, unit)
-    for arm, runs in (("", ours), ("baseline_", theirs), ("live_", live)):
-        for name in [n for n in ours[0] if runs and (n == unit or n.startswith("peak_"))]:
+    if trl:
+        report["ratio_trl"] = middle(ours, unit) / middle(trl, unit)
+    arms = {"": ours, "baseline_": theirs, "live_": live, "trl_": trl}
+    for arm, runs in ((arm, runs) for arm, runs in arms.items() if runs):
+        for name in [n for n in ours[0] if n == unit or n.startswith("peak_")]:
             report[arm + name] = middle(runs, name)
         if live:  # by the data's mean: the few pairs of a short run may be short or long ones
             report[f"{arm}pairs_per_s"] = middle(runs, unit) / work.sample_tokens
@@ -290,8 +298,8 @@ def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
     }
 
 
-def their_arm(work: Work, repeat: int) -> Result:
-    """Run the plain loop."""
+def their_arm(work: Work, module: str, repeat: int) -> Result:
+    """Run the plain loop, or the peer of the same interface."""
     job = Job(
         stage=work.chosen.stage,
         model=str(work.place / "start"),
@@ -305,13 +313,13 @@ def their_arm(work: Work, repeat: int) -> Result:
         seconds=work.chosen.seconds,
         seed=repeat,
     )
-    return run_baseline(job, work.place)
+    return run_baseline(job, work.place, module)
 
 
-def run_baseline(job: Job, place: Path) -> Result:
+def run_baseline(job: Job, place: Path, module: str = "minigpt.bench.baseline") -> Result:
     """Run the plain loop in a process of its own; return its figures with its speed."""
     file, result = place / "job.json", place / "result.json"
     file.write_text(json.dumps(asdict(job)))
-    spawn(["minigpt.bench.baseline", str(file), str(result)], "The baseline")
+    spawn([module, str(file), str(result)], f"python -m {module}")
     done: Result = json.loads(result.read_text())
     return done | {"useful_tokens_per_s": done["tokens"] / done["seconds"]}

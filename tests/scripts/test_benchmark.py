@@ -96,11 +96,22 @@ def test_the_page(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     live = "| dpo, live reference | the same | pairs/s | 5 | 1.25 | 1.25× | 4,000 of 1,000 | |"
     assert live in made
     assert "148 GFLOP/s in fp32" in made
+    assert "TRL" not in made
     assert "1.50 MB/s, which is 86% of what the tokenizer library" in made
     assert "300 MB for 10 MB of JSONL, 310 MB for 100 MB of JSONL" in made
     assert "`minigpt --help`: 0.04 s. `minigpt fit --help`: 5.25 s; importing" in made
     assert "7.8 s" in made
     assert "2026-01-01 with `make bench`: Linux; AVX2; 2 threads; 32-true; model 26m; torch" in made
+
+
+def test_the_peer_is_told_of_where_it_was_measured(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(benchmark, monkeypatch, tmp_path)
+    file = tmp_path / "out" / "sft.json"
+    known = json.loads(file.read_text()) | {"ratio_trl": 4.25}
+    file.write_text(json.dumps(known))
+    assert "Against TRL on the same rows: sft 4.25×." in run(benchmark, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("reached", "said"), [("True", "reached"), ("False", "did not reach")])

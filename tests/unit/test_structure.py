@@ -127,7 +127,7 @@ def test_code_lines_leave_out_what_says_why(tmp_path: Path) -> None:
 
 
 def test_library_is_small() -> None:
-    assert sum(map(code_lines, FILES)) <= 10600
+    assert sum(map(code_lines, FILES)) <= 10700
 
 
 def test_functions_are_short() -> None:

@@ -1,0 +1,67 @@
+"""TRL as a third arm does the same work, and counts it in the same way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from test_baseline import job, store_of
+
+from minigpt.bench import train
+from minigpt.bench.train import figures
+
+pytestmark = pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
+CODE = """
+import json, sys, warnings
+from minigpt.bench.peer import Job, train
+jobs = json.load(open(sys.argv[1]))
+json.dump([train(Job(**job)) for job in jobs], open(sys.argv[2], "w"))
+"""
+
+
+def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path) -> None:
+    """A batch holds all samples, so that each step takes all tokens."""
+    stores = {stage: store_of(trained, stage) for stage in tiny_runs.STAGES}
+    tokens = {
+        stage: sum(int(store.samples[name].sum()) for name in ("prompt", "first", "second"))
+        for stage, store in stores.items()
+    }
+    blocks = -(-tokens["pretrain"] // 16)
+    sizes = {stage: len(store) for stage, store in stores.items()} | {"pretrain": blocks}
+    jobs = [
+        job(trained, stage, batch_size=size, max_length=16 if stage == "pretrain" else 64, steps=3)
+        for stage, size in sizes.items()
+    ]
+    file, result = tmp_path / "jobs.json", tmp_path / "results.json"
+    file.write_text(json.dumps([asdict(made) for made in jobs]))
+    command = [sys.executable, "-c", CODE, str(file), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = dict(zip(sizes, json.loads(result.read_text()), strict=True))
+    for stage, whole in tokens.items():
+        assert results[stage]["steps"] == 3
+        assert results[stage]["tokens"] == 3 * whole, stage
+        assert results[stage]["seconds"] > 0
+        assert results[stage]["peak_rss_mb"] > 100
+
+
+def test_its_figures_stand_beside_the_others(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from argparse import Namespace
+
+    chosen = Namespace(stage="sft")
+    work = Namespace(chosen=chosen, matrices=1, attention=1, precision="32-true", device="cpu")
+    arm = {"useful_tokens_per_s": 10.0, "first_step_s": 1.0, "peak_rss_mb": 1}
+    arms = {name: [arm] for name in ("minigpt", "baseline", "start")}
+    slow = [arm | {"useful_tokens_per_s": 4.0}]
+    report = figures(work, {**arms, "trl": slow, "matmul": [{"flops": 1.0}]})  # type: ignore[arg-type]
+    assert (report["ratio"], report["ratio_trl"]) == (1.0, 2.5)
+    assert report["trl_useful_tokens_per_s"] == 4.0
+    assert train.ARMS["TRL"] == "trl_"
