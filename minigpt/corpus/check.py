@@ -274,9 +274,9 @@ class Checker:
     def _compare(self, path: Path, batch: Good) -> None:
         self._add_near(batch)
         if self.exam:
-            texts = [(line, text) for line, flat in batch for text in flat[1::2]]
-            leaked = self.exam.hits([text for _, text in texts]).items()
-            for line, item in {texts[i][0]: item for i, item in leaked}.items():
+            leaked = self.exam.hits([text for _, flat in batch for text in flat[1::2]])
+            lines = [line for line, flat in batch for _ in flat[1::2]] if leaked else []
+            for line, item in {lines[i]: item for i, item in leaked.items()}.items():
                 self._add("exam", f"holds a question of the exam {item}", path, line)
 
     def _add_near(self, batch: Good) -> None:

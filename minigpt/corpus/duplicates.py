@@ -108,12 +108,12 @@ def _runs(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
     return _mixed(hashes[whole]), owner[:count][whole]
 
 
-def _letters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Return the letters and digits of all texts, folded, and their places."""
+@cache
+def _letter() -> NDArray[np.uint32]:
+    """Return for each code point what it folds to if that is a letter or a digit; else 0."""
     folded, kinds = tables()
-    codes = folded[_codes(texts)]
-    places = np.flatnonzero(kinds[codes])
-    return codes[places], places
+    letters: NDArray[np.uint32] = folded * (kinds[folded] > 0)
+    return letters
 
 
 def _grams(letters: NDArray[np.uint32], apart: int) -> NDArray[np.uint32]:
@@ -125,23 +125,16 @@ def _grams(letters: NDArray[np.uint32], apart: int) -> NDArray[np.uint32]:
     return hashes >> np.uint32(12)
 
 
-def _owners(texts: Sequence[str], places: NDArray[np.int64]) -> list[int]:
-    """Return which texts hold these places of all texts' characters."""
-    owners: list[int] = np.unique(
-        np.searchsorted(np.cumsum([*map(len, texts)]), places, "right")
-    ).tolist()
-    return owners
+def _bags(letters: NDArray[np.uint32], starts: Owners) -> NDArray[np.uint32]:
+    """Return hashes, of 20 bits, of the letters of each text, in any order."""
+    parts = letters * np.uint32(0x9E3779B1)
+    bags: NDArray[np.uint32] = np.add.reduceat(parts * parts, starts, dtype=np.uint32)
+    return bags >> np.uint32(12)
 
 
-def _bags(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """Return hashes, of 20 bits, of the letters of texts that are not empty, in any order."""
-    folded, kinds = tables()
-    codes = folded[_codes(texts)]
-    parts = _mixed(codes * _BASE)
-    parts *= kinds[codes] > 0
-    starts = np.cumsum([0, *map(len, texts[:-1])])
-    bags: NDArray[np.uint64] = np.add.reduceat(parts, starts) >> np.uint64(44)
-    return bags
+def _owners(starts: Owners, places: NDArray[np.int64]) -> Owners:
+    """Return which texts, by where they start, hold these places of all texts' characters."""
+    return np.unique(np.searchsorted(starts, places, "right") - 1)
 
 
 class ExamIndex:
@@ -163,42 +156,45 @@ class ExamIndex:
         self.names = [names[i] for i in owner[first]]
         self.sieve, self.bags = np.zeros((2, 1 << 20), np.bool_)
         for i in set(owner.tolist()):
-            self.sieve[_grams(_letters(questions[i : i + 1])[0], 1)] = True
+            letters = _letter()[_codes(questions[i : i + 1])]
+            self.sieve[_grams(letters[letters > 0], 1)] = True
         short = sorted(set(range(len(questions))) - set(owner.tolist()))
         self.short = {normalise(questions[i]): names[i] for i in short}
-        if self.short:
-            self.bags[_bags(list(self.short))] = True
+        for text in filter(None, self.short):
+            self.bags[_bags(_letter()[_codes([text])], np.zeros(1, np.int64))] = True
         self.longest = max(map(len, self.short), default=0)
 
     def hits(self, texts: Sequence[str]) -> dict[int, str]:
         """Return the leaked item for each of the texts that leaks one."""
         found = {}
-        likely = self._sharing(texts) if len(self.runs) else []
+        codes = _codes([*texts, "\0"])  # so each text, even an empty one, starts at a character
+        starts = np.cumsum([0, *map(len, texts)])
+        letters = _letter()[codes]
+        likely = self._sharing(letters, starts) if len(self.runs) else []
         runs, owner = _runs(*_units([texts[i] for i in likely]), EXAM_UNITS)
         place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
         for i in np.flatnonzero(self.runs[place] == runs).tolist():
             found[likely[owner[i]]] = self.names[place[i]]
-        for i in self._equal(texts):
+        for i in self._equal(codes, letters, starts) if self.short else ():
             if name := self.short.get(normalise(texts[i])):
                 found[i] = name
         return found
 
-    def _sharing(self, texts: Sequence[str]) -> list[int]:
+    def _sharing(self, letters: NDArray[np.uint32], starts: Owners) -> list[int]:
         """Return the texts that may share a run with a question."""
-        letters, places = _letters(texts)
-        at = np.flatnonzero(self.sieve[_grams(letters, _APART)]) * _APART
-        return _owners(texts, places[at])
-
-    def _equal(self, texts: Sequence[str]) -> list[int]:
-        """Return the texts that may equal a question; to normalise them all takes long."""
-        most = self.longest + 8
-        short = [i for i, text in enumerate(texts) if 0 < len(text) <= most]
-        likely = [i for i in short if texts[i].isascii()]
-        if others := [i for i in short if not texts[i].isascii()]:
-            some = [texts[i] for i in others]
-            odd = _owners(some, np.flatnonzero(~_whole()[_codes(some)]))
-            likely += [others[i] for i in {*odd, *np.flatnonzero(self.bags[_bags(some)]).tolist()}]
+        places = np.flatnonzero(letters)
+        at = np.flatnonzero(self.sieve[_grams(letters[places], _APART)]) * _APART
+        likely: list[int] = _owners(starts, places[at]).tolist()
         return likely
+
+    def _equal(
+        self, codes: NDArray[np.uint32], letters: NDArray[np.uint32], starts: Owners
+    ) -> list[int]:
+        """Return the texts that may equal a question; to normalise them all takes long."""
+        likely = self.bags[_bags(letters, starts)]
+        likely[_owners(starts, np.flatnonzero(~_whole()[codes]))] = True
+        likely[:-1] &= np.diff(starts) <= self.longest + 8
+        return np.flatnonzero(likely[:-1]).tolist()
 
 
 class NearDuplicates:

@@ -49,7 +49,8 @@ class Delta:
         request: number of the request.
         text: new text; "" while a stop text or an unfinished character is held back.
         ids: new tokens, without the one that ends the reply.
-        logprobs: of the new tokens, where they were asked for.
+        logprobs: where they were asked for, of the tokens whose text is certain now; those of a
+            stop text are never told.
         finish: why the reply ended: at an end token or a stop text, or at its longest length.
         ended_by: the end token.
     """
@@ -78,6 +79,14 @@ class _Request:
         self.stream = TextStream(engine.tokenizer, sampling.stop)
         self.left = min(sampling.max_new_tokens, engine.context - len(ids))
         self.last = ids[-1]
+        self.held: list[tuple[int, TokenLogprob]] = []  # with the places where they begin
+
+    def certain(self, ended: bool) -> list[TokenLogprob]:
+        """Return the log-probs that can be told now; a stop text takes its own along."""
+        every = not self.sampling.stop or (ended and not self.stream.stopped)
+        out = [one for place, one in self.held if every or place < self.stream.passed]
+        self.held = self.held[len(out) :]
+        return out
 
 
 class Batch:
@@ -173,14 +182,16 @@ class Batch:
     def _advance(self, request: _Request, token: int, told: list[TokenLogprob]) -> Delta:
         request.last, request.left = token, request.left - 1
         if token in self.engine.ends:
-            return Delta(request.number, request.stream.end(), [], [], "stop", token)
+            text, told = request.stream.end(), request.certain(True)
+            return Delta(request.number, text, [], told, "stop", token)
+        request.held += [(request.stream.came, one) for one in told]
         text = request.stream.add(token)
         finish: Finish | None = None
         if request.left == 0 and not request.stream.stopped:
             text, finish = text + request.stream.end(), "length"
         if request.stream.stopped:
             finish = "stop"
-        return Delta(request.number, text, [token], told, finish)
+        return Delta(request.number, text, [token], request.certain(finish is not None), finish)
 
     def _logprobs(self, logits: Tensor, tokens: Sequence[int]) -> list[list[TokenLogprob]]:
         asked = [request.sampling.logprobs for request in self._rows]

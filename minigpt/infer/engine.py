@@ -39,10 +39,10 @@ class Reply:
 
     Attributes:
         text: what the model said.
-        ids: the same as tokens.
+        ids: the same as tokens, and those of a stop text.
         ended_by: the token that ended it; None when a stop text did, or it was cut off.
         finish: "stop", or "length" when it was cut off.
-        logprobs: of the tokens, where they were asked for.
+        logprobs: of the tokens whose text is told, where they were asked for.
     """
 
     text: str

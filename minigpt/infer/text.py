@@ -47,10 +47,14 @@ class TextStream:
     Args:
         tokenizer: turns ids into text.
         stop: texts that end the reply.
+
+    Attributes:
+        came, passed: how many characters have come, and how many of them `add` let out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
         self.backend, self._stops = tokenizer.backend_tokenizer, StopTexts(stop)
+        self.came = self.passed = 0
         self._ids: list[int] = []  # of the window that is still decoded
         self._known = 0  # how many of them were there when the window's text was last whole
         self._taken = 0  # characters of the window's text that were taken
@@ -78,7 +82,9 @@ class TextStream:
     def _take(self, text: str) -> str:
         new = text[self._taken :]
         self._taken = max(self._taken, len(text))
-        return self._stops.add(new)
+        out = self._stops.add(new)
+        self.came, self.passed = self.came + len(new), self.passed + len(out)
+        return out
 
 
 def _overlap(text: str, stop: str) -> int:

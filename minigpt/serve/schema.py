@@ -204,7 +204,7 @@ class Answer:
         return self.head | {"choices": [], "usage": used}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any] | None:
-        if self.wanted.likeliest() is None or not tokens:
+        if self.wanted.likeliest() is None or (self.wanted.stream and not tokens):
             return None
         return _of_chat(tokens) if self.chat else _of_text(tokens, start)
 

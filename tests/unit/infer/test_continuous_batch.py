@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,20 @@ def test_logprobs_are_the_models_own(tokenizer: PreTrainedTokenizerFast) -> None
         assert told.token == tokenizer.decode([told.id])
     assert [delta.logprobs[0].top for delta in greedy] == [[]] * 5
     assert [delta.logprobs for delta in none] == [[]] * 5
+
+
+def test_logprobs_of_a_stop_text_are_not_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, how = endless("qwen3", tokenizer), Sampling(16, temperature=1.0, seed=1, logprobs=0)
+    (whole,) = engine.complete(["the cat"], how)
+    text, counts = whole.text, set[int]()
+    assert whole.logprobs is not None
+    for at in range(len(text)):
+        (reply,) = engine.complete(["the cat"], replace(how, stop=(text[at : at + 3],)))
+        known = [tokenizer.decode(reply.ids[:i]).rstrip("\ufffd") for i in range(len(reply.ids))]
+        told = sum(len(before) < len(reply.text) for before in known)
+        assert reply.logprobs == whole.logprobs[:told]
+        counts.add(len(reply.ids) - told)
+    assert {0, 1, 2} <= counts  # 0: a stop text that begins inside the last token
 
 
 def test_int8_weights_are_near_the_exact_ones(tokenizer: PreTrainedTokenizerFast) -> None:

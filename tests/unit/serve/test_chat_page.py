@@ -39,6 +39,7 @@ def greedy(page: Page) -> None:
 
 
 def choose(page: Page, *names: str) -> None:
+    expect(page.locator("#models input")).not_to_have_count(0)  # the page fetches them
     for box in page.locator("#models input").all():
         box.set_checked(box.get_attribute("value") in names)
 

@@ -10,6 +10,8 @@ import openai
 import pytest
 from serving import ASKED, SAID, Served
 
+from minigpt.data.records import Message
+
 CHAT: dict[str, Any] = {
     "model": "sft",
     "messages": [{"role": "user", "content": ASKED}],
@@ -192,6 +194,44 @@ def test_logprobs_of_a_text(client: openai.OpenAI, held: bool) -> None:
     streamed = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
     for field, values in told:
         assert [v for part in streamed for v in getattr(part, field)] == values
+
+
+@pytest.mark.parametrize("stop", ["你", "界", "says", "s: 再", "not there"])
+def test_logprobs_end_with_the_text(client: openai.OpenAI, stop: str) -> None:
+    def told(choices: list[Any]) -> list[Any]:
+        return [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+
+    asked = CHAT | {"logprobs": True, "stop": stop}
+    reply = client.chat.completions.create(**asked)
+    tokens = reply.choices[0].logprobs.content
+    assert bytes(b for token in tokens for b in token.bytes).decode() == SAID.partition(stop)[0]
+    assert reply.usage is not None
+    held = reply.usage.completion_tokens - len(tokens)
+    assert held == 0 if stop == "not there" else held >= 2
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert told([chunk.choices[0] for chunk in chunks]) == tokens
+    shown = spoken = b""
+    for chunk in chunks:
+        shown += (chunk.choices[0].delta.content or "").encode()
+        spoken += bytes(b for token in told(chunk.choices) for b in token.bytes)
+        assert spoken.startswith(shown)
+
+
+@pytest.mark.parametrize("stop", ["你", "A", "s: 再"])
+def test_logprobs_of_a_text_end_with_it(client: openai.OpenAI, served: Served, stop: str) -> None:
+    engine, said = served.worker.engines["sft"], SAID.partition(stop)[0]
+    prompt, cut = engine.encode([Message("user", ASKED)]), len(engine.encode(said)) if said else 0
+    asked = CHAT | {"prompt": prompt, "logprobs": 1, "max_tokens": 100}
+    del asked["messages"]
+    whole = client.completions.create(**asked).choices[0].logprobs
+    (choice,) = client.completions.create(**asked, stop=stop).choices
+    chunks = list(client.completions.create(**asked, stop=stop, stream=True))
+    streamed = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert choice.text == said
+    assert whole is not None
+    for field, values in whole:
+        assert getattr(choice.logprobs, field) == values[:cut]
+        assert [v for part in streamed for v in getattr(part, field)] == values[:cut]
 
 
 async def gathered(served: Served, bodies: list[dict[str, Any]]) -> list[str]:
