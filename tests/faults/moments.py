@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -133,10 +134,12 @@ class Poison(Callback):
         number: which micro-batch of this process, from 0.
         value: what the loss is multiplied by: nan, inf, or a large number for a jump.
         rank: in which process.
+        file: gets the rows of that micro-batch.
     """
 
-    def __init__(self, number: int, value: str, rank: int = 0) -> None:
+    def __init__(self, number: int, value: str, rank: int, file: str) -> None:
         self.number, self.value, self.rank, self.seen = number, float(value), rank, 0
+        self.file = Path(file)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -147,6 +150,7 @@ class Poison(Callback):
             def poisoned(batch: Any) -> Any:
                 made = step(batch)
                 made.loss = made.loss * self.value
+                self.file.write_text("".join(f"{path}:{row}\n" for path, row in batch.sources))
                 pl_module.step = step
                 return made
 
@@ -172,3 +176,28 @@ class Weights(Callback):
                 digest.update(value.detach().numpy().tobytes())
         with self.file.open("a") as file:
             file.write(f"{trainer.global_step} {digest.hexdigest()}\n")
+
+
+class Rows(Callback):
+    """Notes the rows of each micro-batch that a finished optimizer step was made of.
+
+    Args:
+        file: gets a line each: the step, the process, and the rows.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.held: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, _: Any, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if len(batch.labels):  # else it only keeps processes in step
+            self.held.append(json.dumps([self.step, trainer.global_rank, batch.sources]) + "\n")
+        if trainer.global_step > self.step:
+            with self.file.open("a") as file:
+                file.writelines(self.held)
+            self.held = []
