@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,8 +18,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import subprocess_script as launcher
 
 from minigpt.callbacks.checkpoints import Checkpoints
 from minigpt.errors import (
@@ -40,6 +43,8 @@ SIGNALS: dict[int, int] = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGUSR1: PREEMPTED,
 }
+
+PATIENCE = 10  # seconds that the first process has to leave when another has left
 
 
 class Stopping(Callback):
@@ -160,6 +165,14 @@ def stopped(number: int, step: int | None) -> Stopped:
     return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
 
 
+def lost() -> ProcessLost:
+    """Return the error of a run of which another process has died."""
+    return ProcessLost(
+        "Another process of this run has died or does not answer; its own output says why. "
+        "Go on from the last checkpoint with --ckpt_path auto."
+    )
+
+
 def own_words(error: BaseException, run_dir: Path) -> BaseException:
     """Return how to tell a user of a failure that is not MiniGPT's; else the error itself."""
     if isinstance(error, MiniGPTError):
@@ -170,10 +183,7 @@ def own_words(error: BaseException, run_dir: Path) -> BaseException:
         return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
     broken = isinstance(error, torch.distributed.DistBackendError)
     if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
-        return ProcessLost(
-            "Another process of this run has died or does not answer; its own output says why. "
-            "Go on from the last checkpoint with --ckpt_path auto."
-        )
+        return lost()
     place = next((e.filename for e in chain(error) if isinstance(e, OSError) and e.filename), None)
     return unwritable(error, place or run_dir) or error
 
@@ -201,7 +211,7 @@ class RunStatus(Callback):
     def __init__(self, run_dir: Path, first: bool) -> None:
         self.path, self.first = run_dir / "status.json", first
         self.trainer: Trainer | None = None
-        self.ended = False
+        self.exit_code: int | None = None  # how the run has ended
 
     def _write(self, state: str, exit_code: int | None, reason: str = "") -> None:
         if self.first:
@@ -217,6 +227,7 @@ class RunStatus(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is finished: the model is exported."""
         self._write("finished", 0)
+        self.exit_code = 0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
         """The run ended otherwise."""
@@ -224,12 +235,51 @@ class RunStatus(Callback):
 
     def end(self, error: BaseException) -> None:
         """Write what ended the run, unless that is written."""
-        if self.ended:
+        if self.exit_code:
             return
-        self.ended = True
-        code = error.exit_code if isinstance(error, MiniGPTError) else 1
+        self.exit_code = code = error.exit_code if isinstance(error, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
         try:
             self._write(states.get(code, "failed"), code, str(error))
         except OSError as failure:  # a full disk must not hide why the run failed
             log.warning("%s could not be written: %s", self.path, failure.strerror)
+
+
+class Observer(_ChildProcessObserver):
+    """Ends all processes that this one has started, and itself, when one of them has failed.
+
+    Lightning's kills this process at once, with neither a word nor its exit status.
+
+    Args:
+        status: says how the run ended.
+        processes: those that this one has started.
+    """
+
+    def __init__(self, status: RunStatus, processes: list[subprocess.Popen[bytes]]) -> None:
+        super().__init__(os.getpid(), processes)
+        self.status = status
+
+    def _terminate_all(self) -> None:
+        time.sleep(PATIENCE)  # mostly it notices by itself, and this thread ends with it
+        if self.status.exit_code is None:
+            error = lost()
+            print(f"minigpt: {error}", file=sys.stderr)
+            self.status.end(error)
+        for process in self._child_processes:
+            process.kill()
+        os._exit(self.status.exit_code or 0)
+
+
+@contextmanager
+def observed(status: RunStatus) -> Iterator[None]:
+    """Let Lightning's launcher observe the processes that it starts in our way."""
+
+    def ours(child_processes: list[subprocess.Popen[bytes]]) -> None:
+        Observer(status, child_processes).start()
+
+    plain = launcher._launch_process_observer  # type: ignore[attr-defined]
+    launcher._launch_process_observer = ours  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        launcher._launch_process_observer = plain  # type: ignore[attr-defined]

@@ -100,13 +100,19 @@ class Slow(Callback):
 
     Args:
         seconds: of sleep.
+        moment: the hook, where it is not the start of a micro-batch.
+        rank: in which process, where it is not in all.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(
+        self, seconds: float, moment: str = "train_batch_start", rank: int | None = None
+    ) -> None:
+        self.seconds, self.rank = seconds, rank
+        setattr(self, f"on_{moment}", self._sleep)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        time.sleep(self.seconds)
+    def _sleep(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if self.rank in (None, trainer.global_rank):
+            time.sleep(self.seconds)
 
 
 class Meet(Callback):
