@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from runs import eventually  # type: ignore[import-not-found]
@@ -235,3 +236,14 @@ class InReference(Callback):
             return plain(*args)
 
         setattr(owner, name, counted)
+
+
+class Threads(Callback):
+    """Has the run begin with so many threads.
+
+    Args:
+        number: of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        torch.set_num_threads(number)

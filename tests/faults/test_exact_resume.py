@@ -166,6 +166,20 @@ def test_without_its_state_a_run_does_not_go_on_exactly(
     assert rows(tmp_path / "run") != rows(tmp_path / "whole")
 
 
+@pytest.mark.faults
+def test_a_run_goes_on_with_its_threads(start: Start, tmp_path: Path) -> None:
+    """With others its sums may differ; its own are told of, and found in the next checkpoint."""
+    killed = start("sft", "run", trainer__callbacks=at("train_batch_start", 8))
+    assert killed.wait() == -signal.SIGKILL
+    more = [{"class_path": "moments.Threads", "init_args": {"number": 2}}]
+    resumed = start("sft", "run", "--ckpt_path", "auto", trainer__callbacks=more)
+    assert resumed.wait() == 0, resumed.told
+    assert "Threads: 1, as before." in resumed.told
+    assert start("sft", "other", trainer__callbacks=more).wait() == 0
+    noted = [state(tmp_path / name)["machine"]["threads"] for name in ("run", "other")]
+    assert noted == [1, 2]
+
+
 def test_a_validation_after_the_first_step_is_logged_once(start: Start, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "trainer__accumulate_grad_batches": 1,

@@ -179,16 +179,24 @@ def test_another_base_is_refused(stage: str, start: Start, world: Path, tmp_path
 
 def test_checkpoints_hold_only_what_is_trained(start: Start, tmp_path: Path) -> None:
     sizes = {}
-    for stage in ("sft", "dpo", "lora"):
-        assert start(stage, stage).wait() == 0
-        checkpoint = newest_checkpoint(tmp_path / stage)
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        "sft": ("sft", {}),
+        "dpo": ("dpo", {}),
+        "dpo-known": ("dpo", {"model__init_args__reference": "precomputed"}),
+        "lora": ("lora", {}),
+        "dpo-lora": ("dpo", {"model__init_args__lora": {"r": 8}}),
+    }
+    for name, (stage, changes) in runs.items():
+        assert start(stage, name, **changes).wait() == 0
+        checkpoint = newest_checkpoint(tmp_path / name)
         assert checkpoint is not None
         state = torch.load(checkpoint / STATE, weights_only=True)["state_dict"]
-        sizes[stage] = (len(state), (checkpoint / STATE).stat().st_size)
-        if stage == "lora":
+        sizes[name] = (len(state), (checkpoint / STATE).stat().st_size)
+        if "lora" in name:
             assert all("lora_" in name for name in state)
-    assert sizes["dpo"][0] == sizes["sft"][0]  # no reference
-    assert sizes["lora"][1] < 0.7 * sizes["sft"][1]
+    assert sizes["dpo"][0] == sizes["dpo-known"][0] == sizes["sft"][0]  # no reference
+    assert sizes["dpo-known"][1] == pytest.approx(sizes["dpo"][1], rel=0.01)  # nor its log-probs
+    assert max(sizes["lora"][1], sizes["dpo-lora"][1]) < 0.7 * sizes["sft"][1]
 
 
 def noted(file: Path) -> list[dict[str, Any]]:

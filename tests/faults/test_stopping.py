@@ -240,6 +240,31 @@ def test_a_first_process_that_does_not_notice_says_that_another_died(
 
 
 @pytest.mark.faults
+def test_the_status_tells_what_torchrun_hides(world: Path, tmp_path: Path) -> None:
+    made = tiny_runs.config(
+        world,
+        "pretrain",
+        tmp_path / "run",
+        trainer__max_steps=1000,
+        trainer__callbacks=slow(0.1),
+        trainer__strategy="ddp",
+        trainer__devices="auto",
+    )
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigpt"]
+    launched = subprocess.Popen(
+        [sys.executable, "-m", *command, *tiny_runs.arguments("fit", made)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    eventually(lambda: metrics.exists() and "train/loss" in metrics.read_text())
+    launched.send_signal(signal.SIGTERM)
+    assert launched.wait(30) not in (0, 75)
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("preempted", 75)
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+
+
+@pytest.mark.faults
 def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"trainer__val_check_interval": 100}
     one = start("pretrain", "one", trainer__accumulate_grad_batches=2, **changes)
