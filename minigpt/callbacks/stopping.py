@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +44,10 @@ SIGNALS: dict[int, int] = {
     signal.SIGUSR1: PREEMPTED,
 }
 
+LOST = (
+    "Another process of this run has died or does not answer; its own output says why. "
+    "Go on from the last checkpoint with --ckpt_path auto."
+)
 PATIENCE = 10  # seconds that the first process has to leave when another has left
 
 
@@ -165,14 +169,6 @@ def stopped(number: int, step: int | None) -> Stopped:
     return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
 
 
-def lost() -> ProcessLost:
-    """Return the error of a run of which another process has died."""
-    return ProcessLost(
-        "Another process of this run has died or does not answer; its own output says why. "
-        "Go on from the last checkpoint with --ckpt_path auto."
-    )
-
-
 def own_words(error: BaseException, run_dir: Path) -> BaseException:
     """Return how to tell a user of a failure that is not MiniGPT's; else the error itself."""
     if isinstance(error, MiniGPTError):
@@ -183,7 +179,7 @@ def own_words(error: BaseException, run_dir: Path) -> BaseException:
         return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
     broken = isinstance(error, torch.distributed.DistBackendError)
     if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
-        return lost()
+        return ProcessLost(LOST)
     place = next((e.filename for e in chain(error) if isinstance(e, OSError) and e.filename), None)
     return unwritable(error, place or run_dir) or error
 
@@ -262,24 +258,15 @@ class Observer(_ChildProcessObserver):
     def _terminate_all(self) -> None:
         time.sleep(PATIENCE)  # mostly it notices by itself, and this thread ends with it
         if self.status.exit_code is None:
-            error = lost()
-            print(f"minigpt: {error}", file=sys.stderr)
-            self.status.end(error)
+            print(f"minigpt: {LOST}", file=sys.stderr)
+            self.status.end(ProcessLost(LOST))
         for process in self._child_processes:
             process.kill()
         os._exit(self.status.exit_code or 0)
 
 
-@contextmanager
-def observed(status: RunStatus) -> Iterator[None]:
-    """Let Lightning's launcher observe the processes that it starts in our way."""
-
-    def ours(child_processes: list[subprocess.Popen[bytes]]) -> None:
-        Observer(status, child_processes).start()
-
-    plain = launcher._launch_process_observer  # type: ignore[attr-defined]
-    launcher._launch_process_observer = ours  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        launcher._launch_process_observer = plain  # type: ignore[attr-defined]
+def observe(status: RunStatus, held: ExitStack) -> None:
+    """Let Lightning's launcher observe the processes that it starts in our way, until the end."""
+    name = "_launch_process_observer"
+    held.callback(setattr, launcher, name, getattr(launcher, name))
+    setattr(launcher, name, lambda started: Observer(status, started).start())
