@@ -32,6 +32,7 @@ from minigpt.callbacks.stopping import (
     RunStatus,
     Stopping,
     locked,
+    observe,
     own_words,
     signals_given_back,
 )
@@ -164,6 +165,7 @@ class MiniGPTCLI(LightningCLI):
             if first := is_first_process():
                 self.held.enter_context(locked(self.run_dir))
             self.status = RunStatus(self.run_dir, first)
+            observe(self.status, self.held)
             check_numbers(config)
         self._settle_start(config)
         config.weights_only = True  # no checkpoint may run code

@@ -7,18 +7,21 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import subprocess_script as launcher
 
 from minigpt.callbacks.checkpoints import Checkpoints
 from minigpt.errors import (
@@ -40,6 +43,12 @@ SIGNALS: dict[int, int] = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGUSR1: PREEMPTED,
 }
+
+LOST = (
+    "Another process of this run has died or does not answer; its own output says why. "
+    "Go on from the last checkpoint with --ckpt_path auto."
+)
+PATIENCE = 10  # seconds that the first process has to leave when another has left
 
 
 class Stopping(Callback):
@@ -170,10 +179,7 @@ def own_words(error: BaseException, run_dir: Path) -> BaseException:
         return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
     broken = isinstance(error, torch.distributed.DistBackendError)
     if broken or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
-        return ProcessLost(
-            "Another process of this run has died or does not answer; its own output says why. "
-            "Go on from the last checkpoint with --ckpt_path auto."
-        )
+        return ProcessLost(LOST)
     place = next((e.filename for e in chain(error) if isinstance(e, OSError) and e.filename), None)
     return unwritable(error, place or run_dir) or error
 
@@ -201,7 +207,7 @@ class RunStatus(Callback):
     def __init__(self, run_dir: Path, first: bool) -> None:
         self.path, self.first = run_dir / "status.json", first
         self.trainer: Trainer | None = None
-        self.ended = False
+        self.exit_code: int | None = None  # how the run has ended
 
     def _write(self, state: str, exit_code: int | None, reason: str = "") -> None:
         if self.first:
@@ -217,6 +223,7 @@ class RunStatus(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is finished: the model is exported."""
         self._write("finished", 0)
+        self.exit_code = 0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
         """The run ended otherwise."""
@@ -224,12 +231,42 @@ class RunStatus(Callback):
 
     def end(self, error: BaseException) -> None:
         """Write what ended the run, unless that is written."""
-        if self.ended:
+        if self.exit_code:
             return
-        self.ended = True
-        code = error.exit_code if isinstance(error, MiniGPTError) else 1
+        self.exit_code = code = error.exit_code if isinstance(error, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
         try:
             self._write(states.get(code, "failed"), code, str(error))
         except OSError as failure:  # a full disk must not hide why the run failed
             log.warning("%s could not be written: %s", self.path, failure.strerror)
+
+
+class Observer(_ChildProcessObserver):
+    """Ends all processes that this one has started, and itself, when one of them has failed.
+
+    Lightning's kills this process at once, with neither a word nor its exit status.
+
+    Args:
+        status: says how the run ended.
+        processes: those that this one has started.
+    """
+
+    def __init__(self, status: RunStatus, processes: list[subprocess.Popen[bytes]]) -> None:
+        super().__init__(os.getpid(), processes)
+        self.status = status
+
+    def _terminate_all(self) -> None:
+        time.sleep(PATIENCE)  # mostly it notices by itself, and this thread ends with it
+        if self.status.exit_code is None:
+            print(f"minigpt: {LOST}", file=sys.stderr)
+            self.status.end(ProcessLost(LOST))
+        for process in self._child_processes:
+            process.kill()
+        os._exit(self.status.exit_code or 0)
+
+
+def observe(status: RunStatus, held: ExitStack) -> None:
+    """Let Lightning's launcher observe the processes that it starts in our way, until the end."""
+    name = "_launch_process_observer"
+    held.callback(setattr, launcher, name, getattr(launcher, name))
+    setattr(launcher, name, lambda started: Observer(status, started).start())

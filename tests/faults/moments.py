@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from runs import eventually  # type: ignore[import-not-found]
@@ -98,13 +101,19 @@ class Slow(Callback):
 
     Args:
         seconds: of sleep.
+        moment: the hook, where it is not the start of a micro-batch.
+        rank: in which process, where it is not in all.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(
+        self, seconds: float, moment: str = "train_batch_start", rank: int | None = None
+    ) -> None:
+        self.seconds, self.rank = seconds, rank
+        setattr(self, f"on_{moment}", self._sleep)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        time.sleep(self.seconds)
+    def _sleep(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if self.rank in (None, trainer.global_rank):
+            time.sleep(self.seconds)
 
 
 class Meet(Callback):
@@ -133,10 +142,12 @@ class Poison(Callback):
         number: which micro-batch of this process, from 0.
         value: what the loss is multiplied by: nan, inf, or a large number for a jump.
         rank: in which process.
+        file: gets the rows of that micro-batch.
     """
 
-    def __init__(self, number: int, value: str, rank: int = 0) -> None:
+    def __init__(self, number: int, value: str, rank: int, file: str) -> None:
         self.number, self.value, self.rank, self.seen = number, float(value), rank, 0
+        self.file = Path(file)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -147,6 +158,7 @@ class Poison(Callback):
             def poisoned(batch: Any) -> Any:
                 made = step(batch)
                 made.loss = made.loss * self.value
+                self.file.write_text("".join(f"{path}:{row}\n" for path, row in batch.sources))
                 pl_module.step = step
                 return made
 
@@ -172,3 +184,66 @@ class Weights(Callback):
                 digest.update(value.detach().numpy().tobytes())
         with self.file.open("a") as file:
             file.write(f"{trainer.global_step} {digest.hexdigest()}\n")
+
+
+class Rows(Callback):
+    """Notes the rows of each micro-batch that a finished optimizer step was made of.
+
+    Args:
+        file: gets a line each: the step, the process, and the rows.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.held: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, _: Any, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if len(batch.labels):  # else it only keeps processes in step
+            self.held.append(json.dumps([self.step, trainer.global_rank, batch.sources]) + "\n")
+        if trainer.global_step > self.step:
+            with self.file.open("a") as file:
+                file.writelines(self.held)
+            self.held = []
+
+
+class InReference(Callback):
+    """Kills this process while it computes the reference's log-probs, or half-way in writing them.
+
+    Args:
+        function: score (one micro-batch) or save (one file of pairs).
+        number: at which of its calls, from 0.
+    """
+
+    def __init__(self, function: str, number: int) -> None:
+        self.function, self.left = function, number
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        owner, name = (pl_module, "_score") if self.function == "score" else (np, "save")
+        plain = getattr(owner, name)
+
+        def counted(*args: Any) -> Any:
+            self.left -= 1
+            if self.left == -1:
+                if self.function == "save":
+                    args[0].write(b"half")
+                    args[0].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args)
+
+        setattr(owner, name, counted)
+
+
+class Threads(Callback):
+    """Has the run begin with so many threads.
+
+    Args:
+        number: of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        torch.set_num_threads(number)

@@ -91,9 +91,9 @@ def at(moment: str, number: int = 0, **more: Any) -> list[dict[str, Any]]:
     return [{"class_path": "moments.At", "init_args": {"moment": moment, "number": number, **more}}]
 
 
-def slow(seconds: float) -> list[dict[str, Any]]:
+def slow(seconds: float, **more: Any) -> list[dict[str, Any]]:
     """Return the config of a callback that slows a run down."""
-    return [{"class_path": "moments.Slow", "init_args": {"seconds": seconds}}]
+    return [{"class_path": "moments.Slow", "init_args": {"seconds": seconds, **more}}]
 
 
 def meet(mine: Path, other: Path) -> list[dict[str, Any]]:

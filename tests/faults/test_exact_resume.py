@@ -15,6 +15,7 @@ from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
 from minigpt.files import write_manifest
 
 LORA = {"r": 4, "dropout": 0.2}
+PRECOMPUTED = {"model__init_args__reference": "precomputed"}
 # Each stage with dropout on: in GPT-2 itself, or in the adapter.
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"model__init_args__architecture__dropout": 0.2},
@@ -28,17 +29,19 @@ STAGES: dict[str, dict[str, Any]] = {
     "lora": {"model__init_args__lora": LORA},
     "dpo-lora": {"model__init_args__lora": LORA},
 }
-COMPILED = {
+ONE_MOMENT: dict[str, dict[str, Any]] = {
+    "dpo-precomputed": {"model__init_args__init_from": "gpt2", **PRECOMPUTED},
+    "dpo-lora-precomputed": {"model__init_args__lora": LORA, **PRECOMPUTED},
     "lora-compiled": {
         "model__init_args__lora": LORA,
         "model__init_args__compile_layers": True,
         "trainer__precision": "bf16-mixed",
-    }
+    },
 }
 
 
 def options(world: Path, stage: str, workers: int) -> dict[str, Any]:
-    changes = {**(STAGES | COMPILED)[stage], "data__init_args__num_workers": workers}
+    changes = {**(STAGES | ONE_MOMENT)[stage], "data__init_args__num_workers": workers}
     if "model__init_args__init_from" in changes:
         changes["model__init_args__init_from"] = str(world / "gpt2")
     return changes
@@ -81,7 +84,7 @@ MOMENTS = {
 ALL = [
     *((stage, 0, moment) for stage in STAGES for moment in MOMENTS),
     *((stage, 2, "in the middle of an accumulation") for stage in STAGES),
-    *((stage, 0, "in the middle of an accumulation") for stage in COMPILED),
+    *((stage, 0, "in the middle of an accumulation") for stage in ONE_MOMENT),
 ]
 QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while validating")}
 
@@ -109,6 +112,36 @@ def test_a_killed_run_ends_where_the_whole_one_does(
         assert one[name] == other[name], name
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("lora", "function", "number", "kept"),
+    [(None, "score", 2, 0), (None, "save", 0, 0), (LORA, "score", 12, 1), (LORA, "save", 1, 1)],
+)
+def test_a_reference_that_was_cut_off_is_not_used(
+    lora: Any, function: str, number: int, kept: int, start: Start, tmp_path: Path
+) -> None:
+    """The kill comes while the first or the second file's pairs are scored, or that is written."""
+    changes: dict[str, Any] = {**PRECOMPUTED, "model__init_args__lora": lora}
+    whole, run = (tmp_path / "cache-whole", tmp_path / "cache-run")
+    assert start("dpo", "whole", **changes, data__init_args__cache_dir=str(whole)).wait() == 0
+    changes["data__init_args__cache_dir"] = str(run)
+    options = {"function": function, "number": number}
+    dies = [{"class_path": "moments.InReference", "init_args": options}]
+    killed = start("dpo", "run", trainer__callbacks=dies, **changes)
+    assert killed.wait() == -signal.SIGKILL, killed.told
+    assert len(references(run)) == kept
+    again = start("dpo", "run", "--ckpt_path", "auto", **changes)
+    assert again.wait() == 0, again.told
+    assert references(run) == references(whole)
+    assert differences(ending(tmp_path / "whole"), ending(tmp_path / "run")) == []
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def references(cache: Path) -> dict[str, bytes]:
+    """Return the finished files of log-probs, by the name of their store."""
+    return {file.parent.name: file.read_bytes() for file in cache.glob("*/reference-*.npy")}
+
+
 @pytest.mark.parametrize("left_out", ["chance", "position"])
 def test_without_its_state_a_run_does_not_go_on_exactly(
     left_out: str, world: Path, start: Start, tmp_path: Path
@@ -131,6 +164,20 @@ def test_without_its_state_a_run_does_not_go_on_exactly(
     found = differences(state(tmp_path / "whole"), state(tmp_path / "run"))
     assert any(place.startswith("/state_dict") for place in found)
     assert rows(tmp_path / "run") != rows(tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_its_threads(start: Start, tmp_path: Path) -> None:
+    """With others its sums may differ; its own are told of, and found in the next checkpoint."""
+    killed = start("sft", "run", trainer__callbacks=at("train_batch_start", 8))
+    assert killed.wait() == -signal.SIGKILL
+    more = [{"class_path": "moments.Threads", "init_args": {"number": 2}}]
+    resumed = start("sft", "run", "--ckpt_path", "auto", trainer__callbacks=more)
+    assert resumed.wait() == 0, resumed.told
+    assert "Threads: 1, as before." in resumed.told
+    assert start("sft", "other", trainer__callbacks=more).wait() == 0
+    noted = [state(tmp_path / name)["machine"]["threads"] for name in ("run", "other")]
+    assert noted == [1, 2]
 
 
 def test_a_validation_after_the_first_step_is_logged_once(start: Start, tmp_path: Path) -> None:

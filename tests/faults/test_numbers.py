@@ -11,9 +11,16 @@ from runs import Start, rows, status  # type: ignore[import-not-found]
 from minigpt.callbacks.checkpoints import newest_checkpoint
 
 
-def poison(number: int, value: str, rank: int = 0) -> list[dict[str, Any]]:
-    made = {"number": number, "value": value, "rank": rank}
+def poison(file: Path, number: int, value: str, rank: int = 0) -> list[dict[str, Any]]:
+    made = {"number": number, "value": value, "rank": rank, "file": str(file)}
     return [{"class_path": "moments.Poison", "init_args": made}]
+
+
+def named(file: Path) -> str:
+    """Return how an error names the rows that were noted when the poison was given."""
+    rows = file.read_text().splitlines()
+    assert len(rows) > 1
+    return ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
 TWO = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
@@ -21,21 +28,23 @@ ONE = {"trainer__accumulate_grad_batches": 1}
 
 
 @pytest.mark.parametrize(
-    ("value", "rank", "more"),
+    ("number", "value", "rank", "more"),
     [
-        ("nan", 0, ONE),
-        ("inf", 0, ONE),
-        ("1e36", 0, ONE),  # the loss is finite, the gradient's norm is not
-        pytest.param("nan", 1, TWO, marks=pytest.mark.faults),
+        (4, "nan", 0, ONE),
+        (4, "inf", 0, ONE),
+        (4, "1e36", 0, ONE),  # the loss is finite, the gradient's norm is not
+        (9, "nan", 0, {}),  # the second micro-batch of two: the first one is not named
+        pytest.param(4, "nan", 1, TWO, marks=pytest.mark.faults),
     ],
 )
 def test_no_update_is_made_from_a_loss_that_is_not_finite(
-    value: str, rank: int, more: dict[str, Any], world: Path, start: Start, tmp_path: Path
+    number: int, value: str, rank: int, more: dict[str, Any], start: Start, tmp_path: Path
 ) -> None:
-    run = start("sft", "run", trainer__callbacks=poison(4, value, rank), **more)
+    file = tmp_path / "poisoned"
+    run = start("sft", "run", trainer__callbacks=poison(file, number, value, rank), **more)
     assert run.wait() == 2, run.told
     last = next(line for line in run.told.splitlines() if line.startswith("minigpt: Step 5: "))
-    assert f"no update was made. The rows: {world}/sft.jsonl:" in last
+    assert f"no update was made. The rows: {named(file)}. Look at them" in last
     assert "--ckpt_path auto" in last
     assert status(tmp_path / "run")["exit_code"] == 2
     found = newest_checkpoint(tmp_path / "run")
@@ -53,7 +62,7 @@ def spiking(start: Start, action: str, tmp_path: Path) -> tuple[int, str, list[s
     run = start(
         "sft",
         "run",
-        trainer__callbacks=[*poison(24, "100"), notes],
+        trainer__callbacks=[*poison(tmp_path / "poisoned", 24, "100"), notes],
         trainer__max_steps=27,
         model__init_args__spike={"action": action},
         **ONE,
@@ -66,11 +75,11 @@ def digest(line: str) -> str:
     return line.split()[1]
 
 
-def test_a_jump_of_the_loss_is_told(start: Start, world: Path, tmp_path: Path) -> None:
+def test_a_jump_of_the_loss_is_told(start: Start, tmp_path: Path) -> None:
     ended, told, weights = spiking(start, "warn", tmp_path)
     assert ended == 0
     assert "Step 25: the loss jumped to " in told
-    assert f"{world}/sft.jsonl:" in told
+    assert f"rows: {named(tmp_path / 'poisoned')}." in told
     assert digest(weights[24]) != digest(weights[23])
 
 

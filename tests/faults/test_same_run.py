@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,16 +179,34 @@ def test_another_base_is_refused(stage: str, start: Start, world: Path, tmp_path
 
 def test_checkpoints_hold_only_what_is_trained(start: Start, tmp_path: Path) -> None:
     sizes = {}
-    for stage in ("sft", "dpo", "lora"):
-        assert start(stage, stage).wait() == 0
-        checkpoint = newest_checkpoint(tmp_path / stage)
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        "sft": ("sft", {}),
+        "dpo": ("dpo", {}),
+        "dpo-known": ("dpo", {"model__init_args__reference": "precomputed"}),
+        "lora": ("lora", {}),
+        "dpo-lora": ("dpo", {"model__init_args__lora": {"r": 8}}),
+    }
+    for name, (stage, changes) in runs.items():
+        assert start(stage, name, **changes).wait() == 0
+        checkpoint = newest_checkpoint(tmp_path / name)
         assert checkpoint is not None
         state = torch.load(checkpoint / STATE, weights_only=True)["state_dict"]
-        sizes[stage] = (len(state), (checkpoint / STATE).stat().st_size)
-        if stage == "lora":
+        sizes[name] = (len(state), (checkpoint / STATE).stat().st_size)
+        if "lora" in name:
             assert all("lora_" in name for name in state)
-    assert sizes["dpo"][0] == sizes["sft"][0]  # no reference
-    assert sizes["lora"][1] < 0.7 * sizes["sft"][1]
+    assert sizes["dpo"][0] == sizes["dpo-known"][0] == sizes["sft"][0]  # no reference
+    assert sizes["dpo-known"][1] == pytest.approx(sizes["dpo"][1], rel=0.01)  # nor its log-probs
+    assert max(sizes["lora"][1], sizes["dpo-lora"][1]) < 0.7 * sizes["sft"][1]
+
+
+def noted(file: Path) -> list[dict[str, Any]]:
+    return [{"class_path": "moments.Rows", "init_args": {"file": str(file)}}]
+
+
+def consumed(file: Path) -> list[list[Any]]:
+    """Return the rows of each micro-batch by optimizer step, then by process, in order."""
+    made = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda m: m[:2])
+    return [[step, batch] for step, _, batch in made]
 
 
 @pytest.mark.faults
@@ -199,21 +218,25 @@ def test_the_number_of_processes_may_change(start: Start, tmp_path: Path) -> Non
         "trainer__devices": 2,
         "trainer__accumulate_grad_batches": 1,
     }
-    assert start("pretrain", "whole", **one).wait() == 0
-    stop = at("train_batch_start", 5, signal_name="SIGTERM")
+    whole, ran = (noted(tmp_path / name) for name in ("rows-whole", "rows-run"))
+    assert start("pretrain", "whole", trainer__callbacks=whole, **one).wait() == 0
+    stop = at("train_batch_start", 5, signal_name="SIGTERM") + ran
     first = start("pretrain", "run", trainer__callbacks=stop, **one)
     assert first.wait() == 75
-    stop = at("train_batch_start", 2, signal_name="SIGTERM")
+    stop = at("train_batch_start", 2, signal_name="SIGTERM") + ran
     second = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **two)
     assert second.wait() == 75, second.told
     assert "processes: 1 before, 2 now. The order of data is the same" in second.told
-    third = start("pretrain", "run", "--ckpt_path", "auto", **one)
+    third = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=ran, **one)
     assert third.wait() == 0, third.told
     assert "processes: 2 before, 1 now" in third.told
-    ran, whole = (
+    mine, other = consumed(tmp_path / "rows-run"), consumed(tmp_path / "rows-whole")
+    assert mine == other
+    assert len({json.dumps(batch) for _, batch in other}) > 12
+    logged, expected = (
         [row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("run", "whole")
     )
-    assert [row["step"] for row in ran] == [row["step"] for row in whole]
-    for mine, other in zip(ran, whole, strict=True):
-        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
-        assert mine["tokens_seen"] == other["tokens_seen"]
+    assert [row["step"] for row in logged] == [row["step"] for row in expected]
+    for row, same in zip(logged, expected, strict=True):
+        assert row["train/loss"] == pytest.approx(same["train/loss"], rel=1e-5)
+        assert row["tokens_seen"] == same["tokens_seen"]

@@ -215,6 +215,56 @@ def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: P
 
 
 @pytest.mark.faults
+def test_the_first_process_leaves_in_its_own_time(start: Start, tmp_path: Path) -> None:
+    """Lightning's launcher kills it within 5 s after another one has left."""
+    callbacks = at("train_batch_start", 4, signal_name="SIGTERM", rank=1)
+    callbacks += slow(7, moment="exception", rank=0)
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
+    assert run.wait() == 75, run.told
+    assert status(tmp_path / "run")["exit_code"] == 75
+
+
+@pytest.mark.faults
+def test_a_first_process_that_does_not_notice_says_that_another_died(
+    start: Start, tmp_path: Path
+) -> None:
+    """So it is while it computes, or in NCCL, which waits."""
+    callbacks = at("train_batch_start", 0, rank=1) + slow(60, moment="train_batch_start", rank=0)
+    run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
+    assert run.wait() == 1, run.told
+    assert run.since_the_signal() < 30
+    assert "minigpt: Another process of this run has died" in run.told
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("failed", 1)
+    eventually(lambda: not run.group(), 10)
+
+
+@pytest.mark.faults
+def test_the_status_tells_what_torchrun_hides(world: Path, tmp_path: Path) -> None:
+    made = tiny_runs.config(
+        world,
+        "pretrain",
+        tmp_path / "run",
+        trainer__max_steps=1000,
+        trainer__callbacks=slow(0.1),
+        trainer__strategy="ddp",
+        trainer__devices="auto",
+    )
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigpt"]
+    launched = subprocess.Popen(
+        [sys.executable, "-m", *command, *tiny_runs.arguments("fit", made)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    eventually(lambda: metrics.exists() and "train/loss" in metrics.read_text())
+    launched.send_signal(signal.SIGTERM)
+    assert launched.wait(30) not in (0, 75)
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("preempted", 75)
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+
+
+@pytest.mark.faults
 def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"trainer__val_check_interval": 100}
     one = start("pretrain", "one", trainer__accumulate_grad_batches=2, **changes)

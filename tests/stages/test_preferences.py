@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,17 @@ def test_reference_logprobs_are_computed_once(
     assert sum(seen) == 58 + 58 + 20 + 10 + 58
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "other rows"])
+class Trap:
+    """What a malicious file holds: code that runs when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other rows", "code"])
 def test_damaged_reference_logprobs_are_never_used(
     damage: str, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,12 +174,15 @@ def test_damaged_reference_logprobs_are_never_used(
     whole = kept.read_bytes()
     if damage == "other rows":
         np.save(kept, np.zeros((3, 2), np.float32))
+    elif damage == "code":
+        np.save(kept, np.array([[Trap(tmp_path / "trapped")] * 2] * 48))
     else:
         kept.write_bytes(whole[:-9] if damage == "cut off" else b"")
     seen = forwards(monkeypatch)
     fit("dpo", "second", **more)
     assert sum(seen) == 48
     assert kept.read_bytes() == whole
+    assert not (tmp_path / "trapped").exists()
     assert [p.name for p in kept.parent.iterdir() if p.name.startswith(("tmp", "."))] == []
 
 
