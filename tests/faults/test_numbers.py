@@ -24,6 +24,7 @@ def named(file: Path) -> str:
 
 
 TWO = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
+FSDP2 = {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP2"}}
 ONE = {"trainer__accumulate_grad_batches": 1}
 
 
@@ -35,6 +36,7 @@ ONE = {"trainer__accumulate_grad_batches": 1}
         (4, "1e36", 0, ONE),  # the loss is finite, the gradient's norm is not
         (9, "nan", 0, {}),  # the second micro-batch of two: the first one is not named
         pytest.param(4, "nan", 1, TWO, marks=pytest.mark.faults),
+        pytest.param(4, "nan", 1, {**TWO, **FSDP2}, marks=pytest.mark.faults),
     ],
 )
 def test_no_update_is_made_from_a_loss_that_is_not_finite(

@@ -131,16 +131,22 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
 
 
 @pytest.mark.parametrize(
-    ("more", "job", "changes"),
+    ("more", "job", "changes", "who"),
     [
-        ({}, "7", {}),
-        (ARRAY, "5_3", {}),
-        pytest.param({}, "7", DDP, marks=pytest.mark.faults),
+        ({}, "7", {}, {"group": True}),
+        (ARRAY, "5_3", {}, {"group": True}),
+        pytest.param({}, "7", DDP, {"group": True}, marks=pytest.mark.faults),
+        pytest.param({}, "7", DDP, {"rank": 1}, marks=pytest.mark.faults),
     ],
-    ids=["job", "array", "two processes"],
+    ids=["job", "array", "two processes", "the second of two processes"],
 )
 def test_slurm_requeues_once_after_the_save_and_the_status(
-    more: dict[str, str], job: str, changes: dict[str, Any], start: Start, tmp_path: Path
+    more: dict[str, str],
+    job: str,
+    changes: dict[str, Any],
+    who: dict[str, Any],
+    start: Start,
+    tmp_path: Path,
 ) -> None:
     tools, asked, place = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
     tools.mkdir()
@@ -148,7 +154,7 @@ def test_slurm_requeues_once_after_the_save_and_the_status(
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@ {seen}" >> {asked}\n')
     (tools / "scontrol").chmod(0o755 | stat.S_IXUSR)
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **more}
-    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", group=True)
+    callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", **who)
     run = start("sft", "run", env=env, trainer__callbacks=callbacks, **changes)
     assert run.wait() == 75, run.told
     assert asked.read_text() == f"requeue {job} step={status(place)['step']} 1\n"
@@ -189,6 +195,7 @@ def test_two_processes_leave_together(
     workers = {"data__init_args__num_workers": 1}
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP, **workers)
     assert run.wait() == code, run.told
+    assert run.since_the_signal() < 30
     said = status(tmp_path / "run")
     assert said["exit_code"] == code
     assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
