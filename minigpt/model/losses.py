@@ -101,9 +101,10 @@ class _LinearLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         softmax: Softmax,
+        goes_back: bool,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        keep = any(ctx.needs_input_grad) and len(labels) * len(weight) <= KEPT
+        keep = goes_back and len(labels) * len(weight) <= KEPT
         kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
@@ -127,7 +128,7 @@ class _LinearLogprobs(torch.autograd.Function):
             of_logits = probabilities * factor.to(probabilities.dtype)
             of_own = logp[chunk, None].expm1() * factor
             head.add(chunk, of_logits.scatter_(1, own, of_own.to(of_logits.dtype)))
-        return (*head.gradients, None, None)
+        return (*head.gradients, None, None, None)
 
 
 def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
@@ -175,7 +176,8 @@ def linear_logprobs(
     """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
     h, w, b = _under_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        out: Tensor = _LinearLogprobs.apply(h, w, b, labels, softmax)
+        goes_back = torch.is_grad_enabled()  # inside the function it never is
+        out: Tensor = _LinearLogprobs.apply(h, w, b, labels, softmax, goes_back)
     return out
 
 

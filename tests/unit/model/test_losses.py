@@ -141,6 +141,23 @@ def test_cross_entropy_without_gradients_is_the_same() -> None:
     assert value.item() == pytest.approx(linear_cross_entropy(*args).item(), rel=1e-6)
 
 
+def test_probabilities_are_kept_only_where_there_is_a_way_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[int] = []
+    save = torch.autograd.function.FunctionCtx.save_for_backward
+    monkeypatch.setattr(
+        torch.autograd.function.FunctionCtx,
+        "save_for_backward",
+        lambda ctx, *tensors: (kept.append(len(tensors)), save(ctx, *tensors)),
+    )
+    args = arguments(207, 8, 30, True)
+    linear_logprobs(*args)
+    with torch.no_grad():
+        linear_logprobs(*args)
+    assert kept == [6, 5]
+
+
 @pytest.mark.parametrize("kept", [losses.KEPT, 207 * 30 - 1], ids=["kept", "computed again"])
 @PAIRS
 def test_linear_losses_over_several_chunks(
