@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 from datasets import Dataset
 from peft import LoraConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +17,15 @@ from test_baseline import job, store_of
 from minigpt.bench import train
 from minigpt.bench.train import figures
 
-pytestmark = pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
 CODE = """
-import json, sys, warnings
+import json, sys
 from minigpt.bench.peer import Job, train
 jobs = json.load(open(sys.argv[1]))
 json.dump([train(Job(**job)) for job in jobs], open(sys.argv[2], "w"))
 """
 
 
+@pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
 def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path) -> None:
     """A batch holds all samples, so that each step takes all tokens."""
     stores = {stage: store_of(trained, stage) for stage in tiny_runs.STAGES}
@@ -51,11 +52,7 @@ def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path)
         assert results[stage]["peak_rss_mb"] > 100
 
 
-def test_its_figures_stand_beside_the_others(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from argparse import Namespace
-
+def test_its_figures_stand_beside_the_others() -> None:
     chosen = Namespace(stage="sft")
     work = Namespace(chosen=chosen, matrices=1, attention=1, precision="32-true", device="cpu")
     arm = {"useful_tokens_per_s": 10.0, "first_step_s": 1.0, "peak_rss_mb": 1}
