@@ -159,9 +159,8 @@ def leave_group() -> None:
     still holds the group, a model in a cycle of references, has to go before and after.
     """
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    gc.collect()
-    if distributed.get_backend() == "gloo":  # Lightning leaves NCCL's at the exit
+    joined = distributed.is_available() and distributed.is_initialized()
+    if joined and distributed.get_backend() == "gloo":  # Lightning leaves NCCL's at the exit
+        gc.collect()
         distributed.destroy_process_group()
-    gc.collect()
+        gc.collect()
