@@ -45,8 +45,17 @@ def choose(page: Page, *names: str) -> None:
 
 
 def ask(page: Page, text: str) -> None:
+    """Send a message once no answer is being written any more: until then Enter sends nothing.
+
+    The text of an answer may be whole a moment before its end is told.
+    """
+    finished(page)
     page.get_by_label("Message").fill(text)
     page.keyboard.press("Enter")
+
+
+def finished(page: Page) -> None:
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def reply(page: Page, name: str = "sft") -> Locator:
@@ -73,9 +82,9 @@ def test_what_is_sent(opened: Page) -> None:
             opened.keyboard.press("ArrowRight")
     opened.get_by_label("Seed").fill("7")
     ask(opened, "one")
-    expect(opened.get_by_role("button", name="Send")).to_be_visible()
+    finished(opened)
     ask(opened, "two")
-    expect(opened.get_by_role("button", name="Send")).to_be_visible()
+    finished(opened)
     assert sent[0] == {
         "model": "sft",
         "stream": True,
@@ -115,7 +124,7 @@ def test_what_a_model_says_is_never_run(opened: Page) -> None:
     expect(reply(opened, "html").locator(".said")).to_have_text(HTML)
     ask(opened, HTML)
     expect(opened.locator(".asked .said").last).to_have_text(HTML)
-    expect(opened.get_by_role("button", name="Send")).to_be_visible()
+    finished(opened)
     assert opened.locator("#log img, #log script").count() == 0
     assert opened.title() == "MiniGPT"
 
@@ -156,6 +165,7 @@ def test_regenerate_and_edit(opened: Page) -> None:
     ask(opened, ASKED)
     expect(reply(opened).locator(".said")).to_have_text(SAID)
     ask(opened, "more")
+    finished(opened)
     expect(opened.get_by_role("button", name="Regenerate")).to_have_count(1)  # of the last turn
     opened.get_by_role("button", name="Edit").first.click()
     box = opened.get_by_label("Edit message")
@@ -184,7 +194,7 @@ def test_regenerate_and_edit(opened: Page) -> None:
 def test_an_edit_without_a_model_takes_nothing_back(opened: Page) -> None:
     for text in (ASKED, "more"):
         ask(opened, text)
-        expect(opened.get_by_role("button", name="Send")).to_be_visible()
+        finished(opened)
     opened.get_by_role("button", name="Edit").first.click()
     choose(opened)
     opened.get_by_label("Edit message").fill("another")
