@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -124,3 +125,20 @@ def _plain_tokenizer() -> PreTrainedTokenizerFast:
     bpe.train_from_iterator([TEXT], trainer)
     end = tokenizers.END_OF_TEXT
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
+
+
+def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [sample(rng, first, prompt, second) for prompt, first, second in shapes]
+
+
+def mask_of(samples: Sequence[Sample]) -> Tensor:
+    """Who sees whom [T, T], written out: own past, and for an answer its prompt."""
+    runs = []
+    for number, s in enumerate(samples):
+        runs += [(number, 0)] * s.prompt + [(number, 1)] * s.first + [(number, 2)] * s.second
+    sample, run = torch.tensor(runs).T
+    prompts = torch.tensor([bool(s.prompt) for s in samples])[sample]
+    same = sample[:, None] == sample
+    visible = (run[:, None] == run) | ((run == 0) & prompts)
+    return (same & visible).tril()

@@ -18,6 +18,7 @@ from minigpt.callbacks.checkpoints import saved_state
 from minigpt.callbacks.logs import JSONLLogger, RunTensorBoard
 from minigpt.errors import ConfigError
 from minigpt.files import weights_digest
+from minigpt.model import fused
 from minigpt.model.parallel import gathered
 from minigpt.model.saved import find_model
 
@@ -227,7 +228,7 @@ def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:
     if then.get("threads", now["threads"]) != now["threads"]:
         torch.set_num_threads(then["threads"])  # sums depend on how many threads share them
         log.info("Threads: %d, as before.", then["threads"])
-    for name in ("processes", "precision", "torch", "compiled"):
+    for name in ("processes", "precision", "torch", "compiled", "attention"):
         if then.get(name, now[name]) != now[name]:
             log.warning(
                 "%s: %s before, %s now. The order of data is the same; numbers agree up to "
@@ -271,12 +272,14 @@ def listed(value: Any) -> str:
 
 def circumstances(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     """Return what may change the last bits of a sum."""
+    half = str(trainer.precision).startswith("bf16") and pl_module.device.type == "cpu"
     return {
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "compiled": pl_module.compiled,
+        "attention": "kernel" if half and fused.available() else "plain",
     }
 
 

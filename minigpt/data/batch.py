@@ -33,19 +33,24 @@ class AttentionPlan:
         gather: per group, [R, L] positions in the batch; a short row ends in copies of 0,
             which causality keeps from mattering.
         scatter: [T] where each token's result lies in all groups' rows, flattened.
+        spans: [R, 4] the same rows, not grouped: where the prompt begins and its length, the
+            same of the answer (a text is all answer). Answers to one prompt follow each other.
         longest: tokens of the longest row.
     """
 
     gather: tuple[Tensor, ...]
     scatter: Tensor
+    spans: Tensor
     longest: int
 
     def to(self, device: Any, non_blocking: bool = False) -> AttentionPlan:
         """Move all index tensors to a device."""
-        move = [g.to(device, non_blocking=non_blocking) for g in self.gather]
-        return replace(
-            self, gather=tuple(move), scatter=self.scatter.to(device, non_blocking=non_blocking)
-        )
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        gather = tuple(map(move, self.gather))
+        return replace(self, gather=gather, scatter=move(self.scatter), spans=move(self.spans))
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,25 @@ class Sample:
     source: tuple[str, int]
 
 
-def plan_attention(rows: Sequence[NDArray[np.int64]], n_tokens: int) -> AttentionPlan:
+Span = tuple[int, int, int, int]  # prompt and its length, answer and its length
+
+
+def positions(span: Span) -> NDArray[np.int64]:
+    """Return the places in the batch of a row's tokens, in order."""
+    prompt, prompt_length, answer, answer_length = span
+    parts = np.arange(prompt, prompt + prompt_length), np.arange(answer, answer + answer_length)
+    return np.concatenate(parts)
+
+
+def plan_attention(spans: Sequence[Span], n_tokens: int) -> AttentionPlan:
     """Group causal rows of like length.
 
     Args:
-        rows: for each row, the batch positions it holds in order. A position in several
-            rows (a shared prompt) takes its result from the first.
+        spans: of each row. A position in several rows (a shared prompt) takes its result from
+            the first.
         n_tokens: T.
     """
+    rows = [positions(span) for span in spans]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     groups: list[list[int]] = []
     for index in order:
@@ -152,17 +168,21 @@ def plan_attention(rows: Sequence[NDArray[np.int64]], n_tokens: int) -> Attentio
             scatter[row[unclaimed]] = base + place * length + np.flatnonzero(unclaimed)
         gather.append(torch.from_numpy(table))
         base += table.size
-    return AttentionPlan(tuple(gather), torch.from_numpy(scatter), len(rows[order[0]]))
+    return AttentionPlan(
+        gather=tuple(gather),
+        scatter=torch.from_numpy(scatter),
+        spans=torch.tensor(spans, dtype=torch.int32),
+        longest=len(rows[order[0]]),
+    )
 
 
-def _runs(sample: Sample, start: int) -> Iterable[tuple[NDArray[np.int64], int, int]]:
+def _runs(sample: Sample, start: int) -> Iterable[tuple[Span, int, int]]:
     """Yield each answer's attention row, its first target's place in the row, its offset."""
-    prompt = np.arange(start, start + sample.prompt)
     offset = sample.prompt
     for length in (sample.first, sample.second):
         if length:
-            answer = np.arange(start + offset, start + offset + length)
-            yield np.concatenate([prompt, answer]), max(sample.prompt, 1), offset
+            span = (start, sample.prompt, start + offset, length)
+            yield span, max(sample.prompt, 1), offset
             offset += length
 
 
@@ -172,34 +192,35 @@ def _join(parts: list[NDArray[Any]]) -> Tensor:
 
 def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
     """Pack samples into one batch, in the order given."""
-    rows: list[NDArray[np.int64]] = []
-    at, answers, positions = [], [], []
+    spans: list[Span] = []
+    at, answers, places = [], [], []
     label_at: list[NDArray[np.int64]] = []
     start = 0
     for sample in samples:
-        positions.append(np.arange(sample.prompt))
-        for row, first_target, offset in _runs(sample, start):
+        places.append(np.arange(sample.prompt))
+        for span, first_target, offset in _runs(sample, start):
+            row = positions(span)
             targets = row[first_target:]
             keep: Any = slice(None)
             if sample.targets is not None:
                 keep = sample.targets[targets - start - offset]
             label_at.append(targets[keep])
             at.append(row[first_target - 1 : -1][keep])
-            answers.append(np.full(len(label_at[-1]), len(rows)))
-            positions.append(np.arange(sample.prompt, len(row)))
-            rows.append(row)
+            answers.append(np.full(len(label_at[-1]), len(spans)))
+            places.append(np.arange(sample.prompt, len(row)))
+            spans.append(span)
         start += len(sample.ids)
     ids = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
     lengths = [len(sample.ids) for sample in samples]
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
-        position_ids=_join(positions),
+        position_ids=_join(places),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         predict_at=_join(at),
         labels=torch.from_numpy(ids[np.concatenate(label_at)]),
         answers=_join(answers),
-        n_answers=len(rows),
-        plan=plan_attention(rows, start),
+        n_answers=len(spans),
+        plan=plan_attention(spans, start),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,
     )

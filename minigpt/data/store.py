@@ -40,6 +40,7 @@ from minigpt.data.chat import ChatCodec, Piece
 from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
 from minigpt.data.tokenizer import document_end, special_texts
 from minigpt.errors import DataError
+from minigpt.files import cache_dir as default_cache
 from minigpt.files import remove_directory, sync, write_json
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def open_store(
         DataError: for an unreadable file, a bad row, or a file that leaves no sample.
     """
     source = Path(source)
-    root = Path(cache_dir) if cache_dir else default_cache()
+    root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
     path = root / f"{source.stem}-{digest(source, kind, tokenizer, limits)}"
     if not _whole(path, kind):
         if path.exists():
@@ -142,11 +143,6 @@ def _whole(path: Path, kind: Kind) -> bool:
         return all((path / f"{n}.bin").stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def default_cache() -> Path:
-    """Where stores live: `$MINIGPT_CACHE`, or `~/.cache/minigpt`."""
-    return Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt") / "tokens"
 
 
 def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> str:

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from minigpt.data.batch import AttentionPlan
 from minigpt.errors import ModelError
+from minigpt.model import fused
 
 PACKED = "minigpt_packed"
 BLOCK = 64  # queries whose scores exist at a time
@@ -44,8 +45,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend inside each row of the plan.
 
-    Rows of like length are gathered into one causal call. A short row is filled up at
-    its end, where causality hides the filling from every real token.
+    Where there is no kernel for it, rows of like length are gathered into one causal call. A
+    short row is filled up at its end, where causality hides the filling from every real token.
 
     Args:
         module: the attention layer (unused; part of the interface).
@@ -71,6 +72,8 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = _dtype_of(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
+    if fused.applies(query, dtype, dropout):
+        return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
     index = torch.cat([group.flatten() for group in plan.gather])
     sizes = [group.numel() for group in plan.gather]
     # Once for all groups, whose gradients would be added up one by one; index_select, because its
@@ -109,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> 
 class _BlockCausal(torch.autograd.Function):
     """Causal attention by matrix products: each block of queries against its own past.
 
-    On CPUs several times faster than the fused kernel, most of all in bf16 and backward. Query
+    On CPUs several times faster than SDPA's fused kernel, most of all in bf16 and backward. Query
     heads that share a key head are rows of one product. Queries come scaled.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a run compiles its layers is part of its state."""
+"""Whether a run compiles its layers, and what computes its attention, is part of its state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from tiny_runs import Fit
 
 from minigpt.errors import ConfigError
+from minigpt.model import fused
 from minigpt.model.lm import PackedLM
 
 COMPILE = "model__init_args__compile_layers"
@@ -49,3 +50,15 @@ def test_activations_are_not_computed_again_by_compiled_layers(fit: Fit) -> None
     both: dict[str, Any] = {COMPILE: True, "model__init_args__activation_checkpointing": True}
     with pytest.raises(ConfigError, match="exclude each other"):
         fit("sft", **both)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_run_that_loses_its_kernel_says_so(
+    precision: str, fit: Fit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "available", lambda: True)  # too narrow heads to really use it
+    fit("sft", trainer__max_steps=2, trainer__precision=precision)
+    monkeypatch.setattr(fused, "available", lambda: False)
+    fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=3, trainer__precision=precision)
+    told = "attention: kernel before, plain now" in caplog.text
+    assert told is precision.startswith("bf16")

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minigpt.data.batch import AttentionPlan, PackedBatch, Sample, collate, plan_attention
+from minigpt.data.batch import (
+    AttentionPlan,
+    PackedBatch,
+    Sample,
+    Span,
+    collate,
+    plan_attention,
+    positions,
+)
 
 
 def text(*ids: int, line: int = 1) -> Sample:
@@ -28,9 +36,8 @@ def rows(plan: AttentionPlan) -> list[list[list[int]]]:
     return [group.tolist() for group in plan.gather]
 
 
-def plan(*made: list[int]) -> AttentionPlan:
-    arrays = [np.array(row, np.int64) for row in made]
-    return plan_attention(arrays, 1 + max(max(row) for row in made))
+def plan(*made: Span) -> AttentionPlan:
+    return plan_attention(made, 1 + max(max(positions(span)) for span in made))
 
 
 # samples, positions, borders, (predict_at, label, answer) of each target
@@ -100,19 +107,19 @@ def test_the_answers_of_a_preference_share_the_prompt() -> None:
 
 
 def test_a_shared_position_is_claimed_by_the_longest_row() -> None:
-    made = plan([0, 1, 2], [0, 1, 3, 4])
+    made = plan((0, 2, 2, 1), (0, 2, 3, 2))
     assert rows(made) == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
     assert made.scatter.tolist() == [0, 1, 6, 2, 3]
 
 
 def test_rows_of_equal_length_keep_their_order() -> None:
-    made = plan([0, 1], [2, 3], [4, 5])
+    made = plan((0, 0, 0, 2), (2, 0, 2, 2), (4, 0, 4, 2))
     assert rows(made) == [[[0, 1], [2, 3], [4, 5]]]
     assert made.scatter.tolist() == list(range(6))
 
 
 def test_rows_of_unlike_length_are_grouped_apart() -> None:
-    made = plan(list(range(5)), list(range(5, 105)), list(range(105, 205)), [205])
+    made = plan((0, 0, 0, 5), (5, 0, 5, 100), (105, 0, 105, 100), (205, 0, 205, 1))
     assert [tuple(group.shape) for group in made.gather] == [(2, 100), (2, 5)]
     assert made.longest == 100
     assert made.scatter[205] == 205
@@ -152,17 +159,21 @@ def test_attention_through_the_plan_equals_each_row_alone(
             assert torch.equal(batch.position_ids[row], torch.arange(len(row)))
             assert torch.allclose(found[row], expected, atol=1e-12)
     assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
+    grouped = {tuple(row) for group in batch.plan.gather for row in group.tolist()}
+    for span in batch.plan.spans.tolist():
+        row = positions(span).tolist()
+        assert any(list(other[: len(row)]) == row for other in grouped)
 
 
 def tensors(batch: PackedBatch) -> list[Tensor]:
     own = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    return [*own, *batch.plan.gather, batch.plan.scatter]
+    return [*own, *batch.plan.gather, batch.plan.scatter, batch.plan.spans]
 
 
 def test_to_moves_every_tensor_and_nothing_else() -> None:
     batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
     moved = batch.to("meta")
-    assert len(tensors(batch)) == 6 + 1 + 1
+    assert len(tensors(batch)) == 6 + 1 + 2
     assert {t.device.type for t in tensors(moved)} == {"meta"}
     assert {t.device.type for t in tensors(batch)} == {"cpu"}
     same = ("n_answers", "sources", "resume_at", "n_tokens")

@@ -226,7 +226,7 @@ def test_the_default_cache_is_the_environments(
     opened.cache = None  # type: ignore[assignment]
     assert opened("text", [{"text": "a"}]).path.parent == tmp_path / "other" / "tokens"
     monkeypatch.delenv("MINIGPT_CACHE")
-    assert stores.default_cache() == Path.home() / ".cache" / "minigpt" / "tokens"
+    assert stores.default_cache() == Path.home() / ".cache" / "minigpt"
 
 
 def test_whatever_decides_a_stores_content_names_it(opened: Opener, corpus_file: Path) -> None:

@@ -94,11 +94,6 @@ def test_a_document_does_not_see_its_neighbours(family: str) -> None:
     assert torch.equal(before, after)
 
 
-def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:
-    rng = np.random.default_rng(seed)
-    return [tiny.sample(rng, first, prompt, second) for prompt, first, second in shapes]
-
-
 def answers(pair: Sample) -> list[tuple[Tensor, int]]:
     """Both answers as whole sequences, and the place of their first target."""
     ids = torch.from_numpy(pair.ids.astype(np.int64))
@@ -116,7 +111,7 @@ def answer_logprob(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
 def test_a_shared_prompt_equals_two_sequences(
     family: str, shapes: list[tuple[int, int, int]]
 ) -> None:
-    model, pairs = MODELS[family], preferences(shapes)
+    model, pairs = MODELS[family], tiny.preferences(shapes)
     expected = torch.stack(
         [answer_logprob(model, *answer) for pair in pairs for answer in answers(pair)]
     )
@@ -125,18 +120,6 @@ def test_a_shared_prompt_equals_two_sequences(
     weights = torch.linspace(-1, 2, len(got))
     truth = gradients(model, (expected * weights).sum())
     assert_same(gradients(model, (got * weights).sum()), truth)
-
-
-def mask_of(samples: Sequence[Sample]) -> Tensor:
-    """Who sees whom [T, T], written out: own past, and for an answer its prompt."""
-    runs = []
-    for number, s in enumerate(samples):
-        runs += [(number, 0)] * s.prompt + [(number, 1)] * s.first + [(number, 2)] * s.second
-    sample, run = torch.tensor(runs).T
-    prompts = torch.tensor([bool(s.prompt) for s in samples])[sample]
-    same = sample[:, None] == sample
-    visible = (run[:, None] == run) | ((run == 0) & prompts)
-    return (same & visible).tril()
 
 
 @given(
@@ -154,7 +137,7 @@ def mask_of(samples: Sequence[Sample]) -> Tensor:
 def test_attention_equals_an_explicit_mask(
     shapes: list[tuple[int, int, int]], kv_heads: int
 ) -> None:
-    samples = preferences(shapes)
+    samples = tiny.preferences(shapes)
     plan = collate(samples).plan
     generator = torch.Generator().manual_seed(len(shapes))
     total = sum(map(sum, shapes))
@@ -163,7 +146,7 @@ def test_attention_equals_an_explicit_mask(
         for heads in (4, kv_heads, kv_heads)
     )
     expected = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask_of(samples), scale=0.3, enable_gqa=True
+        q, k, v, attn_mask=tiny.mask_of(samples), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     got, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan, scaling=0.3)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -185,7 +168,7 @@ def test_a_sliding_window_shorter_than_a_sample_is_refused() -> None:
 
 
 def test_positions_restart_in_each_sample_and_answer() -> None:
-    batch = collate([*preferences([(3, 2, 4)]), *tiny.texts([2])])
+    batch = collate([*tiny.preferences([(3, 2, 4)]), *tiny.texts([2])])
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 9, 11]
     assert batch.predict_at.tolist() == [2, 3, 2, 5, 6, 7, 9]

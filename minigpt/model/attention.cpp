@@ -1,0 +1,393 @@
+// Causal attention of packed samples in bf16 and its gradients, for CPUs with AVX512-BF16.
+//
+// FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): instead of the weights, only each
+// query's log-sum-exp is kept for the way back. A task is one sample under one key head, with all
+// query heads that share it. Nothing else writes what it writes, so results do not depend on which
+// thread does what.
+//
+// Shape legend:
+//     T  tokens, H query heads, K key heads, D width of a head, a multiple of 16
+//     q, out and their gradients [T, H, D], k, v and theirs [T, K, D], log-sum-exps [T, H]
+//
+// A row of attention is a prompt and an answer. The answers to one prompt are rows next to each
+// other, of which the first computes the prompt's queries; see AttentionPlan in data/batch.py.
+//
+// Every matrix product is made of one tile: a pair of bf16 numbers, 32 bits, of the left matrix
+// against sixteen pairs next to each other of the right one, summed up in fp32.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+using Half = uint16_t;  // bf16
+using Pair = uint32_t;  // two of them
+
+constexpr long STRIP = 6;   // rows of a tile: 6 x 4 of the 32 registers hold its sums
+constexpr long BLOCK = 60;  // queries whose share of the keys' gradients is added at a time
+constexpr float LOG2E = 1.44269504f;
+
+// ---- numbers
+
+__m512 load(const float* from) { return _mm512_loadu_ps(from); }
+
+void store(Half* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+__m512i widened(__m256i x) { return _mm512_cvtepu16_epi32(x); }
+
+__m512i load_bits(const Half* from) { return widened(_mm256_loadu_si256((const __m256i*)from)); }
+
+void store_pairs(Pair* to, __m512i low, __m512i high) {
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+void store_pairs(Pair* to, __m512 low, __m512 high) {
+    store_pairs(to, widened((__m256i)_mm512_cvtneps_pbh(low)),
+                widened((__m256i)_mm512_cvtneps_pbh(high)));
+}
+
+// Two rows as pairs of their numbers; the second may be missing.
+void interleave(const Half* low, const Half* high, Pair* to, long width) {
+    for (long d = 0; d < width; d += 16)
+        store_pairs(to + d, load_bits(low + d), high ? load_bits(high + d) : _mm512_setzero_si512());
+}
+
+float dot(const Half* a, const Half* b, long width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long d = 0; d < width; d += 16)
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(load_bits(a + d), 16)),
+                              _mm512_castsi512_ps(_mm512_slli_epi32(load_bits(b + d), 16)), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+// 2^x: a polynomial for the fraction (Taylor, relative error below 3e-6), its exponent for the rest.
+__m512 exp2(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(1.33335581e-3f);
+    for (float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
+        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// The first `count` of sixteen numbers.
+__mmask16 first(long count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1);
+}
+
+long sixteens(long n) { return (n + 15) / 16 * 16; }
+
+// ---- matrix products
+
+template <int M, int N>
+void tile(const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c, long c_row,
+          long depth, bool add) {
+    __m512 sums[M][N];
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n)
+            sums[m][n] = add ? load(c + m * c_row + 16 * n) : _mm512_setzero_ps();
+    for (long k = 0; k < depth; ++k) {
+        __m512bh right[N];
+        for (int n = 0; n < N; ++n)
+            right[n] = (__m512bh)_mm512_loadu_si512(b + k * b_step + 16 * n);
+        for (int m = 0; m < M; ++m) {
+            __m512bh left = (__m512bh)_mm512_set1_epi32(int(a[m * a_row + k * a_step]));
+            for (int n = 0; n < N; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], left, right[n]);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_row + 16 * n, sums[m][n]);
+}
+
+template <int M>
+void strip(const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c, long c_row,
+           long columns, long depth, bool add) {
+    long n = 0;
+    for (; n + 64 <= columns; n += 64)
+        tile<M, 4>(a, a_row, a_step, b + n, b_step, c + n, c_row, depth, add);
+    auto rest = columns - n == 48 ? tile<M, 3> : columns - n == 32 ? tile<M, 2> : tile<M, 1>;
+    if (n < columns) rest(a, a_row, a_step, b + n, b_step, c + n, c_row, depth, add);
+}
+
+// c [rows, columns] (+)= a [rows, 2 depth] b [2 depth, columns]: at most STRIP rows, and columns in
+// sixteens. A step goes from one pair of the depth to the next.
+void product(long rows, const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c,
+             long c_row, long columns, long depth, bool add = false) {
+    static constexpr decltype(&strip<1>) strips[] = {strip<1>, strip<2>, strip<3>,
+                                                     strip<4>, strip<5>, strip<6>};
+    strips[rows - 1](a, a_row, a_step, b, b_step, c, c_row, columns, depth, add);
+}
+
+// ---- what lies where
+
+struct Heads {  // a tensor [T, heads, D] and its strides
+    Half* data;
+    long token, head;
+    Half* at(long t, long h) const { return data + t * token + h * head; }
+    const Pair* pairs(long t, long h) const { return (const Pair*)at(t, h); }
+};
+
+struct Row {
+    int32_t prompt, prompt_length, answer, answer_length;
+    bool answers_with(const Row& other) const { return prompt_length && prompt == other.prompt; }
+};
+
+// All that forward and backward get.
+struct Call {
+    Heads q, k, v, out;
+    float* lse;
+    const Row* rows;
+    long count, heads, key_heads, width;
+    float scale;
+    int threads;
+};
+
+// The rows of one sample.
+struct Sample {
+    long begin, end, cost;
+};
+
+std::vector<Sample> samples(const Call& call) {
+    std::vector<Sample> all;
+    for (long r = 0; r < call.count; ++r) {
+        const Row& row = call.rows[r];
+        long length = row.prompt_length + row.answer_length;
+        if (!r || !row.answers_with(call.rows[r - 1])) all.push_back({r, r, 0});
+        all.back().end = r + 1;
+        all.back().cost += length * length;
+    }
+    // Long ones first, so that no thread begins one when the others are done.
+    std::stable_sort(all.begin(), all.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
+    return all;
+}
+
+std::vector<int32_t> tokens(const Row& row) {
+    std::vector<int32_t> at(row.prompt_length + row.answer_length);
+    std::iota(at.begin(), at.begin() + row.prompt_length, row.prompt);
+    std::iota(at.begin() + row.prompt_length, at.end(), row.answer);
+    return at;
+}
+
+// As the right side of products along the width: [D / 2, columns], columns being the row's tokens.
+void across(const Heads& x, long h, const std::vector<int32_t>& at, long width,
+            std::vector<Pair>& to) {
+    long columns = sixteens(at.size());
+    to.assign(width / 2 * columns, 0);
+    for (size_t n = 0; n < at.size(); ++n)
+        for (long d = 0; d < width / 2; ++d) to[d * columns + n] = x.pairs(at[n], h)[d];
+}
+
+// As the right side of products along the tokens: [tokens / 2, D].
+void along(const Heads& x, long h, const std::vector<int32_t>& at, long width,
+           std::vector<Pair>& to) {
+    to.resize((at.size() + 1) / 2 * width);
+    for (size_t n = 0; n < at.size(); n += 2)
+        interleave(x.at(at[n], h), n + 1 < at.size() ? x.at(at[n + 1], h) : nullptr,
+                   to.data() + n / 2 * width, width);
+}
+
+// What a thread works with; each grows to the longest row it meets.
+struct Scratch {
+    std::vector<Pair> keys, keys_along, values, queries, grads, weights, of_scores;
+    std::vector<float> scores, of_weights, sums, of_keys, of_values;
+    std::vector<Half> left;
+};
+
+// Where a block of queries that begins at `start` ends: before the answer if it is in the prompt,
+// since only tokens next to each other lie at equal distances.
+long ending(const Row& row, long start, long size) {
+    long end = start < row.prompt_length ? row.prompt_length : row.prompt_length + row.answer_length;
+    return std::min(start + size, end);
+}
+
+// ---- forward
+
+// Weights [columns] of a query that sees so many keys, and their sum; not yet divided by it.
+float softmax(const float* scores, Half* weights, long seen, long columns, float scale, float* lse) {
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long c = 0; c < seen; c += 16)
+        top = _mm512_mask_max_ps(top, first(seen - c), top, load(scores + c));
+    const float highest = _mm512_reduce_max_ps(top) * scale;
+    const __m512 by = _mm512_set1_ps(scale), shift = _mm512_set1_ps(highest);
+    for (long c = 0; c < columns; c += 16) {
+        __m512 w = exp2(_mm512_fmsub_ps(load(scores + c), by, shift));
+        w = _mm512_maskz_mov_ps(first(seen - c), w);
+        sum = _mm512_add_ps(sum, w);
+        store(weights + c, w);
+    }
+    float total = _mm512_reduce_add_ps(sum);
+    *lse = highest + std::log2(total);
+    return total;
+}
+
+void attend(const Call& call, const Row& row, long begin, long key_head, Scratch& own) {
+    const std::vector<int32_t> at = tokens(row);
+    const long columns = sixteens(at.size()), width = call.width;
+    const long group = call.heads / call.key_heads;
+    across(call.k, key_head, at, width, own.keys);
+    along(call.v, key_head, at, width, own.values);
+    own.scores.resize(STRIP * columns);
+    own.left.resize(STRIP * columns);
+    own.sums.resize(STRIP * width);
+    for (long h = key_head * group; h < (key_head + 1) * group; ++h)
+        for (long start = begin, end; start < long(at.size()); start = end) {
+            end = ending(row, start, STRIP);
+            long rows = end - start, seen = sixteens(end);
+            float totals[STRIP];
+            product(rows, call.q.pairs(at[start], h), call.q.token / 2, 1, own.keys.data(), columns,
+                    own.scores.data(), columns, seen, width / 2);
+            for (long r = 0; r < rows; ++r)
+                totals[r] = softmax(&own.scores[r * columns], &own.left[r * columns], start + r + 1,
+                                    seen, call.scale * LOG2E, call.lse + at[start + r] * call.heads + h);
+            product(rows, (const Pair*)own.left.data(), columns / 2, 1, own.values.data(), width,
+                    own.sums.data(), width, width, (end + 1) / 2);
+            for (long r = 0; r < rows; ++r)
+                for (long d = 0; d < width; d += 16)
+                    store(call.out.at(at[start + r], h) + d,
+                          _mm512_div_ps(load(&own.sums[r * width + d]), _mm512_set1_ps(totals[r])));
+        }
+}
+
+// ---- backward
+
+// The gradient of one query's scores, from that of its weights.
+struct Way {
+    const float *scores, *of_weights;
+    __m512 lse, delta;
+    long seen;
+
+    Way(const Call& call, const Heads& grad, const float* scores, const float* of_weights, long t,
+        long h, long seen)
+        : scores(scores),
+          of_weights(of_weights),
+          lse(_mm512_set1_ps(call.lse[t * call.heads + h])),
+          delta(_mm512_set1_ps(dot(grad.at(t, h), call.out.at(t, h), call.width))),
+          seen(seen) {}
+
+    void at(long c, __m512 scale, __m512* weights, __m512* of_scores) const {
+        const __mmask16 visible = first(seen - c);
+        __m512 x = _mm512_mul_ps(scale, _mm512_set1_ps(LOG2E));
+        *weights = _mm512_maskz_mov_ps(visible, exp2(_mm512_fmsub_ps(load(scores + c), x, lse)));
+        __m512 y = _mm512_mul_ps(scale, _mm512_sub_ps(load(of_weights + c), delta));
+        *of_scores = _mm512_maskz_mul_ps(visible, *weights, y);
+    }
+};
+
+// The gradients of a row's queries; those of its keys and values are added to own.of_keys and
+// own.of_values [tokens, D].
+void attend_back(const Call& call, const Heads& grad, const Heads& grad_q, const Row& row, long begin,
+                 long key_head, Scratch& own) {
+    const std::vector<int32_t> at = tokens(row);
+    const long columns = sixteens(at.size()), width = call.width;
+    const long group = call.heads / call.key_heads;
+    const __m512 scale = _mm512_set1_ps(call.scale);
+    across(call.k, key_head, at, width, own.keys);
+    along(call.k, key_head, at, width, own.keys_along);
+    across(call.v, key_head, at, width, own.values);
+    for (auto* x : {&own.of_keys, &own.of_values}) {
+        x->resize(at.size() * width);
+        std::fill(x->begin() + begin * width, x->end(), 0.f);  // the prompt's are those so far
+    }
+    for (auto* x : {&own.scores, &own.of_weights}) x->resize(STRIP * columns);
+    for (auto* x : {&own.weights, &own.of_scores}) x->resize(BLOCK / 2 * columns);
+    for (auto* x : {&own.queries, &own.grads}) x->resize(BLOCK / 2 * width);
+    own.left.resize(STRIP * columns);
+    own.sums.resize(STRIP * width);
+    for (long h = key_head * group; h < (key_head + 1) * group; ++h)
+        for (long start = begin, end; start < long(at.size()); start = end) {
+            end = ending(row, start, BLOCK);
+            for (long i = start; i < end; i += STRIP) {
+                const long rows = std::min(STRIP, end - i), seen = sixteens(i + rows);
+                product(rows, call.q.pairs(at[i], h), call.q.token / 2, 1, own.keys.data(), columns,
+                        own.scores.data(), columns, seen, width / 2);
+                product(rows, grad.pairs(at[i], h), grad.token / 2, 1, own.values.data(), columns,
+                        own.of_weights.data(), columns, seen, width / 2);
+                for (long r = 0; r < rows; r += 2) {
+                    const bool two = r + 1 < rows;  // else the second is the first and sees nothing
+                    const long a = at[i + r], b = at[i + r + two], place = (i - start + r) / 2;
+                    const long low = r * columns, high = (r + two) * columns;
+                    Way one(call, grad, &own.scores[low], &own.of_weights[low], a, h, i + r + 1);
+                    Way other(call, grad, &own.scores[high], &own.of_weights[high], b, h,
+                              two ? i + r + 2 : 0);
+                    Pair *w = &own.weights[place * columns], *s = &own.of_scores[place * columns];
+                    for (long c = 0; c < seen; c += 16) {
+                        __m512 w0, w1, s0, s1;
+                        one.at(c, scale, &w0, &s0);
+                        other.at(c, scale, &w1, &s1);
+                        store_pairs(w + c, w0, w1);
+                        store_pairs(s + c, s0, s1);
+                        store(&own.left[low + c], s0);
+                        if (two) store(&own.left[high + c], s1);
+                    }
+                    std::fill(w + seen, w + sixteens(end), 0);
+                    std::fill(s + seen, s + sixteens(end), 0);
+                    interleave(call.q.at(a, h), two ? call.q.at(b, h) : nullptr,
+                               &own.queries[place * width], width);
+                    interleave(grad.at(a, h), two ? grad.at(b, h) : nullptr,
+                               &own.grads[place * width], width);
+                }
+                product(rows, (const Pair*)own.left.data(), columns / 2, 1, own.keys_along.data(),
+                        width, own.sums.data(), width, width, (i + rows + 1) / 2);
+                for (long r = 0; r < rows; ++r)
+                    for (long d = 0; d < width; d += 16)
+                        store(grad_q.at(at[i + r], h) + d, load(&own.sums[r * width + d]));
+            }
+            for (long n = 0; n < end; n += STRIP) {
+                const long rows = std::min(STRIP, end - n);
+                const long past = std::max(0L, (n - start) / 2);  // pairs of queries before the keys
+                const long depth = (end - start + 1) / 2 - past;
+                product(rows, &own.weights[past * columns + n], 1, columns, &own.grads[past * width],
+                        width, &own.of_values[n * width], width, width, depth, true);
+                product(rows, &own.of_scores[past * columns + n], 1, columns,
+                        &own.queries[past * width], width, &own.of_keys[n * width], width, width,
+                        depth, true);
+            }
+        }
+}
+
+void write(const Heads& to, long h, const std::vector<float>& from, const Row& row, long begin,
+           long width) {
+    const std::vector<int32_t> at = tokens(row);
+    for (long i = begin; i < long(at.size()); ++i)
+        for (long d = 0; d < width; d += 16) store(to.at(at[i], h) + d, load(&from[i * width + d]));
+}
+
+template <class Work>
+void each(const Call& call, Work work) {
+    const std::vector<Sample> all = samples(call);
+#pragma omp parallel num_threads(call.threads)
+    {
+        Scratch own;
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < long(all.size()) * call.key_heads; ++task) {
+            const Sample& sample = all[task / call.key_heads];
+            for (long r = sample.begin; r < sample.end; ++r) {
+                const Row& row = call.rows[r];
+                work(row, r > sample.begin ? row.prompt_length : 0, r + 1 == sample.end,
+                     task % call.key_heads, own);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void forward(const Call* call) {
+    each(*call, [&](const Row& row, long begin, bool, long key_head, Scratch& own) {
+        attend(*call, row, begin, key_head, own);
+    });
+}
+
+extern "C" void backward(const Call* call, const Heads* grad, const Heads* grad_q,
+                         const Heads* grad_k, const Heads* grad_v) {
+    each(*call, [&](const Row& row, long begin, bool last, long key_head, Scratch& own) {
+        attend_back(*call, *grad, *grad_q, row, begin, key_head, own);
+        const long from = last ? 0 : row.prompt_length;  // a prompt's, once all answers gave theirs
+        write(*grad_k, key_head, own.of_keys, row, from, call->width);
+        write(*grad_v, key_head, own.of_values, row, from, call->width);
+    });
+}

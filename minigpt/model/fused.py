@@ -1,0 +1,144 @@
+"""Packed attention in bf16 as one kernel, for CPUs with AVX512-BF16: attention.cpp.
+
+A C++ compiler, the one that torch.compile needs, builds it into the cache directory when it is
+first asked for, which takes a few seconds. Without one, attention is as everywhere else.
+
+Shape legend:
+    T  tokens of the batch, H query heads, K key heads, D width of a head, R rows of the plan
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.files import cache_dir, whole_file
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+FLAGS = ["-std=c++17", "-O3", "-funroll-loops", "-fopenmp", "-shared", "-fPIC", "-w"]
+FLAGS += [f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")]
+
+
+class _Heads(ctypes.Structure):
+    """A tensor [T, heads, D] of which each head's numbers lie next to each other."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("token", ctypes.c_long), ("head", ctypes.c_long))
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Heads:
+        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class _Call(ctypes.Structure):
+    """What both ways of the kernel get."""
+
+    _fields_ = (
+        *((name, _Heads) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("lse", "rows")),
+        *((name, ctypes.c_long) for name in ("count", "heads", "key_heads", "width")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    )
+
+
+def available() -> bool:
+    """Whether the kernel runs here; it is built if need be, which a failure only says."""
+    return _library() is not None
+
+
+def applies(query: Tensor, dtype: torch.dtype, dropout: float) -> bool:
+    """Whether the kernel computes this attention: bf16 on such a CPU, without dropout."""
+    fits = dtype == torch.bfloat16 and not dropout and query.shape[-1] % 16 == 0
+    return fits and query.device.type == "cpu" and available()
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> Tensor:
+    """Causal attention inside each row of a plan, by the kernel.
+
+    Args:
+        q: [T, H, D] bf16.
+        k, v: [T, K, D] with K dividing H.
+        spans: [R, 4] of the plan.
+        scaling: factor of the logits.
+
+    Returns:
+        [T, H, D].
+    """
+    out: Tensor = _Fused.apply(q, k, v, spans, scaling)
+    return out
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> Tensor:
+        q, k, v = (_dense(x) for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        kept = (q, k, v, out, lse, spans)
+        _loaded().forward(ctypes.byref(_call(kept, scaling)))
+        ctx.save_for_backward(*kept)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _dense(grads[0])
+        found = [x.new_empty(x.shape) for x in ctx.saved_tensors[:3]]
+        places = [ctypes.byref(_Heads.of(x)) for x in (grad, *found)]
+        _loaded().backward(ctypes.byref(_call(ctx.saved_tensors, ctx.scaling)), *places)
+        return *found, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return a tensor whose heads' numbers lie next to each other, in pairs."""
+    even = x.stride(0) % 2 == x.stride(1) % 2 == x.storage_offset() % 2 == 0
+    return x if x.stride(2) == 1 and even else x.contiguous()
+
+
+def _call(saved: tuple[Tensor, ...], scaling: float) -> _Call:
+    q, k, v, out, lse, spans = saved
+    heads = (_Heads.of(x) for x in (q, k, v, out))
+    shape = (len(spans), q.shape[1], k.shape[1], q.shape[2])
+    threads = torch.get_num_threads()
+    return _Call(*heads, lse.data_ptr(), spans.data_ptr(), *shape, scaling, threads)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    cpu: Any = torch.cpu
+    if not cpu._is_avx512_bf16_supported():
+        return None
+    try:
+        return ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("Attention without its kernel, which only costs speed: %s", error)
+        return None
+
+
+def _build() -> Path:
+    """Return the compiled kernel, from the cache if it is there."""
+    command = [os.environ.get("CXX", "g++"), *FLAGS]
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()
+    kept = cache_dir() / "kernels" / f"attention-{digest[:16]}.so"
+    if not kept.exists():
+        with whole_file(kept) as partial:
+            built = [*command, str(SOURCE), "-o", str(partial)]
+            subprocess.run(built, check=True, capture_output=True, text=True)
+    return kept
