@@ -127,9 +127,12 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("Attention without its kernel, which only costs speed: %s", error)
-        return None
+    except subprocess.CalledProcessError as error:
+        why = f"{error.cmd[0]} failed. {error.stderr.strip()}"
+    except OSError as error:
+        why = str(error)
+    log.warning("Attention without its kernel, which only costs speed: %.300s", why)
+    return None
 
 
 def _build() -> Path:
