@@ -23,7 +23,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 ROOM = 64  # positions by which the cache grows at least
 # `_op`, because the operator's Python wrapper takes a fifth of a small product's time.
-INT8_LINEAR = torch.ops.quantized.linear_dynamic._op
+INT8_LINEAR: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic._op
+
+ONEDNN: Any = torch.backends.mkldnn
+USE_ONEDNN = ONEDNN.enabled  # read once, for several threads may be decoding
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
 
@@ -55,20 +58,19 @@ class Matrix:
         # Row times matrix is faster down the columns in fp32, and along the rows in bf16.
         plain = dtype is torch.float32
         self.weight = weight.t().contiguous() if plain else weight.to(dtype).t()
+        # MKL multiplies a row in one thread, unless it is given as several parts of the sum.
+        fewest, size = max(4, torch.get_num_threads()), weight.shape[1]
+        self.parts = next((n for n in range(fewest, size + 1) if size % n == 0), 1)
 
     def __call__(self, x: Tensor, whole: bool = False) -> Tensor:
         """Return x @ weight.T; x [T, in]; `whole` asks for the exact weight."""
-        if self.packed is None or whole:
+        if self.packed is not None and not whole:
+            # 7 bits: without VNNI, full bytes overflow where they are summed in pairs.
+            return INT8_LINEAR(x, self.packed, True)
+        if len(x) > 1 or x.dtype is not torch.float32 or x.device.type != "cpu":
             return x.mm(self.weight)
-        # 7 bits: without VNNI, products of full bytes overflow where they are summed in pairs.
-        out: Tensor = INT8_LINEAR(x, self.packed, True)
-        return out
-
-    def add(self, base: Tensor, x: Tensor, whole: bool) -> Tensor:
-        """Return base + x @ weight.T."""
-        if self.packed is None or whole:
-            return torch.addmm(base, x, self.weight)
-        return self(x).add_(base)
+        rows = x.view(self.parts, 1, -1)
+        return rows.bmm(self.weight.view(self.parts, rows.shape[2], -1)).sum(0)
 
 
 def _int8(weight: Tensor) -> Any:
@@ -122,8 +124,7 @@ class Weights:
         self.head = self._matrix(head.weight.float() * self._folded(body.norm.weight))
 
     def _folded(self, norm: Tensor) -> Tensor:
-        folded: Tensor = norm.float() * norm.numel() ** 0.5  # `unit` gives vectors of length 1
-        return folded
+        return norm.float().mul(norm.numel() ** 0.5)  # `unit` gives vectors of length 1
 
     def _layer(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -172,9 +173,9 @@ class Weights:
         for index, layer in enumerate(self.layers):
             heads = layer.qkv(self.unit(x), whole).view(len(x), -1, self.width)
             self._turn(heads.narrow(1, 0, turned), layer.norm, turns)
-            x = layer.out.add(x, attend(index, heads), whole)
+            x = layer.out(attend(index, heads), whole).add_(x)
             gate, up = layer.gate_up(self.unit(x), whole).chunk(2, -1)
-            x = layer.down.add(x, F.silu(gate, inplace=True).mul_(up), whole)
+            x = layer.down(F.silu(gate, inplace=True).mul_(up), whole).add_(x)
         return x
 
     def _turn(self, heads: Tensor, norm: Tensor | None, turns: Tensor) -> None:
@@ -269,8 +270,13 @@ class Native:
             return _attend(q, keys, values, mask).reshape(rows, -1)
 
         given = torch.tensor(tokens, device=device)
-        out = weights.forward(given, turns, attend, whole=False)
-        return weights.logits(out, whole=False)
+        # One row in bf16 takes torch's own products half of oneDNN's time.
+        ONEDNN.enabled = USE_ONEDNN and not (rows == 1 and weights.dtype is torch.bfloat16)
+        try:
+            out = weights.forward(given, turns, attend, whole=False)
+            return weights.logits(out, whole=False)
+        finally:
+            ONEDNN.enabled = USE_ONEDNN
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:
@@ -297,9 +303,7 @@ class Native:
             cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
             if held:
                 cache[:, :held_rows, :, :held] = self.caches[index]
-                self.caches[index] = cache
-            else:
-                self.caches.append(cache)
+            self.caches[index : index + 1] = [cache]
         if positions > len(self.turns):
             self.turns = self.weights.rotations(positions)
 

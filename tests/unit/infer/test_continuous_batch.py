@@ -135,6 +135,23 @@ def test_steps_have_the_models_own_logits(
         assert float((logits - own).abs().max()) < off * float(own.abs().max())
 
 
+def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Native(Weights(endless("qwen3", tokenizer).model, torch.bfloat16))
+    runner.admit([[5, 9, 7]])
+    seen = []
+
+    def fails(*given: Any, **named: Any) -> None:
+        seen.append(torch.backends.mkldnn.enabled)
+        raise RuntimeError("a product failed")
+
+    monkeypatch.setattr(runner.weights, "forward", fails)
+    with pytest.raises(RuntimeError, match="a product failed"):
+        runner.step([11])
+    assert [*seen, torch.backends.mkldnn.enabled] == [False, True]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_request_says_the_same_alone_and_in_company(
     family: str, tokenizer: PreTrainedTokenizerFast
