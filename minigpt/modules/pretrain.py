@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
 from minigpt.model.build import Architecture, build_native
+from minigpt.model.growth import Growth, awake, check_growth, put_to_sleep
 from minigpt.modules.base import BaseModule, Step, bits_per_byte
 
 
@@ -18,6 +19,7 @@ class PretrainModule(BaseModule):
 
     Args:
         architecture: sizes of the native model.
+        grow: train the first layers alone for a while (from random weights only).
         kwargs: see `BaseModule`.
     """
 
@@ -27,6 +29,7 @@ class PretrainModule(BaseModule):
     def __init__(
         self,
         architecture: Architecture = Architecture(),  # noqa: B008  (frozen)
+        grow: Growth | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -34,13 +37,33 @@ class PretrainModule(BaseModule):
             raise ConfigError(
                 "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
             )
-        self.architecture = architecture
+        if grow is not None and self.init_from is not None:
+            raise ConfigError(
+                "model.init_args.grow starts from random weights: leave it or init_from out."
+            )
+        self.architecture, self.grow = architecture, grow
 
     def build(self) -> PreTrainedModel:
         """Return a native model with random weights, or the model to go on from."""
         if self.trained or self.init_from:
             return super().build()
-        return build_native(self.architecture, self.tokenizer)
+        model = build_native(self.architecture, self.tokenizer)
+        if self.grow:
+            put_to_sleep(model, self.grow)
+        return model
+
+    def on_fit_start(self) -> None:
+        """See whether the model will grow."""
+        if self.grow:
+            check_growth(self.grow, self.total_steps(), self.trainer.strategy)
+        super().on_fit_start()
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Compute with the layers that are awake."""
+        if self.grow is None:
+            return super().training_step(batch, batch_idx)
+        with awake(self.model.hf, self.grow, self.trainer.global_step):
+            return super().training_step(batch, batch_idx)
 
     def step(self, batch: PackedBatch) -> Step:
         """Return the summed cross-entropy of all next tokens, in nats."""
