@@ -85,6 +85,9 @@ def understood(message: str, ex: BaseException | None, known: Sequence[str]) -> 
             name = ".".join(match.groups())
             return OptionError("there is no such option", f"{key}.{name}".strip("."), known)
     if "arguments are required" in problem:
+        missing = problem.rpartition(": ")[2]
+        if ".model" not in missing:
+            return OptionError(f"{missing} must be given, too", key)
         return OptionError("no model and no data are given; name a config with --config FILE")
     return OptionError(in_words(problem), key)
 

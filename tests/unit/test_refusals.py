@@ -246,6 +246,11 @@ def test_no_config(minigpt: Minigpt, verb: str) -> None:
     told(minigpt(verb), "name a config with --config FILE")
 
 
+def test_half_of_an_option(fit: Minigpt) -> None:
+    said = fit("pretrain", "--model.init_args.grow.layers", "1")
+    told(said, "model.grow: steps must be given, too")
+
+
 BAD_NUMBERS = [
     ("data__init_args__tokens_per_batch", 0),
     ("data__init_args__tokens_per_batch", -5),
