@@ -132,9 +132,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="ours; with muon, of its matrices")
     parser.add_argument("--adamw_lr", type=float, default=1e-2, help="with muon, of the rest")
     parser.add_argument("--decay", type=float, default=0.8, help="share of our steps that fall")
-    add = parser.add_argument
-    add("--grow_layers", type=int, default=1, help="ours, that train alone at first (1; 0: all)")
-    add("--grow_share", type=float, default=0.9, help="of our steps, that they do (0.9)")
+    parser.add_argument("--grow_layers", type=int, default=1, help="ours that train first (0: all)")
+    parser.add_argument("--grow_share", type=float, default=0.9, help="of our steps, that they do")
     parser.add_argument("--tokens_per_batch", type=int, default=1024, help="of our step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks of the plain loop's step")

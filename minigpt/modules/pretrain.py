@@ -41,6 +41,11 @@ class PretrainModule(BaseModule):
             raise ConfigError(
                 "model.init_args.grow starts from random weights: leave it or init_from out."
             )
+        if grow is not None and grow.layers >= architecture.layers:
+            raise ConfigError(
+                f"grow.layers is {grow.layers}, but the model has {architecture.layers} layers: "
+                "start with fewer, or leave grow out."
+            )
         self.architecture, self.grow = architecture, grow
 
     def build(self) -> PreTrainedModel:

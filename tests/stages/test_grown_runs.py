@@ -54,6 +54,15 @@ def test_a_run_that_ends_before_it_grows_is_refused(fit: Fit) -> None:
         fit("pretrain", **{GROW: {"layers": 1, "steps": 3}})
 
 
+def test_a_model_without_further_layers_is_refused_before_a_run_is_overwritten(
+    fit: Fit, tmp_path: Path
+) -> None:
+    fit("pretrain")
+    with pytest.raises(ConfigError, match=r"grow\.layers is 2, but the model has 2 layers"):
+        fit("pretrain", "run", "--overwrite", "true", **{GROW: {"layers": 2, "steps": 2}})
+    assert load_model(tmp_path / "run")
+
+
 def test_growth_is_for_random_weights(fit: Fit, world: Path) -> None:
     start: dict[str, Any] = {"model__init_args__init_from": str(world / "pretrain")}
     with pytest.raises(ConfigError, match="leave it or init_from out"):

@@ -68,8 +68,3 @@ def test_a_run_that_would_not_grow_is_refused(steps: int, strategy: Strategy, to
 def test_growth_starts_from_something(layers: int, steps: int, name: str) -> None:
     with pytest.raises(ConfigError, match=f"grow.{name} must be at least 1, but is 0"):
         Growth(layers, steps)
-
-
-def test_a_model_without_further_layers_cannot_grow() -> None:
-    with pytest.raises(ConfigError, match=r"grow\.layers is 2, but the model has 2 layers"):
-        put_to_sleep(tiny.model("qwen3"), Growth(2, 4))
