@@ -67,7 +67,8 @@ def main(args: list[str]) -> None:
     add("--max-length", "--max_length", type=positive, default=512, help="of a sample (512)")
     add("--batch-size", "--batch_size", type=positive, help="rows, pairs or blocks of a step")
     add("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
-    add("--tokenizer", help="directory; by default 6,400 tokens trained on --data")
+    add("--tokenizer", help="directory; by default one is trained on --data")
+    add("--vocabulary", type=positive, default=6400, help="tokens of that one (6,400)")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="of our arm (adamw)")
     add("--precision", choices=PRECISIONS, help="of all arms; by default what is fast here")
     add("--repeats", type=positive, default=3, help="of each arm (3)")
@@ -111,7 +112,9 @@ def prepare(chosen: Namespace, place: Path) -> Work:
     quiet()
     torch.manual_seed(0)
     given, (_, _, kind, usual) = chosen.tokenizer, STAGES[chosen.stage]
-    tokenizer = tokenizers.load(given) if given else tokenizers.train([chosen.data], 6400)
+    tokenizer = (
+        tokenizers.load(given) if given else tokenizers.train([chosen.data], chosen.vocabulary)
+    )
     sizes = Architecture(**architecture(chosen.size))
     model = build_native(sizes, tokenizer)
     save_model(model, tokenizer, place / "start")
@@ -162,6 +165,7 @@ def measure(work: Work) -> Result:
     return {
         **{name: getattr(chosen, name) for name in names},
         "data": Path(chosen.data).resolve().name,
+        "vocabulary": work.vocabulary,
         "samples": len(work.store),
         "batch_size": work.batch_size,
         "tokens_per_batch": work.tokens_per_batch,

@@ -4,7 +4,7 @@ Shape legend:
     T  tokens of the micro-batch, all samples one after the other, no padding
     N  target tokens
     A  answers: one per text or chat, two per preference (chosen, then rejected)
-    G  groups of attention rows of like length; R rows of a group; L its longest row
+    R  attention rows of the batch, or of a group of them of like length; L its longest row
 
 A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
 both answers attend to it. So a target's hidden state is not always its left neighbour's;
@@ -13,8 +13,9 @@ both answers attend to it. So a target's hidden state is not always its left nei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,30 +28,57 @@ GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would comput
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which tokens attend to which, as groups of causal rows.
+    """Which tokens attend to which: causal rows, each a text, or a prompt and an answer to it.
 
     Attributes:
-        gather: per group, [R, L] positions in the batch; a short row ends in copies of 0,
-            which causality keeps from mattering.
-        scatter: [T] where each token's result lies in all groups' rows, flattened.
-        spans: [R, 4] the same rows, not grouped: where the prompt begins and its length, the
-            same of the answer (a text is all answer). Answers to one prompt follow each other.
-        longest: tokens of the longest row.
+        spans: [R, 4] where a row's prompt begins and its length, the same of the answer (a text
+            is all answer). Answers to one prompt follow each other. Stays where it was made.
+        cu_queries: [R+1] borders in the batch of the tokens whose results a row gives. A shared
+            prompt takes its result from the first of its rows.
+        cu_keys: [R+1] borders of what the rows attend to, row after row.
+        keys: positions in the batch of what the rows attend to; None when that is the batch.
+        longest: tokens of the longest row. longest_queries: most results of a row.
+        even: whether there are several rows, all of one length, and nothing is shared.
     """
 
-    gather: tuple[Tensor, ...]
-    scatter: Tensor
     spans: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    keys: Tensor | None
     longest: int
+    longest_queries: int
+    even: bool
+
+    @property
+    def gather(self) -> tuple[Tensor, ...]:
+        """Rows of like length: per group [R, L] positions; a short row ends in copies of 0,
+        which causality keeps from mattering.
+        """
+        return self._groups[0]
+
+    @property
+    def scatter(self) -> Tensor:
+        """[T] where each token's result lies in all groups' rows, flattened."""
+        return self._groups[1]
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        gather, scatter = _group([positions(span) for span in self.spans.tolist()])
+        device = self.cu_queries.device
+        return tuple(group.to(device) for group in gather), scatter.to(device)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        keys = None if self.keys is None else change(self.keys)
+        queries = change(self.cu_queries)
+        return replace(self, cu_queries=queries, cu_keys=change(self.cu_keys), keys=keys)
 
     def to(self, device: Any, non_blocking: bool = False) -> AttentionPlan:
         """Move all index tensors to a device."""
+        return self._with(lambda x: x.to(device, non_blocking=non_blocking))
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=non_blocking)
-
-        gather = tuple(map(move, self.gather))
-        return replace(self, gather=gather, scatter=move(self.scatter), spans=move(self.spans))
+    def pin_memory(self) -> AttentionPlan:
+        """Pin them for an asynchronous copy to a GPU."""
+        return self._with(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -101,7 +129,7 @@ class PackedBatch:
         pinned: dict[str, Any] = {
             f.name: value.pin_memory()
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor | AttentionPlan)
         }
         return replace(self, **pinned)
 
@@ -140,15 +168,31 @@ def positions(span: Span) -> NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def plan_attention(spans: Sequence[Span], n_tokens: int) -> AttentionPlan:
-    """Group causal rows of like length.
+def plan_attention(spans: Sequence[Span]) -> AttentionPlan:
+    """Plan the rows that follow each other in the batch, from its first token to its last."""
+    of_row = [prompt + answer for _, prompt, _, answer in spans]
+    given = [  # a prompt that the row before has given results for is not given again
+        answer if number and prompt and spans[number - 1][0] == start else prompt + answer
+        for number, (start, prompt, _, answer) in enumerate(spans)
+    ]
+    shared = given != of_row
+    return AttentionPlan(
+        spans=torch.tensor(spans, dtype=torch.int32),
+        cu_queries=_borders(given),
+        cu_keys=_borders(of_row),
+        keys=_join([positions(span) for span in spans]) if shared else None,
+        longest=max(of_row),
+        longest_queries=max(given),
+        even=len(spans) > 1 and not shared and len(set(of_row)) == 1,
+    )
 
-    Args:
-        spans: of each row. A position in several rows (a shared prompt) takes its result from
-            the first.
-        n_tokens: T.
-    """
-    rows = [positions(span) for span in spans]
+
+def _borders(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def _group(rows: list[NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
+    """Return `gather` and `scatter` of a plan's rows."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     groups: list[list[int]] = []
     for index in order:
@@ -156,7 +200,7 @@ def plan_attention(spans: Sequence[Span], n_tokens: int) -> AttentionPlan:
             groups[-1].append(index)
         else:
             groups.append([index])
-    scatter = np.full(n_tokens, -1, np.int64)
+    scatter = np.full(1 + max(int(row[-1]) for row in rows), -1, np.int64)
     gather, base = [], 0
     for group in groups:
         length = len(rows[group[0]])
@@ -168,12 +212,7 @@ def plan_attention(spans: Sequence[Span], n_tokens: int) -> AttentionPlan:
             scatter[row[unclaimed]] = base + place * length + np.flatnonzero(unclaimed)
         gather.append(torch.from_numpy(table))
         base += table.size
-    return AttentionPlan(
-        gather=tuple(gather),
-        scatter=torch.from_numpy(scatter),
-        spans=torch.tensor(spans, dtype=torch.int32),
-        longest=len(rows[order[0]]),
-    )
+    return gather, torch.from_numpy(scatter)
 
 
 def _runs(sample: Sample, start: int) -> Iterable[tuple[Span, int, int]]:
@@ -211,16 +250,15 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
             spans.append(span)
         start += len(sample.ids)
     ids = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
-    lengths = [len(sample.ids) for sample in samples]
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=_join(places),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        cu_seqlens=_borders([len(sample.ids) for sample in samples]),
         predict_at=_join(at),
         labels=torch.from_numpy(ids[np.concatenate(label_at)]),
         answers=_join(answers),
         n_answers=len(spans),
-        plan=plan_attention(spans, start),
+        plan=plan_attention(spans),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,
     )

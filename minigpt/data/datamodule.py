@@ -133,10 +133,10 @@ class PackedLoader:
         yield from DataLoader(
             dataset,
             batch_size=None,
-            num_workers=m.num_workers,
-            pin_memory=m.pin_memory,
+            num_workers=m.readers,
+            pin_memory=m.beside_gpu,
             generator=torch.Generator(),  # its own, so that reading never changes the dropout
-            worker_init_fn=leave_signals if m.num_workers else None,
+            worker_init_fn=leave_signals if m.readers else None,
         )
 
 
@@ -157,7 +157,8 @@ class JSONLDataModule(LightningDataModule):
         on_bad_row: stop at a bad row, or skip and count it.
         max_bad_share: share of skipped rows above which the run stops.
         seed: decides the order of samples.
-        num_workers: processes that read batches ahead.
+        num_workers: processes that read batches ahead; by default 2 beside a GPU, and none on a
+            CPU, whose cores the model needs.
         cache_dir: where token stores live; by default `$MINIGPT_CACHE` or ~/.cache/minigpt.
     """
 
@@ -177,7 +178,7 @@ class JSONLDataModule(LightningDataModule):
         on_bad_row: Literal["error", "skip"] = "error",
         max_bad_share: float = 0.05,
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class JSONLDataModule(LightningDataModule):
         self.num_workers, self.cache_dir = num_workers, cache_dir
         self.position = (0, 0)  # (epoch, micro-batches of all processes) done so far
         self.place = (0, 1)  # (rank, world size)
-        self.pin_memory = False
+        self.beside_gpu = False
         self.order: PackedOrder | None = None
         self.val_order: PackedOrder | None = None
         self.train_parts: list[Selection] = []
@@ -226,6 +227,11 @@ class JSONLDataModule(LightningDataModule):
         module: Any = self.trainer.lightning_module
         return module.tokenizer  # type: ignore[no-any-return]
 
+    @property
+    def readers(self) -> int:
+        """How many processes read ahead."""
+        return (2 if self.beside_gpu else 0) if self.num_workers is None else self.num_workers
+
     def prepare_data(self) -> None:
         """Build the token stores, in one process only."""
         for path in self._files():
@@ -235,7 +241,7 @@ class JSONLDataModule(LightningDataModule):
         """Open the stores that the verb needs."""
         assert self.trainer is not None
         self.place = (self.trainer.global_rank, self.trainer.world_size)
-        self.pin_memory = self.trainer.strategy.root_device.type == "cuda"
+        self.beside_gpu = self.trainer.strategy.root_device.type == "cuda"
         if stage in ("fit", "validate", "test") and self.order is None and self.val_order is None:
             self._setup_train()
 

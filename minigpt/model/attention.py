@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -25,11 +27,14 @@ from minigpt.errors import ModelError
 from minigpt.model import fused
 
 PACKED = "minigpt_packed"
+TRACED = "minigpt_packed_traced"  # the same for layers that are compiled together with it
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
+FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_OPTIONS = signature(varlen.varlen_attn).parameters.keys()  # which differ between releases
+_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has a plan of its own
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -44,9 +49,6 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of the plan.
-
-    Where there is no kernel for it, rows of like length are gathered into one causal call. A
-    short row is filled up at its end, where causality hides the filling from every real token.
 
     Args:
         module: the attention layer (unused; part of the interface).
@@ -70,32 +72,82 @@ def packed_attention(
             f"{sliding_window}. Lower max_length to {sliding_window}."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = _dtype_of(query)
+    dtype = dtype_of(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
-    if fused.applies(query, dtype, dropout):
-        return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
+    attend = _by_kernel if kernel_applies(query, dropout) else _by_rows
+    return attend(q, k, v, plan, dropout, scaling).unsqueeze(0), None
+
+
+# Where rows are gathered, each batch has groups of its own, which no compiler should look at.
+AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
+AttentionInterface.register(TRACED, packed_attention)
+
+
+def dtype_of(x: Tensor) -> torch.dtype:
+    """Return what autocast would compute in: norms and rotations hand on wider numbers."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def kernel_applies(x: Tensor, dropout: float = 0.0) -> bool:
+    """Whether attention on x's device, and in the type that it is computed in, has a kernel for
+    rows of any length.
+    """
+    half = dtype_of(x) in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and not dropout and x.shape[-1] % 8 == 0 and _has_flash()
+
+
+@torch.compiler.assume_constant_result
+def _has_flash() -> bool:
+    needed = {"window_size", "scale"}
+    return needed <= _OPTIONS and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
+) -> Tensor:
+    """Attend by one call on a GPU. A row that gives few results attends to all of its keys: the
+    kernel aligns queries and keys at their ends. Rows of one length have a faster kernel.
+    """
+    if plan.even:
+        shape = len(plan.cu_queries) - 1, plan.longest
+        rows = [x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
+        with sdpa_kernel(FASTEST, set_priority=True):
+            out = scaled_dot_product_attention(
+                *rows, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.transpose(1, 2).flatten(0, 1)
+    if plan.keys is not None:
+        k, v = (x.index_select(0, plan.keys) for x in (k, v))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    borders = plan.cu_queries, plan.cu_keys, plan.longest_queries, plan.longest
+    return varlen.varlen_attn(
+        *(q, k, v, *borders), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
+    )
+
+
+def _by_rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
+) -> Tensor:
+    """Attend by the kernel for CPUs, or else gather rows of like length into one causal call.
+
+    A short row is filled up at its end, where causality hides the filling from every real token.
+    """
+    if fused.applies(q, dropout):
+        return fused.fused_attention(q, k, v, plan.spans, scaling)
     index = torch.cat([group.flatten() for group in plan.gather])
     sizes = [group.numel() for group in plan.gather]
     # Once for all groups, whose gradients would be added up one by one; index_select, because its
     # backward is many times faster on a CPU than indexing's.
     parts = (x.index_select(0, index).split(sizes) for x in (q, k, v))
     results = []
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         for group, *flat in zip(plan.gather, *parts, strict=True):
             # [R, heads, L, D]
             rows = [x.unflatten(0, list(group.shape)).transpose(1, 2) for x in flat]
             out = _attend(rows[0], rows[1], rows[2], dropout, scaling)
             results.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results).index_select(0, plan.scatter).unsqueeze(0), None
-
-
-AttentionInterface.register(PACKED, packed_attention)
-
-
-def _dtype_of(query: Tensor) -> torch.dtype:
-    """Return what autocast would compute in: norms and rotations hand on wider numbers."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return torch.cat(results).index_select(0, plan.scatter)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> Tensor:

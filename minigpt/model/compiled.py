@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,17 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minigpt.data.batch import Sample, collate
+from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.model import losses
+from minigpt.model.attention import TRACED, kernel_applies
 from minigpt.model.build import count_parameters
 from minigpt.model.lm import PackedLM
 
 log = logging.getLogger(__name__)
 
-SHORT = 64  # tokens of a sample that warms up; every model takes that many
+# Tokens of a text and of a pair that warm up; every model takes that many. The compiler takes
+# numbers that are equal in its first batch for equal ones in all: these equal nothing else.
+TEXT, PAIR = (0, 61, 0), (31, 13, 17)
 # Operations from which on compiling for half a minute pays: about five minutes of training.
 WORTHWHILE = {"cpu": 1e14, "cuda": 1e17}
 
@@ -48,8 +52,13 @@ def compiling_pays(module: Any) -> bool:
     return bool(operations > WORTHWHILE.get(trainer.strategy.root_device.type, math.inf))
 
 
-def compile_model(lm: PackedLM, tokens: int, precision: AbstractContextManager[None]) -> None:
-    """Compile a model's layers and its softmax in place, and let a batch through to warm up.
+def compile_model(
+    lm: PackedLM,
+    tokens: int,
+    precision: Callable[[], AbstractContextManager[None]],
+    pairs: bool = False,
+) -> None:
+    """Compile a model's layers and its softmax in place, and let batches through to warm up.
 
     The compiler fits its kernels to the first batch that it sees. It is always the same one, so
     that a run that goes on has the kernels that it had before.
@@ -59,27 +68,47 @@ def compile_model(lm: PackedLM, tokens: int, precision: AbstractContextManager[N
     Args:
         lm: the model.
         tokens: of a micro-batch.
-        precision: what a step's forward pass runs in.
+        precision: gives what a step's forward pass runs in.
+        pairs: batches hold preferences.
     """
     state = _Fallback()
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
             layer.forward = _for_packed(layer.forward, state)
     lm.softmax = state.guarded(losses.softmax)
+    with precision():
+        traced = kernel_applies(next(lm.parameters()))
+    if traced:
+        lm.hf.config._attn_implementation = TRACED
     try:
-        _warm_up(lm, tokens, precision)
+        for batch in _first_batches(tokens, pairs, also_even=traced):
+            _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
         state.fail(error)
 
 
-def _warm_up(lm: PackedLM, tokens: int, precision: AbstractContextManager[None]) -> None:
-    count = max(1, tokens // SHORT)
-    ids = np.zeros(SHORT, np.int64)
-    batch = collate([Sample(ids, 0, SHORT, 0, None, ("", 0))] * count)
+def _first_batches(tokens: int, pairs: bool, also_even: bool) -> Iterator[PackedBatch]:
+    """Yield a batch of each kind that is computed in its own way."""
+    prompt, first, second = PAIR if pairs else TEXT
+    ids = np.zeros(prompt + first + second, np.int64)
+    sample = Sample(ids, prompt, first, second, None, ("", 0))
+    short = replace(sample, ids=ids[1:], first=first - 1)
+    many = [sample] * max(2, tokens // len(ids))
+    yield collate([short, *many[1:]])
+    if also_even and not pairs:
+        yield collate(many)
+
+
+def _warm_up(
+    lm: PackedLM,
+    batch: PackedBatch,
+    precision: Callable[[], AbstractContextManager[None]],
+    pairs: bool,
+) -> None:
     weights = [p for p in lm.parameters() if p.requires_grad]
     with torch.random.fork_rng():  # dropout draws as if this had not been
-        with precision:
-            loss = lm(batch.to(next(lm.parameters()).device))
+        with precision():
+            loss = lm(batch.to(next(lm.parameters()).device), per_answer=pairs).sum()
         if weights:
             torch.autograd.grad(loss, weights, allow_unused=True)
 

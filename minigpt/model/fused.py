@@ -57,10 +57,10 @@ def available() -> bool:
     return _library() is not None
 
 
-def applies(query: Tensor, dtype: torch.dtype, dropout: float) -> bool:
+def applies(q: Tensor, dropout: float) -> bool:
     """Whether the kernel computes this attention: bf16 on such a CPU, without dropout."""
-    fits = dtype == torch.bfloat16 and not dropout and query.shape[-1] % 16 == 0
-    return fits and query.device.type == "cpu" and available()
+    fits = q.dtype == torch.bfloat16 and not dropout and q.shape[-1] % 16 == 0
+    return fits and q.device.type == "cpu" and available()
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> Tensor:

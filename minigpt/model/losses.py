@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-LOGITS = 2**23  # that exist at a time
-KEPT = 2**25  # probabilities, up to which they are kept for the way back instead of computed again
+LOGITS = {"cpu": 2**23}  # that exist at a time
+LOGITS_ELSEWHERE = 2**27  # small products leave a GPU idle
+KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm"]
 SMOOTHED = ("cdpo", "robust")  # the losses that assume a share of wrong labels
@@ -23,13 +24,18 @@ Softmax = Callable[[Tensor], tuple[Tensor, Tensor]]
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return log Σ exp [N] in fp32 and the probabilities [N, V] in the logits' own type."""
     wide = logits.float()
-    normaliser = wide.logsumexp(-1)
-    return normaliser, (wide - normaliser[:, None]).exp().to(logits.dtype)
+    top = wide.amax(-1, keepdim=True)  # spelled so that the compiler reads the logits once
+    normaliser = (wide - top).exp().sum(-1, keepdim=True).log() + top
+    return normaliser[:, 0], (wide - normaliser).exp().to(logits.dtype)
+
+
+def _limit(hidden: Tensor) -> int:
+    return LOGITS.get(hidden.device.type, LOGITS_ELSEWHERE)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of about equal length, and their labels [n, 1]."""
-    number = -(-len(labels) * len(weight) // LOGITS)
+    number = -(-len(labels) * len(weight) // _limit(hidden))
     size = -(-len(labels) // max(1, number))
     for start in range(0, len(labels), size or 1):
         chunk = slice(start, start + size)
@@ -104,7 +110,7 @@ class _LinearLogprobs(torch.autograd.Function):
         goes_back: bool,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        keep = goes_back and len(labels) * len(weight) <= KEPT
+        keep = goes_back and len(labels) * len(weight) <= KEPT * _limit(hidden)
         kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)

@@ -199,9 +199,10 @@ class BaseModule(LightningModule, ABC):
             self.compiled = compiling_pays(self)
         if self.compiled:
             log.info("Compiling the model's layers, which takes up to a minute.")
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            precision = self.trainer.precision_plugin.forward_context
             for lm in self.packed_models():
-                precision = self.trainer.precision_plugin.forward_context()
-                compile_model(lm, self.trainer.datamodule.tokens_per_batch, precision)  # type: ignore[attr-defined]
+                compile_model(lm, data.tokens_per_batch, precision, data.kind == "preference")
 
     def packed_models(self) -> list[PackedLM]:
         """Return the models that compute packed batches."""

@@ -86,7 +86,7 @@ class DPOModule(BaseModule):
 
     def packed_models(self) -> list[PackedLM]:
         """Return the model and its reference."""
-        return [self.model, *self._frozen]
+        return [self.model, *(lm.to(self.device) for lm in self._frozen)]
 
     def precompute(self) -> None:
         """Learn the reference's log-probs of all pairs, then let the frozen copy go."""

@@ -194,14 +194,3 @@ def test_lightnings_own_launcher(runs: Path) -> None:
     assert len(tiny_runs.metrics(runs / "launched")) == 3
     summary = json.loads((runs / "launched" / "summary.json").read_text())
     assert summary["steps"] == 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP1 refuses CPU")
-def test_fsdp1_trains_as_one_process(runs: Path) -> None:
-    fsdp = {"trainer__accelerator": "gpu", "trainer__strategy": "fsdp", "trainer__devices": 1}
-    args = job(runs, "sft", "adamw", "fsdp", **fsdp)["args"]
-    launch("minigpt", *args)
-    launch("minigpt", *job(runs, "sft", "adamw", "plain", trainer__accelerator="gpu")["args"])
-    sharded, plain = (tiny_runs.metrics(runs / f"sft-adamw-{name}") for name in ("fsdp", "plain"))
-    assert sharded == pytest.approx(plain, rel=1e-3)

@@ -37,7 +37,7 @@ def rows(plan: AttentionPlan) -> list[list[list[int]]]:
 
 
 def plan(*made: Span) -> AttentionPlan:
-    return plan_attention(made, 1 + max(max(positions(span)) for span in made))
+    return plan_attention(made)
 
 
 # samples, positions, borders, (predict_at, label, answer) of each target
@@ -106,6 +106,32 @@ def test_the_answers_of_a_preference_share_the_prompt() -> None:
     assert batch.plan.longest == 4
 
 
+def test_rows_give_each_result_once_and_attend_to_their_prompt() -> None:
+    made = collate([text(7, 8), preference([10, 11], [12, 13], [14]), text(9)]).plan
+    assert made.cu_queries.tolist() == [0, 2, 6, 7, 8]
+    assert made.cu_keys.tolist() == [0, 2, 6, 9, 10]
+    assert made.keys is not None
+    assert made.keys.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7]
+    assert (made.longest, made.longest_queries, made.even) == (4, 4, False)
+    texts = collate([text(7, 8), text(9)]).plan
+    assert texts.keys is None
+    assert texts.cu_queries.tolist() == texts.cu_keys.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("samples", "even"),
+    [
+        ([text(1, 2), text(3, 4), text(5, 6)], True),
+        ([text(1, 2), text(3)], False),
+        ([text(1, 2)], False),
+        ([preference([1, 2], [3], [4])], False),
+        ([preference([], [3], [4])], True),
+    ],
+)
+def test_rows_of_one_length_are_even(samples: list[Sample], even: bool) -> None:
+    assert collate(samples).plan.even is even
+
+
 def test_a_shared_position_is_claimed_by_the_longest_row() -> None:
     made = plan((0, 2, 2, 1), (0, 2, 3, 2))
     assert rows(made) == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
@@ -167,14 +193,15 @@ def test_attention_through_the_plan_equals_each_row_alone(
 
 def tensors(batch: PackedBatch) -> list[Tensor]:
     own = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    return [*own, *batch.plan.gather, batch.plan.scatter, batch.plan.spans]
+    return own + [v for v in vars(batch.plan).values() if isinstance(v, Tensor)]
 
 
 def test_to_moves_every_tensor_and_nothing_else() -> None:
     batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
     moved = batch.to("meta")
-    assert len(tensors(batch)) == 6 + 1 + 2
-    assert {t.device.type for t in tensors(moved)} == {"meta"}
+    assert len(tensors(batch)) == 6 + 4
+    here = [t for t in tensors(moved) if t.device.type != "meta"]
+    assert [id(t) for t in here] == [id(batch.plan.spans)]
     assert {t.device.type for t in tensors(batch)} == {"cpu"}
     same = ("n_answers", "sources", "resume_at", "n_tokens")
     assert [getattr(moved, n) for n in same] == [getattr(batch, n) for n in same]

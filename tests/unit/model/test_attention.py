@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
+from minigpt.model import attention
 from minigpt.model.attention import PACKED, attention_of, packed_attention
 from minigpt.model.lm import PackedLM
 
@@ -122,39 +123,127 @@ def test_a_shared_prompt_equals_two_sequences(
     assert_same(gradients(model, (got * weights).sum()), truth)
 
 
-@given(
-    shapes=st.lists(
-        st.one_of(
-            st.tuples(st.just(0), st.integers(1, 30), st.just(0)),
-            st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
-        ),
-        min_size=1,
-        max_size=5,
+def row_by_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's kernel for CUDA computes: causal, queries and keys aligned at their ends."""
+    assert window_size == (-1, 0)
+    given, of_row = (x.diff().tolist() for x in (cu_queries, cu_keys))
+    assert (max(given), max(of_row)) == (max_q, max_k)
+    rows = zip(q.split(given), k.split(of_row), v.split(of_row), strict=True)
+    out = []
+    for row in rows:
+        mine, keys, values = (x.transpose(0, 1)[None] for x in row)
+        shape = mine.shape[2], keys.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
+        found = scaled_dot_product_attention(mine, keys, values, mask, scale=scale, enable_gqa=True)
+        out.append(found[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def assert_equals_a_mask(
+    shapes: list[tuple[int, int, int]],
+    kv_heads: int,
+    width: int = 8,
+    like: Tensor | None = None,
+    bound: float = 1e-4,
+) -> None:
+    """Compare with plain SDPA in fp32, forward and backward, in the type and on the device of
+    `like`.
+    """
+    like = torch.empty(0) if like is None else like
+    samples = tiny.preferences(shapes)
+    plan = collate(samples).plan.to(like.device)
+    generator = torch.Generator().manual_seed(len(shapes))
+    total = sum(map(sum, shapes))
+    q, k, v, weights = (
+        torch.randn(1, heads, total, width, generator=generator).to(like)
+        for heads in (4, kv_heads, kv_heads, 4)
+    )
+    own = [x.clone().requires_grad_() for x in (q, k, v)]
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    mask = tiny.mask_of(samples).to(like.device)
+    expected = scaled_dot_product_attention(
+        *wide, attn_mask=mask, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    got, _ = packed_attention(torch.nn.Module(), *own, None, plan=plan, scaling=0.3)
+    weights = weights.transpose(1, 2)
+    mine = [got, *torch.autograd.grad(got, own, weights)]
+    truth = [expected, *torch.autograd.grad(expected, wide, weights.float())]
+    for ours, theirs in zip(mine, truth, strict=True):
+        assert ours.dtype == like.dtype
+        assert (
+            float((ours - theirs).detach().norm()) <= bound * float(theirs.detach().norm()) + 1e-5
+        )
+
+
+ROWS = st.lists(
+    st.one_of(
+        st.tuples(st.just(0), st.integers(1, 30), st.just(0)),
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
     ),
-    kv_heads=st.sampled_from([1, 2, 4]),
+    min_size=1,
+    max_size=5,
 )
+
+
+@given(shapes=ROWS, kv_heads=st.sampled_from([1, 2, 4]))
 @settings(max_examples=40, deadline=None)
 def test_attention_equals_an_explicit_mask(
     shapes: list[tuple[int, int, int]], kv_heads: int
 ) -> None:
-    samples = tiny.preferences(shapes)
-    plan = collate(samples).plan
-    generator = torch.Generator().manual_seed(len(shapes))
-    total = sum(map(sum, shapes))
-    q, k, v = (
-        torch.randn(1, heads, total, 8, generator=generator, requires_grad=True)
-        for heads in (4, kv_heads, kv_heads)
-    )
-    expected = scaled_dot_product_attention(
-        q, k, v, attn_mask=tiny.mask_of(samples), scale=0.3, enable_gqa=True
-    ).transpose(1, 2)
-    got, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan, scaling=0.3)
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
-    weights = torch.randn(got.shape, generator=generator)
-    mine = torch.autograd.grad((got * weights).sum(), (q, k, v))
-    truth = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    for ours, theirs in zip(mine, truth, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_equals_a_mask(shapes, kv_heads)
+
+
+@pytest.fixture
+def _kernel_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernel_applies", lambda *_: True)
+    monkeypatch.setattr(attention.varlen, "varlen_attn", row_by_row)
+
+
+@pytest.mark.usefixtures("_kernel_stands_in")
+@given(shapes=ROWS, kv_heads=st.sampled_from([1, 2, 4]))
+@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_the_gpu_kernel_gets_describes_the_same_attention(
+    shapes: list[tuple[int, int, int]], kv_heads: int
+) -> None:
+    assert_equals_a_mask(shapes, kv_heads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(0, 300, 0), (0, 1, 0), (0, 900, 0)],
+        [(130, 200, 61), (1, 1, 1), (0, 5, 0), (500, 3, 77)],
+    ],
+)
+def test_the_gpu_kernel_equals_an_explicit_mask(
+    shapes: list[tuple[int, int, int]], width: int, dtype: torch.dtype
+) -> None:
+    like = torch.empty(0, dtype=dtype, device="cuda")
+    assert attention.kernel_applies(torch.empty(1, 4, width).to(like), 0.0)
+    for kv_heads in (1, 2, 4):
+        assert_equals_a_mask(shapes, kv_heads, width, like, bound=0.015)
+
+
+@pytest.mark.gpu
+def test_fp32_on_a_gpu_goes_row_by_row() -> None:
+    like = torch.empty(0, device="cuda")
+    assert not attention.kernel_applies(torch.empty(1, 4, 64, device="cuda"), 0.0)
+    assert_equals_a_mask([(130, 200, 61), (0, 5, 0)], 2, 64, like, bound=1e-3)
 
 
 def test_a_sliding_window_shorter_than_a_sample_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStra
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
+from minigpt.data.batch import PackedBatch, collate
 from minigpt.model.attention import attention_of
 from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
@@ -35,29 +37,56 @@ def compiled_graphs() -> int:
 
 
 def results(lm: PackedLM, batch: Any, per_answer: bool, half: bool) -> list[torch.Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=half):
         value = lm(batch, per_answer)
     weights = [p for p in lm.parameters() if p.requires_grad]
     return [value.detach(), *torch.autograd.grad(value.sum(), weights)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-def test_compiled_equals_plain_and_is_compiled_once(half: bool) -> None:
-    lm = PackedLM(tiny.model("qwen3"))
-    layouts = [[100, 60, 90], [20, 120, 100, 7], [250], [30, 30, 30, 30, 30, 30, 30, 40], [6, 244]]
-    batches = [tiny.batch(lengths, seed) for seed, lengths in enumerate(layouts)]
-    plain = [results(lm, b, p, half) for b in batches for p in (False, True)]
-    compile_model(lm, 256, torch.autocast("cpu", torch.bfloat16, enabled=half))
-    got = [results(lm, b, p, half) for b in batches[:2] for p in (False, True)]
+def assert_compiled_once(
+    lm: PackedLM, batches: list[PackedBatch], half: bool, pairs: bool = False
+) -> None:
+    device = batches[0].input_ids.device.type
+    kinds = (True,) if pairs else (False, True)
+    plain = [results(lm, b, p, half) for b in batches for p in kinds]
+    compile_model(lm, 256, partial(torch.autocast, device, torch.bfloat16, enabled=half), pairs)
+    got = [results(lm, b, p, half) for b in batches[:2] for p in kinds]
     warm = compiled_graphs()
     assert warm > 0
-    got += [results(lm, b, p, half) for b in batches[2:] for p in (False, True)]
+    got += [results(lm, b, p, half) for b in batches[2:] for p in kinds]
     assert compiled_graphs() == warm
     bound = 0.06 if half else 1e-5  # bf16 keeps 8 bits, and is rounded in other places
     for mine, truth in zip(got, plain, strict=True):
         for a, b in zip(mine, truth, strict=True):
             assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_equals_plain_and_is_compiled_once(half: bool, device: str) -> None:
+    lm = PackedLM(tiny.model("qwen3")).to(device)
+    layouts = [
+        [100, 60, 90],
+        [20, 120, 100, 7],
+        [125, 125],
+        [250],
+        [30, 30, 30, 30, 30, 30, 30, 40],
+        [6, 244],
+    ]
+    batches = [tiny.batch(lengths, seed).to(device) for seed, lengths in enumerate(layouts)]
+    assert_compiled_once(lm, batches, half)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_so_is_a_model_that_sees_preferences(device: str) -> None:
+    lm = PackedLM(tiny.model("qwen3")).to(device)
+    layouts = [[(40, 30, 77)], [(9, 3, 1), (20, 50, 60)], [(1, 1, 1), (30, 3, 9)], [(100, 20, 9)]]
+    batches = [collate(tiny.preferences(shapes)).to(device) for shapes in layouts]
+    assert_compiled_once(lm, batches, half=True, pairs=True)
+    if device == "cuda":
+        assert not counters["graph_break"]
 
 
 @pytest.mark.slow
@@ -67,7 +96,7 @@ def test_generation_goes_through_the_layers_as_they_are() -> None:
     with attention_of(model, "sdpa"):
         before = model.generate(ids, max_new_tokens=5, do_sample=False)
     lm = PackedLM(model)
-    compile_model(lm, 256, nullcontext())
+    compile_model(lm, 256, nullcontext)
     warm = compiled_graphs()
     with attention_of(model, "sdpa"):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
@@ -83,7 +112,7 @@ def test_a_model_that_cannot_be_compiled_trains_all_the_same(
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     lm, batch = PackedLM(tiny.model("llama")), tiny.batch([20, 7])
     expected = lm(batch)
-    compile_model(lm, 256, nullcontext())
+    compile_model(lm, 256, nullcontext)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(lm(batch), expected)
         assert torch.equal(lm(batch), expected)

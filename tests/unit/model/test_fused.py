@@ -141,12 +141,12 @@ def test_a_nan_stays_in_its_sample() -> None:
 def test_what_the_kernel_is_for(
     dtype: torch.dtype, width: int, dropout: float, applies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = torch.empty(1, 2, 3, width)
+    query = torch.empty(3, 2, width, dtype=dtype)
     monkeypatch.setattr(fused, "available", lambda: True)
-    assert fused.applies(query, dtype, dropout) is applies
-    assert not fused.applies(query.to("meta"), dtype, dropout)
+    assert fused.applies(query, dropout) is applies
+    assert not fused.applies(query.to("meta"), dropout)
     monkeypatch.setattr(fused, "available", lambda: False)
-    assert not fused.applies(query, dtype, dropout)
+    assert not fused.applies(query, dropout)
 
 
 @needs_kernel

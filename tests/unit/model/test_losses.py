@@ -158,7 +158,7 @@ def test_probabilities_are_kept_only_where_there_is_a_way_back(
     assert kept == [6, 5]
 
 
-@pytest.mark.parametrize("kept", [losses.KEPT, 207 * 30 - 1], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kept", [3, 2], ids=["kept", "computed again"])  # of 207 * 30
 @PAIRS
 def test_linear_losses_over_several_chunks(
     ours: Callable[..., Tensor],
@@ -166,7 +166,7 @@ def test_linear_losses_over_several_chunks(
     kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS", 30 * 100)
+    monkeypatch.setattr(losses, "LOGITS", {"cpu": 30 * 100})
     monkeypatch.setattr(losses, "KEPT", kept)
     args = arguments(207, 8, 30, True)
     assert [len(own) for _, own in losses._chunks(args[0], args[1], args[3])] == [69, 69, 69]
