@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minigpt.data.batch import PackedBatch
-from minigpt.model.attention import PACKED
+from minigpt.model.attention import PACKED, dtype_of
 from minigpt.model.losses import (
     Softmax,
     linear_cross_entropy,
@@ -45,6 +45,7 @@ class PackedLM(nn.Module):
         self.hf = hf
         hf.config._attn_implementation = PACKED
         self.softmax: Softmax = softmax
+        hf.get_input_embeddings().register_forward_hook(_narrow)
         self.plain_head = not head_is_linear(hf)
         if self.plain_head:
             log.warning(
@@ -78,6 +79,11 @@ class PackedLM(nn.Module):
             "plan": batch.plan,
             "use_cache": False,  # a cache would be built in every step, and retain the graph
         }
+
+
+def _narrow(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+    """Let what layers add to be bf16 where products are: autocast leaves embeddings wide."""
+    return out.to(torch.bfloat16) if dtype_of(out) == torch.bfloat16 else out
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from minigpt.model.build import build_native
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 STAGES = ("pretrain", "sft", "dpo", "lora")
-SIZES = {"26m": 26_879_488, "64m": 63_518_464, "110m": 108_744_960}
+SIZES = {"26m": 26_879_488, "64m": 63_518_464, "110m": 108_744_960, "125m": 125_062_144}
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 NOT_HERE = ("gpu", "fsdp")  # overlays that need CUDA: they are parsed only
 OVERLAYS = [CONFIGS / "quick.yaml", *HARDWARE]
