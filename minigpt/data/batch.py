@@ -26,7 +26,7 @@ from torch import Tensor
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's FSDP and half precision refuse to convert such
 class AttentionPlan:
     """Which tokens attend to which: causal rows, each a text, or a prompt and an answer to it.
 
@@ -38,7 +38,8 @@ class AttentionPlan:
         cu_keys: [R+1] borders of what the rows attend to, row after row.
         keys: positions in the batch of what the rows attend to; None when that is the batch.
         longest: tokens of the longest row. longest_queries: most results of a row.
-        even: whether there are several rows, all of one length, and nothing is shared.
+        full: how many rows at the front are as long as the longest, where they hold most tokens
+            and nothing is shared; else 0.
     """
 
     spans: Tensor
@@ -47,7 +48,7 @@ class AttentionPlan:
     keys: Tensor | None
     longest: int
     longest_queries: int
-    even: bool
+    full: int
 
     @property
     def gather(self) -> tuple[Tensor, ...]:
@@ -81,7 +82,7 @@ class AttentionPlan:
         return self._with(Tensor.pin_memory)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """One micro-batch of packed samples.
 
@@ -183,8 +184,14 @@ def plan_attention(spans: Sequence[Span]) -> AttentionPlan:
         keys=_join([positions(span) for span in spans]) if shared else None,
         longest=max(of_row),
         longest_queries=max(given),
-        even=len(spans) > 1 and not shared and len(set(of_row)) == 1,
+        full=0 if shared else _full(of_row),
     )
+
+
+def _full(lengths: Sequence[int]) -> int:
+    longest = max(lengths)
+    count = next((n for n, length in enumerate(lengths) if length < longest), len(lengths))
+    return count if count > 1 and 2 * count * longest > sum(lengths) else 0
 
 
 def _borders(lengths: Sequence[int]) -> Tensor:

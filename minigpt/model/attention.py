@@ -10,7 +10,7 @@ Shape legend:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
@@ -106,23 +106,43 @@ def _has_flash() -> bool:
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
 ) -> Tensor:
-    """Attend by one call on a GPU. A row that gives few results attends to all of its keys: the
-    kernel aligns queries and keys at their ends. Rows of one length have a faster kernel.
-    """
-    if plan.even:
-        shape = len(plan.cu_queries) - 1, plan.longest
-        rows = [x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
-        with sdpa_kernel(FASTEST, set_priority=True):
-            out = scaled_dot_product_attention(
-                *rows, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        return out.transpose(1, 2).flatten(0, 1)
+    """Attend on a GPU, where full rows have a faster kernel than those of any length."""
     if plan.keys is not None:
         k, v = (x.index_select(0, plan.keys) for x in (k, v))
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    borders = plan.cu_queries, plan.cu_keys, plan.longest_queries, plan.longest
+    borders, longest = (plan.cu_queries, plan.cu_keys), (plan.longest_queries, plan.longest)
+    if not plan.full:
+        return _ragged((q, k, v), borders, longest, scaling)
+    rows, tokens = len(plan.cu_queries) - 1, plan.full * plan.longest
+    if plan.full == rows:
+        return _even((q, k, v), (rows, plan.longest), scaling)
+    front, rest = zip(*(x.split([tokens, len(x) - tokens]) for x in (q, k, v)), strict=True)
+    of_rest = plan.cu_queries[plan.full :] - tokens
+    even = _even(front, (plan.full, plan.longest), scaling)
+    return torch.cat([even, _ragged(rest, (of_rest, of_rest), longest, scaling)])
+
+
+def _even(parts: Sequence[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
+    """Attend in rows of one length, by what is fastest for them."""
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # [R, heads, L, D]
+    with sdpa_kernel(FASTEST, set_priority=True):
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _ragged(
+    parts: Sequence[Tensor],
+    borders: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+) -> Tensor:
+    """Attend in rows of any length. A row with more keys than queries has them before: the kernel
+    aligns both at their ends.
+    """
+    q, k, v = (x.contiguous() for x in parts)
     return varlen.varlen_attn(
-        *(q, k, v, *borders), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
+        *(q, k, v, *borders, *longest), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
     )
 
 

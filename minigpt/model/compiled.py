@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -81,22 +81,21 @@ def compile_model(
     if traced:
         lm.hf.config._attn_implementation = TRACED
     try:
-        for batch in _first_batches(tokens, pairs, also_even=traced):
+        for batch in _first_batches(tokens, pairs)[: None if traced else 1]:
             _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
         state.fail(error)
 
 
-def _first_batches(tokens: int, pairs: bool, also_even: bool) -> Iterator[PackedBatch]:
-    """Yield a batch of each kind that is computed in its own way."""
+def _first_batches(tokens: int, pairs: bool) -> list[PackedBatch]:
+    """Return a batch of each kind that kernels on a GPU have ways of their own for."""
     prompt, first, second = PAIR if pairs else TEXT
     ids = np.zeros(prompt + first + second, np.int64)
     sample = Sample(ids, prompt, first, second, None, ("", 0))
     short = replace(sample, ids=ids[1:], first=first - 1)
     many = [sample] * max(2, tokens // len(ids))
-    yield collate([short, *many[1:]])
-    if also_even and not pairs:
-        yield collate(many)
+    kinds = [[short, *many]] if pairs else [[short, *many], [*many, short], many]
+    return [collate(samples) for samples in kinds]
 
 
 def _warm_up(

@@ -20,7 +20,7 @@ GPU = {"trainer__accelerator": "gpu", "trainer__max_steps": 6}
 def test_losses_are_those_of_the_cpu(stage: str, fit: Fit, tmp_path: Path) -> None:
     fit(stage, "cpu", trainer__max_steps=6)
     cli = fit(stage, "gpu", **GPU)
-    assert cli.model.device.type == "cuda"
+    assert cli.trainer.strategy.root_device.type == "cuda"
     assert cli.datamodule.readers == 2
     cpu, gpu = (tiny_runs.metrics(tmp_path / name) for name in ("cpu", "gpu"))
     assert gpu == pytest.approx(cpu, rel=2e-3)
@@ -55,4 +55,5 @@ def test_a_compiled_run_goes_on_where_it_was(stage: str, fit: Fit, tmp_path: Pat
 
 def test_the_hardware_is_found(fit: Fit) -> None:
     cli = fit("sft", trainer__accelerator="auto", trainer__precision=None, trainer__max_steps=2)
-    assert (cli.model.device.type, cli.trainer.precision) == ("cuda", "bf16-mixed")
+    assert cli.trainer.strategy.root_device.type == "cuda"
+    assert cli.trainer.precision == "bf16-mixed"

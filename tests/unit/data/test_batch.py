@@ -112,24 +112,27 @@ def test_rows_give_each_result_once_and_attend_to_their_prompt() -> None:
     assert made.cu_keys.tolist() == [0, 2, 6, 9, 10]
     assert made.keys is not None
     assert made.keys.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7]
-    assert (made.longest, made.longest_queries, made.even) == (4, 4, False)
+    assert (made.longest, made.longest_queries, made.full) == (4, 4, 0)
     texts = collate([text(7, 8), text(9)]).plan
     assert texts.keys is None
     assert texts.cu_queries.tolist() == texts.cu_keys.tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("samples", "even"),
+    ("samples", "full"),
     [
-        ([text(1, 2), text(3, 4), text(5, 6)], True),
-        ([text(1, 2), text(3)], False),
-        ([text(1, 2)], False),
-        ([preference([1, 2], [3], [4])], False),
-        ([preference([], [3], [4])], True),
+        ([text(1, 2), text(3, 4), text(5, 6)], 3),
+        ([text(1, 2), text(3, 4), text(5)], 2),
+        ([text(1, 2), text(3)], 0),
+        ([text(1), text(2, 3), text(4, 5)], 0),
+        ([text(1, 2), text(3, 4), *[text(5)] * 4], 0),
+        ([text(1, 2)], 0),
+        ([preference([1, 2], [3], [4])], 0),
+        ([preference([], [3], [4])], 2),
     ],
 )
-def test_rows_of_one_length_are_even(samples: list[Sample], even: bool) -> None:
-    assert collate(samples).plan.even is even
+def test_full_rows_stand_at_the_front(samples: list[Sample], full: int) -> None:
+    assert collate(samples).plan.full == full
 
 
 def test_a_shared_position_is_claimed_by_the_longest_row() -> None:

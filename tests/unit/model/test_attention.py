@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -139,7 +139,8 @@ def row_by_row(
     """What torch's kernel for CUDA computes: causal, queries and keys aligned at their ends."""
     assert window_size == (-1, 0)
     given, of_row = (x.diff().tolist() for x in (cu_queries, cu_keys))
-    assert (max(given), max(of_row)) == (max_q, max_k)
+    assert max(given) <= max_q
+    assert max(of_row) <= max_k
     rows = zip(q.split(given), k.split(of_row), v.split(of_row), strict=True)
     out = []
     for row in rows:
@@ -213,6 +214,8 @@ def _kernel_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_kernel_stands_in")
 @given(shapes=ROWS, kv_heads=st.sampled_from([1, 2, 4]))
+@example([(0, 9, 0), (0, 9, 0), (0, 4, 0)], 2)
+@example([(0, 9, 0), (0, 9, 0)], 2)
 @settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_the_gpu_kernel_gets_describes_the_same_attention(
     shapes: list[tuple[int, int, int]], kv_heads: int
@@ -227,6 +230,8 @@ def test_what_the_gpu_kernel_gets_describes_the_same_attention(
     "shapes",
     [
         [(0, 300, 0), (0, 1, 0), (0, 900, 0)],
+        [(0, 512, 0), (0, 512, 0), (0, 40, 0)],
+        [(0, 512, 0), (0, 512, 0)],
         [(130, 200, 61), (1, 1, 1), (0, 5, 0), (500, 3, 77)],
     ],
 )

@@ -55,7 +55,7 @@ def assert_compiled_once(
     assert warm > 0
     got += [results(lm, b, p, half) for b in batches[2:] for p in kinds]
     assert compiled_graphs() == warm
-    bound = 0.06 if half else 1e-5  # bf16 keeps 8 bits, and is rounded in other places
+    bound = 0.1 if half else 1e-5  # bf16 keeps 8 bits, and is rounded in other places
     for mine, truth in zip(got, plain, strict=True):
         for a, b in zip(mine, truth, strict=True):
             assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-6
