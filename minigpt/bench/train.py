@@ -96,6 +96,7 @@ class Work:
     batch_size: int
     tokens_per_batch: int
     sample_tokens: float
+    vocabulary: int
     matrices: int
     attention: float
 
@@ -129,6 +130,7 @@ def prepare(chosen: Namespace, place: Path) -> Work:
         batch_size=batch_size,
         tokens_per_batch=budget(chosen.stage, batch_size, chosen.max_length, mean),
         sample_tokens=mean,
+        vocabulary=len(tokenizer),
         matrices=sum(layer.weight.numel() for layer in linear),
         attention=sizes.layers * sizes.heads * sizes.head_dim * square / mean,
     )

@@ -79,7 +79,7 @@ def test_size(build: Build, size: str, parameters: int) -> None:
     file = CONFIGS / "size" / f"{size}.yaml"
     made = build(CONFIGS / "pretrain.yaml", file)
     a = made.model.architecture
-    assert (a.head_dim, a.tied) == (64, True)
+    assert (a.head_dim, a.tied) == (128 if size == "125m" else 64, True)
     assert f"{parameters / 1e6:.1f}M parameters" in file.read_text()
     with torch.device("meta"):
         model = build_native(a, _Vocabulary())  # type: ignore[arg-type]
