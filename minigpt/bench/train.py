@@ -237,7 +237,7 @@ def our_arm(work: Work, reference: str, repeat: int) -> Result:
 def our_start(work: Work) -> Result:
     """Run a single step: so short a run compiles nothing."""
     made = config(work, "model", work.place / "run-start", 0)
-    made["trainer"] |= {"max_steps": 1, "min_steps": 1}
+    made["trainer"] |= {"max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
     return fit(work, made)
 
 
@@ -256,7 +256,7 @@ def fit(work: Work, made: Result) -> Result:
     summary = json.loads((run_dir / "summary.json").read_text())
     return done | {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
-        "steps": len(steps),
+        "steps": steps[-1]["step"] - first["step"],
         "loss": steps[-1]["train/loss"],
         **{name: value for name, value in summary.items() if name.startswith("peak_")},
     }
@@ -292,7 +292,7 @@ def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
         "precision": work.precision,
         "accelerator": "gpu" if work.device == "cuda" else "cpu",
         "devices": 1,  # as the plain loop
-        "log_every_n_steps": 1,
+        "log_every_n_steps": 5 if work.device == "cuda" else 1,  # a GPU waits for each line
         "enable_progress_bar": False,
     }
     return {

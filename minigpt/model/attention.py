@@ -97,7 +97,7 @@ def kernel_applies(x: Tensor, dropout: float = 0.0) -> bool:
     return x.is_cuda and half and not dropout and x.shape[-1] % 8 == 0 and _has_flash()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_flash() -> bool:
     needed = {"window_size", "scale"}
     return needed <= _OPTIONS and torch.cuda.get_device_capability() >= (8, 0)
@@ -141,9 +141,10 @@ def _ragged(
     aligns both at their ends.
     """
     q, k, v = (x.contiguous() for x in parts)
-    return varlen.varlen_attn(
+    out: Any = varlen.varlen_attn(
         *(q, k, v, *borders, *longest), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
     )
+    return out  # type: ignore[no-any-return]
 
 
 def _by_rows(

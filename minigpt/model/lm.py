@@ -45,7 +45,7 @@ class PackedLM(nn.Module):
         self.hf = hf
         hf.config._attn_implementation = PACKED
         self.softmax: Softmax = softmax
-        hf.get_input_embeddings().register_forward_hook(_narrow)
+        hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
         self.plain_head = not head_is_linear(hf)
         if self.plain_head:
             log.warning(
@@ -81,9 +81,11 @@ class PackedLM(nn.Module):
         }
 
 
-def _narrow(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-    """Let what layers add to be bf16 where products are: autocast leaves embeddings wide."""
-    return out.to(torch.bfloat16) if dtype_of(out) == torch.bfloat16 else out
+def _narrow_on_gpu(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+    """Let what layers add to be bf16 where products are: autocast leaves embeddings wide, which
+    takes a GPU time to move. A CPU gains nothing.
+    """
+    return out.to(torch.bfloat16) if out.is_cuda and dtype_of(out) == torch.bfloat16 else out
 
 
 @torch.no_grad()

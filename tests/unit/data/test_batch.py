@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, Precision
 from torch import Tensor
 
 from minigpt.data.batch import (
@@ -209,6 +210,15 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
     same = ("n_answers", "sources", "resume_at", "n_tokens")
     assert [getattr(moved, n) for n in same] == [getattr(batch, n) for n in same]
     assert moved.plan.longest == batch.plan.longest
+
+
+@pytest.mark.parametrize("precision", [FSDPPrecision("32-true"), HalfPrecision("bf16-true")])
+def test_lightning_can_convert_a_batch(precision: Precision) -> None:
+    batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
+    made = precision.convert_input(batch)
+    assert [t.tolist() for t in tensors(made)] == [t.tolist() for t in tensors(batch)]
+    assert {t.dtype for t in tensors(made)} == {torch.int32, torch.int64}
+    assert made.resume_at == (1, 2)
 
 
 def test_without_targets_keeps_the_tokens_only() -> None:

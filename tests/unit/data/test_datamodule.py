@@ -128,6 +128,17 @@ def test_workers_read_the_same_batches(module: Any) -> None:
     assert [content(batch) for batch in module(num_workers=2).train_dataloader()] == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "beside_gpu", "readers"), [(None, 0, 0), (None, 1, 2), (0, 1, 0)]
+)
+def test_a_gpu_is_read_ahead_for(
+    asked: int | None, beside_gpu: bool, readers: int, module: Any
+) -> None:
+    made = module(num_workers=asked)
+    made.beside_gpu = beside_gpu
+    assert made.readers == readers
+
+
 def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
     whole = [content(batch) for batch in module().train_dataloader()]
     first = module()

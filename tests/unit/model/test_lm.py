@@ -29,6 +29,24 @@ def own_loss(model: PreTrainedModel, lengths: list[int]) -> torch.Tensor:
     return total
 
 
+@pytest.mark.parametrize(
+    ("device", "half", "dtype"),
+    [
+        ("cpu", True, torch.float32),
+        pytest.param("cuda", True, torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", False, torch.float32, marks=pytest.mark.gpu),
+    ],
+)
+def test_layers_add_to_bf16_on_a_gpu(device: str, half: bool, dtype: torch.dtype) -> None:
+    lm = PackedLM(tiny.model("qwen3")).to(device)
+    seen = []
+    layer = lm.hf.base_model.layers[-1]
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        lm(tiny.batch([5, 9]).to(device))
+    assert seen == [dtype]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_known_families_have_a_linear_head(family: str) -> None:
     model = tiny.model(family).train()
