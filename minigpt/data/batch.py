@@ -170,7 +170,11 @@ def positions(span: Span) -> NDArray[np.int64]:
 
 
 def plan_attention(spans: Sequence[Span]) -> AttentionPlan:
-    """Plan the rows that follow each other in the batch, from its first token to its last."""
+    """Plan the attention of a batch.
+
+    Args:
+        spans: of each row, in the order of the batch, from its first token to its last.
+    """
     of_row = [prompt + answer for _, prompt, _, answer in spans]
     given = [  # a prompt that the row before has given results for is not given again
         answer if number and prompt and spans[number - 1][0] == start else prompt + answer

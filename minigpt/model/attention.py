@@ -30,6 +30,7 @@ PACKED = "minigpt_packed"
 TRACED = "minigpt_packed_traced"  # the same for layers that are compiled together with it
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
+WIDEST = 256  # heads that FlashAttention computes
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 _OPTIONS = signature(varlen.varlen_attn).parameters.keys()  # which differ between releases
 _GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
@@ -74,7 +75,8 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = dtype_of(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
-    attend = _by_kernel if kernel_applies(query, dropout) else _by_rows
+    fits = not dropout and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
+    attend = _by_kernel if fits and kernel_applies(query) else _by_rows
     return attend(q, k, v, plan, dropout, scaling).unsqueeze(0), None
 
 
@@ -89,12 +91,11 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def kernel_applies(x: Tensor, dropout: float = 0.0) -> bool:
+def kernel_applies(x: Tensor) -> bool:
     """Whether attention on x's device, and in the type that it is computed in, has a kernel for
     rows of any length.
     """
-    half = dtype_of(x) in (torch.bfloat16, torch.float16)
-    return x.is_cuda and half and not dropout and x.shape[-1] % 8 == 0 and _has_flash()
+    return x.is_cuda and dtype_of(x) in (torch.bfloat16, torch.float16) and _has_flash()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-LOGITS = {"cpu": 2**23}  # that exist at a time
-LOGITS_ELSEWHERE = 2**27  # small products leave a GPU idle
+LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**27}  # that exist at a time; a GPU wants many
 KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm"]
@@ -29,13 +28,9 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return normaliser[:, 0], (wide - normaliser).exp().to(logits.dtype)
 
 
-def _limit(hidden: Tensor) -> int:
-    return LOGITS.get(hidden.device.type, LOGITS_ELSEWHERE)
-
-
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of about equal length, and their labels [n, 1]."""
-    number = -(-len(labels) * len(weight) // _limit(hidden))
+    number = -(-len(labels) * len(weight) // LOGITS[hidden.device.type])
     size = -(-len(labels) // max(1, number))
     for start in range(0, len(labels), size or 1):
         chunk = slice(start, start + size)
@@ -110,7 +105,7 @@ class _LinearLogprobs(torch.autograd.Function):
         goes_back: bool,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        keep = goes_back and len(labels) * len(weight) <= KEPT * _limit(hidden)
+        keep = goes_back and len(labels) * len(weight) <= KEPT * LOGITS[hidden.device.type]
         kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
