@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,38 @@ def test_stages(
     assert report["versions"]["torch"]
 
 
-def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path) -> None:
-    from argparse import Namespace
+def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Work:
+    chosen = {
+        "stage": "pretrain",
+        "data": str(trained / "pretrain.jsonl"),
+        "rows": 20,
+        "max_length": 64,
+        "batch_size": None,
+        "size": str(size),
+        "precision": "fp32",
+        "tokenizer": str(trained / "tokenizer"),
+        "optimizer": "adamw",
+        "steps": 2,
+    }
+    return train.prepare(Namespace(**{**chosen, "seconds": 1, **changes}), place)
 
-    chosen = Namespace(
-        stage="pretrain", data=str(trained / "pretrain.jsonl"), rows=20, max_length=64,
-        batch_size=None, size=str(size), tokenizer=str(trained / "tokenizer"), precision="fp32",
-    )  # fmt: skip
-    work = train.prepare(chosen, trained.parent / "work")
+
+def test_a_tokenizer_is_trained_unless_given(trained: Path, size: Path, tmp_path: Path) -> None:
+    work = work_of(trained, size, tmp_path, tokenizer=None, vocabulary=290)
+    assert work.vocabulary == 290
+
+
+def test_a_gpu_is_asked_for_its_numbers_less_often(
+    trained: Path, size: Path, tmp_path: Path
+) -> None:
+    work = work_of(trained, size, tmp_path)
+    for device, accelerator, steps in (("cpu", "cpu", 1), ("cuda", "gpu", 5)):
+        trainer = train.config(replace(work, device=device), "model", tmp_path, 0)["trainer"]
+        assert (trainer["accelerator"], trainer["log_every_n_steps"]) == (accelerator, steps)
+
+
+def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path) -> None:
+    work = work_of(trained, size, trained.parent / "work")
     assert work.tokens_per_batch == 8 * 64
     lengths = work.store.samples["first"].astype(float)
     a = tiny_runs.ARCHITECTURE
