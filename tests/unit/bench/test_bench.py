@@ -116,10 +116,12 @@ def test_a_tokenizer_is_trained_unless_given(trained: Path, size: Path, tmp_path
 def test_a_gpu_is_asked_for_its_numbers_less_often(
     trained: Path, size: Path, tmp_path: Path
 ) -> None:
-    work = work_of(trained, size, tmp_path)
-    for device, accelerator, steps in (("cpu", "cpu", 1), ("cuda", "gpu", 5)):
+    for device, steps, every in (("cpu", 10, 1), ("cuda", 9, 1), ("cuda", 10, 5)):
+        work = work_of(trained, size, tmp_path, steps=steps)
         trainer = train.config(replace(work, device=device), "model", tmp_path, 0)["trainer"]
-        assert (trainer["accelerator"], trainer["log_every_n_steps"]) == (accelerator, steps)
+        assert trainer["log_every_n_steps"] == every
+        assert trainer["min_steps"] // every >= 2  # lines, or there is no time between them
+        assert trainer["accelerator"] == ("gpu" if device == "cuda" else "cpu")
 
 
 def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path) -> None:
