@@ -76,8 +76,9 @@ def packed_attention(
     dtype = dtype_of(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
     fits = not dropout and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
-    attend = _by_kernel if fits and kernel_applies(query) else _by_rows
-    return attend(q, k, v, plan, dropout, scaling).unsqueeze(0), None
+    if fits and kernel_applies(query):
+        return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None
+    return _by_rows(q, k, v, plan, dropout, scaling).unsqueeze(0), None
 
 
 # Where rows are gathered, each batch has groups of its own, which no compiler should look at.
@@ -100,13 +101,10 @@ def kernel_applies(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_flash() -> bool:
-    needed = {"window_size", "scale"}
-    return needed <= _OPTIONS and torch.cuda.get_device_capability() >= (8, 0)
+    return {"window_size", "scale"} <= _OPTIONS and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
-) -> Tensor:
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float) -> Tensor:
     """Attend on a GPU, where full rows have a faster kernel than those of any length."""
     if plan.keys is not None:
         k, v = (x.index_select(0, plan.keys) for x in (k, v))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**27}  # that exist at a time; a GPU wants many
+LOGITS = 2**23  # that exist at a time
+LOGITS_ON_CUDA = 2**27  # which small products leave idle
 KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm"]
@@ -28,9 +29,13 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return normaliser[:, 0], (wide - normaliser).exp().to(logits.dtype)
 
 
+def _limit(hidden: Tensor) -> int:
+    return LOGITS_ON_CUDA if hidden.is_cuda else LOGITS
+
+
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of about equal length, and their labels [n, 1]."""
-    number = -(-len(labels) * len(weight) // LOGITS[hidden.device.type])
+    number = -(-len(labels) * len(weight) // _limit(hidden))
     size = -(-len(labels) // max(1, number))
     for start in range(0, len(labels), size or 1):
         chunk = slice(start, start + size)
@@ -105,7 +110,7 @@ class _LinearLogprobs(torch.autograd.Function):
         goes_back: bool,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        keep = goes_back and len(labels) * len(weight) <= KEPT * LOGITS[hidden.device.type]
+        keep = goes_back and len(labels) * len(weight) <= KEPT * _limit(hidden)
         kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)

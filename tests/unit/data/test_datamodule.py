@@ -129,7 +129,7 @@ def test_workers_read_the_same_batches(module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "beside_gpu", "readers"), [(None, 0, 0), (None, 1, 2), (0, 1, 0)]
+    ("asked", "beside_gpu", "readers"), [(None, False, 0), (None, True, 2), (0, True, 0)]
 )
 def test_a_gpu_is_read_ahead_for(
     asked: int | None, beside_gpu: bool, readers: int, module: Any

@@ -55,7 +55,8 @@ def assert_compiled_once(
     assert warm > 0
     got += [results(lm, b, p, half) for b in batches[2:] for p in kinds]
     assert compiled_graphs() == warm
-    bound = 0.1 if half else 1e-5  # bf16 keeps 8 bits, and is rounded in other places
+    # bf16 keeps 8 bits, and is rounded in other places; on a GPU also between layers
+    bound = (0.06 if device == "cpu" else 0.1) if half else 1e-5
     for mine, truth in zip(got, plain, strict=True):
         for a, b in zip(mine, truth, strict=True):
             assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-6
@@ -70,6 +71,7 @@ def test_compiled_equals_plain_and_is_compiled_once(half: bool, device: str) -> 
         [100, 60, 90],
         [20, 120, 100, 7],
         [125, 125],
+        [100, 100, 9],
         [250],
         [30, 30, 30, 30, 30, 30, 30, 40],
         [6, 244],

@@ -166,7 +166,7 @@ def test_linear_losses_over_several_chunks(
     kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS", {"cpu": 30 * 100})
+    monkeypatch.setattr(losses, "LOGITS", 30 * 100)
     monkeypatch.setattr(losses, "KEPT", kept)
     args = arguments(207, 8, 30, True)
     assert [len(own) for _, own in losses._chunks(args[0], args[1], args[3])] == [69, 69, 69]
