@@ -74,7 +74,8 @@ def packed_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = dtype_of(query)
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, D]
+    # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     fits = not dropout and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
     if fits and kernel_applies(query):
         return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None

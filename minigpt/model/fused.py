@@ -94,7 +94,10 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = _dense(grads[0])
-        found = [x.new_empty(x.shape) for x in ctx.saved_tensors[:3]]
+        # Head by head, which compiled layers would copy them to: they take any gradient of a tensor
+        # [1, H, T, D] to lie as it is written.
+        shapes = [(x.shape[1], x.shape[0], x.shape[2]) for x in ctx.saved_tensors[:3]]
+        found = [grad.new_empty(shape).transpose(0, 1) for shape in shapes]
         places = [ctypes.byref(_Heads.of(x)) for x in (grad, *found)]
         _loaded().backward(ctypes.byref(_call(ctx.saved_tensors, ctx.scaling)), *places)
         return *found, None, None

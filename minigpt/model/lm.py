@@ -59,7 +59,7 @@ class PackedLM(nn.Module):
         if self.plain_head:
             logp = self._plain_logprobs(batch)
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
-        hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state[0]
+        hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state.squeeze(0)
         head: Any = self.hf.get_output_embeddings()
         targets = hidden.index_select(0, batch.predict_at)
         if not per_answer:

@@ -42,6 +42,14 @@ def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[sl
         yield chunk, labels[chunk, None]
 
 
+def _with_labels(of_logits: Tensor, own: Tensor, values: Tensor) -> Tensor:
+    """Put values [n, 1] in the labels' places, in place; `scatter_` would widen the whole of a
+    bf16 matrix on a CPU.
+    """
+    row = torch.arange(len(own), device=own.device)
+    return of_logits.index_put_((row, own[:, 0]), values[:, 0].to(of_logits.dtype))
+
+
 class _Head:
     """Gradients of a linear head, added up chunk by chunk."""
 
@@ -85,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normaliser, error = softmax(logits)
             logp = logits.gather(1, own).float() - normaliser[:, None]
             total -= logp.sum()
-            head.add(chunk, error.scatter_(1, own, logp.expm1().to(error.dtype)))
+            head.add(chunk, _with_labels(error, own, logp.expm1()))
         ctx.save_for_backward(*head.gradients)
         return total
 
@@ -133,7 +141,7 @@ class _LinearLogprobs(torch.autograd.Function):
             factor = -grads[0][chunk, None]
             of_logits = probabilities * factor.to(probabilities.dtype)
             of_own = logp[chunk, None].expm1() * factor
-            head.add(chunk, of_logits.scatter_(1, own, of_own.to(of_logits.dtype)))
+            head.add(chunk, _with_labels(of_logits, own, of_own))
         return (*head.gradients, None, None, None)
 
 
