@@ -20,6 +20,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -70,6 +72,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "cohere": (CohereConfig, CohereForCausalLM),
     "cohere2": (Cohere2Config, Cohere2ForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
 }
 

@@ -40,6 +40,8 @@ class AttentionPlan:
         longest: tokens of the longest row. longest_queries: most results of a row.
         full: how many rows at the front are as long as the longest, where they hold most tokens
             and nothing is shared; else 0.
+        predict_at: [N] positions whose hidden states predict the targets; behind the last
+            layer's attention no others matter.
     """
 
     spans: Tensor
@@ -49,6 +51,7 @@ class AttentionPlan:
     longest: int
     longest_queries: int
     full: int
+    predict_at: Tensor
 
     @property
     def gather(self) -> tuple[Tensor, ...]:
@@ -69,9 +72,11 @@ class AttentionPlan:
         return tuple(group.to(device) for group in gather), scatter.to(device)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        keys = None if self.keys is None else change(self.keys)
-        queries = change(self.cu_queries)
-        return replace(self, cu_queries=queries, cu_keys=change(self.cu_keys), keys=keys)
+        names = ("cu_queries", "cu_keys", "keys", "predict_at")
+        changed: dict[str, Any] = {
+            name: change(x) for name in names if (x := getattr(self, name)) is not None
+        }
+        return replace(self, **changed)
 
     def to(self, device: Any, non_blocking: bool = False) -> AttentionPlan:
         """Move all index tensors to a device."""
@@ -91,11 +96,10 @@ class PackedBatch:
         position_ids: [T] positions inside the sample; both answers of a preference start
             right after the prompt.
         cu_seqlens: [S+1] borders of the samples.
-        predict_at: [N] positions whose hidden states predict the targets.
         labels: [N] target ids.
         answers: [N] number of the answer each target belongs to, 0..A-1.
         n_answers: A.
-        plan: who attends to whom.
+        plan: who attends to whom, and what predicts the targets.
         sources: file and line of each sample.
         resume_at: (epoch, micro-batch) that comes after this one in the whole run.
     """
@@ -103,7 +107,6 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    predict_at: Tensor
     labels: Tensor
     answers: Tensor
     n_answers: int
@@ -115,6 +118,11 @@ class PackedBatch:
     def n_tokens(self) -> int:
         """Tokens of data in the batch."""
         return len(self.input_ids)
+
+    @property
+    def predict_at(self) -> Tensor:
+        """[N] positions whose hidden states predict the targets."""
+        return self.plan.predict_at
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """Move all tensors to a device; Lightning calls it."""
@@ -137,7 +145,8 @@ class PackedBatch:
     def without_targets(self) -> PackedBatch:
         """Return the batch with nothing to learn, to keep processes in step at an epoch's end."""
         none = self.labels[:0]
-        return replace(self, predict_at=none, labels=none, answers=none)
+        plan = replace(self.plan, predict_at=none)
+        return replace(self, labels=none, answers=none, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -169,11 +178,12 @@ def positions(span: Span) -> NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def plan_attention(spans: Sequence[Span]) -> AttentionPlan:
+def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
     """Plan the attention of a batch.
 
     Args:
         spans: of each row, in the order of the batch, from its first token to its last.
+        predict_at: [N] of the plan.
     """
     of_row = [prompt + answer for _, prompt, _, answer in spans]
     given = [  # a prompt that the row before has given results for is not given again
@@ -189,6 +199,7 @@ def plan_attention(spans: Sequence[Span]) -> AttentionPlan:
         longest=max(of_row),
         longest_queries=max(given),
         full=0 if shared else _full(of_row),
+        predict_at=predict_at,
     )
 
 
@@ -265,11 +276,10 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
         input_ids=torch.from_numpy(ids),
         position_ids=_join(places),
         cu_seqlens=_borders([len(sample.ids) for sample in samples]),
-        predict_at=_join(at),
         labels=torch.from_numpy(ids[np.concatenate(label_at)]),
         answers=_join(answers),
         n_answers=len(spans),
-        plan=plan_attention(spans),
+        plan=plan_attention(spans, _join(at)),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,
     )

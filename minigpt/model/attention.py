@@ -43,7 +43,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan,
+    plan: AttentionPlan | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -52,7 +52,7 @@ def packed_attention(
     """Attend inside each row of the plan.
 
     Args:
-        module: the attention layer (unused; part of the interface).
+        module: the attention layer.
         query: [1, H, T, D].
         key, value: [1, K, T, D] with K dividing H (grouped-query attention).
         attention_mask: unused, the plan says who attends to whom.
@@ -65,8 +65,13 @@ def packed_attention(
         [1, T, H, D] and None.
 
     Raises:
-        ModelError: for a row longer than the model's sliding window.
+        ModelError: for a row longer than the model's sliding window, or without a plan.
     """
+    if plan is None:
+        raise ModelError(
+            f"{type(module).__name__} comes without the plan of the batch: layers of this family "
+            "do not hand on what attention needs, so it cannot be trained. Take another family."
+        )
     if sliding_window is not None and plan.longest > sliding_window:
         raise ModelError(
             f"A sample of {plan.longest} tokens is longer than the model's sliding window of "

@@ -7,14 +7,18 @@ and FSDP2 have the parameters at hand.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minigpt.data.batch import PackedBatch
-from minigpt.model.attention import PACKED, dtype_of
+from minigpt.data.batch import AttentionPlan, PackedBatch, plan_attention
+from minigpt.model.attention import PACKED, attention_of, dtype_of
 from minigpt.model.losses import (
     Softmax,
     linear_cross_entropy,
@@ -25,7 +29,8 @@ from minigpt.model.losses import (
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3  # of logits in fp32, relative to their size
+TOLERANCE = 1e-3  # of logits and hidden states in fp32, relative to their size
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of Llama's layers
 
 
 class PackedLM(nn.Module):
@@ -47,7 +52,9 @@ class PackedLM(nn.Module):
         self.softmax: Softmax = softmax
         hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
         self.plain_head = not head_is_linear(hf)
-        if self.plain_head:
+        if not self.plain_head:
+            end_early(hf)
+        else:
             log.warning(
                 "%s changes its logits after the head: they are computed whole, which takes "
                 "more memory.",
@@ -61,10 +68,11 @@ class PackedLM(nn.Module):
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
         hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state.squeeze(0)
         head: Any = self.hf.get_output_embeddings()
-        targets = hidden.index_select(0, batch.predict_at)
+        if len(hidden) == batch.n_tokens:  # another kind of layer, or a last one that is asleep
+            hidden = hidden.index_select(0, batch.predict_at)
         if not per_answer:
-            return linear_cross_entropy(targets, head.weight, head.bias, batch.labels, self.softmax)
-        logp = linear_logprobs(targets, head.weight, head.bias, batch.labels, self.softmax)
+            return linear_cross_entropy(hidden, head.weight, head.bias, batch.labels, self.softmax)
+        logp = linear_logprobs(hidden, head.weight, head.bias, batch.labels, self.softmax)
         return sum_by(logp, batch.answers, batch.n_answers)
 
     def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
@@ -96,15 +104,61 @@ def head_is_linear(hf: PreTrainedModel) -> bool:
         return False
     if getattr(hf.config, "final_logit_softcapping", None):  # hardly seen while logits are small
         return False
-    training, before = hf.training, hf.config._attn_implementation
-    hf.config._attn_implementation = "sdpa"
-    hf.eval()
-    try:
-        ids = torch.arange(min(8, hf.config.vocab_size), device=head.weight.device)[None]
+    with _as_loaded(hf) as ids:
         out = hf(input_ids=ids, use_cache=False)
         ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        bound = TOLERANCE * max(1.0, float(out.logits.abs().max()))
-        return bool((ours - out.logits).abs().max() <= bound)
+    return _close(ours, out.logits)
+
+
+@torch.no_grad()
+def end_early(hf: PreTrainedModel) -> bool:
+    """Let the last layer go on from its attention with the plan's `predict_at` alone: prompts
+    cost none of what follows.
+
+    Returns:
+        Whether that gives this model's hidden states; if not, nothing was changed.
+    """
+    layers = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or {name for name, _ in layers[-1].named_children()} != PARTS:
+        return False
+    layer = layers[-1]
+    with _as_loaded(hf) as ids:
+        some = torch.arange(1, ids.shape[1], 2, device=ids.device)
+        plan = plan_attention([(0, 0, 0, ids.shape[1])], some)
+        whole = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        layer.forward = MethodType(_early, layer)  # a method, which a copy of the layer binds anew
+        ours = hf.base_model(input_ids=ids, plan=plan, use_cache=False).last_hidden_state
+    if not _close(ours, whole[:, some]):
+        del layer.forward
+        return False
+    return True
+
+
+def _early(
+    layer: Any, hidden_states: Tensor, *, plan: AttentionPlan | None = None, **kwargs: Any
+) -> Tensor:
+    """Compute a layer of Llama's kind, [1, N, H] of [1, T, H]; without a plan, all of it."""
+    if plan is None:
+        whole: Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+        return whole
+    normed = layer.input_layernorm(hidden_states)
+    attended = hidden_states + layer.self_attn(hidden_states=normed, plan=plan, **kwargs)[0]
+    kept = attended.index_select(1, plan.predict_at)
+    return kept + layer.mlp(layer.post_attention_layernorm(kept))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _as_loaded(hf: PreTrainedModel) -> Iterator[Tensor]:
+    """Let a model compute as its authors do for a while; gives some ids [1, n] to try it on."""
+    training = hf.training
+    hf.eval()
+    try:
+        with attention_of(hf, "sdpa"):
+            yield torch.arange(min(8, hf.config.vocab_size), device=hf.device)[None]
     finally:
         hf.train(training)
-        hf.config._attn_implementation = before
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    bound = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    return bool((ours - theirs).abs().max() <= bound)

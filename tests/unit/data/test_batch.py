@@ -38,7 +38,7 @@ def rows(plan: AttentionPlan) -> list[list[list[int]]]:
 
 
 def plan(*made: Span) -> AttentionPlan:
-    return plan_attention(made)
+    return plan_attention(made, torch.tensor([0]))
 
 
 # samples, positions, borders, (predict_at, label, answer) of each target
@@ -203,7 +203,7 @@ def tensors(batch: PackedBatch) -> list[Tensor]:
 def test_to_moves_every_tensor_and_nothing_else() -> None:
     batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
     moved = batch.to("meta")
-    assert len(tensors(batch)) == 6 + 4
+    assert len(tensors(batch)) == 5 + 5
     here = [t for t in tensors(moved) if t.device.type != "meta"]
     assert [id(t) for t in here] == [id(batch.plan.spans)]
     assert {t.device.type for t in tensors(batch)} == {"cpu"}
@@ -227,5 +227,6 @@ def test_without_targets_keeps_the_tokens_only() -> None:
     assert [len(t) for t in (filler.labels, filler.predict_at, filler.answers)] == [0, 0, 0]
     assert filler.labels.dtype == filler.predict_at.dtype == torch.int64
     assert torch.equal(filler.input_ids, batch.input_ids)
-    assert (filler.plan, filler.resume_at) == (batch.plan, (1, 2))
+    assert filler.plan.spans is batch.plan.spans
+    assert filler.resume_at == batch.resume_at == (1, 2)
     assert batch.labels.tolist() == [2, 3]

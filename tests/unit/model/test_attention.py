@@ -251,6 +251,12 @@ def test_fp32_on_a_gpu_goes_row_by_row() -> None:
     assert_equals_a_mask([(130, 200, 61), (0, 5, 0)], 2, 64, like, bound=1e-3)
 
 
+def test_layers_that_do_not_hand_on_the_plan_are_refused() -> None:
+    lm = PackedLM(tiny.model("qwen3"))
+    with pytest.raises(ModelError, match=r"Qwen3Attention .* another family"):
+        lm.hf(input_ids=torch.arange(5)[None])
+
+
 def test_a_sliding_window_shorter_than_a_sample_is_refused() -> None:
     model = tiny.model("mistral", sliding_window=16)
     fits, too_long = tiny.batch([16, 9, 3]), tiny.batch([9, 17])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from minigpt.data.batch import PackedBatch, collate
 from minigpt.model.attention import attention_of
-from minigpt.model.lm import PackedLM, head_is_linear
+from minigpt.model.lm import PackedLM, end_early, head_is_linear
 
 CHANGED = {
     "cohere": {"logit_scale": 0.5},
@@ -114,3 +116,58 @@ def test_no_cache_is_built_in_training(family: str) -> None:
     lm.hf.base_model.register_forward_hook(note)
     lm(tiny.batch([5, 7]))
     assert caches == [None]
+
+
+WHOLE = [("gpt2", {}), ("granite", {"residual_multiplier": 0.5})]  # other parts, another sum
+
+
+def lately(lm: PackedLM, batch: PackedBatch) -> tuple[torch.Tensor, int, int]:
+    """Return answers' log-probs, and how many tokens pass the first and the last MLP."""
+    seen: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
+        for layer in lm.hf.base_model.layers
+    ]
+    scores = lm(batch, per_answer=True)
+    for hook in hooks:
+        hook.remove()
+    return scores, seen[0], seen[-1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("shapes", [[(9, 3, 5)], [(4, 6, 2), (0, 7, 3), (12, 1, 1)]])
+def test_the_last_layer_ends_with_what_predicts_targets(
+    family: str, shapes: list[tuple[int, int, int]]
+) -> None:
+    lm, batch = PackedLM(tiny.model(family)), collate(tiny.preferences(shapes))
+    scores, first, last = lately(lm, batch)
+    assert (first, last) == (batch.n_tokens, len(batch.labels))
+    weights = list(lm.parameters())
+    got = torch.autograd.grad(scores[0], weights)
+    del lm.hf.base_model.layers[-1].forward
+    expected, _, whole = lately(lm, batch)
+    assert whole == batch.n_tokens > last
+    assert torch.allclose(scores, expected, rtol=1e-5)
+    for mine, theirs in zip(got, torch.autograd.grad(expected[0], weights), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "changes"), WHOLE)
+def test_a_layer_of_another_kind_is_left_whole(family: str, changes: dict[str, Any]) -> None:
+    model = tiny.model(family, **changes)
+    assert not end_early(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    lm, lengths = PackedLM(model), [20, 2, 11]
+    expected = own_loss(model, lengths)
+    assert lm(tiny.batch(lengths)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_copy_ends_early_with_its_own_weights() -> None:
+    lm, batch = PackedLM(tiny.model("llama")), tiny.batch([5, 9])
+    before = lm(batch)
+    other = copy.deepcopy(lm)
+    with torch.no_grad():
+        for weight in lm.hf.base_model.layers[-1].parameters():
+            weight.zero_()
+    assert torch.equal(other(batch), before)
+    assert not torch.equal(lm(batch), before)
