@@ -75,12 +75,17 @@ class CheckpointOptions:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config into the run directory when training starts."""
+    """Writes the resolved config into the run directory when training starts.
+
+    For `fit` only: testing a run does not change what made it.
+    """
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Save it for `fit` only: testing a run does not change what made it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing: the run may still be refused, and the directory hold another's config."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save it."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class MiniGPTCLI(LightningCLI):

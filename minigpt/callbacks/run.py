@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class MakeRoom(Callback):
-    """Removes what an earlier run left, once the new one's data and start are known to be good.
+    """Removes what an earlier run left, once nothing of the new one can be refused any more.
 
     Args:
         stale: files and directories.
@@ -35,7 +35,7 @@ class MakeRoom(Callback):
     def __init__(self, stale: list[Path]) -> None:
         self.stale = stale
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove them."""
         for path in self.stale:
             if path.is_dir():

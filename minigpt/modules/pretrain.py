@@ -57,11 +57,11 @@ class PretrainModule(BaseModule):
             put_to_sleep(model, self.grow)
         return model
 
-    def on_fit_start(self) -> None:
-        """See whether the model will grow."""
+    def configure_optimizers(self) -> Any:
+        """See whether the model will grow, then as in every stage."""
         if self.grow:
             check_growth(self.grow, self.total_steps(), self.trainer.strategy)
-        super().on_fit_start()
+        return super().configure_optimizers()
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Compute with the layers that are awake."""

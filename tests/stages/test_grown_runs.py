@@ -49,17 +49,19 @@ def test_a_grown_model_is_exported_whole(
     assert losses[-1] < losses[0]
 
 
-def test_a_run_that_ends_before_it_grows_is_refused(fit: Fit) -> None:
-    with pytest.raises(ConfigError, match=r"grow\.steps is 3, but the run has 3 steps"):
-        fit("pretrain", **{GROW: {"layers": 1, "steps": 3}})
-
-
-def test_a_model_without_further_layers_is_refused_before_a_run_is_overwritten(
-    fit: Fit, tmp_path: Path
+@pytest.mark.parametrize(
+    ("growth", "why"),
+    [
+        ({"layers": 1, "steps": 3}, r"grow\.steps is 3, but the run has 3 steps"),
+        ({"layers": 2, "steps": 2}, r"grow\.layers is 2, but the model has 2 layers"),
+    ],
+)
+def test_a_run_that_would_not_grow_is_refused_before_another_is_overwritten(
+    growth: dict[str, int], why: str, fit: Fit, tmp_path: Path
 ) -> None:
     fit("pretrain")
-    with pytest.raises(ConfigError, match=r"grow\.layers is 2, but the model has 2 layers"):
-        fit("pretrain", "run", "--overwrite", "true", **{GROW: {"layers": 2, "steps": 2}})
+    with pytest.raises(ConfigError, match=why):
+        fit("pretrain", "run", "--overwrite", "true", **{GROW: growth})
     assert load_model(tmp_path / "run")
 
 

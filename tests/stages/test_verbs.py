@@ -17,6 +17,7 @@ from minigpt.errors import ConfigError, ModelError, RunExistsError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.saved import load_model
 
+KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "hf/model.safetensors")
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
 SHORT = {"model__init_args__sampling": {"max_new_tokens": 4}}
 
@@ -88,6 +89,15 @@ def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
     fit("sft", "run", "--overwrite", "true")
     assert tiny_runs.metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-6)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_is_refused_overwrites_nothing(fit: Fit, tmp_path: Path) -> None:
+    fit("sft")
+    kept = {name: (tmp_path / "run" / name).read_bytes() for name in KEPT}
+    schedule = {"model__init_args__schedule": {"warmup": 0.9, "decay": 0.9}}
+    with pytest.raises(ConfigError, match="do not fit"):
+        fit("sft", "run", "--overwrite", "true", **schedule)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in KEPT} == kept
 
 
 @STAGE
