@@ -31,8 +31,8 @@ class AttentionPlan:
     """Which tokens attend to which: causal rows, each a text, or a prompt and an answer to it.
 
     Attributes:
-        spans: [R, 4] where a row's prompt begins and its length, the same of the answer (a text
-            is all answer). Answers to one prompt follow each other. Stays where it was made.
+        spans: [4R] of each row where its prompt begins and its length, the same of the answer (a
+            text is all answer). Answers to one prompt follow each other. Stays where it was made.
         cu_queries: [R+1] borders in the batch of the tokens whose results a row gives. A shared
             prompt takes its result from the first of its rows.
         cu_keys: [R+1] borders of what the rows attend to, row after row.
@@ -67,7 +67,7 @@ class AttentionPlan:
 
     @cached_property
     def _groups(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        gather, scatter = _group([positions(span) for span in self.spans.tolist()])
+        gather, scatter = _group([positions(span) for span in self.spans.view(-1, 4).tolist()])
         device = self.cu_queries.device
         return tuple(group.to(device) for group in gather), scatter.to(device)
 
@@ -192,7 +192,7 @@ def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
     ]
     shared = given != of_row
     return AttentionPlan(
-        spans=torch.tensor(spans, dtype=torch.int32),
+        spans=torch.tensor(np.ravel(spans), dtype=torch.int32),
         cu_queries=_borders(given),
         cu_keys=_borders(of_row),
         keys=_join([positions(span) for span in spans]) if shared else None,

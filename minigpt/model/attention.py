@@ -27,7 +27,6 @@ from minigpt.errors import ModelError
 from minigpt.model import fused
 
 PACKED = "minigpt_packed"
-TRACED = "minigpt_packed_traced"  # the same for layers that are compiled together with it
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
 WIDEST = 256  # heads that FlashAttention computes
@@ -84,12 +83,12 @@ def packed_attention(
     fits = not dropout and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
     if fits and kernel_applies(query):
         return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None
+    if fused.applies(q, dropout):
+        return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
     return _by_rows(q, k, v, plan, dropout, scaling).unsqueeze(0), None
 
 
-# Where rows are gathered, each batch has groups of its own, which no compiler should look at.
-AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
-AttentionInterface.register(TRACED, packed_attention)
+AttentionInterface.register(PACKED, packed_attention)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -152,15 +151,14 @@ def _ragged(
     return out  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has groups of its own
 def _by_rows(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
 ) -> Tensor:
-    """Attend by the kernel for CPUs, or else gather rows of like length into one causal call.
+    """Gather rows of like length into one causal call.
 
     A short row is filled up at its end, where causality hides the filling from every real token.
     """
-    if fused.applies(q, dropout):
-        return fused.fused_attention(q, k, v, plan.spans, scaling)
     index = torch.cat([group.flatten() for group in plan.gather])
     sizes = [group.numel() for group in plan.gather]
     # Once for all groups, whose gradients would be added up one by one; index_select, because its

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.model import losses
-from minigpt.model.attention import TRACED, kernel_applies
+from minigpt.model.attention import kernel_applies
 from minigpt.model.build import count_parameters
 from minigpt.model.lm import PackedLM
 
@@ -77,11 +77,9 @@ def compile_model(
             layer.forward = _for_packed(layer.forward, state)
     lm.softmax = state.guarded(losses.softmax)
     with precision():
-        traced = kernel_applies(next(lm.parameters()))
-    if traced:
-        lm.hf.config._attn_implementation = TRACED
+        on_gpu = kernel_applies(next(lm.parameters()))
     try:
-        for batch in _first_batches(tokens, pairs)[: None if traced else 1]:
+        for batch in _first_batches(tokens, pairs)[: None if on_gpu else 1]:
             _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
         state.fail(error)
@@ -143,6 +141,9 @@ def _for_packed(plain: Callable[..., Tensor], state: _Fallback) -> Callable[...,
     compiled = state.guarded(plain)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return (compiled if kwargs.get("plan") is not None else plain)(*args, **kwargs)
+        plan = kwargs.get("plan")
+        # The compiler makes kernels of their own for no target, and for one.
+        usual = plan is not None and len(plan.predict_at) > 1
+        return (compiled if usual else plain)(*args, **kwargs)
 
     return forward

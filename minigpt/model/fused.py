@@ -37,6 +37,7 @@ class _Heads(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> _Heads:
+        assert _dense(x) is x
         return cls(x.data_ptr(), x.stride(0), x.stride(1))
 
 
@@ -52,6 +53,7 @@ class _Call(ctypes.Structure):
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the kernel runs here; it is built if need be, which a failure only says."""
     return _library() is not None
@@ -69,38 +71,55 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: flo
     Args:
         q: [T, H, D] bf16.
         k, v: [T, K, D] with K dividing H.
-        spans: [R, 4] of the plan.
+        spans: of the plan.
         scaling: factor of the logits.
 
     Returns:
         [T, H, D].
     """
-    out: Tensor = _Fused.apply(q, k, v, spans, scaling)
+    out: Tensor = _forward(*(_dense(x) for x in (q, k, v)), spans, scaling)[0]
     return out
 
 
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> Tensor:
-        q, k, v = (_dense(x) for x in (q, k, v))
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        kept = (q, k, v, out, lse, spans)
-        _loaded().forward(ctypes.byref(_call(kept, scaling)))
-        ctx.save_for_backward(*kept)
-        ctx.scaling = scaling
-        return out
+# As operators, compiled layers hold the kernel instead of being broken apart by it.
+@torch.library.custom_op("minigpt::attention", mutates_args=(), device_types="cpu")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    _loaded().forward(ctypes.byref(_call([q, k, v, out, lse, spans], scaling)))
+    return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _dense(grads[0])
-        # Head by head, which compiled layers would copy them to: they take any gradient of a tensor
-        # [1, H, T, D] to lie as it is written.
-        shapes = [(x.shape[1], x.shape[0], x.shape[2]) for x in ctx.saved_tensors[:3]]
-        found = [grad.new_empty(shape).transpose(0, 1) for shape in shapes]
-        places = [ctypes.byref(_Heads.of(x)) for x in (grad, *found)]
-        _loaded().backward(ctypes.byref(_call(ctx.saved_tensors, ctx.scaling)), *places)
-        return *found, None, None
+
+@torch.library.custom_op("minigpt::attention_backward", mutates_args=(), device_types="cpu")
+def _backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad = _dense(grad)
+    q, k, v = (x.new_empty(x.shape) for x in kept[:3])
+    places = [ctypes.byref(_Heads.of(x)) for x in (grad, q, k, v)]
+    _loaded().backward(ctypes.byref(_call(kept, scaling)), *places)
+    return q, k, v
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in kept[:3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, spans, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, *output, spans)
+
+
+def _go_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(grad, list(ctx.saved_tensors), ctx.scaling), None, None
+
+
+_forward.register_autograd(_go_back, setup_context=_keep)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -109,10 +128,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and even else x.contiguous()
 
 
-def _call(saved: tuple[Tensor, ...], scaling: float) -> _Call:
-    q, k, v, out, lse, spans = saved
+def _call(kept: list[Tensor], scaling: float) -> _Call:
+    q, k, v, out, lse, spans = kept
     heads = (_Heads.of(x) for x in (q, k, v, out))
-    shape = (len(spans), q.shape[1], k.shape[1], q.shape[2])
+    shape = (len(spans) // 4, q.shape[1], k.shape[1], q.shape[2])
     threads = torch.get_num_threads()
     return _Call(*heads, lse.data_ptr(), spans.data_ptr(), *shape, scaling, threads)
 

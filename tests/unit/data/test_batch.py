@@ -190,7 +190,7 @@ def test_attention_through_the_plan_equals_each_row_alone(
             assert torch.allclose(found[row], expected, atol=1e-12)
     assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
     grouped = {tuple(row) for group in batch.plan.gather for row in group.tolist()}
-    for span in batch.plan.spans.tolist():
+    for span in batch.plan.spans.view(-1, 4).tolist():
         row = positions(span).tolist()
         assert any(list(other[: len(row)]) == row for other in grouped)
 

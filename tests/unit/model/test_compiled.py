@@ -17,6 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from minigpt.data.batch import PackedBatch, collate
+from minigpt.model import fused
 from minigpt.model.attention import attention_of
 from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
@@ -77,7 +78,7 @@ def test_compiled_equals_plain_and_is_compiled_once(half: bool, device: str) -> 
         [6, 244],
     ]
     batches = [tiny.batch(lengths, seed).to(device) for seed, lengths in enumerate(layouts)]
-    assert_compiled_once(lm, batches, half)
+    assert_compiled_once(lm, [*batches, batches[0].without_targets()], half)
 
 
 @pytest.mark.slow
@@ -89,6 +90,18 @@ def test_so_is_a_model_that_sees_preferences(device: str) -> None:
     assert_compiled_once(lm, batches, half=True, pairs=True)
     if device == "cuda":
         assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fused.available(), reason="this CPU has no kernel for attention")
+@pytest.mark.parametrize("pairs", [False, True], ids=["texts", "pairs"])
+def test_a_layer_is_compiled_as_a_whole_around_the_kernel(pairs: bool) -> None:
+    lm = PackedLM(tiny.model("qwen3", head_dim=16))
+    shapes = [[(40, 30, 77), (9, 3, 1)], [(20, 50, 60)], [(100, 20, 9)], [(1, 2, 2), (3, 1, 9)]]
+    layouts = [[100, 60, 90], [20, 120, 7], [250], [3, 244]]
+    made = map(tiny.preferences, shapes) if pairs else map(tiny.texts, layouts)
+    assert_compiled_once(lm, [collate(samples) for samples in made], half=True, pairs=pairs)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

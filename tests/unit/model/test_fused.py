@@ -69,7 +69,7 @@ def test_kernel_equals_an_explicit_mask(
     wholes = [x.float().requires_grad_() for x in (q, k, v)]
     plan = collate(samples).plan
     got, _ = packed_attention(torch.nn.Module(), *halves, None, plan=plan, scaling=0.3)
-    assert "_Fused" in str(got.grad_fn.next_functions)
+    assert "minigpt_attention" in str(got.grad_fn.next_functions)
     expected = scaled_dot_product_attention(
         *wholes, attn_mask=tiny.mask_of(samples), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
@@ -96,6 +96,15 @@ def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPat
     assert any(not torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
     for ours, without, truth in zip(mine, plain, exact, strict=True):
         assert difference(ours, truth) <= 1.2 * difference(without, truth) + 0.01
+
+
+@needs_kernel
+def test_operators_are_what_compilers_take_them_for() -> None:
+    q, k, v = (torch.randn(9, n, 16).bfloat16().requires_grad_() for n in (4, 2, 2))
+    spans = collate(tiny.preferences([(3, 2, 4)])).plan.spans
+    torch.library.opcheck(fused._forward, (q, k, v, spans, 0.3))
+    kept = [x.detach() for x in (q, k, v, *fused._forward(q, k, v, spans, 0.3), spans)]
+    torch.library.opcheck(fused._backward, (kept[3].clone(), kept, 0.3))
 
 
 @needs_kernel
