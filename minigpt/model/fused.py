@@ -83,10 +83,10 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: flo
 
 # As operators, compiled layers hold the kernel instead of being broken apart by it. The compiler
 # keeps graphs on disk by the names of their operators, so each version has names of its own.
-VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+NAME = f"minigpt::attention_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
 
 
-@torch.library.custom_op(f"minigpt::attention_{VERSION}", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(NAME, mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,7 @@ def _forward(
     return out, lse
 
 
-@torch.library.custom_op(
-    f"minigpt::attention_backward_{VERSION}", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op(f"{NAME}_backward", mutates_args=(), device_types="cpu")
 def _backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     grad = _dense(grad)
     q, k, v = (x.new_empty(x.shape) for x in kept[:3])
