@@ -74,7 +74,7 @@ def compile_model(
     state = _Fallback()
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
-            layer.forward = _for_packed(layer.forward, state)
+            layer.forward = _for_packed(layer.forward, state, tokens // 2)
     lm.softmax = state.guarded(losses.softmax)
     with precision():
         on_gpu = kernel_applies(next(lm.parameters()))
@@ -137,13 +137,16 @@ class _Fallback:
         return call
 
 
-def _for_packed(plain: Callable[..., Tensor], state: _Fallback) -> Callable[..., Tensor]:
+def _for_packed(
+    plain: Callable[..., Tensor], state: _Fallback, least: int
+) -> Callable[..., Tensor]:
     compiled = state.guarded(plain)
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = kwargs.get("plan")
-        # The compiler makes kernels of their own for no target, and for one.
-        usual = plan is not None and len(plan.predict_at) > 1
-        return (compiled if usual else plain)(*args, **kwargs)
+        # The compiler sums up to 4,096 numbers by other kernels than more, and makes some for no
+        # target and for one: an epoch's last batch, which may be short, is not worth the wait.
+        usual = plan is not None and len(plan.predict_at) > 1 and hidden.shape[1] >= least
+        return (compiled if usual else plain)(hidden, *args, **kwargs)
 
     return forward
