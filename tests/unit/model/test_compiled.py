@@ -104,6 +104,26 @@ def test_a_layer_is_compiled_as_a_whole_around_the_kernel(pairs: bool) -> None:
     assert not counters["graph_break"]
 
 
+def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(plain: Any, **_: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.extend([len(args[0][0])] if "plan" in kwargs else [])
+            return plain(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", spy)
+    lm = PackedLM(tiny.model("llama"))  # of two layers
+    compile_model(lm, 256, nullcontext)
+    seen.clear()
+    whole = tiny.batch([128])
+    for batch in (whole, tiny.batch([127]), whole.without_targets(), tiny.batch([2] + [1] * 199)):
+        lm(batch)
+    assert seen == [128, 128]
+
+
 @pytest.mark.slow
 def test_generation_goes_through_the_layers_as_they_are() -> None:
     model = tiny.model("qwen3").eval()
