@@ -57,14 +57,6 @@ void interleave(const Half* low, const Half* high, Pair* to, long width) {
         store_pairs(to + d, load_bits(low + d), high ? load_bits(high + d) : _mm512_setzero_si512());
 }
 
-float dot(const Half* a, const Half* b, long width) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long d = 0; d < width; d += 16)
-        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(load_bits(a + d), 16)),
-                              _mm512_castsi512_ps(_mm512_slli_epi32(load_bits(b + d), 16)), sum);
-    return _mm512_reduce_add_ps(sum);
-}
-
 // 2^x: a polynomial for the fraction (Taylor, relative error below 3e-6), its exponent for the rest.
 __m512 exp2(__m512 x) {
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -138,7 +130,7 @@ struct Row {
 
 // All that forward and backward get.
 struct Call {
-    Heads q, k, v, out;
+    Heads q, k, v;
     float* lse;
     const Row* rows;
     long count, heads, key_heads, width;
@@ -224,7 +216,8 @@ float softmax(const float* scores, Half* weights, long seen, long columns, float
     return total;
 }
 
-void attend(const Call& call, const Row& row, long begin, long key_head, Scratch& own) {
+void attend(const Call& call, const Heads& out, const Row& row, long begin, long key_head,
+            Scratch& own) {
     const std::vector<int32_t> at = tokens(row);
     const long columns = sixteens(at.size()), width = call.width;
     const long group = call.heads / call.key_heads;
@@ -247,35 +240,27 @@ void attend(const Call& call, const Row& row, long begin, long key_head, Scratch
                     own.sums.data(), width, width, (end + 1) / 2);
             for (long r = 0; r < rows; ++r)
                 for (long d = 0; d < width; d += 16)
-                    store(call.out.at(at[start + r], h) + d,
+                    store(out.at(at[start + r], h) + d,
                           _mm512_div_ps(load(&own.sums[r * width + d]), _mm512_set1_ps(totals[r])));
         }
 }
 
 // ---- backward
 
-// The gradient of one query's scores, from that of its weights.
-struct Way {
-    const float *scores, *of_weights;
-    __m512 lse, delta;
-    long seen;
-
-    Way(const Call& call, const Heads& grad, const float* scores, const float* of_weights, long t,
-        long h, long seen)
-        : scores(scores),
-          of_weights(of_weights),
-          lse(_mm512_set1_ps(call.lse[t * call.heads + h])),
-          delta(_mm512_set1_ps(dot(grad.at(t, h), call.out.at(t, h), call.width))),
-          seen(seen) {}
-
-    void at(long c, __m512 scale, __m512* weights, __m512* of_scores) const {
+// Put a query's weights in place of its scores, and return what its gradient loses to the softmax:
+// the sum of weights times their gradients. FlashAttention-2 takes it from the output, whose rounding
+// to bf16 is as large as the gradient itself where one weight is nearly 1.
+float weigh(float* scores, const float* of_weights, float lse, float scale, long seen) {
+    const __m512 by = _mm512_set1_ps(scale * LOG2E), shift = _mm512_set1_ps(lse);
+    __m512 sum = _mm512_setzero_ps();
+    for (long c = 0; c < seen; c += 16) {
         const __mmask16 visible = first(seen - c);
-        __m512 x = _mm512_mul_ps(scale, _mm512_set1_ps(LOG2E));
-        *weights = _mm512_maskz_mov_ps(visible, exp2(_mm512_fmsub_ps(load(scores + c), x, lse)));
-        __m512 y = _mm512_mul_ps(scale, _mm512_sub_ps(load(of_weights + c), delta));
-        *of_scores = _mm512_maskz_mul_ps(visible, *weights, y);
+        __m512 w = _mm512_maskz_mov_ps(visible, exp2(_mm512_fmsub_ps(load(scores + c), by, shift)));
+        sum = _mm512_mask3_fmadd_ps(w, load(of_weights + c), sum, visible);
+        _mm512_storeu_ps(scores + c, w);
     }
-};
+    return _mm512_reduce_add_ps(sum);
+}
 
 // The gradients of a row's queries; those of its keys and values are added to own.of_keys and
 // own.of_values [tokens, D].
@@ -306,18 +291,24 @@ void attend_back(const Call& call, const Heads& grad, const Heads& grad_q, const
                         own.scores.data(), columns, seen, width / 2);
                 product(rows, grad.pairs(at[i], h), grad.token / 2, 1, own.values.data(), columns,
                         own.of_weights.data(), columns, seen, width / 2);
+                float lost[STRIP];
+                for (long r = 0; r < rows; ++r)
+                    lost[r] = weigh(&own.scores[r * columns], &own.of_weights[r * columns],
+                                    call.lse[at[i + r] * call.heads + h], call.scale, i + r + 1);
                 for (long r = 0; r < rows; r += 2) {
                     const bool two = r + 1 < rows;  // else the second is the first and sees nothing
                     const long a = at[i + r], b = at[i + r + two], place = (i - start + r) / 2;
                     const long low = r * columns, high = (r + two) * columns;
-                    Way one(call, grad, &own.scores[low], &own.of_weights[low], a, h, i + r + 1);
-                    Way other(call, grad, &own.scores[high], &own.of_weights[high], b, h,
-                              two ? i + r + 2 : 0);
                     Pair *w = &own.weights[place * columns], *s = &own.of_scores[place * columns];
+                    const auto of_score = [&](long c, long row, float lost, long seen, __m512* w) {
+                        *w = _mm512_maskz_loadu_ps(first(seen - c), &own.scores[row + c]);
+                        __m512 y = _mm512_sub_ps(load(&own.of_weights[row + c]), _mm512_set1_ps(lost));
+                        return _mm512_maskz_mul_ps(first(seen - c), *w, _mm512_mul_ps(scale, y));
+                    };
                     for (long c = 0; c < seen; c += 16) {
-                        __m512 w0, w1, s0, s1;
-                        one.at(c, scale, &w0, &s0);
-                        other.at(c, scale, &w1, &s1);
+                        __m512 w0, w1;
+                        __m512 s0 = of_score(c, low, lost[r], i + r + 1, &w0);
+                        __m512 s1 = of_score(c, high, lost[r + two], two ? i + r + 2 : 0, &w1);
                         store_pairs(w + c, w0, w1);
                         store_pairs(s + c, s0, s1);
                         store(&own.left[low + c], s0);
@@ -376,9 +367,9 @@ void each(const Call& call, Work work) {
 
 }  // namespace
 
-extern "C" void forward(const Call* call) {
+extern "C" void forward(const Call* call, const Heads* out) {
     each(*call, [&](const Row& row, long begin, bool, long key_head, Scratch& own) {
-        attend(*call, row, begin, key_head, own);
+        attend(*call, *out, row, begin, key_head, own);
     });
 }
 

@@ -45,7 +45,7 @@ class _Call(ctypes.Structure):
     """What both ways of the kernel get."""
 
     _fields_ = (
-        *((name, _Heads) for name in ("q", "k", "v", "out")),
+        *((name, _Heads) for name in ("q", "k", "v")),
         *((name, ctypes.c_void_p) for name in ("lse", "rows")),
         *((name, ctypes.c_long) for name in ("count", "heads", "key_heads", "width")),
         ("scale", ctypes.c_float),
@@ -91,7 +91,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    _loaded().forward(ctypes.byref(_call([q, k, v, out, lse, spans], scaling)))
+    call = _call([q, k, v, lse, spans], scaling)
+    _loaded().forward(ctypes.byref(call), ctypes.byref(_Heads.of(out)))
     return out, lse
 
 
@@ -116,7 +117,7 @@ def _(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, spans, ctx.scaling = inputs
-    ctx.save_for_backward(*tensors, *output, spans)
+    ctx.save_for_backward(*tensors, output[1], spans)
 
 
 def _go_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,8 +134,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _call(kept: list[Tensor], scaling: float) -> _Call:
-    q, k, v, out, lse, spans = kept
-    heads = (_Heads.of(x) for x in (q, k, v, out))
+    q, k, v, lse, spans = kept
+    heads = (_Heads.of(x) for x in (q, k, v))
     shape = (len(spans) // 4, q.shape[1], k.shape[1], q.shape[2])
     threads = torch.get_num_threads()
     return _Call(*heads, lse.data_ptr(), spans.data_ptr(), *shape, scaling, threads)
@@ -148,8 +149,7 @@ def _loaded() -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    cpu: Any = torch.cpu
-    if not cpu._is_avx512_bf16_supported():
+    if not torch.cpu._is_avx512_bf16_supported():
         return None
     try:
         return ctypes.CDLL(str(_build()))

@@ -129,7 +129,7 @@ def test_code_lines_leave_out_what_says_why(tmp_path: Path) -> None:
 def test_library_is_small() -> None:
     assert sum(map(code_lines, FILES)) <= 11071
     kernel = (PACKAGE / "model" / "attention.cpp").read_text(encoding="utf-8").splitlines()
-    assert sum(not re.match(r"\s*(//|$)", line) for line in kernel) <= 310
+    assert sum(not re.match(r"\s*(//|$)", line) for line in kernel) <= 302
 
 
 def test_functions_are_short() -> None:

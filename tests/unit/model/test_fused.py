@@ -53,6 +53,7 @@ def difference(mine: Tensor, truth: Tensor) -> float:
     width=st.sampled_from([16, 48, 64, 128]),
 )
 @example([(0, 1, 0)], (4, 2), 64)
+@example([(0, 2, 0)], (1, 1), 64)  # of the weights one is nearly 1: gradients are small differences
 @example([(0, 600, 0), (130, 200, 61), (0, 5, 0)], (4, 2), 64)
 @settings(max_examples=40, deadline=None)
 def test_kernel_equals_an_explicit_mask(
@@ -77,7 +78,7 @@ def test_kernel_equals_an_explicit_mask(
     mine = [got, *torch.autograd.grad(got, halves, g)]
     truth = [expected, *torch.autograd.grad(expected, wholes, g.float())]
     for ours, theirs in zip(mine, truth, strict=True):
-        assert difference(ours, theirs) <= 0.015  # bf16 is right to 1 in 256, differences to less
+        assert difference(ours, theirs) <= 0.006  # bf16 is right to 1 in 256
 
 
 def gradients(lm: PackedLM, half: bool = True) -> list[Tensor]:
@@ -103,8 +104,9 @@ def test_operators_are_what_compilers_take_them_for() -> None:
     q, k, v = (torch.randn(9, n, 16).bfloat16().requires_grad_() for n in (4, 2, 2))
     spans = collate(tiny.preferences([(3, 2, 4)])).plan.spans
     found = torch.library.opcheck(fused._forward, (q, k, v, spans, 0.3))
-    kept = [x.detach() for x in (q, k, v, *fused._forward(q, k, v, spans, 0.3), spans)]
-    back = torch.library.opcheck(fused._backward, (kept[3].clone(), kept, 0.3))
+    out, lse = fused._forward(q, k, v, spans, 0.3)
+    kept = [x.detach() for x in (q, k, v, lse, spans)]
+    back = torch.library.opcheck(fused._backward, (out.detach(), kept, 0.3))
     assert {*found.values(), *back.values()} == {"SUCCESS"}
 
 
