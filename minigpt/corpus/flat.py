@@ -161,10 +161,10 @@ def _pair(row: Any, system: list[str]) -> list[str]:
         prompt = system + _said(row["prompt"], "user")
     else:
         prompt = [] if row.keys() & _PROMPT_KEYS else system + good[:-2]
-    before, *answers = good[:-2], good[-2:], bad[-2:]
-    if before != bad[:-2] or before not in ([], prompt) or answers[0] == answers[1]:
+    before, one, other = good[:-2], good[-2:], bad[-2:]
+    if before != bad[:-2] or before not in ([], prompt) or one == other or not (one and other):
         raise KeyError
-    return prompt + answers[0] + answers[1]
+    return prompt + one + other
 
 
 def _said(value: Any, role: str = "") -> list[str]:

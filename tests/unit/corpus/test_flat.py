@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt.corpus import flat as quick
@@ -55,6 +55,9 @@ FORMS += [("instruction", "output"), ("instruction", "input", "output"), ("chose
 FORMS += [("prompt", "chosen", "rejected"), ("messages", "chosen", "rejected"), ()]
 
 
+TURN = ("user", "assistant")
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> Any:
     """Rows of every form, with other fields in some."""
@@ -71,6 +74,7 @@ def rows(draw: st.DrawFn) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300, deadline=None)
+@example([{"prompt": [{"role": r, "content": r} for r in TURN], "chosen": "a", "rejected": []}])
 @given(data=st.lists(rows(), min_size=1, max_size=6))
 def test_what_is_read_quickly_is_what_is_read_thoroughly(kind: Kind, data: list[Any]) -> None:
     [batch] = batches(enumerate(data), kind, TOKENS)
