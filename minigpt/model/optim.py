@@ -131,8 +131,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    cpu: Any = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class BatchedMuon(torch.optim.Muon):
