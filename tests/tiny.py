@@ -35,7 +35,14 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.batch import (
+    AttentionPlan,
+    PackedBatch,
+    Sample,
+    Span,
+    collate,
+    plan_attention,
+)
 
 VOCABULARY = 320
 TEXT = "the cat sat on the mat and the dog sat on the log"
@@ -135,13 +142,25 @@ def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[S
     return [sample(rng, first, prompt, second) for prompt, first, second in shapes]
 
 
-def mask_of(samples: Sequence[Sample]) -> Tensor:
-    """Who sees whom [T, T], written out: own past, and for an answer its prompt."""
+def plan(shapes: Sequence[tuple[int, int, int]]) -> AttentionPlan:
+    """Plan the attention of preferences, (0, n, 0) being a text, of so many tokens to be read."""
+    spans: list[Span] = []
+    end = 0
+    for prompt, *answers in shapes:
+        start, end = end, end + prompt
+        for length in filter(None, answers):
+            spans.append((start, prompt, end, length))
+            end += length
+    return plan_attention(spans, torch.arange(1))
+
+
+def mask_of(shapes: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Who sees whom [T, T] in such a plan, written out: own past, and for an answer its prompt."""
     runs = []
-    for number, s in enumerate(samples):
-        runs += [(number, 0)] * s.prompt + [(number, 1)] * s.first + [(number, 2)] * s.second
+    for number, (prompt, first, second) in enumerate(shapes):
+        runs += [(number, 0)] * prompt + [(number, 1)] * first + [(number, 2)] * second
     sample, run = torch.tensor(runs).T
-    prompts = torch.tensor([bool(s.prompt) for s in samples])[sample]
+    prompts = torch.tensor([prompt > 0 for prompt, _, _ in shapes])[sample]
     same = sample[:, None] == sample
     visible = (run[:, None] == run) | ((run == 0) & prompts)
     return (same & visible).tril()

@@ -1,19 +1,20 @@
 """The packed batch: one dataclass for every stage.
 
 Shape legend:
-    T  tokens of the micro-batch, all samples one after the other, no padding
+    T  tokens that the model reads, all samples one after the other, no padding
     N  target tokens
     A  answers: one per text or chat, two per preference (chosen, then rejected)
     R  attention rows of the batch, or of a group of them of like length; L its longest row
 
 A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
 both answers attend to it. So a target's hidden state is not always its left neighbour's;
-`predict_at` says whose it is.
+`predict_at` says whose it is. The last token of a text or an answer predicts nothing, so that the
+model does not read it: it is only a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+TILE = 64  # rows of its multiples stay whole: kernels compute those fastest
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
@@ -99,6 +101,7 @@ class PackedBatch:
         labels: [N] target ids.
         answers: [N] number of the answer each target belongs to, 0..A-1.
         n_answers: A.
+        n_tokens: of the data in the batch, with those that are only targets.
         plan: who attends to whom, and what predicts the targets.
         sources: file and line of each sample.
         resume_at: (epoch, micro-batch) that comes after this one in the whole run.
@@ -110,14 +113,10 @@ class PackedBatch:
     labels: Tensor
     answers: Tensor
     n_answers: int
+    n_tokens: int
     plan: AttentionPlan
     sources: tuple[tuple[str, int], ...] = ()
     resume_at: tuple[int, int] = (0, 0)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of data in the batch."""
-        return len(self.input_ids)
 
     @property
     def predict_at(self) -> Tensor:
@@ -237,16 +236,6 @@ def _group(rows: list[NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
     return gather, torch.from_numpy(scatter)
 
 
-def _runs(sample: Sample, start: int) -> Iterable[tuple[Span, int, int]]:
-    """Yield each answer's attention row, its first target's place in the row, its offset."""
-    offset = sample.prompt
-    for length in (sample.first, sample.second):
-        if length:
-            span = (start, sample.prompt, start + offset, length)
-            yield span, max(sample.prompt, 1), offset
-            offset += length
-
-
 def _join(parts: list[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
@@ -254,31 +243,36 @@ def _join(parts: list[NDArray[Any]]) -> Tensor:
 def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
     """Pack samples into one batch, in the order given."""
     spans: list[Span] = []
-    at, answers, places = [], [], []
-    label_at: list[NDArray[np.int64]] = []
-    start = 0
+    ids, places, borders = [], [], [0]
+    at, labels, answers = [], [], []
     for sample in samples:
-        places.append(np.arange(sample.prompt))
-        for span, first_target, offset in _runs(sample, start):
-            row = positions(span)
-            targets = row[first_target:]
-            keep: Any = slice(None)
-            if sample.targets is not None:
-                keep = sample.targets[targets - start - offset]
-            label_at.append(targets[keep])
-            at.append(row[first_target - 1 : -1][keep])
-            answers.append(np.full(len(label_at[-1]), len(spans)))
-            places.append(np.arange(sample.prompt, len(row)))
+        start, prompt = borders[-1], sample.prompt
+        ids.append(sample.ids[:prompt])
+        places.append(np.arange(prompt))
+        end = start + prompt
+        for answer in np.split(sample.ids[prompt:], [sample.first]):
+            if not len(answer):
+                continue
+            row = prompt + len(answer)
+            span = (start, prompt, end, len(answer) - (len(answer) > 1 and row % TILE > 0))
+            own = slice(0 if prompt else 1, None)  # nothing predicts the first token of a text
+            keep: Any = slice(None) if sample.targets is None else sample.targets[own]
+            labels.append(answer[own][keep])
+            at.append(positions(span)[max(prompt - 1, 0) : row - 1][keep])
+            answers.append(np.full(len(at[-1]), len(spans)))
+            ids.append(answer[: span[3]])
+            places.append(np.arange(prompt, prompt + span[3]))
             spans.append(span)
-        start += len(sample.ids)
-    ids = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
+            end += span[3]
+        borders.append(end)
     return PackedBatch(
-        input_ids=torch.from_numpy(ids),
+        input_ids=_join(ids),
         position_ids=_join(places),
-        cu_seqlens=_borders([len(sample.ids) for sample in samples]),
-        labels=torch.from_numpy(ids[np.concatenate(label_at)]),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        labels=_join(labels),
         answers=_join(answers),
         n_answers=len(spans),
+        n_tokens=sum(len(sample.ids) for sample in samples),
         plan=plan_attention(spans, _join(at)),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,

@@ -10,7 +10,8 @@
 //     q, out and their gradients [T, H, D], k, v and theirs [T, K, D], log-sum-exps [T, H]
 //
 // A row of attention is a prompt and an answer. The answers to one prompt are rows next to each
-// other, of which the first computes the prompt's queries; see AttentionPlan in data/batch.py.
+// other, of which the first computes the prompt's queries and lies behind the prompt, so that the
+// queries of each row are next to each other; see AttentionPlan in data/batch.py.
 //
 // Every matrix product is made of one tile: a pair of bf16 numbers, 32 bits, of the left matrix
 // against sixteen pairs next to each other of the right one, summed up in fp32.
@@ -139,9 +140,7 @@ struct Call {
 };
 
 // The rows of one sample.
-struct Sample {
-    long begin, end, cost;
-};
+struct Sample { long begin, end, cost; };
 
 std::vector<Sample> samples(const Call& call) {
     std::vector<Sample> all;
@@ -167,10 +166,18 @@ std::vector<int32_t> tokens(const Row& row) {
 // As the right side of products along the width: [D / 2, columns], columns being the row's tokens.
 void across(const Heads& x, long h, const std::vector<int32_t>& at, long width,
             std::vector<Pair>& to) {
-    long columns = sixteens(at.size());
-    to.assign(width / 2 * columns, 0);
-    for (size_t n = 0; n < at.size(); ++n)
-        for (long d = 0; d < width / 2; ++d) to[d * columns + n] = x.pairs(at[n], h)[d];
+    const long size = at.size(), columns = sixteens(size);
+    to.resize(width / 2 * columns);
+    for (long n = 0; n < size; n += 16) {
+        // Past the row's end it is the first token's pairs, of which masks keep the results out.
+        const __m512i some = _mm512_maskz_loadu_epi32(first(size - n), &at[n]);
+        const __m512i from = _mm512_mullo_epi32(some, _mm512_set1_epi32(int(x.token / 2)));
+        for (long d = 0; d < width / 2; ++d) {
+            const Pair* ahead = x.pairs(at[std::min(n + 32 + d % 16, size - 1)], h);
+            _mm_prefetch(ahead + d / 16 * 16, _MM_HINT_T0);  // each of its lines once
+            _mm512_storeu_si512(&to[d * columns + n], _mm512_i32gather_epi32(from, x.pairs(0, h) + d, 4));
+        }
+    }
 }
 
 // As the right side of products along the tokens: [tokens / 2, D].
@@ -188,13 +195,6 @@ struct Scratch {
     std::vector<float> scores, of_weights, sums, of_keys, of_values;
     std::vector<Half> left;
 };
-
-// Where a block of queries that begins at `start` ends: before the answer if it is in the prompt,
-// since only tokens next to each other lie at equal distances.
-long ending(const Row& row, long start, long size) {
-    long end = start < row.prompt_length ? row.prompt_length : row.prompt_length + row.answer_length;
-    return std::min(start + size, end);
-}
 
 // ---- forward
 
@@ -228,7 +228,7 @@ void attend(const Call& call, const Heads& out, const Row& row, long begin, long
     own.sums.resize(STRIP * width);
     for (long h = key_head * group; h < (key_head + 1) * group; ++h)
         for (long start = begin, end; start < long(at.size()); start = end) {
-            end = ending(row, start, STRIP);
+            end = std::min(start + STRIP, long(at.size()));
             long rows = end - start, seen = sixteens(end);
             float totals[STRIP];
             product(rows, call.q.pairs(at[start], h), call.q.token / 2, 1, own.keys.data(), columns,
@@ -284,7 +284,7 @@ void attend_back(const Call& call, const Heads& grad, const Heads& grad_q, const
     own.sums.resize(STRIP * width);
     for (long h = key_head * group; h < (key_head + 1) * group; ++h)
         for (long start = begin, end; start < long(at.size()); start = end) {
-            end = ending(row, start, BLOCK);
+            end = std::min(start + BLOCK, long(at.size()));
             for (long i = start; i < end; i += STRIP) {
                 const long rows = std::min(STRIP, end - i), seen = sixteens(i + rows);
                 product(rows, call.q.pairs(at[i], h), call.q.token / 2, 1, own.keys.data(), columns,
@@ -347,8 +347,7 @@ void write(const Heads& to, long h, const std::vector<float>& from, const Row& r
         for (long d = 0; d < width; d += 16) store(to.at(at[i], h) + d, load(&from[i * width + d]));
 }
 
-template <class Work>
-void each(const Call& call, Work work) {
+template <class Work> void each(const Call& call, Work work) {
     const std::vector<Sample> all = samples(call);
 #pragma omp parallel num_threads(call.threads)
     {

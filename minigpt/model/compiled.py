@@ -89,8 +89,9 @@ def _first_batches(tokens: int, pairs: bool) -> list[PackedBatch]:
     """Return a batch of each kind that kernels on a GPU have ways of their own for."""
     prompt, first, second = PAIR if pairs else TEXT
     ids = np.zeros(prompt + first + second, np.int64)
-    sample = Sample(ids, prompt, first, second, None, ("", 0))
-    short = replace(sample, ids=ids[1:], first=first - 1)
+    targets = None if pairs else np.arange(first) > 3
+    sample = Sample(ids, prompt, first, second, targets, ("", 0))
+    short = replace(sample, ids=ids[1:], first=first - 1, targets=None)
     many = [sample] * max(2, tokens // len(ids))
     kinds = [[short, *many]] if pairs else [[short, *many], [*many, short], many]
     return [collate(samples) for samples in kinds]

@@ -52,9 +52,8 @@ class PackedLM(nn.Module):
         self.softmax: Softmax = softmax
         hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
         self.plain_head = not head_is_linear(hf)
-        if not self.plain_head:
-            end_early(hf)
-        else:
+        self.ends_early = not self.plain_head and end_early(hf)
+        if self.plain_head:
             log.warning(
                 "%s changes its logits after the head: they are computed whole, which takes "
                 "more memory.",
@@ -68,7 +67,7 @@ class PackedLM(nn.Module):
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
         hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state.squeeze(0)
         head: Any = self.hf.get_output_embeddings()
-        if len(hidden) == batch.n_tokens:  # another kind of layer, or a last one that is asleep
+        if not self.ends_early or len(hidden) > len(batch.labels):  # the last layer may be asleep
             hidden = hidden.index_select(0, batch.predict_at)
         if not per_answer:
             return linear_cross_entropy(hidden, head.weight, head.bias, batch.labels, self.softmax)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,9 @@ def test_compiled_equals_plain_and_is_compiled_once(half: bool, device: str) -> 
         [6, 244],
     ]
     batches = [tiny.batch(lengths, seed).to(device) for seed, lengths in enumerate(layouts)]
-    assert_compiled_once(lm, [*batches, batches[0].without_targets()], half)
+    chats = [replace(text, targets=text.ids % 3 > 0) for text in tiny.texts([90, 40, 120])]
+    others = [collate(chats).to(device), batches[0].without_targets()]
+    assert_compiled_once(lm, [*batches, *others], half)
 
 
 @pytest.mark.slow

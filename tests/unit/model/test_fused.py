@@ -59,7 +59,6 @@ def difference(mine: Tensor, truth: Tensor) -> float:
 def test_kernel_equals_an_explicit_mask(
     shapes: list[tuple[int, int, int]], heads: tuple[int, int], width: int
 ) -> None:
-    samples = tiny.preferences(shapes)
     total = sum(map(sum, shapes))
     random = torch.Generator().manual_seed(total)
     q, k, v, weights = (  # as projections leave them: [1, heads, T, D] of tokens one by one
@@ -68,11 +67,11 @@ def test_kernel_equals_an_explicit_mask(
     )
     halves = [x.detach().requires_grad_() for x in (q, k, v)]
     wholes = [x.float().requires_grad_() for x in (q, k, v)]
-    plan = collate(samples).plan
+    plan = tiny.plan(shapes)
     got, _ = packed_attention(torch.nn.Module(), *halves, None, plan=plan, scaling=0.3)
     assert "minigpt_attention" in str(got.grad_fn.next_functions)
     expected = scaled_dot_product_attention(
-        *wholes, attn_mask=tiny.mask_of(samples), scale=0.3, enable_gqa=True
+        *wholes, attn_mask=tiny.mask_of(shapes), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     g = weights.transpose(1, 2)
     mine = [got, *torch.autograd.grad(got, halves, g)]
@@ -102,7 +101,7 @@ def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPat
 @needs_kernel
 def test_operators_are_what_compilers_take_them_for() -> None:
     q, k, v = (torch.randn(9, n, 16).bfloat16().requires_grad_() for n in (4, 2, 2))
-    spans = collate(tiny.preferences([(3, 2, 4)])).plan.spans
+    spans = tiny.plan([(3, 2, 4)]).spans
     found = torch.library.opcheck(fused._forward, (q, k, v, spans, 0.3))
     out, lse = fused._forward(q, k, v, spans, 0.3)
     kept = [x.detach() for x in (q, k, v, lse, spans)]
@@ -113,7 +112,7 @@ def test_operators_are_what_compilers_take_them_for() -> None:
 @needs_kernel
 def test_threads_do_not_change_a_bit() -> None:
     q, k, v = (torch.randn(900, 4, 32).bfloat16().requires_grad_() for _ in range(3))
-    spans = collate(tiny.texts([300, 100, 450, 50])).plan.spans
+    spans = tiny.plan([(0, n, 0) for n in (300, 100, 450, 50)]).spans
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -125,20 +124,23 @@ def test_threads_do_not_change_a_bit() -> None:
 
 
 @needs_kernel
-def test_a_nan_stays_in_its_sample() -> None:
+@pytest.mark.parametrize("everywhere", [False, True], ids=["query", "all"])
+@pytest.mark.parametrize(("token", "sample"), [(0, (0, 30)), (40, (30, 50))])
+def test_a_nan_stays_in_its_sample(token: int, sample: tuple[int, int], everywhere: bool) -> None:
     q, k, v = (torch.randn(90, 2, 32).bfloat16() for _ in range(3))
-    q[40] = torch.nan
+    for x in (q, k, v)[: 3 if everywhere else 1]:
+        x[token] = torch.nan
     for x in (q, k, v):
         x.requires_grad_()
-    spans = collate(tiny.texts([30, 20, 40])).plan.spans
+    spans = tiny.plan([(0, 30, 0), (0, 20, 0), (0, 40, 0)]).spans
     out = fused.fused_attention(q, k, v, spans, 0.2)
-    grads = torch.autograd.grad(out.sum(), (q, k, v))
-    assert out.isnan().any((1, 2)).nonzero().flatten().tolist() == [40]
-    for grad in grads:
-        poisoned = grad.isnan().any((1, 2))
-        assert poisoned[30:50].any()
-        assert not poisoned[:30].any()
-        assert not poisoned[50:].any()
+    poisoned = [x.isnan().any((1, 2)) for x in (out, *torch.autograd.grad(out.sum(), (q, k, v)))]
+    if not everywhere:
+        assert poisoned[0].nonzero().flatten().tolist() == [token]
+    for found in poisoned:
+        assert found[slice(*sample)].any()
+        assert not found[: sample[0]].any()
+        assert not found[sample[1] :].any()
 
 
 @pytest.mark.parametrize(
