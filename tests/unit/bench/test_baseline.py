@@ -107,12 +107,20 @@ def test_pretraining_is_not_padded(trained: Path) -> None:
         assert useful == 64
 
 
+def texts(batch: PackedBatch) -> torch.Tensor:
+    """All tokens of a batch of texts: each one's first, and what is learnt after it."""
+    firsts = batch.input_ids[batch.cu_seqlens[:-1].long()]
+    return torch.cat(
+        [torch.cat([ids[None], batch.labels[batch.answers == n]]) for n, ids in enumerate(firsts)]
+    )
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
     store = store_of(trained, "pretrain")
     parts, whole = [Part(len(store), len(store))], Selection(store)
     order = PackedOrder([store.lengths], parts, 128, seed)
-    ours = torch.cat([b.input_ids for b in PackedDataset(order, [whole], 0, 0, 0, 1)])
+    ours = torch.cat([texts(batch) for batch in PackedDataset(order, [whole], 0, 0, 0, 1)])
     blocks = list(baseline.blocks(job(trained, "pretrain", seed=seed), store, 0))
     theirs = torch.tensor([ids for ((ids, _),) in blocks]).flatten()
     assert len(theirs) == len(ours) // 16 * 16
