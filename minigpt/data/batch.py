@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TILE = 64  # rows of its multiples stay whole: kernels compute those fastest
+TILE = 64  # rows of its multiples stay whole: GPUs compute in such tiles, and full rows as one
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
