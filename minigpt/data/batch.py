@@ -9,7 +9,7 @@ Shape legend:
 A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
 both answers attend to it. So a target's hidden state is not always its left neighbour's;
 `predict_at` says whose it is. The last token of a text or an answer predicts nothing, so that the
-model does not read it: it is only a target.
+model need not read it: most are only targets.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64  # rows of its multiples stay whole: GPUs compute in such tiles, and full rows as one
+STEP = 16  # as many tokens are read as are its multiple: products of other lengths are slower
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
@@ -240,11 +241,19 @@ def _join(parts: list[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
+def _ends(prompt: int, answer: int) -> bool:
+    """Whether the model may leave a row's last token unread."""
+    return answer > 1 and (prompt + answer) % TILE > 0
+
+
 def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
     """Pack samples into one batch, in the order given."""
     spans: list[Span] = []
     ids, places, borders = [], [], [0]
     at, labels, answers = [], [], []
+    n_tokens = sum(len(sample.ids) for sample in samples)
+    unread = sum(_ends(s.prompt, s.first) + _ends(s.prompt, s.second) for s in samples)
+    unread -= spare if (spare := (unread - n_tokens) % STEP) <= unread else 0
     for sample in samples:
         start, prompt = borders[-1], sample.prompt
         ids.append(sample.ids[:prompt])
@@ -253,12 +262,13 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
         for answer in np.split(sample.ids[prompt:], [sample.first]):
             if not len(answer):
                 continue
-            row = prompt + len(answer)
-            span = (start, prompt, end, len(answer) - (len(answer) > 1 and row % TILE > 0))
+            short = unread > 0 and _ends(prompt, len(answer))
+            unread -= short
+            span = (start, prompt, end, len(answer) - short)
             own = slice(0 if prompt else 1, None)  # nothing predicts the first token of a text
             keep: Any = slice(None) if sample.targets is None else sample.targets[own]
             labels.append(answer[own][keep])
-            at.append(positions(span)[max(prompt - 1, 0) : row - 1][keep])
+            at.append(positions(span)[max(prompt - 1, 0) : prompt + len(answer) - 1][keep])
             answers.append(np.full(len(at[-1]), len(spans)))
             ids.append(answer[: span[3]])
             places.append(np.arange(prompt, prompt + span[3]))
@@ -272,7 +282,7 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
         labels=_join(labels),
         answers=_join(answers),
         n_answers=len(spans),
-        n_tokens=sum(len(sample.ids) for sample in samples),
+        n_tokens=n_tokens,
         plan=plan_attention(spans, _join(at)),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,

@@ -75,7 +75,7 @@ def compile_model(
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
             layer.forward = _for_packed(layer.forward, state, tokens // 2)
-    lm.softmax = state.guarded(losses.softmax)
+    lm.softmax = state.guarded(losses.softmax_)
     with precision():
         on_gpu = kernel_applies(next(lm.parameters()))
     try:

@@ -19,13 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minigpt.data.batch import AttentionPlan, PackedBatch, plan_attention
 from minigpt.model.attention import PACKED, attention_of, dtype_of
-from minigpt.model.losses import (
-    Softmax,
-    linear_cross_entropy,
-    linear_logprobs,
-    softmax,
-    sum_by,
-)
+from minigpt.model.losses import Softmax, linear_cross_entropy, linear_logprobs, softmax_, sum_by
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ class PackedLM(nn.Module):
         super().__init__()
         self.hf = hf
         hf.config._attn_implementation = PACKED
-        self.softmax: Softmax = softmax
+        self.softmax: Softmax = softmax_
         hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
         self.plain_head = not head_is_linear(hf)
         self.ends_early = not self.plain_head and end_early(hf)

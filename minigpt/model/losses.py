@@ -14,19 +14,21 @@ from torch.nn.functional import linear, logsigmoid
 
 LOGITS = 2**23  # that exist at a time
 LOGITS_ON_CUDA = 2**27  # which small products leave idle
+ROWS = 64  # a chunk has a multiple of them: products of some other lengths are far slower
 KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm"]
 SMOOTHED = ("cdpo", "robust")  # the losses that assume a share of wrong labels
-Softmax = Callable[[Tensor], tuple[Tensor, Tensor]]
+Softmax = Callable[[Tensor], Tensor]
 
 
-def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log Σ exp [N] in fp32 and the probabilities [N, V] in the logits' own type."""
+def softmax_(logits: Tensor) -> Tensor:
+    """Put probabilities in the place of logits [N, V]; return log Σ exp [N] in fp32."""
     wide = logits.float()
     top = wide.amax(-1, keepdim=True)  # spelled so that the compiler reads the logits once
     normaliser = (wide - top).exp().sum(-1, keepdim=True).log() + top
-    return normaliser[:, 0], (wide - normaliser).exp().to(logits.dtype)
+    logits.copy_((wide - normaliser).exp())
+    return normaliser[:, 0]
 
 
 def _limit(hidden: Tensor) -> int:
@@ -36,7 +38,7 @@ def _limit(hidden: Tensor) -> int:
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of about equal length, and their labels [n, 1]."""
     number = -(-len(labels) * len(weight) // _limit(hidden))
-    size = -(-len(labels) // max(1, number))
+    size = -(-len(labels) // max(1, number) // ROWS) * ROWS
     for start in range(0, len(labels), size or 1):
         chunk = slice(start, start + size)
         yield chunk, labels[chunk, None]
@@ -90,10 +92,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = _Head(ctx, hidden, weight, bias)
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
-            normaliser, error = softmax(logits)
-            logp = logits.gather(1, own).float() - normaliser[:, None]
+            logp = logits.gather(1, own).float() - softmax(logits)[:, None]
             total -= logp.sum()
-            head.add(chunk, _with_labels(error, own, logp.expm1()))
+            head.add(chunk, _with_labels(logits, own, logp.expm1()))
         ctx.save_for_backward(*head.gradients)
         return total
 
@@ -122,9 +123,8 @@ class _LinearLogprobs(torch.autograd.Function):
         kept = []
         for chunk, own in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
-            normaliser, probabilities = softmax(logits)
-            out[chunk] = logits.gather(1, own).squeeze(1).float() - normaliser
-            kept += [probabilities] * keep
+            out[chunk] = logits.gather(1, own).squeeze(1).float() - softmax(logits)
+            kept += [logits] * keep  # probabilities by now
         ctx.save_for_backward(hidden, weight, bias, labels, out, *kept)
         ctx.softmax = softmax
         return out
@@ -134,10 +134,9 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, labels, logp, *kept = ctx.saved_tensors
         head = _Head(ctx, hidden, weight, bias)
         for number, (chunk, own) in enumerate(_chunks(hidden, weight, labels)):
-            if kept:
-                probabilities = kept[number]
-            else:
-                probabilities = ctx.softmax(linear(hidden[chunk], weight, bias))[1]
+            probabilities = kept[number] if kept else linear(hidden[chunk], weight, bias)
+            if not kept:
+                ctx.softmax(probabilities)
             factor = -grads[0][chunk, None]
             of_logits = probabilities * factor.to(probabilities.dtype)
             of_own = logp[chunk, None].expm1() * factor
@@ -159,7 +158,7 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    softmax: Softmax = softmax,
+    softmax: Softmax = softmax_,
 ) -> Tensor:
     """Sum of cross-entropies in nats, without ever holding the logits of the whole batch.
 
@@ -185,7 +184,7 @@ def linear_logprobs(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    softmax: Softmax = softmax,
+    softmax: Softmax = softmax_,
 ) -> Tensor:
     """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
     h, w, b = _under_autocast(hidden, weight, bias)

@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, Pr
 from torch import Tensor
 
 from minigpt.data.batch import (
+    STEP,
     TILE,
     AttentionPlan,
     PackedBatch,
@@ -36,6 +37,10 @@ def preference(prompt: list[int], chosen: list[int], rejected: list[int]) -> Sam
 
 def rows(plan: AttentionPlan) -> list[list[list[int]]]:
     return [group.tolist() for group in plan.gather]
+
+
+def spans(plan: AttentionPlan) -> list[Span]:
+    return [tuple(span) for span in plan.spans.view(-1, 4).tolist()]
 
 
 def plan(*made: Span) -> AttentionPlan:
@@ -182,9 +187,21 @@ SAMPLES = st.lists(
 )
 
 
-def read(prompt: int, answer: int) -> int:
-    """How many tokens of an answer the model reads."""
-    return answer - (answer > 1 and (prompt + answer) % TILE > 0)
+@settings(deadline=None)
+@given(SAMPLES)
+def test_last_tokens_are_left_unread_as_far_as_products_like_it(
+    shapes: list[tuple[int, int, int]],
+) -> None:
+    """Those of single tokens and of full tiles never; of others so many that a STEP is full."""
+    rows = [(p, n) for p, *answers in shapes for n in answers if n]
+    may = [n > 1 and (p + n) % TILE > 0 for p, n in rows]
+    batch = collate([preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes])
+    unread = [n - span[3] for (_, n), span in zip(rows, spans(batch.plan), strict=True)]
+    assert all(left in (0, int(free)) for left, free in zip(unread, may, strict=True))
+    read = len(batch.input_ids)
+    assert read == batch.n_tokens - sum(unread)
+    least = batch.n_tokens - sum(may)
+    assert read == (least if least + -least % STEP > batch.n_tokens else least + -least % STEP)
 
 
 @settings(deadline=None)
@@ -195,7 +212,8 @@ def test_attention_through_the_plan_equals_each_row_alone(
     """A causal mean stands for attention: what a token gets depends on all before it."""
     samples = [preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes]
     batch = collate(samples)
-    shapes = [(p, read(p, a), read(p, b)) for p, a, b in shapes]
+    read = iter([answer for *_, answer in spans(batch.plan)])
+    shapes = [(p, next(read), next(read) if b else 0) for p, _, b in shapes]
     values = torch.rand(len(batch.input_ids), generator=torch.manual_seed(0), dtype=torch.float64)
 
     def causal(x: Tensor) -> Tensor:
@@ -213,7 +231,7 @@ def test_attention_through_the_plan_equals_each_row_alone(
             assert torch.allclose(found[row], expected, atol=1e-12)
     assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
     grouped = {tuple(row) for group in batch.plan.gather for row in group.tolist()}
-    for span in batch.plan.spans.view(-1, 4).tolist():
+    for span in spans(batch.plan):
         row = positions(span).tolist()
         assert any(list(other[: len(row)]) == row for other in grouped)
 

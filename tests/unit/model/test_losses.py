@@ -167,11 +167,23 @@ def test_linear_losses_over_several_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(losses, "LOGITS", 30 * 100)
+    monkeypatch.setattr(losses, "ROWS", 23)
     monkeypatch.setattr(losses, "KEPT", kept)
     args = arguments(207, 8, 30, True)
     assert [len(own) for _, own in losses._chunks(args[0], args[1], args[3])] == [69, 69, 69]
     for mine, truth in zip(gradients(ours, args), gradients(plain, args), strict=True):
         assert torch.allclose(mine, truth, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(0, []), (63, [63]), (500, [256, 244]), (1000, [384, 384, 232])]
+)
+def test_chunks_are_multiples_of_what_products_like(
+    n: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOGITS", 400)
+    hidden, weight, _, labels = arguments(n, 2, 1, False)
+    assert [len(own) for _, own in losses._chunks(hidden, weight, labels)] == sizes
 
 
 @pytest.mark.parametrize("ours", [linear_cross_entropy, linear_logprobs])
