@@ -18,6 +18,7 @@ import yaml
 from minigpt.__main__ import main
 from minigpt.bench import baseline
 from minigpt.bench.baseline import Job
+from minigpt.data import tokenizer as tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
 ARM = {
@@ -176,11 +177,14 @@ def test_make_bench_passes_its_variables_on() -> None:
     assert 'scripts/benchmark.py --data_dir "my data" --force' in done.stdout
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["its tokenizer", "a tokenizer of its own"])
 def test_time_to_loss(
-    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    trained: bool, script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     module = script("time_to_loss")
     tiny_runs.write_data(tmp_path)
+    given = str(tmp_path / "tokenizer")
+    tokens = 290 if trained else len(tokenizers.load(given))
     size = {"model": {"init_args": {"architecture": tiny_runs.ARCHITECTURE}}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(size))
     configs: list[dict[str, Any]] = []
@@ -192,6 +196,7 @@ def test_time_to_loss(
 
     def plain(job: Job, place: Path) -> Any:
         assert (job.seconds, job.decay) == (2.0, True)
+        assert len(tokenizers.load(job.model)) == tokens
         done = baseline.train(Job(**{**vars(job), "steps": 3}))
         return done | {"seconds": 2.0, "held_out": done["held_out"] + 1000 * job.lr}
 
@@ -203,7 +208,8 @@ def test_time_to_loss(
         "--val",
         str(tmp_path / "pretrain_val.jsonl"),
     ]
-    work = ["--tokenizer", str(tmp_path / "tokenizer"), "--size", str(tmp_path / "tiny.yaml")]
+    work = ["--vocabulary", "290"] if trained else ["--tokenizer", given]
+    work += ["--size", str(tmp_path / "tiny.yaml")]
     work += ["--seconds", "2", "--share", "4", "--baseline_lrs", "1e-2", "1e-3", "--decay", "0.25"]
     work += ["--tokens_per_batch", "128", "--max_length", "64", "--rows", "40", "--lr", "2e-2"]
     work += ["--optimizer", "muon", "--grow_layers", "1", "--grow_share", "0.75"]
