@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64  # rows of its multiples stay whole: GPUs compute in such tiles, and full rows as one
-STEP = 16  # as many tokens are read as are its multiple: products of other lengths are slower
+MULTIPLE = 16  # of tokens that are read, where it can be: products of other lengths are slower
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
@@ -253,7 +253,8 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
     at, labels, answers = [], [], []
     n_tokens = sum(len(sample.ids) for sample in samples)
     unread = sum(_ends(s.prompt, s.first) + _ends(s.prompt, s.second) for s in samples)
-    unread -= spare if (spare := (unread - n_tokens) % STEP) <= unread else 0
+    spare = (unread - n_tokens) % MULTIPLE  # so many last tokens are read all the same
+    unread -= spare if spare <= unread else 0
     for sample in samples:
         start, prompt = borders[-1], sample.prompt
         ids.append(sample.ids[:prompt])

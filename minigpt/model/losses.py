@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-LOGITS = 2**23  # that exist at a time
+LOGITS = 2**23  # that exist at a time, about
 LOGITS_ON_CUDA = 2**27  # which small products leave idle
 ROWS = 64  # a chunk has a multiple of them: products of some other lengths are far slower
 KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
@@ -23,7 +23,10 @@ Softmax = Callable[[Tensor], Tensor]
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Put probabilities in the place of logits [N, V]; return log Σ exp [N] in fp32."""
+    """Put probabilities in the place of logits [N, V]; return log Σ exp [N] in fp32.
+
+    What is wanted of the logits themselves has to be taken before.
+    """
     wide = logits.float()
     top = wide.amax(-1, keepdim=True)  # spelled so that the compiler reads the logits once
     normaliser = (wide - top).exp().sum(-1, keepdim=True).log() + top

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, Pr
 from torch import Tensor
 
 from minigpt.data.batch import (
-    STEP,
+    MULTIPLE,
     TILE,
     AttentionPlan,
     PackedBatch,
@@ -76,6 +76,17 @@ CASES = {
         [0, 0, 0, 1],
         [0, 1, 4],
         [(0, 2, 0), (1, 11, 1), (2, 13, 2), (3, 14, 2)],
+    ),
+    "texts of which all but one are read to a multiple": (
+        [text(*range(10, 16)), text(*range(20, 26)), text(*range(30, 35))],
+        [*range(10, 15), *range(20, 26), *range(30, 35)],
+        [*range(5), *range(6), *range(5)],
+        [0, 5, 11, MULTIPLE],
+        [
+            *((i, 11 + i, 0) for i in range(5)),
+            *((5 + i, 21 + i, 1) for i in range(5)),
+            *((11 + i, 31 + i, 2) for i in range(4)),
+        ],
     ),
     "rows that kernels like": (
         [text(*range(TILE)), preference([1] * (TILE - 1), [2], [3, 4])],
@@ -192,7 +203,7 @@ SAMPLES = st.lists(
 def test_last_tokens_are_left_unread_as_far_as_products_like_it(
     shapes: list[tuple[int, int, int]],
 ) -> None:
-    """Those of single tokens and of full tiles never; of others so many that a STEP is full."""
+    """Those of single tokens and of full tiles never; of others so many that a MULTIPLE is full."""
     rows = [(p, n) for p, *answers in shapes for n in answers if n]
     may = [n > 1 and (p + n) % TILE > 0 for p, n in rows]
     batch = collate([preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes])
@@ -201,7 +212,8 @@ def test_last_tokens_are_left_unread_as_far_as_products_like_it(
     read = len(batch.input_ids)
     assert read == batch.n_tokens - sum(unread)
     least = batch.n_tokens - sum(may)
-    assert read == (least if least + -least % STEP > batch.n_tokens else least + -least % STEP)
+    even = least + -least % MULTIPLE
+    assert read == (even if even <= batch.n_tokens else least)
 
 
 @settings(deadline=None)
