@@ -70,6 +70,7 @@ def fit(
         "tokenizer": made["model"]["init_args"].pop("init_from"),
         "architecture": architecture(chosen.size),
         "grow": {"layers": chosen.grow_layers, "steps": few} if few else None,
+        "compile_layers": False,  # the seconds that are reported would leave that out
     }
     made["data"]["init_args"] |= {"val": val, "tokens_per_batch": chosen.tokens_per_batch}
     made["trainer"] |= {"max_steps": steps, "max_time": None, "log_every_n_steps": 10}

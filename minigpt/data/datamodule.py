@@ -329,8 +329,9 @@ class JSONLDataModule(LightningDataModule):
         return DataLoader(items[rank::world], batch_size=ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Move packed batches; exam items and prompts stay as they are."""
-        return batch.to(device) if isinstance(batch, PackedBatch) else batch
+        """Move packed batches, to a GPU while it computes; exam items and prompts stay."""
+        packed = isinstance(batch, PackedBatch)
+        return batch.to(device, non_blocking=self.beside_gpu) if packed else batch
 
     def stores(self) -> list[TokenStore]:
         """Return the stores of all training and held-out files, each once."""

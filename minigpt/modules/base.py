@@ -43,7 +43,7 @@ from minigpt.model.parallel import flat_weights, full_weights, gathered, gradien
 from minigpt.model.restore import check_fit
 from minigpt.model.saved import find_model, load_model, save_model
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step
-from minigpt.modules.totals import Totals
+from minigpt.modules.totals import Totals, read
 
 log = logging.getLogger(__name__)
 
@@ -262,11 +262,11 @@ class BaseModule(LightningModule, ABC):
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = gradient_norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
-        loss = float(totals["loss"] / totals["count"].clamp(min=1))
+        numbers = read({**totals, "norm": norm})  # the one wait for the device in a step
+        loss = numbers["loss"] / max(1.0, numbers["count"])
         # A scaler of fp16 looks at the gradients itself.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        number = self.trainer.global_step + 1
-        if may_step(number, loss, 0.0 if scaler else float(norm), self.parts, self.watch):
+        seen = 0.0 if getattr(self.trainer.precision_plugin, "scaler", None) else numbers["norm"]
+        if may_step(self.trainer.global_step + 1, loss, seen, self.parts, self.watch):
             if gradient_clip_val:
                 scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, scale)
@@ -274,8 +274,8 @@ class BaseModule(LightningModule, ABC):
             optimizer.zero_grad(set_to_none=True)  # without gradients, weights and moments stay
         # Not sooner: a checkpoint always describes the end of an optimizer step.
         self.trainer.datamodule.advance(self.parts.resume_at)  # type: ignore[attr-defined]
-        self.tokens_seen += int(totals["tokens"])
-        self._log_step(totals, norm)
+        self.tokens_seen += int(numbers["tokens"])
+        self._log_step(numbers)
         self.window.clear()
         self.parts.clear()
 
@@ -290,19 +290,18 @@ class BaseModule(LightningModule, ABC):
             **step.sums,
         }
 
-    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Turn sums into what is logged: means over `count`."""
-        count = max(1.0, float(totals["count"]))
-        hidden = ("count", "tokens", "bytes")
-        return {name: float(v) / count for name, v in totals.items() if name not in hidden}
+        count = max(1.0, totals["count"])
+        hidden = ("count", "tokens", "bytes", "norm")
+        return {name: value / count for name, value in totals.items() if name not in hidden}
 
-    def _log_step(self, totals: dict[str, Tensor], norm: Tensor) -> None:
+    def _log_step(self, totals: dict[str, float]) -> None:
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values = {f"train/{name}": value for name, value in self.metrics(totals).items()}
-        values["grad_norm"] = float(norm)
+        values |= {"grad_norm": totals["norm"], "tokens_seen": float(self.tokens_seen)}
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        values["tokens_seen"] = float(self.tokens_seen)
         self.log_dict(values, rank_zero_only=True)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False, rank_zero_only=True)
 
@@ -319,7 +318,7 @@ class BaseModule(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Log the held-out means, each over all targets of all processes."""
         if self.held_out.sums:
-            values = self.metrics(self.held_out.reduced())
+            values = self.metrics(read(self.held_out.reduced()))
             self.log_dict({f"val/{k}": v for k, v in values.items()}, rank_zero_only=True)
 
     # Exam and prediction
@@ -395,6 +394,6 @@ class BaseModule(LightningModule, ABC):
             save_model(self.model.hf, self.tokenizer, directory, weights)
 
 
-def bits_per_byte(totals: dict[str, Tensor]) -> float:
+def bits_per_byte(totals: dict[str, float]) -> float:
     """Return the loss of all targets in bits per UTF-8 byte of their text."""
-    return float(totals["loss"]) / math.log(2) / max(1.0, float(totals["bytes"]))
+    return totals["loss"] / math.log(2) / max(1.0, totals["bytes"])

@@ -74,6 +74,6 @@ class PretrainModule(BaseModule):
         """Return the summed cross-entropy of all next tokens, in nats."""
         return Step(self.model(batch), len(batch.labels))
 
-    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Add bits per byte."""
         return {**super().metrics(totals), "bits_per_byte": bits_per_byte(totals)}

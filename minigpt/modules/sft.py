@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from minigpt.data.batch import PackedBatch
 from minigpt.modules.base import BaseModule, Step, bits_per_byte
 
@@ -15,6 +13,6 @@ class SFTModule(BaseModule):
         """Return the summed cross-entropy of the assistant's tokens, in nats."""
         return Step(self.model(batch), len(batch.labels))
 
-    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Add bits per byte of the assistant's text."""
         return {**super().metrics(totals), "bits_per_byte": bits_per_byte(totals)}

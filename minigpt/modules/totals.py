@@ -19,9 +19,10 @@ class Totals:
     def add(self, sums: dict[str, Tensor | float], device: torch.device) -> None:
         """Add one micro-batch's sums."""
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=dtype, device=device).detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        zero = torch.zeros((), dtype=dtype, device=device)
+        for name, value in sums.items():  # adding a number, unlike copying it, waits for nothing
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, zero) + value
 
     def reduced(self) -> dict[str, Tensor]:
         """Return the sums over all processes (each must hold the same names)."""
@@ -36,3 +37,8 @@ class Totals:
     def clear(self) -> None:
         """Start over."""
         self.sums = {}
+
+
+def read(values: dict[str, Tensor]) -> dict[str, float]:
+    """Return scalars as numbers; the host waits for the device once, not for each of them."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
