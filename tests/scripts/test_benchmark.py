@@ -226,6 +226,7 @@ def test_time_to_loss(
     assert (short["trainer"]["max_steps"], short["data"]["init_args"]["val"]) == (10, None)
     assert (short["model"]["init_args"]["grow"], shallow["trainer"]["max_steps"]) == (None, 11)
     assert shallow["model"]["init_args"]["grow"] == {"layers": 1, "steps": 10}
+    assert not any(made["model"]["init_args"]["compile_layers"] for made in configs)
     steps = report["runs"]["minigpt"]["steps"]
     assert long["trainer"]["max_steps"] == steps
     assert long["model"]["init_args"]["grow"] == {"layers": 1, "steps": round(0.75 * steps)}
