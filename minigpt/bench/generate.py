@@ -50,12 +50,15 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     import torch
 
     from minigpt.cli import quiet
+    from minigpt.model.build import cast_weights
     from minigpt.model.optim import fast_bf16
 
     quiet()
     model, tokenizer = load(chosen)
     arms = arms_of(model, tokenizer, chosen, "fp32")
-    arms |= arms_of(copy.deepcopy(model).to(torch.bfloat16), tokenizer, chosen, "bf16")
+    half = copy.deepcopy(model)
+    cast_weights(half, torch.bfloat16)
+    arms |= arms_of(half, tokenizer, chosen, "bf16")
     with ExitStack() as stack:
         gguf, said = gguf_arm(model, tokenizer, chosen, stack)
         arms |= gguf

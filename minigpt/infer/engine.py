@@ -22,7 +22,7 @@ from minigpt.infer.cached import Cached
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
-from minigpt.model.build import check_vocabulary
+from minigpt.model.build import cast_weights, check_vocabulary
 from minigpt.model.lora import load_adapter, merge
 from minigpt.model.saved import ADAPTER, base_of, find_model, generation_config, load_model
 
@@ -120,7 +120,7 @@ class Engine:
             adapted = load_adapter(base, Path(find_model(adapter)), found)
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
-        base.to(torch.bfloat16 if weights == "bf16" else torch.float32)  # type: ignore[arg-type]
+        cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
         own = tokenizers.load(tokenizer or find_model(adapter or model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,21 @@ def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
             f"The tokenizer has {tokens} tokens but the model only {rows}: they do not "
             "belong together. Use the tokenizer that was saved with the model."
         )
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the type of a model's parameters, as transformers' ``from_pretrained`` does.
+
+    Buffers stay: rotary frequencies in bf16 turn position 512 by 0.2 rad too much or too little.
+
+    Args:
+        module: changed in place; layers that transformers holds in fp32 stay so.
+        dtype: of the other parameters.
+    """
+    strict: Sequence[str] = tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and not any(part in name for part in strict):
+            weight.data = weight.data.to(dtype)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -7,7 +7,7 @@ and FSDP2 have the parameters at hand.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -53,6 +53,18 @@ class PackedLM(nn.Module):
                 "more memory.",
                 type(hf).__name__,
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
+        """Let `to` move buffers and never change their type, which bf16-true would: see
+        `cast_weights`.
+        """
+        exact = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False)]
+        super()._apply(fn, recurse)
+        for module, name, before in exact:
+            after = module.get_buffer(name)
+            if after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
 
     def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
         """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""

@@ -177,7 +177,7 @@ class BaseModule(LightningModule, ABC):
             shard(self.lm, self.device_mesh)
         total, trained = count_parameters(self.lm)
         log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
-        sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer), dtype=torch.float32)
+        sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer))  # int64: no precision casts it
         self.register_buffer("token_bytes", sizes, persistent=False)
 
     def before_adapter(self, lm: PackedLM) -> None:

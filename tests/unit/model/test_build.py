@@ -19,6 +19,7 @@ from minigpt.model.attention import PACKED
 from minigpt.model.build import (
     Architecture,
     build_native,
+    cast_weights,
     check_vocabulary,
     count_parameters,
     fit_vocabulary,
@@ -73,6 +74,14 @@ def test_the_tokenizer_and_the_ends_of_an_answer_travel_along(
     assert generation.eos_token_id == sorted(ends)
     assert generation.pad_token_id == tokenizer.convert_tokens_to_ids(tokenizers.PAD)
     assert tokenizer.chat_template == tokenizers.CHAT_TEMPLATE
+
+
+def test_casting_leaves_what_transformers_holds_in_fp32() -> None:
+    model = tiny.model("llama")
+    model._keep_in_fp32_modules_strict = {"mlp.gate_proj"}
+    cast_weights(model, torch.bfloat16)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {f"model.layers.{n}.mlp.gate_proj.weight" for n in range(2)}
 
 
 def test_a_tied_head_is_saved_once(saved: tuple[PackedLM, Path]) -> None:

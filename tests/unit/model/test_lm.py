@@ -49,6 +49,16 @@ def test_layers_add_to_bf16_on_a_gpu(device: str, half: bool, dtype: torch.dtype
     assert seen == [dtype]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_in_bf16_turns_by_exact_angles(nested: bool) -> None:
+    lm = PackedLM(tiny.model("llama"))
+    exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
+    (nn.Sequential(lm) if nested else lm).to(torch.bfloat16)
+    assert {weight.dtype for weight in lm.parameters()} == {torch.bfloat16}
+    assert any("inv_freq" in name for name in exact)
+    assert all(torch.equal(buffer, exact[name]) for name, buffer in lm.named_buffers())
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_known_families_have_a_linear_head(family: str) -> None:
     model = tiny.model(family).train()
