@@ -177,7 +177,7 @@ class MiniGPTCLI(LightningCLI):
         if self.verb in ("validate", "test"):
             config.verbose = False  # the results are told in our own lines
         config.trainer.precision = choose_precision(
-            config.trainer.precision, config.trainer.accelerator
+            config.trainer.precision, config.trainer.accelerator, config.trainer.strategy
         )
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.accelerator == "auto":  # MPS only when asked for: it is untested
@@ -298,24 +298,40 @@ def join_launcher(trainer: Any) -> None:
     trainer.devices, trainer.num_nodes = here, all_ // here
 
 
-def choose_precision(asked: Any, accelerator: str) -> Any:
+def choose_precision(asked: Any, accelerator: str, strategy: Any = "auto") -> Any:
     """Return the precision to train in: as asked, or what the hardware multiplies fast.
 
     A CPU does not train in fp16: 16-mixed becomes bf16-mixed where the CPU has it, and
-    fp32 where bf16 would be emulated. Said in one line.
+    fp32 where bf16 would be emulated. FSDP2 does not train in 16-mixed. Said in one line.
     """
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if asked not in (None, "16-mixed") or (on_gpu and asked == "16-mixed"):
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if asked is not None and not (on_cpu and asked == "16-mixed"):
         return asked
-    device = torch.device("cuda" if on_gpu else "cpu")
-    fast = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16(device)
-    chosen = "bf16-mixed" if fast else "32-true"
+    chosen = fast_precision(accelerator, on_cpu)
     if asked == "16-mixed":
+        fast = chosen == "bf16-mixed"
         told = ": bf16 is used" if fast else ", nor has this one native bf16: fp32 is used"
         log.info("fp16 does not train on a CPU%s.", told)
     else:
+        if chosen == "16-mixed" and str(getattr(strategy, "class_path", "")).endswith(".FSDP2"):
+            chosen = "32-true"
         log.info("Precision: %s (chosen by hardware).", chosen)
     return chosen
+
+
+def fast_precision(accelerator: str, on_cpu: bool) -> str:
+    """Return the precision that the hardware multiplies fast.
+
+    GPUs before Ampere (compute capability 8.0) emulate bf16; from Volta (7.0) on their tensor
+    cores multiply fp16. AMD's compute bf16.
+    """
+    if on_cpu:
+        return "bf16-mixed" if fast_bf16(torch.device("cpu")) else "32-true"
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"  # such as MPS, which is untested
+    if fast_bf16(torch.device("cuda")):
+        return "bf16-mixed"
+    return "16-mixed" if torch.cuda.get_device_capability() >= (7, 0) else "32-true"
 
 
 # What a run writes; a new run removes these and nothing else. It writes config.yaml over.

@@ -165,18 +165,22 @@ def train(job: Job) -> dict[str, float]:
     reference = copy.deepcopy(model).eval() if job.stage == "dpo" else None
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.lr, betas=(0.9, 0.95), fused=True)
-    half = torch.autocast(job.device, torch.bfloat16, enabled=job.precision.startswith("bf16"))
+    dtype = torch.float16 if job.precision == "16-mixed" else torch.bfloat16
+    half = torch.autocast(job.device, dtype, enabled=job.precision.endswith("mixed"))
+    scaler = torch.amp.GradScaler(job.device, enabled=dtype == torch.float16)
     count, tokens, pairs, passed, started = 0, 0, 0, 0.0, time.perf_counter()
     for batch, useful, rows in batches(job, TokenStore(Path(job.stores[0]), Path())):
         with half:
             loss = loss_of(model, reference, batch)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if job.decay:
             share = min(1.0, passed / job.seconds)
             now = job.lr * min(1.0, (count + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
             optimizer.param_groups[0]["lr"] = now
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         last = loss.item()  # waits for the device
         count += 1

@@ -28,6 +28,7 @@ DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 
 MATMUL = 2048  # rows and columns of the matrices on a CPU
 MATMUL_SECONDS = 4.0  # after which no further product is begun: emulated bf16 takes minutes
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
+HALVES = {"bf16-mixed": "bf16", "16-mixed": "fp16"}  # what is multiplied in half precision
 
 
 def architecture(size: str) -> dict[str, Any]:
@@ -90,13 +91,14 @@ def matmul_peak(precision: str, device: str) -> float:
     """Return the best rate of a large matrix product, in FLOP/s.
 
     Args:
-        precision: Lightning's name; bf16 is measured in bf16, all else in fp32.
+        precision: Lightning's name; what is multiplied in half precision is measured in that.
         device: cpu or cuda.
     """
     import torch
 
     torch.set_num_threads(threads())
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(HALVES.get(precision, ""), torch.float32)
     size = MATMUL if device == "cpu" else 4 * MATMUL
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best, begun = 0.0, time.perf_counter()

@@ -88,6 +88,7 @@ def train(job: Job) -> dict[str, float]:
                 learning_rate=job.lr,
                 max_steps=job.steps + 1,
                 bf16=job.precision.startswith("bf16"),
+                fp16=job.precision.startswith("16"),
                 use_cpu=job.device == "cpu",
                 gradient_checkpointing=False,
                 save_strategy="no",

@@ -16,6 +16,7 @@ import numpy as np
 
 from minigpt.bench.baseline import LEAST, Job
 from minigpt.bench.measure import (
+    HALVES,
     PRECISIONS,
     Result,
     alternate,
@@ -192,7 +193,7 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
         "ratio": middle(ours, unit) / middle(theirs, unit),
         "gemm_peak_fraction": flops / peak,
         "gemm_peak_gflops": peak / 1e9,
-        "gemm_precision": "bf16" if work.precision.startswith("bf16") else "fp32",
+        "gemm_precision": HALVES.get(work.precision, "fp32"),
         "first_step_s": middle(results["start"], "first_step_s"),
         "warm_up_s": middle(ours, "first_step_s"),
     }

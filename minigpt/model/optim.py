@@ -125,6 +125,8 @@ def newton_schulz(update: Tensor, coefficients: tuple[float, float, float], step
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     return bool(torch.backends.cpu.get_cpu_capability() != "DEFAULT" and _cpu_has_bf16())

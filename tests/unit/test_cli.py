@@ -125,6 +125,7 @@ def test_ctrl_c_before_training(minigpt: Minigpt, monkeypatch: pytest.MonkeyPatc
         (None, True, "bf16-mixed", "Precision: bf16-mixed (chosen by hardware)."),
         (None, False, "32-true", "Precision: 32-true (chosen by hardware)."),
         ("64-true", True, "64-true", ""),
+        ("bf16-mixed", False, "bf16-mixed", ""),
     ],
 )
 def test_precision_on_a_cpu(

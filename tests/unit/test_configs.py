@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from minigpt import cli
 from minigpt.__main__ import main
@@ -62,9 +64,12 @@ def test_stage_config(build: Build, stage: str) -> None:
 def test_overlay(build: Build, monkeypatch: pytest.MonkeyPatch, stage: str, overlay: Path) -> None:
     if overlay.stem in NOT_HERE and not torch.cuda.is_available():
         monkeypatch.setattr(cli.MiniGPTCLI, "instantiate_trainer", lambda *_, **__: None)
+    monkeypatch.setattr(cli, "fast_precision", lambda *_: "bf16-mixed")
     made = build(CONFIGS / f"{stage}.yaml", overlay)
     chosen = made.config["fit"].as_dict()
     for section, values in yaml.safe_load(overlay.read_text()).items():
+        if values.get("precision", "") is None:
+            values["precision"] = "bf16-mixed"
         assert _is_part(values, chosen[section]), f"{section} of {overlay} has no effect"
 
 
@@ -72,6 +77,78 @@ def _is_part(wanted: object, whole: object) -> bool:
     if isinstance(wanted, dict) and isinstance(whole, dict):
         return all(key in whole and _is_part(value, whole[key]) for key, value in wanted.items())
     return wanted == whole or isinstance(whole, dict)  # a class's short name
+
+
+# What multiplies: whether the CPU has native bf16; the GPU's compute capability; whether AMD's.
+MACHINES: dict[str, tuple[bool, tuple[int, int] | None, bool]] = {
+    "cpu": (False, None, False),
+    "cpu with bf16": (True, None, False),
+    "GTX 1080": (True, (6, 1), False),
+    "V100": (True, (7, 0), False),
+    "T4, RTX 20": (True, (7, 5), False),
+    "A100": (False, (8, 0), False),
+    "H100": (False, (9, 0), False),
+    "MI300": (False, (9, 4), True),
+}
+# The precision that is chosen on a machine: by any accelerator, on the CPU, and with FSDP2.
+LIKED = {
+    "cpu": ("32-true", "32-true", "32-true"),
+    "cpu with bf16": ("bf16-mixed", "bf16-mixed", "bf16-mixed"),
+    "GTX 1080": ("32-true", "bf16-mixed", "32-true"),
+    "V100": ("16-mixed", "bf16-mixed", "32-true"),
+    "T4, RTX 20": ("16-mixed", "bf16-mixed", "32-true"),
+    "A100": ("bf16-mixed", "32-true", "bf16-mixed"),
+    "H100": ("bf16-mixed", "32-true", "bf16-mixed"),
+    "MI300": ("bf16-mixed", "32-true", "bf16-mixed"),
+}
+SIZED = [None, *SIZES]
+COMBINED = [
+    (stage, size, hardware)
+    for stage in STAGES
+    for size in (SIZED if stage == "pretrain" else [None])
+    for hardware in [None, *(file.stem for file in HARDWARE)]
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("stage", "size", "hardware"), COMBINED)
+def test_precision_of_each_combination(
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    size: str | None,
+    hardware: str | None,
+    machine: str,
+) -> None:
+    if hardware in NOT_HERE and MACHINES[machine][1] is None:
+        return  # Lightning refuses it
+    _stub(monkeypatch, *MACHINES[machine])
+    files = [CONFIGS / f"{stage}.yaml"]
+    files += [CONFIGS / "size" / f"{size}.yaml"] if size else []
+    files += [CONFIGS / "hardware" / f"{hardware}.yaml"] if hardware else []
+    trainer: dict[str, Any] = {"accelerator": "auto", "strategy": "auto"}
+    for file in files:
+        trainer |= yaml.safe_load(file.read_text())["trainer"]
+    strategy = trainer["strategy"]
+    if isinstance(strategy, dict):
+        strategy = Namespace(strategy)
+    chosen = cli.choose_precision(trainer["precision"], trainer["accelerator"], strategy)
+    by_any, on_cpu, in_fsdp2 = LIKED[machine]
+    liked = {"cpu": on_cpu, "fsdp2": in_fsdp2}.get(str(hardware), by_any)
+    assert chosen == (liked if size or hardware else "32-true")  # the demo itself
+
+
+def _stub(
+    monkeypatch: pytest.MonkeyPatch, native: bool, capability: tuple[int, int] | None, amd: bool
+) -> None:
+    """Let PyTorch find a machine's hardware; GPUs that emulate bf16 say that they support it."""
+    gpu = Namespace(major=capability[0]) if capability else None
+    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("minigpt.model.optim._cpu_has_bf16", lambda: native)
 
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())

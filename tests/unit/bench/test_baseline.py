@@ -173,6 +173,13 @@ def test_it_trains(stage: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not torch.equal(own[f"{name}.weight"], start[f"{name}.weight"])
 
 
+def test_fp16_takes_the_steps_of_fp32(trained: Path) -> None:
+    wide = baseline.train(job(trained, "sft", lr=0.01))
+    half = baseline.train(job(trained, "sft", lr=0.01, precision="16-mixed"))
+    assert half["loss"] != wide["loss"]
+    assert half["loss"] == pytest.approx(wide["loss"], rel=0.01)
+
+
 def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(trained: Path) -> None:
     tokenizer = tokenizers.load(trained / "tokenizer")
     val = open_store(trained / "pretrain_val.jsonl", "text", tokenizer, Limits(64))
