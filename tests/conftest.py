@@ -5,11 +5,14 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import leftovers
 import pytest
+from hypothesis import HealthCheck, settings
+from patience import limit
 
 # Before torch, transformers and MiniGPT are imported, and in the environment so that child
 # processes get it too.
@@ -20,6 +23,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever starts tests in the background has them ignore Ctrl-C, and every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+leftovers.adopt_orphans()
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +41,26 @@ def _no_outside_connections(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    """Fail a test that leaves a process running, and end that process for those that follow."""
+    before = leftovers.children()
+    yield
+    ended = leftovers.end(before)
+    assert not ended, f"left running: {', '.join(ended)}"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="keep the losses of this run as golden ones"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Scale the time limit of each test; processes of pytest-xdist are given it."""
+    if config.option.timeout is None:
+        config.option.timeout = limit(float(config.getini("timeout")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from patience import limit
 
 from minigpt.cli import run
 from minigpt.model.saved import load_model
@@ -18,7 +19,7 @@ ONE = {"trainer__accelerator": "gpu", "trainer__devices": 1}
 
 def launch(*command: str) -> None:
     started = [sys.executable, "-m", "minigpt", *command]
-    done = subprocess.run(started, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(started, capture_output=True, text=True, check=False, timeout=limit(300))
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -13,6 +13,7 @@ import pytest
 import tiny_runs
 import torch
 from driver import never, sgd  # type: ignore[import-not-found]
+from patience import limit
 
 import minigpt.model.optim as optim
 import minigpt.modules.base as base
@@ -63,7 +64,7 @@ def launch(*command: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=limit(300),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr

@@ -16,10 +16,22 @@ from minigpt.cli import run
 
 
 @pytest.fixture(scope="session")
-def starter() -> Iterator[Starter]:
-    made = Starter()
+def starters() -> Iterator[list[Starter]]:
+    """All that were made: a second one when the first has died."""
+    made: list[Starter] = []
     yield made
-    made.close()
+    for starter in made:
+        starter.close()
+
+
+@pytest.fixture
+def starter(starters: list[Starter]) -> Iterator[Starter]:
+    """The process that forks runs; what a test leaves running is killed, and fails it."""
+    if not starters or not starters[-1].lives():
+        starters.append(Starter())
+    yield starters[-1]
+    left = starters[-1].end_runs()
+    assert not left, f"left running: {', '.join(left)}"
 
 
 @pytest.fixture(scope="session")

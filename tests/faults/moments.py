@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
-from runs import eventually  # type: ignore[import-not-found]
+from patience import eventually
 
 from minigpt.data import store
 
@@ -113,7 +114,45 @@ class Slow(Callback):
 
     def _sleep(self, trainer: Any, *_: Any, **__: Any) -> None:
         if self.rank in (None, trainer.global_rank):
+            print("taking its time", file=sys.stderr, flush=True)
             time.sleep(self.seconds)
+
+
+class Until(Callback):
+    """Begins the first micro-batch when a file is there.
+
+    Args:
+        file: the file.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        eventually(self.file.exists, 600)
+
+
+class Hold(Callback):
+    """Never returns from a function, so that a test can act while it is under way.
+
+    Args:
+        function: with its module.
+        number: at which of its calls, from 0.
+    """
+
+    def __init__(self, function: str, number: int) -> None:
+        module, _, name = function.rpartition(".")
+        owner, self.left = importlib.import_module(module), number
+        plain = getattr(owner, name)
+
+        def held(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                while True:
+                    time.sleep(1)
+            return plain(*args, **options)
+
+        setattr(owner, name, held)
 
 
 class Meet(Callback):

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
+
+from leftovers import running
+from patience import eventually
 
 HERE = Path(__file__).parent
 
@@ -23,10 +27,19 @@ class Running:
     starter: Starter
     pid: int
     log: Path
+    status: int | None = None
 
-    def wait(self) -> int:
+    def ended(self) -> bool:
+        """Return whether it has ended; then `status` is its exit status."""
+        if self.status is None:
+            self.status = self.starter.ask({"ended": self.pid})
+        return self.status is not None
+
+    def wait(self, seconds: float = 300) -> int:
         """Return the exit status; negative when a signal killed it."""
-        return int(self.starter.ask({"wait": self.pid}))
+        eventually(self.ended, seconds, lambda: self.told)
+        assert self.status is not None
+        return self.status
 
     def send(self, signal: int) -> None:
         os.kill(self.pid, signal)
@@ -41,17 +54,34 @@ class Running:
         for place in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 stats[place.parent.name] = place.read_text().rpartition(")")[2].split()
-        return [p for p, (_, _, group, *_) in stats.items() if group == str(self.pid) != p]
+        return [
+            process
+            for process, (state, _, group, *_) in stats.items()
+            if group == str(self.pid) != process and state != "Z"
+        ]
+
+    def end(self) -> bool:
+        """Kill what is left of it; return whether that should have ended by itself."""
+        left = running(self.pid)
+        if not left and (self.status or 0) >= 0:  # nobody could end the rest of a killed one
+            with suppress(AssertionError):
+                eventually(lambda: not self.group(), 10)
+            left = bool(self.group())
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, SIGKILL)
+        eventually(lambda: not running(self.pid) and not self.group())
+        return left
 
     @property
     def told(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
 
 class Starter:
     """The process that forks the runs."""
 
     def __init__(self) -> None:
+        self.runs: list[Running] = []
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "starter.py")],
             stdin=subprocess.PIPE,
@@ -59,22 +89,37 @@ class Starter:
             text=True,
         )
 
-    def ask(self, request: dict[str, Any]) -> str:
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Return the answer to a request, which comes at once."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except BaseException:  # e.g. a time-out: the next answer would be that of this request
+            self.process.kill()
+            raise
 
     def start(self, args: list[str], log: Path, **more: Any) -> Running:
-        return Running(self, int(self.ask({"args": args, "log": str(log), **more})), log)
+        """Start `minigpt ARGS`."""
+        pid = self.ask({"args": args, "log": str(log), **more})
+        self.runs.append(Running(self, pid, log))
+        return self.runs[-1]
+
+    def end_runs(self) -> list[str]:
+        """Kill what is left of all runs; return the logs of those that should have ended."""
+        runs, self.runs = self.runs, []
+        return [str(run.log) for run in runs if run.end()]
+
+    def lives(self) -> bool:
+        """Return whether it can start runs."""
+        return self.process.poll() is None
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
 
 
 Start = Callable[..., Running]
@@ -96,19 +141,20 @@ def slow(seconds: float, **more: Any) -> list[dict[str, Any]]:
     return [{"class_path": "moments.Slow", "init_args": {"seconds": seconds, **more}}]
 
 
+def until(file: Path) -> list[dict[str, Any]]:
+    """Return the config of a callback that has a run wait for a file before it trains."""
+    return [{"class_path": "moments.Until", "init_args": {"file": str(file)}}]
+
+
+def held_in(function: str, number: int = 0) -> list[dict[str, Any]]:
+    """Return the config of a callback that keeps a run in a function until it is killed."""
+    return [{"class_path": "moments.Hold", "init_args": {"function": function, "number": number}}]
+
+
 def meet(mine: Path, other: Path) -> list[dict[str, Any]]:
     """Return the config of a callback that has two runs build their store at once."""
     files = {"mine": f"{mine}-built", "other": f"{other}-built"}
     return [{"class_path": "moments.Meet", "init_args": files}]
-
-
-def eventually(happened: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait until something is true, and return it."""
-    until = time.monotonic() + seconds
-    while not (value := happened()):
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.01)
-    return value
 
 
 def status(run_dir: Path) -> dict[str, Any]:

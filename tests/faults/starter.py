@@ -1,8 +1,8 @@
 """Imports MiniGPT once and forks a process for each run, so that a test can kill many.
 
 Reads requests as JSON lines: {"args": [...], "log": file, "env": {...}, "limits": {...},
-"plain_user": true} starts `minigpt ARGS` and answers with its process id; {"wait": id} answers with
-its exit status (negative: the signal that killed it).
+"plain_user": true} starts `minigpt ARGS` and answers with its process id; {"ended": id} answers
+with its exit status (negative: the signal that killed it), or null while it runs. No answer waits.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ def give_up_privileges() -> None:
 
 def serve() -> None:
     torch.set_num_threads(1)
-    sys.path.insert(0, os.path.dirname(__file__))
+    here = os.path.dirname(__file__)
+    sys.path[:0] = [here, os.path.dirname(here)]
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        if "ended" in request:
+            ended, status = os.waitpid(request["ended"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
         elif (answer := os.fork()) == 0:
             child(request)
-        print(answer, flush=True)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

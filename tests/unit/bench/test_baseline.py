@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +180,21 @@ def test_fp16_takes_the_steps_of_fp32(trained: Path) -> None:
     assert half["loss"] == pytest.approx(wide["loss"], rel=0.01)
 
 
-def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(trained: Path) -> None:
+def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count()
+    monkeypatch.setattr(baseline.time, "perf_counter", lambda: next(clock) / 32)  # a step's length
     tokenizer = tokenizers.load(trained / "tokenizer")
     val = open_store(trained / "pretrain_val.jsonl", "text", tokenizer, Limits(64))
     stores = (str(store_of(trained, "pretrain").path), str(val.path))
-    still = job(trained, "pretrain", stores=stores, decay=True, seconds=1, steps=30, lr=1e-12)
+    still = job(trained, "pretrain", stores=stores, decay=True, seconds=1, steps=99, lr=1e-12)
     batch = packed(val, len(val))
     expected = PackedLM(load_model(trained / "pretrain"))(batch) / len(batch.labels)
     done = baseline.train(still)
     assert done["held_out"] == pytest.approx(expected.item(), rel=1e-4)
-    assert done["samples"] == 4 * 31  # with a time to keep, the first step counts as well
+    assert done["samples"] == 4 * 32  # with a time to keep, the first step counts as well
+    assert baseline.train(Job(**{**vars(still), "steps": 30}))["samples"] == 4 * 31
     learnt = baseline.train(Job(**{**vars(still), "lr": 0.01}))
     assert learnt["held_out"] < done["held_out"] - 0.01
 

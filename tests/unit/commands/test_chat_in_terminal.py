@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import tiny
+from patience import eventually, limit
 
 from minigpt.data.records import Message
 from minigpt.infer.engine import Delta, Engine, Sampling
@@ -193,15 +194,20 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
 
-    def expect(self, pattern: str, seconds: float = 60) -> str:
+    def expect(self, pattern: str) -> str:
         """Read until the pattern comes; what follows it is kept for the next time."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + limit(120)
         while not (found := re.search(pattern, self.seen, re.DOTALL)):
             ready, _, _ = select.select([self.main], [], [], max(0, end - time.monotonic()))
             assert ready, f"{pattern!r} did not come; there is {self.seen[-500:]!r}"
             self.seen += os.read(self.main, 65536).decode(errors="replace")
         self.seen = self.seen[found.end() :]
         return found.group()
+
+    def listens(self) -> bool:
+        """Return whether the program waits for a key."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "S"
 
     def close(self) -> None:
         self.process.kill()
@@ -229,7 +235,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.expect(r"the cat\r\n\S.{20}")  # it streams
     terminal.type("\x03")
     terminal.expect(r"\[\d+ tokens, stopped\].*> ")
-    time.sleep(0.5)  # readline shows its prompt a moment before it listens for Ctrl-C
+    eventually(terminal.listens)  # readline shows its prompt a moment before
     terminal.type("\x03")  # with no answer to stop
     terminal.expect("Ctrl-D ends the chat.*> ")
     terminal.type("!set max_new_tokens 5\n")
@@ -237,4 +243,4 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.type("你好\n")
     terminal.expect(r"\[5 tokens, [\d.]+ tokens/s\].*> ")
     terminal.type("\x04")
-    assert terminal.process.wait(timeout=30) == 0
+    assert terminal.process.wait(limit(60)) == 0

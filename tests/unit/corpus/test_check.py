@@ -303,7 +303,7 @@ def test_a_broken_array_cannot_be_mended(tmp_path: Path, minigpt: Any) -> None:
     assert not out.exists()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(JUNK, min_size=1, max_size=8))
 @example([b"\x1f\x8b\x00"])
 @example([b"\x01[\xff"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import limit
 
 from minigpt.corpus import fetch
 
@@ -54,7 +55,9 @@ def test_the_hub_through_its_own_client(stub: Any, tmp_path: Path) -> None:
     arguments = ("data", "fetch", "--output_dir", str(tmp_path))
     good, bad = (*arguments, "tinystories-val"), (*arguments, "minimind-dpo", "--file", "no.jsonl")
     command = [sys.executable, "-c", code.format(list(bad), list(good))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=limit(120)
+    )
     assert done.returncode == 20, done.stderr
     assert "minigpt: Cannot fetch no.jsonl of jingyaogong/minimind_dataset: http" in done.stderr
     assert "listed at https://huggingface.co/datasets/jingyaogong/minimind_dataset." in done.stderr

@@ -73,7 +73,7 @@ def rows(draw: st.DrawFn) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example([{"prompt": [{"role": r, "content": r} for r in TURN], "chosen": "a", "rejected": []}])
 @given(data=st.lists(rows(), min_size=1, max_size=6))
 def test_what_is_read_quickly_is_what_is_read_thoroughly(kind: Kind, data: list[Any]) -> None:
@@ -140,7 +140,7 @@ FILE = st.lists(st.one_of(LINES, LINES, LINES, JUNK), min_size=1, max_size=10).m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=FILE, repeats=st.integers(1, 2), size=st.sampled_from([1, 3, 300]))
 def test_files_are_judged_as_if_every_row_were_read_thoroughly(
     kind: Kind, data: bytes, repeats: int, size: int

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, Precision
 from torch import Tensor
@@ -198,7 +198,6 @@ SAMPLES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(SAMPLES)
 def test_last_tokens_are_left_unread_as_far_as_products_like_it(
     shapes: list[tuple[int, int, int]],
@@ -216,7 +215,6 @@ def test_last_tokens_are_left_unread_as_far_as_products_like_it(
     assert read == (even if even <= batch.n_tokens else least)
 
 
-@settings(deadline=None)
 @given(SAMPLES)
 def test_attention_through_the_plan_equals_each_row_alone(
     shapes: list[tuple[int, int, int]],

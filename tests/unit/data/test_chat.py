@@ -106,7 +106,7 @@ CONTENTS = st.text(alphabet=" \n\tab1。，春👩\u0301<|>", min_size=1, max_si
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED, LLAMA], ids=["ours", "un", "llama"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=6), system=st.booleans())
 @example(contents=["\n a \n", " \n b\n", "\n", " "], system=True)
 def test_training_sees_what_inference_sends(

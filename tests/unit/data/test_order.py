@@ -44,7 +44,7 @@ def test_shuffle_is_a_permutation(size: int) -> None:
         assert not np.array_equal(found[0], index)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 2000), st.integers(0, 2**32 - 1))
 def test_shuffle_permutes_any_size(size: int, seed: int) -> None:
     places = shuffle(np.arange(size, dtype=np.int64), size, seed)

@@ -19,7 +19,6 @@ def packed(lengths: list[int], budget: int, seed: int = 0) -> list[list[int]]:
     return pack(np.array(lengths, np.int64), budget, np.random.default_rng(seed))
 
 
-@settings(deadline=None)
 @given(CASES)
 def test_each_sample_is_in_one_bin_within_the_budget(case: tuple[list[int], int, int]) -> None:
     lengths, budget, seed = case
@@ -29,7 +28,6 @@ def test_each_sample_is_in_one_bin_within_the_budget(case: tuple[list[int], int,
     assert bins == packed(lengths, budget, seed)
 
 
-@settings(deadline=None)
 @given(CASES)
 def test_no_two_bins_would_fit_in_one(case: tuple[list[int], int, int]) -> None:
     lengths, budget, seed = case
@@ -38,7 +36,7 @@ def test_no_two_bins_would_fit_in_one(case: tuple[list[int], int, int]) -> None:
     assert len(sums) == smallest or sum(sums[:2]) > budget - 2 * GRAIN
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(64, 2000), st.integers(0, 2**32 - 1))
 def test_many_small_samples_fill_their_bins(budget: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import limit
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import store as stores
@@ -87,7 +88,7 @@ def test_texts_are_tokenised_as_they_are(
     assert store.meta == {"dtype": "uint16", **counts, "skipped": {}}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(min_size=1, max_size=60), st.integers(2, 20))
 def test_each_token_of_a_long_text_is_a_target_once(
     tokenizer: PreTrainedTokenizerFast, text: str, limit: int
@@ -359,9 +360,12 @@ def test_two_processes_may_build_at_once(
     monkeypatch.setattr(stores, "_publish", together)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:
-        limits = Limits()
-        store = open_store(opened.file, "text", opened.tokenizer, limits, opened.cache)
-        output, errors = other.communicate(timeout=120)
+        try:
+            limits = Limits()
+            store = open_store(opened.file, "text", opened.tokenizer, limits, opened.cache)
+            output, errors = other.communicate(timeout=limit(120))
+        finally:
+            other.kill()
     assert other.returncode == 0, errors
     assert output.split() == [store.path.name, "2", str(int(store.tokens.sum()))]
     assert opened.entries() == [store.path.name]

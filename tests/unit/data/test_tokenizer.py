@@ -51,7 +51,7 @@ def test_special_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizers.special_texts(tokenizer) == sorted(SPECIAL_TOKENS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 @example("<|im_start|>user\n a <|im_end|>")
 @example(" , . ' s n't  ")  # what a clean-up of spaces would change
@@ -59,7 +59,7 @@ def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) ->
     assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_token_bytes_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     sizes = tokenizers.token_bytes(tokenizer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -20,7 +20,6 @@ from minigpt.errors import ConfigError
 from minigpt.infer.sampling import FEW, Chooser, Sampling, choose, filtered
 
 
-@settings(deadline=None)  # the first call may wait for the machine
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
@@ -61,7 +60,6 @@ def test_no_more_tokens_are_put_in_order_than_needed(monkeypatch: pytest.MonkeyP
     assert ordered(monkeypatch, top_p=0.9, temperature=9.0) == 5000
 
 
-@settings(deadline=None)  # the first call may wait for the machine
 @given(seed=st.integers(0, 10**6), top_p=st.sampled_from([0.01, 0.5, 0.99, 1 - 1e-7]))
 def test_few_tokens_cut_where_all_would(seed: int, top_p: float) -> None:
     logits = 2 * torch.randn(3000, generator=torch.Generator().manual_seed(seed))

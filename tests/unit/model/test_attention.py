@@ -22,7 +22,7 @@ from minigpt.model.lm import PackedLM
 
 MODELS = {family: tiny.model(family) for family in tiny.FAMILIES}
 LAYOUTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=12)
 
 
 def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -55,7 +55,7 @@ def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
 def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     assert mine.keys() == truth.keys()
     for name, gradient in truth.items():
-        bound = 1e-4 * float(gradient.abs().max()) + 1e-6
+        bound = 1e-4 * float(gradient.abs().max()) + 1e-5  # of a true 0, rounding is left
         assert float((mine[name] - gradient).abs().max()) <= bound, name
 
 
@@ -198,7 +198,7 @@ ROWS = st.lists(
 
 
 @given(shapes=ROWS, kv_heads=st.sampled_from([1, 2, 4]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_attention_equals_an_explicit_mask(
     shapes: list[tuple[int, int, int]], kv_heads: int
 ) -> None:

@@ -55,7 +55,7 @@ def difference(mine: Tensor, truth: Tensor) -> float:
 @example([(0, 1, 0)], (4, 2), 64)
 @example([(0, 2, 0)], (1, 1), 64)  # of the weights one is nearly 1: gradients are small differences
 @example([(0, 600, 0), (130, 200, 61), (0, 5, 0)], (4, 2), 64)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_kernel_equals_an_explicit_mask(
     shapes: list[tuple[int, int, int]], heads: tuple[int, int], width: int
 ) -> None:

@@ -119,7 +119,7 @@ PAIRS = pytest.mark.parametrize(
 
 @PAIRS
 @given(n=st.integers(1, 40), h=st.integers(1, 24), v=st.integers(2, 300), bias=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_linear_losses_equal_torch(
     ours: Callable[..., Tensor], plain: Callable[..., Tensor], n: int, h: int, v: int, bias: bool
 ) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import httpx
 import openai
 import tiny
 import torch
+from patience import eventually, limit
 
 from minigpt.data.records import Message
 from minigpt.infer.engine import Engine
@@ -64,7 +64,9 @@ class Served:
 
     @cached_property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=limit(60)
+        )
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return self.http.get(self.url + path, **more)
@@ -74,14 +76,7 @@ class Served:
 
     def connect(self) -> socket.socket:
         host, _, port = self.url.removeprefix("http://").partition(":")
-        return socket.create_connection((host, int(port)), timeout=20)
-
-    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
-        """Wait for something that comes by itself."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "it did not come"
-            time.sleep(0.01)
+        return socket.create_connection((host, int(port)), timeout=limit(60))
 
 
 @contextmanager
@@ -95,13 +90,13 @@ def running(
         server = Server(create_app(worker, **options), worker)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        with httpx.Client(timeout=30, verify=False) as http:  # there is nothing to verify
+        with httpx.Client(timeout=limit(60), verify=False) as http:  # there is nothing to verify
             served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", worker, http, server)
             try:
-                served.until(lambda: server.started)
+                eventually(lambda: server.started)
                 yield served
             finally:
                 served.client.close()
                 server.should_exit = True
-                thread.join(20)
+                thread.join(limit(60))
     assert not worker.alive

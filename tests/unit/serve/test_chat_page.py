@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from patience import eventually
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 from serving import ASKED, HTML, SAID, Served
+
+from minigpt.infer.batch import Batch
 
 LONG = ASKED + " on"  # nothing learnt by heart
 
@@ -18,7 +22,6 @@ LONG = ASKED + " on"  # nothing learnt by heart
 def opened(browser: Browser, served: Served) -> Iterator[Page]:
     """The page with `sft` chosen; whatever it complains of fails the test."""
     context = browser.new_context(locale="en-GB", viewport={"width": 1200, "height": 800})
-    context.set_default_timeout(10_000)
     page = context.new_page()
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -31,7 +34,7 @@ def opened(browser: Browser, served: Served) -> Iterator[Page]:
     context.close()
     meant = re.compile("status of 4|requires 'Trusted")
     assert [text for text in complaints if not meant.search(text)] == []
-    served.until(lambda: not served.worker.jobs)
+    eventually(lambda: not served.worker.jobs)
 
 
 def greedy(page: Page) -> None:
@@ -147,7 +150,14 @@ def test_policy_runs_nothing_but_the_page(opened: Page, served: Served) -> None:
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
 
 
-def test_stop(opened: Page, served: Served) -> None:
+def test_stop(opened: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Batch.step
+
+    def slowly(batch: Batch) -> Any:
+        time.sleep(0.05)  # or the answer might end before it is stopped
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", slowly)
     choose(opened, "base")
     opened.locator("#max_tokens").evaluate("(node) => { node.value = node.max; }")  # time to stop
     for way in ("button", "Escape"):
@@ -158,7 +168,7 @@ def test_stop(opened: Page, served: Served) -> None:
         else:
             opened.keyboard.press(way)
         expect(reply(opened, "base")).to_contain_text("Stopped.")
-        served.until(lambda: not served.worker.jobs, 5)
+        eventually(lambda: not served.worker.jobs)
 
 
 def test_regenerate_and_edit(opened: Page) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import eventually
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ASKED, SAID, Served, running
 
@@ -45,7 +45,7 @@ def _server_is_well(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "served" in request.fixturenames:
         served: Served = request.getfixturevalue("served")
-        served.until(lambda: not served.worker.jobs)
+        eventually(lambda: not served.worker.jobs)
         answer = served.post(CHATS, json=CHAT).json()
         assert answer["choices"][0]["message"]["content"] == SAID
         assert all(batch.idle for batch in served.worker.batches.values())
@@ -173,7 +173,7 @@ def bodies(draw: st.DrawFn) -> bytes:
 def test_malformed_bodies(served: Served) -> None:
     seen = set()
 
-    @settings(max_examples=500, deadline=None, database=None)
+    @settings(max_examples=500, database=None)
     @given(st.sampled_from([CHATS, TEXTS]), bodies())
     def ask(path: str, body: bytes) -> None:
         answer = served.post(path, content=body, headers=JSON)
@@ -210,8 +210,8 @@ def test_client_that_leaves_frees_its_place(served: Served, client: openai.OpenA
         assert served.worker.load("base") == 12
         for stream in streams:
             stream.close()
-        served.until(lambda: served.worker.load("base") == 0, 5)
-    served.until(lambda: served.worker.batches["base"].idle, 5)
+        eventually(lambda: served.worker.load("base") == 0)
+    eventually(lambda: served.worker.batches["base"].idle)
 
 
 def test_client_that_leaves_before_a_whole_answer(served: Served) -> None:
@@ -219,35 +219,44 @@ def test_client_that_leaves_before_a_whole_answer(served: Served) -> None:
     head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with served.connect() as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        served.until(lambda: served.worker.load("base") == 3)
-    served.until(lambda: served.worker.load("base") == 0, 5)
+        eventually(lambda: served.worker.load("base") == 3)
+    eventually(lambda: served.worker.load("base") == 0)
 
 
 def test_body_that_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "PATIENCE", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for sent in (b"", head[:30], head + b"Content-Length: 100\r\n\r\n{"):
-        with served.connect() as connection:
-            connection.sendall(sent)
-            with contextlib.suppress(ConnectionResetError):
-                assert connection.recv(100) == b""
+        with monkeypatch.context() as only:
+            only.setattr(network, "PATIENCE", 0.2)
+            with served.connect() as connection:
+                connection.sendall(sent)
+                with contextlib.suppress(ConnectionResetError):
+                    assert connection.recv(100) == b""
 
 
 def test_slow_reader_holds_up_nobody(
     engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "PATIENCE", 0.5)
+    pause = network.Protocol.pause_writing
+
+    def soon_cut_off(protocol: network.Protocol) -> None:
+        with pytest.MonkeyPatch.context() as only:
+            only.setattr(network, "PATIENCE", 0.2)
+            pause(protocol)
+
+    monkeypatch.setattr(network.Protocol, "pause_writing", soon_cut_off)
     body = json.dumps(LONG | {"n": 4, "logprobs": 20, "max_tokens": 100}).encode()
     head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with running(engines) as served, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        served.until(lambda: served.worker.load("base") == 4)
+        eventually(lambda: served.worker.load("base") == 4)
         answer = served.post(CHATS, json=CHAT).json()  # while the other does not read
         assert answer["choices"][0]["message"]["content"] == SAID
-        served.until(lambda: served.worker.load("base") == 0)
-        time.sleep(1)
+        mine = connection.getsockname()
+        eventually(lambda: mine not in [at.client for at in served.server.server_state.connections])
+        assert served.worker.load("base") == 0
         received = b""
         with contextlib.suppress(ConnectionResetError):
             while part := connection.recv(2**16):
@@ -302,7 +311,7 @@ def test_full_queue(engines: dict[str, Engine]) -> None:
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
         streams.pop().close()
-        served.until(lambda: served.worker.load("base") == 2)
+        eventually(lambda: served.worker.load("base") == 2)
         streams.append(client.completions.create(**LONG))
         with pytest.raises(openai.BadRequestError, match="more than 3"):
             client.completions.create(**LONG, n=4)
@@ -317,7 +326,7 @@ def slow_reading(
     """Prompts of `base` are not encoded before the event."""
     go = threading.Event()
     read = engines["base"].encode
-    monkeypatch.setattr(engines["base"], "encode", lambda text: go.wait(20) and read(text))
+    monkeypatch.setattr(engines["base"], "encode", lambda text: go.wait() and read(text))
     try:
         yield go
     finally:
@@ -334,7 +343,7 @@ def test_prompts_that_are_read_take_places(
         slow_reading(engines, monkeypatch) as go,
     ):
         waiting = [clients.submit(served.post, TEXTS, json=body) for _ in range(3)]
-        served.until(lambda: served.worker.load("base") == 3)
+        eventually(lambda: served.worker.load("base") == 3)
         assert served.post(TEXTS, json=body).status_code == 429
         go.set()
         assert [one.result().status_code for one in waiting] == [200] * 3
@@ -359,7 +368,7 @@ def test_time_limit(engines: dict[str, Engine]) -> None:
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(client.completions.create(**LONG))
-        served.until(lambda: served.worker.load("base") == 0)
+        eventually(lambda: served.worker.load("base") == 0)
 
 
 def test_model_that_breaks(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +418,7 @@ def test_answers_are_ended_when_the_server_stops(
 ) -> None:
     monkeypatch.setattr(network, "GRACE", 0.2)
     with running(engines) as served:
+        served.server.config.timeout_graceful_shutdown = 600
         client = served.client
         stream = client.completions.create(**LONG)
         next(iter(stream))
