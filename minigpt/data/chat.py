@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from minigpt.data.ends import target_end, turn_end
 from minigpt.data.records import Message
 from minigpt.data.tokenizer import CHAT_TEMPLATE, TURN_END, TURN_START
 from minigpt.errors import DataError, TokenizerError
@@ -69,6 +70,7 @@ class ChatCodec:
             )
         self.tokenizer = tokenizer
         self.marked = has_generation_marks(tokenizer.chat_template)
+        self.turn_end = turn_end(tokenizer) or tokenizer.eos_token
         special = tokenizer.special_tokens_map
         self._variables: dict[str, Any] = {
             key: value for key, value in special.items() if isinstance(value, str)
@@ -133,7 +135,8 @@ class ChatCodec:
             return self._pieces_by_prefix(messages, ask)
         text, spans = self._render(messages, ask)
         pieces, done = [], 0
-        for start, end in spans:
+        for start, marked_end in spans:
+            end = target_end(text, start, marked_end, self.turn_end)
             pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
             done = end
         pieces.append(Piece(text[done:], False))
@@ -143,7 +146,6 @@ class ChatCodec:
         """Find assistant turns as what each turn adds to the rendered chat before it."""
         pieces: list[Piece] = []
         done = ""
-        turn_end = str(self.tokenizer.eos_token or "")
 
         def add(until: int, generation: bool, target: bool) -> None:
             nonlocal done
@@ -155,8 +157,8 @@ class ChatCodec:
                     remedy="Use a template with {% generation %} marks.",
                     reason="template",
                 )
-            if target and (end := text.rfind(turn_end, len(done))) >= 0:
-                text = text[: end + len(turn_end)]  # what follows belongs to the next turn
+            if target:  # what follows the end of the turn belongs to the next one
+                text = text[: target_end(text, len(done), len(text), self.turn_end)]
             if len(text) > len(done):
                 pieces.append(Piece(text[len(done) :], target))
             done = text

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.ends import turn_end
 from minigpt.data.tokenizer import QWEN2_PATTERN
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
@@ -22,7 +23,6 @@ from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
 from minigpt.model.build import embedding_rows
-from minigpt.model.saved import generation_config
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +186,7 @@ def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
     rows = embedding_rows(engine.model)
     add_sizes(writer, engine.model.config, rows)
     add_tokenizer(writer, engine.tokenizer, pre, rows)
+    add_ends(writer, engine)
     odd = []
     for name, value in tensors(engine):
         kind = storage(name, value, dtype)
@@ -239,11 +240,26 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
     # llama.cpp takes token 11 where none is named. It is never put before a text.
     writer.add_bos_token_id(end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_add_bos_token(False)
-    writer.add_eos_token_id(end if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_ends(writer: Any, engine: Engine) -> None:
+    """Write the tokens that end a reply: eos, the turn's end, and one that is neither.
+
+    llama.cpp has room for these three. Others, such as ``<|endoftext|>``, it finds by name.
+    """
+    tokenizer: Any = engine.tokenizer
+    document = tokenizers.document_end(tokenizer)
+    eos = document if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    turn = tokenizer.convert_tokens_to_ids(turn_end(tokenizer) or tokenizer.eos_token)
+    writer.add_eos_token_id(eos)
+    if turn is not None:
+        writer.add_eot_token_id(turn)
+    if others := sorted(engine.ends - {eos, turn, document}):
+        writer.add_eom_token_id(others[0])
 
 
 def check_weights(engine: Engine, file: Path) -> Numbers:
@@ -278,8 +294,8 @@ def modelfile(engine: Engine, name: str) -> str:
         lines.append(f'TEMPLATE """{OLLAMA_TEMPLATE}"""')
     else:
         log.warning("The chat template is not ChatML: Ollama makes what it can of the GGUF's.")
-    ends: Any = generation_config(tokenizer).eos_token_id
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in ends]
+    ends = tokenizer.convert_ids_to_tokens(sorted(engine.ends))
+    lines += [f'PARAMETER stop "{end}"' for end in ends]
     lines.append(f"PARAMETER num_ctx {min(engine.model.config.max_position_embeddings, 4096)}")
     return "\n".join(lines) + "\n"
 

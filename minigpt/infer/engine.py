@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -23,8 +23,9 @@ from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
 from minigpt.model.build import cast_weights, check_vocabulary
+from minigpt.model.generation import reply_ends
 from minigpt.model.lora import load_adapter, merge
-from minigpt.model.saved import ADAPTER, base_of, find_model, generation_config, load_model
+from minigpt.model.saved import ADAPTER, base_of, find_model, load_model
 
 __all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
 
@@ -75,10 +76,7 @@ class Engine:
         self.model, self.tokenizer, self.int8 = model, tokenizer, int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
-        config: Any = model.generation_config
-        own = getattr(config, "eos_token_id", None)
-        known: Any = generation_config(tokenizer).eos_token_id
-        self.ends = {*known, *(own if isinstance(own, list) else [own])} - {None}
+        self.ends = set(reply_ends(model, tokenizer))
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):

@@ -35,9 +35,8 @@ class Judged:
 def sit(engine: Engine, items: Sequence[Item], sampling: Sampling) -> list[Judged]:
     """Ask all items and judge the replies."""
     replies = engine.complete([item.messages for item in items], sampling)
-    turn_end = engine.tokenizer.eos_token_id
     return [
-        Judged(item, reply.text, is_right(reply.text, item), reply.ended_by == turn_end)
+        Judged(item, reply.text, is_right(reply.text, item), reply.ended_by is not None)
         for item, reply in zip(items, replies, strict=True)
     ]
 

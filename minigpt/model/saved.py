@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.tokenizer import CODE, END_OF_TEXT, TURN_END
+from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
+from minigpt.model.generation import generation_config
 from minigpt.model.lora import load_adapter, merge
 
 ADAPTER = "adapter_config.json"
@@ -101,17 +97,6 @@ def base_of(adapter: Path) -> Path | str:
     return find_model(name)
 
 
-def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Return the config by which any engine knows when an answer ends."""
-    backend = tokenizer.backend_tokenizer
-    ends = [backend.token_to_id(text) for text in (TURN_END, END_OF_TEXT)]
-    stop = {tokenizer.eos_token_id, *ends} - {None}
-    pad = tokenizer.pad_token_id
-    return GenerationConfig(
-        eos_token_id=sorted(stop), pad_token_id=min(stop) if pad is None else pad
-    )
-
-
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -127,7 +112,7 @@ def save_model(
         weights: a full state dict, where the model's own parameters are sharded.
     """
     with whole_directory(directory) as partial:
-        model.generation_config = generation_config(tokenizer)
+        model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}
         model.save_pretrained(partial, state_dict=weights)

@@ -1,0 +1,43 @@
+"""The generation config of saved models: by it any engine learns when a reply ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from minigpt.data.ends import end_tokens
+
+# Other fields are valid or not by these, so they are set first.
+FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+
+
+def reply_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that end a model's replies, in ascending order."""
+    return end_tokens(tokenizer, getattr(model.generation_config, "eos_token_id", None))
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> GenerationConfig:
+    """Return the model's own config with all tokens that end a reply.
+
+    Published configs hold fields that contradict each other, which transformers does not
+    save (a temperature without sampling): those are left out.
+    """
+    own: Any = model.generation_config
+    ends = reply_ends(model, tokenizer)
+    pads = (tokenizer.pad_token_id, getattr(own, "pad_token_id", None), *ends[:1])
+    pad = next((token for token in pads if token is not None and token >= 0), None)
+    made = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    fields = {} if own is None else own.to_diff_dict()
+    left = {"eos_token_id", "pad_token_id", "transformers_version"}
+    names = [name for name in fields if name not in left and not name.startswith("_")]
+    for name in sorted(names, key=lambda name: name not in FIRST):
+        before = getattr(made, name, None)
+        setattr(made, name, getattr(own, name))
+        try:
+            made.validate(strict=True)
+        except ValueError:
+            setattr(made, name, before)
+    return made
