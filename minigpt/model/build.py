@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,27 @@ def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrai
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_((2 * a.layers) ** -0.5)
     return model
+
+
+@contextmanager
+def reproducible_init(seed: int) -> Iterator[None]:
+    """Let what is built inside draw the same numbers on all hardware and in all processes.
+
+    A GPU draws others than a CPU from one seed, and bf16 others than fp32. So weights are drawn by
+    the CPU's generator, in fp32, whatever device and type are the default around; the strategy
+    moves and converts them afterwards.
+
+    Args:
+        seed: of the generators, from here on.
+    """
+    around = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(around)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

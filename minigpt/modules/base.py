@@ -34,6 +34,7 @@ from minigpt.model.build import (
     checkpoint_activations,
     count_parameters,
     fit_vocabulary,
+    reproducible_init,
 )
 from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
@@ -163,6 +164,15 @@ class BaseModule(LightningModule, ABC):
         """Build the model once; Lightning may call this several times."""
         if self.lm is not None:
             return
+        with reproducible_init(self.trainer.strategy.broadcast(torch.initial_seed())):
+            self.lm = self._build_lm().train()
+        trains = self.trainer.state.fn in ("fit", "validate")  # generation takes whole weights
+        if self.device_mesh is not None and trains:
+            shard(self.lm, self.device_mesh)
+        total, trained = count_parameters(self.lm)
+        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
+
+    def _build_lm(self) -> PackedLM:
         model = self.build()
         lm = PackedLM(model)
         self.before_adapter(lm)
@@ -171,14 +181,9 @@ class BaseModule(LightningModule, ABC):
             self.strict_loading = False  # checkpoints hold the adapter only
         if self.activation_checkpointing:
             checkpoint_activations(model)
-        self.lm = lm.train()
-        trains = self.trainer.state.fn in ("fit", "validate")  # generation takes whole weights
-        if self.device_mesh is not None and trains:
-            shard(self.lm, self.device_mesh)
-        total, trained = count_parameters(self.lm)
-        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
         sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer))  # int64: no precision casts it
         self.register_buffer("token_bytes", sizes, persistent=False)
+        return lm
 
     def before_adapter(self, lm: PackedLM) -> None:
         """Called with the whole model before an adapter is put on it."""
