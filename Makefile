@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Processes that tests run in.
 JOBS ?= 2
+# Processes that are kept busy beside the tests, to show that they hold on a busy machine.
+BUSY ?= 0
 # Not empty: run every stage of the pipeline anew.
 FORCE ?=
 # Directory with pretrain, sft, dpo and lora.jsonl to run the benchmarks on; empty: the bundled data.
@@ -22,18 +24,18 @@ STAMP := $(VENV)/.minigpt-installed
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) JOBS=$(JOBS) FORCE=$(FORCE) DATA=$(DATA)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) JOBS=$(JOBS) BUSY=$(BUSY) FORCE=$(FORCE) DATA=$(DATA)"
 
 setup: $(STAMP) ## Create the virtual environment and install MiniGPT in it
 
 pipeline: $(STAMP) ## Train and test a model, from raw JSONL to chat (FORCE=1: anew)
 	$(PY) scripts/pipeline.py $(if $(FORCE),--force)
 
-test: $(STAMP) ## Run all tests but the long ones (JOBS processes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+test: $(STAMP) ## Run all tests but the long ones (JOBS processes, beside BUSY busy ones)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --busy $(BUSY)
 
 faults: $(STAMP) ## Kill runs at all moments and compare (the long tests, some minutes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -m "not large" -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -m "not large" -n $(JOBS) --busy $(BUSY)
 
 faults-large: $(STAMP) ## Train on 2 GB of text in bounded memory
 	$(PY) -m pytest tests/faults -m large -s

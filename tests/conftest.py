@@ -4,6 +4,8 @@ import ipaddress
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever starts tests in the background has them ignore Ctrl-C, and every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 leftovers.adopt_orphans()
+_BUSY: list[subprocess.Popen[bytes]] = []
 # How long an example takes is a matter of what else the machine does.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -54,11 +57,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="keep the losses of this run as golden ones"
     )
+    parser.addoption(
+        "--busy", type=int, default=0, metavar="N", help="keep N processes busy beside the tests"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Scale the time limit of each test; processes of pytest-xdist are given it."""
+    if not hasattr(config, "workerinput"):
+        _BUSY.extend(_spinning() for _ in range(config.option.busy))
     if config.option.timeout is None:
         config.option.timeout = limit(float(config.getini("timeout")))
 
@@ -75,7 +83,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
+    for process in _BUSY:
+        process.kill()
+        process.wait()
     _CACHE.cleanup()
+
+
+def _spinning() -> subprocess.Popen[bytes]:
+    """Start a process that computes until this one ends."""
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    return subprocess.Popen([sys.executable, "-c", code])
 
 
 def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:

@@ -152,7 +152,7 @@ def test_both_arms_do_as_they_are_told(
     precision: str, trained: Path, tmp_path: Path, here: list[str], size: Path, minigpt: Minigpt
 ) -> None:
     options = ["--size", size, "--tokenizer", trained / "tokenizer", "--max-length", 48]
-    options += ["--batch-size", 3, "--steps", 5, "--repeats", 1, "--rows", 20, "--seconds", 1]
+    options += ["--batch-size", 3, "--steps", 5, "--repeats", 1, "--rows", 20, "--seconds", 600]
     options += ["--optimizer", "muon", "--precision", precision, "--json", tmp_path / "out.json"]
     done = minigpt("bench", "train", "--stage", "sft", "--data", trained / "sft.jsonl", *options)
     assert done.status == 0, done.err
@@ -160,9 +160,9 @@ def test_both_arms_do_as_they_are_told(
     lightnings = {"fp32": "32-true", "bf16": "bf16-mixed"}[precision]
     assert ours["trainer"]["precision"] == theirs["precision"] == lightnings
     assert start["trainer"]["max_steps"] == 1
-    one = {"accelerator": "cpu", "devices": 1, "max_steps": 6, "max_time": {"seconds": 1}}
+    one = {"accelerator": "cpu", "devices": 1, "max_steps": 6, "max_time": {"seconds": 600}}
     assert {name: ours["trainer"][name] for name in one} == one
-    assert (theirs["device"], theirs["steps"], theirs["seconds"]) == ("cpu", 5, 1)
+    assert (theirs["device"], theirs["steps"], theirs["seconds"]) == ("cpu", 5, 600)
     assert ours["model"]["init_args"]["optimizer"] == {"name": "muon", "lr": theirs["lr"]}
     assert (ours["data"]["init_args"]["max_length"], theirs["batch_size"]) == (48, 3)
     assert ours["data"]["init_args"]["data_limit"] == 20
