@@ -176,11 +176,11 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
     """
     from minigpt.data import tokenizer as tokenizers
     from minigpt.model.build import Architecture, build_native
-    from minigpt.model.saved import find_model, load_model
+    from minigpt.model.saved import load_model, tokenizer_place
 
     if chosen.model:
         model: Any = load_model(chosen.model, "sdpa").eval()
-        tokenizer = tokenizers.load(find_model(chosen.model))
+        tokenizer = tokenizers.load(tokenizer_place(chosen.model))
     else:
         tokenizer = bytes_only()
         sizes: Any = architecture(chosen.size)

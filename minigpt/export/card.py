@@ -18,10 +18,11 @@ COUNTED_MB = 500  # of larger data files, the size is told instead of the rows
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 MODEL = 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+ROWS = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))\n"
 PEFT = 'model = PeftModel.from_pretrained(model, "{name}")\n'
 USES = {
     "transformers": IMPORTS + MODEL + TOKENIZER,
-    "peft": "from peft import PeftModel\n" + IMPORTS + MODEL + PEFT + TOKENIZER,
+    "peft": "from peft import PeftModel\n" + IMPORTS + MODEL + TOKENIZER + ROWS + PEFT,
     "gguf": "ollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {place}\n",
 }
 

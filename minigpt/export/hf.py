@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
@@ -26,8 +26,8 @@ from minigpt.export.check import (
 )
 from minigpt.files import whole_directory, write_json
 from minigpt.infer.engine import Engine
-from minigpt.model.lora import merge, save_adapter
-from minigpt.model.saved import ADAPTER, base_of, find_model, save_model
+from minigpt.model.lora import ADAPTER, merge, save_adapter
+from minigpt.model.saved import base_of, find_model, save_model
 
 SAME, MERGED = 1e-5, 1e-3  # the same weights; W x + B A x against (W + B A) x in fp32
 # A tag as Jinja reads it in transformers, with the white space that it swallows.
@@ -72,7 +72,7 @@ def export_hf(
         base_name: written into the adapter as its base's name.
 
     Raises:
-        ConfigError: when there is no adapter to keep, or it cannot stand alone.
+        ConfigError: when there is no adapter to keep.
         ModelError: when the export does not do what the model does; nothing is kept.
     """
     engine = Engine.load(model, adapter, merged=False, device="cpu")
@@ -103,18 +103,11 @@ def base_to_keep(engine: Engine, model: str, adapter: str | None) -> str:
     """Return the base of an adapter that is to be exported alone.
 
     Raises:
-        ConfigError: when there is none, or it lacks tokens that the adapter was trained with.
+        ConfigError: when there is none.
     """
     if engine.adapter is None:
         raise ConfigError(f"{model} has no adapter to keep. Give --adapter, or a LoRA run.")
-    base = str(find_model(model) if adapter else base_of(Path(find_model(model))))
-    rows, tokens = AutoConfig.from_pretrained(base).vocab_size, len(engine.tokenizer)
-    if rows < tokens:
-        raise ConfigError(
-            f"The adapter cannot be kept apart: it was trained with {tokens} tokens, and its base "
-            f"{base} has {rows}. Export the merged model instead."
-        )
-    return base
+    return str(find_model(model) if adapter else base_of(Path(find_model(model))))
 
 
 def name_for_older_stacks(directory: Path, engine: Engine) -> None:
@@ -141,6 +134,8 @@ def check_directory(
     )
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or directory, dtype=torch.float32)
     if base is not None:
+        if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
+            loaded.resize_token_embeddings(len(tokenizer))  # as AutoPeftModelForCausalLM does
         loaded = PeftModel.from_pretrained(loaded, str(directory))
     moved = [logits_of(loaded.eval(), p, r) - logits for p, r, logits in expected.cases]
     worst = max(float(difference.abs().max()) for difference in moved)

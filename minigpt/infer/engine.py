@@ -24,8 +24,8 @@ from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
 from minigpt.model.build import cast_weights, check_vocabulary
 from minigpt.model.generation import reply_ends
-from minigpt.model.lora import load_adapter, merge
-from minigpt.model.saved import ADAPTER, base_of, find_model, load_model
+from minigpt.model.lora import ADAPTER, load_adapter, merge
+from minigpt.model.saved import base_of, find_model, load_model, tokenizer_place
 
 __all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
 
@@ -121,7 +121,7 @@ class Engine:
         cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
-        own = tokenizers.load(tokenizer or find_model(adapter or model))
+        own = tokenizers.load(tokenizer or tokenizer_place(adapter or model, found))
         check_vocabulary(base, len(own))
         engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted

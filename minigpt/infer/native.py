@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -38,12 +40,14 @@ def is_native(model: PreTrainedModel) -> bool:
         return False
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in model.modules()):
+        return False
     layers = (m for n, m in model.named_modules() if n.endswith(("_proj", "lm_head")))
     return rope in ("default", "llama3", "linear") and not windows and all(map(_is_plain, layers))
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a matrix and no more: no adapter, no bias, no shard of one."""
+    """Whether a layer is a matrix and no more: no bias, no shard of one."""
     if type(layer) is not nn.Linear or layer.bias is not None:
         return False
     whole = (layer.out_features, layer.in_features)

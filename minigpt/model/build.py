@@ -101,16 +101,43 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Grow the embeddings to hold the tokens that the chat template added.
-
-    The new rows are the same each time: an adapter is read beside those it was trained with.
-    """
+    """Grow the embeddings to hold the tokens that the chat template added."""
     rows = embedding_rows(model)
     if rows < len(tokenizer):
         log.warning("The embeddings grow from %d to %d tokens.", rows, len(tokenizer))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rows)
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        resize_vocabulary(model, len(tokenizer))
+
+
+@torch.no_grad()
+def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Give a model's embedding and head another number of rows.
+
+    New rows are the same on every device and after every seed: an adapter may be computed beside
+    them elsewhere than it was trained, and processes must start alike.
+
+    Args:
+        model: changed in place; `grown` tells `save_adapter` that the rows are not its base's.
+        rows: of the embedding.
+    """
+    before = embedding_rows(model)
+    if rows == before:
+        return
+    with torch.random.fork_rng(devices=[]):  # what it draws is drawn again
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator("cpu").manual_seed(before)
+    std = float(getattr(model.config, "initializer_range", None) or 0.02)
+    head: Any = model.get_output_embeddings()
+    weights: list[Any] = [model.get_input_embeddings().weight]
+    if head is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    for weight in weights:
+        shape = (max(0, rows - before), weight.shape[1])
+        new = torch.empty(shape, dtype=torch.float32, device="cpu")
+        weight[before:] = new.normal_(0.0, std, generator=generator).to(weight)
+    if getattr(head, "bias", None) is not None:
+        head.bias[before:] = 0
+    marked: Any = model
+    marked.grown = True
 
 
 def check_same_tokens(given: PreTrainedTokenizerFast, model: Path | str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -19,11 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
 from minigpt.files import weights_digest, whole_directory, write_json
-from minigpt.model.build import fit_vocabulary
+from minigpt.model.build import embedding_rows, resize_vocabulary
 
 log = logging.getLogger(__name__)
 
 BASE = "base.json"  # beside an adapter: the digest of the weights it was trained on
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings of peft by which an adapter is more than an update of the base's weights.
+NO_PLAIN_LORA = ("layer_replication", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,17 @@ class Lora:
         alpha: scale of the update, divided by r.
         dropout: on the adapter's input.
         target_modules: names of layers; by default all linear layers except the head.
+        rslora: scale by alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023,
+            arXiv:2312.03732).
+        dora: learn the length of each of W's rows apart (Liu et al. 2024, arXiv:2402.09353).
     """
 
     r: int = 8
     alpha: int = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1:
@@ -87,6 +96,8 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type="CAUSAL_LM",
@@ -98,29 +109,99 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> PeftModel:
-    """Put a saved adapter on a model, whose vocabulary grows as it grew in training.
+    """Put a saved adapter of any of LoRA's kinds on a model, as plain peft does.
 
     Args:
-        model: changed in place.
+        model: changed in place; its vocabulary grows to that of the adapter.
         directory: the adapter's.
         base: where the model came from.
 
     Raises:
-        ModelError: when the adapter is missing, damaged, or was trained on another base.
+        ModelError: when the adapter is missing, damaged, of another kind than LoRA, or was
+            trained on another base.
     """
+    if not (directory / ADAPTER).is_file():
+        raise _missing(directory, ADAPTER)
+    _check_kind(directory)
     try:
-        _check_fit(model, directory)
         trained_on = _check_base(directory, base)
-        if (directory / "tokenizer.json").is_file():
-            fit_vocabulary(model, tokenizers.load(directory))
+        _take_rows(model, directory, base)
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied layers, which `merge` sees to
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted: Any = PeftModel.from_pretrained(model, str(directory))
+            names = getattr(model, "_checkpoint_conversion_mapping", None)
+            loaded = adapted.load_adapter(str(directory), "default", key_mapping=names)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"The adapter at {directory} cannot be loaded: {first}") from error
+        raise _refused(directory, str(error)) from error
+    if extra := sorted(loaded.unexpected_keys):  # which peft passes over
+        raise _of_another_base(directory, f"the model has no layer for its {extra[0]}")
     adapted.base_digest = trained_on
     return adapted  # type: ignore[no-any-return]
+
+
+def _refused(directory: Path, error: str) -> ModelError:
+    lines = error.strip().splitlines() or ["unknown error"]
+    sizes = next((line.strip() for line in lines if "size mismatch for" in line), None)
+    if sizes:
+        return _of_another_base(directory, sizes.rstrip("."))
+    return ModelError(f"The adapter at {directory} cannot be loaded: {lines[0]}")
+
+
+def _of_another_base(directory: Path, what: str) -> ModelError:
+    return ModelError(
+        f"The adapter at {directory} was trained on another base: {what}. Load it on the model "
+        f"named in its {ADAPTER}."
+    )
+
+
+def _check_kind(directory: Path) -> None:
+    """Refuse adapters that are no LoRA, by their names in peft."""
+    given = read_config(directory)
+    kind, task = given.get("peft_type"), given.get("task_type")
+    odd = None
+    if kind != "LORA":
+        odd = f"of the kind {kind}"
+    elif task not in (None, "CAUSAL_LM"):
+        odd = f"made for the task {task}"
+    elif setting := next((name for name in NO_PLAIN_LORA if given.get(name)), None):
+        odd = f"made with {setting}"
+    if odd:
+        raise ModelError(
+            f"The adapter at {directory} is {odd}. MiniGPT takes LoRA adapters of causal language "
+            "models, with rsLoRA and DoRA. Merge it with peft (merge_and_unload) where it can be, "
+            "and give the merged model."
+        )
+    if (directory / WEIGHTS).is_file():
+        return
+    if (directory / "adapter_model.bin").is_file():
+        raise ModelError(
+            f"The adapter at {directory} is pickled (adapter_model.bin), which can run code when "
+            "it is read. Save it again as safetensors: load it with peft and call save_pretrained."
+        )
+    raise _missing(directory, WEIGHTS)
+
+
+def _missing(directory: Path, name: str) -> ModelError:
+    return ModelError(
+        f"There is no adapter in {directory}: {name} is missing. Give the run directory of a LoRA "
+        "stage or its hf/ folder."
+    )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return an adapter's config.
+
+    Raises:
+        ModelError: when it is damaged.
+    """
+    try:
+        given = json.loads((directory / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        given = None
+    if not isinstance(given, dict):
+        raise ModelError(f"{directory / ADAPTER} is damaged: it is no JSON object.")
+    return given
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
@@ -137,33 +218,58 @@ def _check_base(directory: Path, base: Path | str) -> str | None:
     return known
 
 
-def _check_fit(model: PreTrainedModel, directory: Path) -> None:
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
+def _take_rows(model: PreTrainedModel, directory: Path, base: Path | str) -> None:
+    """Give a model as many rows as the embedding that was saved with an adapter.
+
+    Raises:
+        ModelError: when the adapter was trained with more tokens than the model has rows, and
+            the rows of those tokens are not in it.
+    """
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    keys = [f"base_model.model.{name}.{end}" for end in ("weight", "base_layer.weight")]
+    with safe_open(directory / WEIGHTS, "pt") as weights:
+        saved = next((key for key in keys if key in weights.keys()), None)  # noqa: SIM118
+        if saved is not None:
+            resize_vocabulary(model, int(weights.get_slice(saved).get_shape()[0]))
+            return
+    rows = embedding_rows(model)
+    tokens = len(tokenizers.load(directory)) if (directory / "tokenizer.json").is_file() else 0
+    if tokens > rows and tokens > len(tokenizers.load(base)):
         raise ModelError(
-            f"There is no adapter in {directory}: adapter_model.safetensors is missing. "
-            "Give the run directory of a LoRA stage or its hf/ folder."
+            f"The adapter at {directory} was trained with {tokens} tokens, its base {base} has "
+            f"{rows}, and the adapter does not hold the rows between, as those of earlier versions "
+            "did not. Train it again."
         )
-    layers = dict(model.named_modules())
-    with safe_open(file, "pt") as weights:
-        for key in weights.keys():  # noqa: SIM118  (safe_open is no dict)
-            name = key.removeprefix("base_model.model.").split(".lora_")[0]
-            shape = weights.get_slice(key).get_shape()
-            weight = getattr(layers.get(name), "weight", None)
-            if weight is None or not set(shape) & set(weight.shape):
-                raise ModelError(
-                    f"The adapter at {directory} was trained on another base: its {name} has "
-                    f"shape {tuple(shape)}, and the model has "
-                    f"{'no such layer' if weight is None else tuple(weight.shape)}. "
-                    "Load it on the model named in its adapter_config.json."
-                )
 
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
-    """Return the base model with the adapter's update added to its weights."""
+    """Return the base model with the adapter's update added to its weights.
+
+    A head that the adapter made another matrix than the embedding is no longer tied to it.
+
+    Raises:
+        ModelError: for adapters that have no place in the weights.
+    """
     with_adapter: Any = adapted
-    merged: PreTrainedModel = with_adapter.merge_and_unload()
-    return merged.requires_grad_(True)  # peft froze it, and the next stage may train it
+    base: Any = with_adapter.get_base_model()
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if base.config.tie_word_embeddings and any(isinstance(layer, LoraLayer) for layer in ends):
+        # Or else the update of one would be added to both.
+        head = ends[1]
+        head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    try:
+        merged: Any = with_adapter.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"This adapter cannot be merged into its base: {first}") from error
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    # peft froze it, and the next stage may train it
+    return merged.requires_grad_(True)  # type: ignore[no-any-return]
 
 
 def save_adapter(
@@ -172,11 +278,29 @@ def save_adapter(
     directory: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write an adapter directory that plain peft loads; whole or not at all."""
+    """Write an adapter directory that plain peft loads; whole or not at all.
+
+    Where the vocabulary grew, the embedding and an untied head are a part of it, and
+    ``AutoPeftModelForCausalLM`` gives the base as many rows before it reads them.
+
+    Args:
+        adapted: the model with its adapter.
+        tokenizer: saved beside it.
+        directory: replaced when it exists.
+        weights: a full state dict, where the model's own parameters are sharded.
+    """
+    given: Any = adapted
+    base = given.get_base_model()
+    grown = bool(getattr(base, "grown", False))
     if weights is not None:
         weights = {f"base_model.model.{name}": value for name, value in weights.items()}
+    elif grown:
+        weights = adapted.state_dict()
+    if weights is not None:
+        tied = {f"base_model.model.{name}" for name in base.all_tied_weights_keys}
+        weights = {name: value for name, value in weights.items() if name not in tied}
     with whole_directory(directory) as partial:
-        adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
+        adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=grown)
         tokenizers.save(tokenizer, partial)
         if known := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": known})

@@ -16,9 +16,8 @@ from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
 from minigpt.model.generation import generation_config
-from minigpt.model.lora import load_adapter, merge
+from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config
 
-ADAPTER = "adapter_config.json"
 STAGES = ("pretrain", "sft", "dpo", "lora")
 
 
@@ -85,16 +84,28 @@ def base_of(adapter: Path) -> Path | str:
     Raises:
         ModelError: when the adapter names no base that can be found.
     """
-    try:
-        name = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{adapter / ADAPTER} is damaged: it is no JSON object.") from error
+    name = read_config(adapter).get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter / ADAPTER} names no base model; give it with --model_path.")
     for start in (Path(), adapter):
         if (start / name).exists():
             return find_model(start / name)
     return find_model(name)
+
+
+def tokenizer_place(model: str | Path, base: str | Path | None = None) -> Path | str:
+    """Return where a model's tokenizer lies: plain peft leaves an adapter's with the base.
+
+    Args:
+        model: run directory, HF directory, adapter directory or hub id.
+        base: that an adapter is put on; by default the one that it names.
+    """
+    found = find_model(model)
+    if not isinstance(found, Path) or (found / "tokenizer.json").is_file():
+        return found
+    if not (found / ADAPTER).is_file():
+        return found
+    return tokenizer_place(base_of(found) if base is None else base)
 
 
 def save_model(

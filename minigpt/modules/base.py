@@ -42,7 +42,7 @@ from minigpt.model.lora import Lora, add_adapter, save_adapter
 from minigpt.model.optim import OptimizerOptions, ScheduleOptions, build_optimizer, build_schedule
 from minigpt.model.parallel import flat_weights, full_weights, gathered, gradient_norm, shard
 from minigpt.model.restore import check_fit
-from minigpt.model.saved import find_model, load_model, save_model
+from minigpt.model.saved import find_model, load_model, save_model, tokenizer_place
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step
 from minigpt.modules.totals import Totals, read
 
@@ -143,7 +143,7 @@ class BaseModule(LightningModule, ABC):
         return tokenizer
 
     def _tokenizer_place(self) -> str | Path:
-        return (self.trained is None and self.tokenizer_path) or find_model(self.start)
+        return (self.trained is None and self.tokenizer_path) or tokenizer_place(self.start)
 
     @property
     def start(self) -> str:

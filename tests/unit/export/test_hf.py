@@ -21,6 +21,7 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.export import hf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.build import fit_vocabulary
 from minigpt.model.lora import Lora, add_adapter, save_adapter
 from minigpt.model.saved import load_model, save_model
 
@@ -170,18 +171,26 @@ def test_no_adapter_to_keep(trained: Path, tmp_path: Path) -> None:
         hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""), keep_adapter=True)
 
 
-def test_an_adapter_on_a_grown_base_is_merged_only(tmp_path: Path) -> None:
-    """Plain peft would not grow the base, so the adapter alone would be of no use."""
+def test_an_adapter_on_a_grown_base_is_kept_with_its_rows(tmp_path: Path) -> None:
     tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer"))
     small = tiny.model("llama", vocab_size=275)
     save_model(small, tokenizer, tmp_path / "base")
-    small.resize_token_embeddings(280, mean_resizing=False)
+    fit_vocabulary(small, tokenizer)
     adapted = add_adapter(small, Lora(r=2), str(tmp_path / "base"))
     save_adapter(adapted, tokenizer, tmp_path / "lora")
-    with pytest.raises(ConfigError, match=r"with 280 tokens, and its base .* has 275"):
-        hf.export_hf(str(tmp_path / "lora"), tmp_path / "out", Card("x", ""), keep_adapter=True)
-    hf.export_hf(str(tmp_path / "lora"), tmp_path / "out", Card("x", ""))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 280
+    numbers = hf.export_hf(
+        str(tmp_path / "lora"), tmp_path / "out", Card("out", ""), keep_adapter=True
+    )
+    assert numbers["max_logit_difference"] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = card.split("```")[1].replace('"path/to/the/base"', repr(str(tmp_path / "base")))
+    names: dict[str, Any] = {}
+    exec(lines.replace('"out"', repr(str(tmp_path / "out"))), names)  # as a user would
+    ids = torch.arange(280)[None]
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(ids).logits, adapted.eval()(ids).logits)
+    hf.export_hf(str(tmp_path / "lora"), tmp_path / "merged", Card("x", ""))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 280
 
 
 def spoil_weights(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ TARGETS = {
     "gpt2": "c_attn c_fc c_proj",
 }
 NO_DROPOUT = Lora(r=4, alpha=16, dropout=0.0)
+SWITCHES = {
+    "lora": NO_DROPOUT,
+    "rslora": replace(NO_DROPOUT, rslora=True),
+    "dora": replace(NO_DROPOUT, dora=True),
+    "both": replace(NO_DROPOUT, rslora=True, dora=True),
+}
 IDS = torch.arange(24)[None]
 
 
@@ -54,12 +61,12 @@ def logits(model: PreTrainedModel | PeftModel) -> Tensor:
     return out
 
 
-def trained(base: Path, checkpointing: bool = False) -> PeftModel:
+def trained(base: Path, checkpointing: bool = False, options: Lora = NO_DROPOUT) -> PeftModel:
     """An adapter after a few steps on a packed batch; the base's attention is plain again."""
     torch.manual_seed(0)
     model = load_model(base)
     lm = PackedLM(model)
-    adapted = add_adapter(model, NO_DROPOUT, str(base))
+    adapted = add_adapter(model, options, str(base))
     if checkpointing:
         checkpoint_activations(model)
     lm.train()
@@ -104,11 +111,12 @@ def test_a_fresh_adapter_changes_nothing(family: str, bases: dict[str, Path]) ->
     assert torch.equal(logits(add_adapter(model, NO_DROPOUT, "base")), before)
 
 
+@pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_off_is_the_base_and_merged_is_the_adapter(
-    family: str, bases: dict[str, Path]
+    family: str, switches: str, bases: dict[str, Path]
 ) -> None:
-    adapted = trained(bases[family])
+    adapted = trained(bases[family], options=SWITCHES[switches])
     with_adapter = logits(adapted)
     base = logits(load_model(bases[family], "sdpa"))
     with adapted.disable_adapter():
@@ -119,11 +127,12 @@ def test_adapter_off_is_the_base_and_merged_is_the_adapter(
     assert torch.allclose(logits(merged), with_adapter, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_is_the_same_for_plain_peft_and_for_us(
-    family: str, bases: dict[str, Path], tmp_path: Path
+    family: str, switches: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapted = trained(bases[family])
+    adapted = trained(bases[family], options=SWITCHES[switches])
     before = logits(adapted)
     save_adapter(adapted, tokenizers.load(bases[family]), tmp_path / "hf")
     plain = PeftModel.from_pretrained(load_model(bases[family], "sdpa"), str(tmp_path / "hf"))
@@ -132,6 +141,23 @@ def test_a_saved_adapter_is_the_same_for_plain_peft_and_for_us(
     assert torch.equal(logits(ours), before)
     merged = load_model(tmp_path, "sdpa")  # a run directory; it names its base itself
     assert torch.allclose(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+def test_rslora_and_dora_compute_what_they_say() -> None:
+    """Against the papers: alpha / sqrt(r), and rows of W + BA scaled to a learnt length."""
+    torch.manual_seed(0)
+    options = SWITCHES["both"]
+    adapted = add_adapter(tiny.model("llama"), options, "base")
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    length = layer.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        b.normal_()
+        length.mul_(1.5)
+        x = torch.randn(3, a.shape[1])
+        weight = layer.base_layer.weight + options.alpha / options.r**0.5 * b @ a
+        right = x @ (length[:, None] * weight / weight.norm(dim=1, keepdim=True)).T
+        assert torch.allclose(layer(x), right, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_on_a_grown_base_reloads(bases: dict[str, Path], tmp_path: Path) -> None:
