@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     Cohere2Config,
@@ -135,6 +136,16 @@ def _plain_tokenizer() -> PreTrainedTokenizerFast:
     bpe.train_from_iterator([TEXT], trainer)
     end = tokenizers.END_OF_TEXT
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a copy that writes a BOS before each text and eos behind it, as some do."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = [(name, made.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    frame = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    made.backend_tokenizer.post_processor = frame
+    return made
 
 
 def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:

@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec, Piece
 from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
-from minigpt.data.tokenizer import document_end, special_texts
+from minigpt.data.tokenizer import document_end, document_start, special_texts, started
 from minigpt.errors import DataError
 from minigpt.files import cache_dir as default_cache
 from minigpt.files import remove_directory, sync, write_json
@@ -292,6 +292,7 @@ class Encoder:
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.codec = ChatCodec(tokenizer) if kind != "text" else None
+        self.start = document_start(tokenizer) if kind == "text" else []
         self.end = document_end(tokenizer) if kind == "text" else -1
         self.rows = self.cut = 0
 
@@ -362,7 +363,7 @@ class Encoder:
         self, record: Record, pieces: list[Piece], ids: list[list[int]]
     ) -> Iterable[Encoded]:
         if isinstance(record, Text):
-            return self._split([*ids[0], self.end])
+            return self._split([*started(ids[0], self.start), self.end])
         if isinstance(record, Preference):
             return self._preference(ids)
         return self._chat(pieces, ids)

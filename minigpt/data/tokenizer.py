@@ -207,6 +207,18 @@ def document_end(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(end)
 
 
+def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that the tokenizer writes before each text: BOS, or none as ours does."""
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    mask = encoding.special_tokens_mask
+    return list(encoding.ids[: mask.index(0)]) if 0 in mask else []
+
+
+def started(ids: list[int], start: list[int]) -> list[int]:
+    """Return a text's ids behind its `document_start`, which is not written twice."""
+    return ids if ids[: len(start)] == start else start + ids
+
+
 def special_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the texts that the tokenizer reads as control tokens."""
     added = tokenizer.added_tokens_decoder.values()

@@ -86,7 +86,7 @@ def continuation(engine: Engine, context: str, rest: str) -> Pair:
     belongs to what follows.
     """
     start, whole = engine.encode(context), engine.encode(context + rest)
-    if not context:  # an end of text stands in for it
+    if not context and not engine.start:  # an end of text stands in for it
         return start, whole
     pairs = enumerate(zip(start, whole, strict=False))
     kept = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
@@ -156,7 +156,7 @@ def samples(
 def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score]:
     """Measure the loss on text, in windows of at most `max_length` tokens, as training does.
 
-    The first token of a document has nothing before it and is not counted.
+    The first token of a document is not counted: nothing stands before it, or it is BOS.
     """
     sizes = torch.tensor(token_bytes(engine.tokenizer), device=engine.model.device)
     nats, tokens, size = 0.0, 0, 0

@@ -237,9 +237,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    # llama.cpp takes token 11 where none is named. It is never put before a text.
-    writer.add_bos_token_id(end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
-    writer.add_add_bos_token(False)
+    start = tokenizers.document_start(tokenizer)
+    bos = start[0] if start else tokenizer.bos_token_id
+    writer.add_bos_token_id(end if bos is None else bos)  # or else llama.cpp takes token 11
+    writer.add_add_bos_token(bool(start))
+    writer.add_add_eos_token(False)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.chat_template:

@@ -64,6 +64,7 @@ class Engine:
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
         ends: the tokens that end a reply.
+        start: the tokens that the tokenizer writes before a text, such as BOS; often none.
         context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
@@ -77,6 +78,7 @@ class Engine:
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
         self.ends = set(reply_ends(model, tokenizer))
+        self.start = tokenizers.document_start(tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
@@ -137,7 +139,8 @@ class Engine:
         check_unicode(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-            return list(ids) or [tokenizers.document_end(self.tokenizer)]
+            ids = tokenizers.started(list(ids), self.start)
+            return ids or [tokenizers.document_end(self.tokenizer)]
         if self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         return self.codec.encode_prompt(prompt)

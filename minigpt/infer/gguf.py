@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt import progress
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
-from minigpt.data.tokenizer import END_OF_TEXT
+from minigpt.data.tokenizer import END_OF_TEXT, started
 from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.batch import Delta, Finish, check_fits
 from minigpt.infer.engine import Reply, check_unicode
@@ -152,6 +152,7 @@ class Gguf:
         self.codec = ChatCodec(self.tokenizer) if self.tokenizer.chat_template else None
         known = END_OF_TEXT in told.get("tokenizer.ggml.tokens", ())
         self._nothing = END_OF_TEXT if known else str(self.tokenizer.eos_token)
+        self.start = document_start(told)
         exact = told.get("general.file_type") in EXACT  # others are rounded much more than f16
         self.llama, self.endless = LlamaCpp(file, self.context, exact), False
 
@@ -164,12 +165,15 @@ class Gguf:
         """
         check_unicode(prompt)
         if isinstance(prompt, str):
-            ids = self.llama.ids_of([prompt or self._nothing])
+            ids = [started(self._text_ids(prompt), self.start) or self._text_ids(self._nothing)]
         elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         else:
             ids = self.llama.ids_of([piece.text for piece in self.codec.prompt(prompt)])
         return [token for piece in ids for token in piece]
+
+    def _text_ids(self, text: str) -> list[int]:
+        return [token for piece in self.llama.ids_of([text]) for token in piece]
 
     def complete(
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
@@ -223,7 +227,7 @@ class Gguf:
         ids: list[int] = step["tokens"]
         if step["tokens_predicted"] - count == len(ids):
             return ids
-        return [token for piece in self.llama.ids_of([step["content"]]) for token in piece]
+        return self._text_ids(step["content"])
 
     def _request(self, ids: list[int], sampling: Sampling, name: str = "") -> dict[str, Any]:
         """Return what asks llama.cpp for tokens as `Chooser` chooses them.
@@ -271,6 +275,13 @@ def read_fields(file: Path) -> dict[str, Any]:
         return {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise ModelError(f"{file} is no whole GGUF file: {error}. Export it again.") from error
+
+
+def document_start(told: dict[str, Any]) -> list[int]:
+    """Return the ids that llama.cpp writes before a text: BOS, where the file says so."""
+    writes = told.get("tokenizer.ggml.add_bos_token", told.get("tokenizer.ggml.model") == "llama")
+    bos = told.get("tokenizer.ggml.bos_token_id")
+    return [bos] if writes and bos is not None else []
 
 
 def tokenizer_of(told: dict[str, Any]) -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import limit
@@ -100,6 +101,27 @@ def test_each_token_of_a_long_text_is_a_target_once(
     assert all(a[-1] == b[0] for a, b in pairwise(samples))
     learnt = [token for sample in samples for token in sample[1:]]
     assert [samples[0][0], *learnt] == [*ids(tokenizer, text), 0]
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bos = tiny.with_bos(tokenizer)
+    begun = Opener(tmp_path, bos)
+    store = begun("text", [{"text": t} for t in TEXTS], max_length=20)
+    start, end = bos.bos_token_id, tokenizers.document_end(bos)
+    documents: dict[int, list[int]] = {}
+    for line, (_, row, _) in zip(store.samples["line"].tolist(), runs(store), strict=True):
+        before = documents.setdefault(line, row[:1])
+        assert before[-1] == row[0]
+        before += row[1:]
+    assert list(documents.values()) == [[start, *ids(bos, t), end] for t in TEXTS]
+    assert store.meta["targets"] == sum(len(ids(bos, t)) + 1 for t in TEXTS)
+    chats = begun("chat", [said("u", "a")])
+    assert start not in chats.tokens.tolist()  # a chat's comes from its template alone
+    without = Opener(tmp_path, tokenizer)
+    without("text", [{"text": t} for t in TEXTS], max_length=20)
+    assert len(begun.entries()) == 3
 
 
 def test_chats_hold_tokens_and_targets(opened: Opener, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -182,3 +183,15 @@ def test_document_end(known: str, eos: str | None, expected: int | None) -> None
             tokenizers.document_end(made)
     else:
         assert tokenizers.document_end(made) == expected
+
+
+def test_what_a_tokenizer_writes_before_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizers.document_start(tokenizer) == []
+    bos = tiny.with_bos(tokenizer)
+    start = tokenizers.document_start(bos)
+    assert start == [bos.bos_token_id]
+    plain = tokenizer.encode("the cat", add_special_tokens=False)
+    assert tokenizers.started(plain, start) == bos.encode("the cat")[:-1]
+    assert tokenizers.started(start + plain, start) == start + plain  # not twice
+    assert tokenizers.started([], start) == start
+    assert tokenizers.started(plain, []) == plain

@@ -95,6 +95,24 @@ def test_bits_per_byte_of_text(places: Path, tmp_path: Path) -> None:
     assert found["loss"].value == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_bos_stands_before_a_text_and_is_not_counted(places: Path, tmp_path: Path) -> None:
+    plain = engine(places)
+    model = Engine(tiny.model("llama"), tiny.with_bos(plain.tokenizer))
+    start = [model.tokenizer.bos_token_id]
+    assert model.encode("the cat") == start + plain.encode("the cat")
+    assert model.encode("<s>the cat") == model.encode("the cat")
+    assert model.encode("") == start
+    assert continuation(model, "", "the cat") == (start, plain.encode("the cat"))
+    assert continuation(model, "the", " cat") == (model.encode("the"), plain.encode(" cat"))
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"text": "the cat sat"}))
+    rest = [*plain.encode("the cat sat"), 0]
+    found = bits_per_byte(model, str(file), 512)
+    nats = -plainly(model, start, rest)[0]
+    assert found["loss"].value == pytest.approx(nats / len(rest), rel=1e-5)
+    assert (found["loss"].n, found["bits_per_byte"].n) == (len(rest), len("the cat sat"))
+
+
 def test_a_text_file_is_one_document_cut_into_windows(places: Path, tmp_path: Path) -> None:
     model = engine(places)
     file = tmp_path / "t.txt"

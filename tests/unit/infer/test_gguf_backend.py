@@ -61,6 +61,19 @@ def pair(request: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
     return Pair(engine, Gguf(file))
 
 
+def test_a_text_begins_with_bos_where_the_tokenizer_writes_it(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    engine = Engine(tiny.model("llama", seed=1), tiny.with_bos(tokenizer))
+    llama = Gguf(written(engine, tmp_path / "tiny.gguf", "f32"))
+    for text in ("the cat", "", "<s>the cat"):
+        assert llama.encode(text) == engine.encode(text)
+    assert llama.encode("the cat")[0] == engine.tokenizer.bos_token_id
+    chat = (Message("user", "the cat"),)
+    assert llama.encode(chat) == engine.encode(chat)
+    assert llama.complete(PROMPTS, LONG) == engine.complete(PROMPTS, LONG)
+
+
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of `minigpt export gguf`, of a trained chat model."""
