@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -84,8 +85,9 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a line."""
+        """Append a line; what is not finite, such as an overflow of fp16, JSON cannot hold."""
         values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
+        values = {k: v for k, v in values.items() if math.isfinite(v)}
         if not values:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

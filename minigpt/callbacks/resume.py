@@ -255,12 +255,18 @@ def identity(trainer: Any, pl_module: Any, options: dict[str, Any]) -> dict[str,
         "seed": str(data.seed),
         "tokens_per_batch": str(data.tokens_per_batch),
         "batches_per_step": str(trainer.accumulate_grad_batches * trainer.world_size),
-        "gradient_clip_val": str(trainer.gradient_clip_val),
+        "gradient_clip_val": clipping(trainer),
         **{name: listed(value) for name, value in own.items()},
     }
     if pl_module.needs_base:
         known["base"] = model_digest(pl_module.init_from)
     return known
+
+
+def clipping(trainer: Trainer) -> str:
+    """Return how gradients are clipped."""
+    by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
+    return f"{trainer.gradient_clip_val}{by}"
 
 
 def listed(value: Any) -> str:

@@ -273,6 +273,31 @@ def _with_dims(params: Iterable[nn.Parameter], test: Callable[[int], bool]) -> l
     return [p for p in params if test(p.ndim)]
 
 
+def scale_and_clip(
+    grads: list[Tensor],
+    scale: Tensor,
+    norm: Tensor,
+    clip: float | None,
+    algorithm: str | None,
+) -> None:
+    """Scale gradients in place, and clip what comes out.
+
+    Args:
+        grads: of all parameters.
+        scale: a factor, of no dimension.
+        norm: of the scaled gradients.
+        clip: the bound, if any.
+        algorithm: "value" bounds each number, to -clip..clip; else the norm is bounded.
+    """
+    by_value = algorithm == "value"
+    if clip and not by_value:
+        scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, scale)
+    if clip and by_value:
+        for grad in grads:
+            grad.clamp_(-clip, clip)
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, options: ScheduleOptions, total: int
 ) -> LambdaLR:

@@ -39,11 +39,17 @@ from minigpt.model.build import (
 from minigpt.model.compiled import compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
-from minigpt.model.optim import OptimizerOptions, ScheduleOptions, build_optimizer, build_schedule
+from minigpt.model.optim import (
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    build_schedule,
+    scale_and_clip,
+)
 from minigpt.model.parallel import flat_weights, full_weights, gathered, gradient_norm, shard
 from minigpt.model.restore import check_fit
 from minigpt.model.saved import find_model, load_model, save_model, tokenizer_place
-from minigpt.modules.guard import LossWatch, Spike, Window, may_step
+from minigpt.modules.guard import LossWatch, Spike, Window, may_step, unscale
 from minigpt.modules.totals import Totals, read
 
 log = logging.getLogger(__name__)
@@ -260,21 +266,20 @@ class BaseModule(LightningModule, ABC):
         batches or another number of processes change nothing.
 
         Raises:
-            TrainingError: when the loss or a gradient is not finite, or the loss jumps.
+            TrainingError: when the loss or a gradient is not finite, the loss jumps, or fp16
+                cannot hold the gradients.
         """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        unscale(scaler, optimizer)
         totals = self.window.reduced()
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = self._nominal * averaged / totals["count"].clamp(min=1).float()
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = gradient_norm(grads, isinstance(self.trainer.strategy, FSDPStrategy)) * scale
         numbers = read({**totals, "norm": norm})  # the one wait for the device in a step
-        loss = numbers["loss"] / max(1.0, numbers["count"])
-        # A scaler of fp16 looks at the gradients itself.
-        seen = 0.0 if getattr(self.trainer.precision_plugin, "scaler", None) else numbers["norm"]
-        if may_step(self.trainer.global_step + 1, loss, seen, self.parts, self.watch):
-            if gradient_clip_val:
-                scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
+        number, loss = self.trainer.global_step + 1, numbers["loss"] / max(1.0, numbers["count"])
+        if may_step(number, loss, numbers["norm"], self.parts, self.watch, scaler):
+            scale_and_clip(grads, scale, norm, gradient_clip_val, gradient_clip_algorithm)
         else:
             optimizer.zero_grad(set_to_none=True)  # without gradients, weights and moments stay
         # Not sooner: a checkpoint always describes the end of an optimizer step.
@@ -292,7 +297,8 @@ class BaseModule(LightningModule, ABC):
             "count": float(step.count),
             "tokens": float(batch.n_tokens if step.count else 0),  # a filler teaches nothing
             "bytes": self.token_bytes[batch.labels].sum(),  # type: ignore[index]
-            **step.sums,
+            # A filler has no targets: what its sums hold, such as a reference's, is not learnt from.
+            **{name: value if step.count else 0.0 for name, value in step.sums.items()},
         }
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:

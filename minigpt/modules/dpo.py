@@ -131,7 +131,7 @@ class DPOModule(BaseModule):
             "rewards/chosen": pairs.chosen_rewards.sum(),
             "rewards/rejected": pairs.rejected_rewards.sum(),
             "rewards/margin": margins.sum(),
-            "rewards/accuracy": (margins > 0).sum() * weight,
+            "rewards/accuracy": (margins > 0).sum(),
             "logps/chosen": policy[0::2].sum(),
             "logps/rejected": policy[1::2].sum(),
         }

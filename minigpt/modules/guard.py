@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError, TrainingError
@@ -92,7 +93,24 @@ class Window:
         self.parts = []
 
 
-def may_step(number: int, loss: float, norm: float, window: Window, watch: LossWatch) -> bool:
+def unscale(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Take the scale of fp16 out of the gradients, unless Lightning has done so.
+
+    It leaves that to an optimizer whose own step does it, such as fused AdamW, where it comes
+    after the norm is measured and clipped.
+    """
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+
+
+def may_step(
+    number: int,
+    loss: float,
+    norm: float,
+    window: Window,
+    watch: LossWatch,
+    scaler: GradScaler | None = None,
+) -> bool:
     """Whether an optimizer step may be taken; every process comes to the same answer.
 
     Args:
@@ -101,11 +119,14 @@ def may_step(number: int, loss: float, norm: float, window: Window, watch: LossW
         norm: of the gradient.
         window: the step's micro-batches.
         watch: judges whether the loss jumps.
+        scaler: fp16's, which leaves steps out whose gradients overflow, and lowers its scale.
 
     Raises:
-        TrainingError: when the loss or the norm is not finite, or the loss jumps and
-            `spike.action` is stop.
+        TrainingError: when the loss or the norm is not finite, the loss jumps and
+            `spike.action` is stop, or gradients overflow in fp16 at any scale.
     """
+    if scaler is not None and math.isfinite(loss) and not math.isfinite(norm):
+        return check_scale(number, scaler.get_scale(), window)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
             f"Step {number}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}, so no "
@@ -121,3 +142,19 @@ def may_step(number: int, loss: float, norm: float, window: Window, watch: LossW
     skipped = action == "skip"
     log.warning("%s; rows: %s%s.", told, window.rows(), "; left out" if skipped else "")
     return not skipped
+
+
+def check_scale(number: int, scale: float, window: Window) -> bool:
+    """Let fp16's scaler leave out a step whose gradients overflowed.
+
+    Raises:
+        TrainingError: when they do so at a scale that makes nothing larger.
+    """
+    if scale <= 1:
+        raise TrainingError(
+            f"Step {number}: the gradients overflow in fp16 even at a loss scale of {scale:g}; the "
+            f"steps before were left out while it was halved. The rows: {window.rows()}. Train "
+            "with --trainer.precision bf16-mixed or 32-true, lower the learning rate, or go on "
+            "from the last good checkpoint with --ckpt_path auto."
+        )
+    return True

@@ -51,6 +51,10 @@ def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_
         ({"data__init_args__tokens_per_batch": 300}, "tokens_per_batch was 256, is 300"),
         ({"trainer__accumulate_grad_batches": 3}, "batches_per_step was 2, is 3"),
         ({"trainer__gradient_clip_val": 0.5}, "gradient_clip_val was 1.0, is 0.5"),
+        (
+            {"trainer__gradient_clip_algorithm": "value"},
+            "gradient_clip_val was 1.0, is 1.0 by value",
+        ),
         ({"model__init_args__schedule__warmup": 2}, "schedule was name wsd, warmup 1.0, "),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def micro_batches(cli: MiniGPTCLI, epoch: int) -> list[PackedBatch]:
     return list(PackedDataset(data.order, data.train_parts, epoch, 0, 0, 1))
 
 
-def by_hand(cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: float) -> PackedLM:
+def by_hand(
+    cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: Callable[[PackedLM], Any]
+) -> PackedLM:
     """Plain SGD on the mean loss of all targets of each window, written out."""
     lm = PackedLM(load_model(start))
     total = cli.model.total_steps()
@@ -41,7 +44,7 @@ def by_hand(cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: fl
             lm.zero_grad()
             targets = sum(len(batch.labels) for batch in window)
             (sum(lm(batch) for batch in window) / targets).backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+            clip(lm)
             with torch.no_grad():
                 for p in lm.parameters():
                     p -= 0.2 * factor(step) * p.grad
@@ -50,21 +53,30 @@ def by_hand(cli: MiniGPTCLI, start: Path, epochs: int, accumulate: int, clip: fl
     return lm
 
 
-@pytest.mark.parametrize("clip", [0.05, 1e9])
+@pytest.mark.parametrize(
+    ("clip", "algorithm"), [(0.05, "norm"), (1e9, "norm"), (1e-3, "value"), (0.0, "value")]
+)
 def test_windows_equal_steps_written_out(
-    world: Path, tmp_path: Path, fit: Fit, clip: float
+    world: Path, tmp_path: Path, fit: Fit, clip: float, algorithm: str
 ) -> None:
+    def clipped(lm: PackedLM) -> None:
+        if clip and algorithm == "value":
+            torch.nn.utils.clip_grad_value_(lm.parameters(), clip)
+        elif clip:
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+
     cli = fit(
         "sft",
         data__init_args__tokens_per_batch=64,
         trainer__accumulate_grad_batches=8,
         trainer__gradient_clip_val=clip,
+        trainer__gradient_clip_algorithm=algorithm,
         trainer__max_epochs=2,
         trainer__max_steps=-1,
     )
     assert len(micro_batches(cli, 0)) % 8  # so the last window of an epoch is short
     assert len({len(batch.labels) for batch in micro_batches(cli, 0)}) > 3
-    expected = by_hand(cli, world / "pretrain", 2, 8, clip)
+    expected = by_hand(cli, world / "pretrain", 2, 8, clipped)
     for name, value in weights(tmp_path / "run").items():
         assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-5, atol=1e-5), name
 
