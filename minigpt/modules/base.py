@@ -297,7 +297,7 @@ class BaseModule(LightningModule, ABC):
             "count": float(step.count),
             "tokens": float(batch.n_tokens if step.count else 0),  # a filler teaches nothing
             "bytes": self.token_bytes[batch.labels].sum(),  # type: ignore[index]
-            # A filler has no targets: what its sums hold, such as a reference's, is not learnt from.
+            # A filler has no pairs, but its references have log-probs.
             **{name: value if step.count else 0.0 for name, value in step.sums.items()},
         }
 
