@@ -18,6 +18,12 @@ from minigpt.model.attention import PACKED
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS = b"version https://git-lfs"  # how a pointer begins
+PICKLED = (
+    "Pickled weights (.bin, .pt) can run code when they are read, and are not: where you trust "
+    "them, load them with transformers and call save_pretrained, which writes safetensors."
+)
 STAGES = ("pretrain", "sft", "dpo", "lora")
 
 
@@ -57,6 +63,8 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
         base = base_of(found)
         return merge(load_adapter(load_model(base, attention), found, base))
     try:
+        if isinstance(found, Path):
+            _check_files(found)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
             dtype=torch.float32,
@@ -68,6 +76,7 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         first = CODE if "trust_remote_code" in str(error) else first
+        first += f" {PICKLED}" if "named model.safetensors" in first else ""
         raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
@@ -76,6 +85,43 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
             f"such as {missing[0]}. Copy it again, or give a causal language model."
         )
     return model
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse, with a ModelError, a directory whose weights are not all there, or are pickled."""
+    index, files = directory / INDEX, {file.name: file for file in directory.glob("*.safetensors")}
+    pointers = [name for name, file in files.items() if _is_pointer(file)]
+    what = None
+    if not files:
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
+        what = f"there is no file of weights ({WEIGHTS}) in it. Copy it again."
+        if pickled:
+            what = f"its weights are in {pickled[0].name}. {PICKLED}"
+    elif pointers:
+        what = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run: git lfs pull"
+    elif WEIGHTS not in files and not index.is_file():
+        what = f"{INDEX}, which names its {len(files)} files of weights, is missing. Copy it again."
+    elif WEIGHTS not in files:
+        needed = _named_in(index)
+        if missing := sorted(needed - files.keys()):
+            what = (
+                f"{len(missing)} of its {len(needed)} files of weights are missing, such as "
+                f"{missing[0]}. Copy it again."
+            )
+    if what:
+        raise ModelError(f"The model at {directory} cannot be loaded: {what}")
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(LFS)) == LFS
+
+
+def _named_in(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged. Copy the model again.") from error
 
 
 def base_of(adapter: Path) -> Path | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,56 @@ def test_code_of_others_is_never_run_nor_asked_about(
     with pytest.raises(error, match=r"m cannot be loaded: .*code of others is never run here"):
         load(tmp_path / "m")
     assert not (tmp_path / "ran").exists()
+
+
+def pickled(model: Path) -> None:
+    torch.save(load_file(model / "model-00001-of-00005.safetensors"), model / "pytorch_model.bin")
+    for file in model.glob("model*"):
+        file.unlink()
+
+
+def without_shards(model: Path) -> None:
+    for number in (2, 4):
+        (model / f"model-0000{number}-of-00005.safetensors").unlink()
+
+
+def without_any(model: Path) -> None:
+    for file in model.glob("model*"):
+        file.unlink()
+
+
+def without_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+
+
+def pointer(model: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (model / "model-00003-of-00005.safetensors").write_text(text)
+
+
+def damaged_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (pickled, r"its weights are in pytorch_model.bin. Pickled .* can run code"),
+        (without_shards, "2 of its 5 files of weights are missing, such as model-00002"),
+        (without_any, r"no file of weights \(model.safetensors\) in it"),
+        (without_index, "index.json, which names its 5 files of weights, is missing"),
+        (pointer, "model-00003-of-00005.safetensors is a pointer of Git LFS.*git lfs pull"),
+        (damaged_index, "index.json is damaged"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_with_the_reason(
+    harm: Callable[[Path], None], told: str, tmp_path: Path
+) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "m", max_shard_size="25KB")
+    load_model(tmp_path / "m")
+    harm(tmp_path / "m")
+    with pytest.raises(ModelError, match=told):
+        load_model(tmp_path / "m")
 
 
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
