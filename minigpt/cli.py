@@ -19,7 +19,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
 import minigpt.modules  # noqa: F401  (makes the short class names known)
@@ -39,6 +38,7 @@ from minigpt.callbacks.stopping import (
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.model.optim import fast_bf16
+from minigpt.model.parallel import FSDP2, check_strategy, sharding
 from minigpt.modules.base import BaseModule
 from minigpt.parser import OptionError, Parser, check_configs, explained
 
@@ -261,11 +261,14 @@ class MiniGPTCLI(LightningCLI):
             config.trainer.logger = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
         elif config.trainer.logger is None:
             config.trainer.logger = False
+        if config.trainer.strategy == "fsdp":
+            config.trainer.strategy = sharding(config.trainer.precision)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        if not isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        check_strategy(trainer.strategy)
+        if not isinstance(trainer.strategy, FSDP2):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         FitLoop.put_in(trainer)
         trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]

@@ -270,7 +270,7 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
 
 
 def _with_dims(params: Iterable[nn.Parameter], test: Callable[[int], bool]) -> list[nn.Parameter]:
-    return [p for p in params if test(p.ndim)]
+    return [p for p in params if test(getattr(p, "dimensions", p.ndim))]  # FSDP1 flattens weights
 
 
 def scale_and_clip(

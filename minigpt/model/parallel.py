@@ -1,15 +1,16 @@
-"""Several processes: FSDP2, which shards a PackedLM, and gathering what each one holds."""
+"""Several processes: FSDP, which shards a PackedLM, and gathering what each one holds."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,13 +19,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
+from minigpt.errors import ConfigError
 from minigpt.files import publish, told_when_unwritable, write_manifest
 from minigpt.model.lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -91,6 +103,73 @@ class FSDP2(ModelParallelStrategy):
         return load_plain(path / SHARDED)
 
 
+class FSDP1(FSDPStrategy):
+    """Lightning's FSDP1, for fp16, with checkpoints like those of one process.
+
+    It flattens the weights and gives each process a part of them.
+    """
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        for weight in model.parameters():  # whether a weight is decayed is seen by its dimensions
+            weight.dimensions = weight.ndim  # type: ignore[attr-defined]
+        return super()._setup_model(model)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Let each process take its part of the weights and of the optimizer's state.
+
+        Raises:
+            ModelError: when it holds more than plain values and tensors, or fits another model.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        strict, saved = self.lightning_module.strict_loading, checkpoint.pop("state_dict")
+        whole = FullyShardedDataParallel.state_dict_type(
+            self.model,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(rank0_only=False),
+            FullOptimStateDictConfig(rank0_only=False),
+        )
+        with whole:
+            own = {name: weight.shape for name, weight in self.model.state_dict().items()}
+            check_fit(path, {name: weight.shape for name, weight in saved.items()}, own, strict)
+            self.model.load_state_dict(saved, strict=strict)
+            for optimizer, state in zip(
+                self.optimizers, checkpoint["optimizer_states"], strict=True
+            ):
+                self._load_optimizer(optimizer, state)
+        return checkpoint
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        fsdp: Any = FullyShardedDataParallel
+        named = fsdp.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model)
+        optimizer.load_state_dict(fsdp.optim_state_dict_to_load(self.model, optimizer, named))
+
+
+def sharding(precision: Any) -> Strategy:
+    """Return the strategy that `trainer.strategy: fsdp` stands for in a precision."""
+    if precision != "16-mixed":
+        log.info("Strategy: FSDP2.")
+        return FSDP2()
+    log.warning("Strategy: FSDP1, as FSDP2 does not train in 16-mixed. It is untested on GPUs.")
+    return FSDP1()
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse Lightning's own sharding, with whose checkpoints a run cannot go on.
+
+    Raises:
+        ConfigError: for it.
+    """
+    theirs = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if theirs and not isinstance(strategy, FSDP1 | FSDP2):
+        raise ConfigError(
+            f"trainer.strategy: {type(strategy).__name__} saves checkpoints that a run cannot go "
+            "on from. Set trainer.strategy to fsdp."
+        )
+
+
 def shard(lm: PackedLM, mesh: DeviceMesh) -> None:
     """Shard each decoder layer and then the rest (embedding, norm, head) over the mesh.
 
@@ -125,8 +204,6 @@ def full_weights(lm: PackedLM) -> dict[str, Tensor] | None:
 
 def flat_weights(lm: PackedLM, trainer: Any) -> dict[str, Tensor]:
     """Gather the weights of a model that FSDP1 has wrapped; every process must call this."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     whole = FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False)
     with whole:
         states = lm.hf.state_dict().items()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import minigpt.model.optim as optim
 import minigpt.modules.base as base
@@ -33,10 +34,22 @@ def never(device: torch.device) -> bool:
     return False
 
 
+def let_fsdp1_use_cpus() -> None:
+    """FSDP1 takes a CPU only when it is told to."""
+    own: Any = FullyShardedDataParallel.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **{**kwargs, "device_id": torch.device("cpu")})
+
+    FullyShardedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
 def main(file: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     optim.fast_bf16 = never
+    if not torch.cuda.is_available():
+        let_fsdp1_use_cpus()
     own = base.build_optimizer
     for job in json.loads(Path(file).read_text()):
         base.build_optimizer = sgd if job["sgd"] else own

@@ -15,13 +15,14 @@ from jsonargparse import Namespace
 from minigpt import cli
 from minigpt.__main__ import main
 from minigpt.model.build import build_native
+from minigpt.model.parallel import FSDP2
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 STAGES = ("pretrain", "sft", "dpo", "lora")
 SIZES = {"26m": 26_879_488, "64m": 63_518_464, "110m": 108_744_960, "125m": 125_062_144}
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
-NOT_HERE = ("gpu", "fsdp")  # overlays that need CUDA: they are parsed only
+NOT_HERE = ("gpu",)  # overlays that need CUDA: they are parsed only
 OVERLAYS = [CONFIGS / "quick.yaml", *HARDWARE]
 Build = Callable[..., cli.MiniGPTCLI]
 
@@ -90,7 +91,7 @@ MACHINES: dict[str, tuple[bool, tuple[int, int] | None, bool]] = {
     "H100": (False, (9, 0), False),
     "MI300": (False, (9, 4), True),
 }
-# The precision that is chosen on a machine: by any accelerator, on the CPU, and with FSDP2.
+# The precision that is chosen on a machine: by any accelerator, on the CPU, with FSDP2 as a class.
 LIKED = {
     "cpu": ("32-true", "32-true", "32-true"),
     "cpu with bf16": ("bf16-mixed", "bf16-mixed", "bf16-mixed"),
@@ -128,13 +129,18 @@ def test_precision_of_each_combination(
     trainer: dict[str, Any] = {"accelerator": "auto", "strategy": "auto"}
     for file in files:
         trainer |= yaml.safe_load(file.read_text())["trainer"]
-    strategy = trainer["strategy"]
-    if isinstance(strategy, dict):
-        strategy = Namespace(strategy)
-    chosen = cli.choose_precision(trainer["precision"], trainer["accelerator"], strategy)
+    chosen = cli.choose_precision(trainer["precision"], trainer["accelerator"], trainer["strategy"])
     by_any, on_cpu, in_fsdp2 = LIKED[machine]
-    liked = {"cpu": on_cpu, "fsdp2": in_fsdp2}.get(str(hardware), by_any)
+    liked = on_cpu if hardware == "cpu" else by_any
     assert chosen == (liked if size or hardware else "32-true")  # the demo itself
+    as_class = Namespace(class_path="minigpt.model.parallel.FSDP2")
+    assert cli.choose_precision(None, "auto", as_class) == in_fsdp2
+
+
+def test_fsdp_runs_fsdp2_here(build: Build) -> None:
+    files = [CONFIGS / "sft.yaml", CONFIGS / "hardware" / "fsdp.yaml"]
+    made = build(*files, more=("--trainer.accelerator=cpu",))
+    assert isinstance(made.trainer.strategy, FSDP2)
 
 
 def _stub(
