@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -29,8 +29,8 @@ from minigpt.model import fused
 PACKED = "minigpt_packed"
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
-WIDEST = 256  # heads that FlashAttention computes
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+# FlashAttention goes back through heads of 256 on these cards, of 192 on later and smaller ones.
+WIDE_HEADS = ((8, 0), (9, 0), (10, 0), (10, 3))
 _OPTIONS = signature(varlen.varlen_attn).parameters.keys()  # which differ between releases
 _GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
 
@@ -80,8 +80,7 @@ def packed_attention(
     dtype = dtype_of(query)
     # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
-    fits = not dropout and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
-    if fits and kernel_applies(query):
+    if not dropout and kernel_applies(query, q.shape[-1]):
         return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None
     if fused.applies(q, dropout):
         return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
@@ -97,16 +96,23 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def kernel_applies(x: Tensor) -> bool:
+def kernel_applies(x: Tensor, width: int = 8) -> bool:
     """Whether attention on x's device, and in the type that it is computed in, has a kernel for
-    rows of any length.
+    rows of any length and heads of a width.
     """
-    return x.is_cuda and dtype_of(x) in (torch.bfloat16, torch.float16) and _has_flash()
+    half = dtype_of(x) in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and width % 8 == 0 and width <= _widest_head()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_flash() -> bool:
-    return {"window_size", "scale"} <= _OPTIONS and torch.cuda.get_device_capability() >= (8, 0)
+def _widest_head() -> int:
+    """Return the width up to which torch's FlashAttention computes heads on this machine's GPU; 0
+    before Ampere, which it does not know, and on AMD's, where it is another kernel.
+    """
+    card = torch.cuda.get_device_capability()
+    if torch.version.hip or card < (8, 0) or not {"window_size", "scale"} <= _OPTIONS:
+        return 0
+    return 256 if card in WIDE_HEADS else 192
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float) -> Tensor:
@@ -126,12 +132,13 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: fl
 
 
 def _even(parts: Sequence[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
-    """Attend in rows of one length, by what is fastest for them."""
+    """Attend in rows of one length, by the kernel that PyTorch takes for them: on some cards
+    cuDNN's, which is faster.
+    """
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # [R, heads, L, D]
-    with sdpa_kernel(FASTEST, set_priority=True):
-        out = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    out = scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2).flatten(0, 1)
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import linear, logsigmoid
 
 LOGITS = 2**23  # that exist at a time, about
 LOGITS_ON_CUDA = 2**27  # which small products leave idle
+WIDE = 2**24  # logits that are fp32 at a time where nothing compiles the softmax
 ROWS = 64  # a chunk has a multiple of them: products of some other lengths are far slower
 KEPT = 4  # times so many probabilities are kept for the way back instead of computed again
 
@@ -27,6 +28,13 @@ def softmax_(logits: Tensor) -> Tensor:
 
     What is wanted of the logits themselves has to be taken before.
     """
+    if torch.compiler.is_compiling() or logits.numel() <= WIDE:
+        return _softmax_rows_(logits)
+    rows = max(1, WIDE // logits.shape[1])  # else several copies in fp32 would exist at a time
+    return torch.cat([_softmax_rows_(part) for part in logits.split(rows)])
+
+
+def _softmax_rows_(logits: Tensor) -> Tensor:
     wide = logits.float()
     top = wide.amax(-1, keepdim=True)  # spelled so that the compiler reads the logits once
     normaliser = (wide - top).exp().sum(-1, keepdim=True).log() + top

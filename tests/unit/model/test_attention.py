@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.model import attention
-from minigpt.model.attention import PACKED, attention_of, packed_attention
+from minigpt.model.attention import PACKED, attention_of, kernel_applies, packed_attention
 from minigpt.model.lm import PackedLM
 
 MODELS = {family: tiny.model(family) for family in tiny.FAMILIES}
@@ -241,6 +243,32 @@ def test_the_gpu_kernel_equals_an_explicit_mask(
     assert attention.kernel_applies(like)
     for kv_heads in (1, 2, 4):
         assert_equals_a_mask(shapes, kv_heads, width, like, bound=0.015)
+
+
+@pytest.mark.parametrize(
+    ("card", "amd", "widest"),
+    [
+        ((7, 5), None, 0),
+        ((8, 0), None, 256),
+        ((8, 6), None, 192),
+        ((8, 9), None, 192),
+        ((9, 0), None, 256),
+        ((12, 0), None, 192),
+        ((9, 4), "6.4", 0),
+    ],
+)
+def test_the_kernel_is_used_where_pytorch_supports_it(
+    card: tuple[int, int], amd: str | None, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    monkeypatch.setattr(torch.version, "hip", amd)
+    on_gpu: Any = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda"), dtype=torch.float16, shape=(1,)
+    )
+    fits = [width for width in (8, 60, 64, 192, 256, 264) if kernel_applies(on_gpu, width)]
+    assert fits == [width for width in (8, 64, 192, 256) if width <= widest]
+    on_gpu.dtype = torch.float32
+    assert not kernel_applies(on_gpu, 64)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.model import losses
-from minigpt.model.losses import dpo, linear_cross_entropy, linear_logprobs, sum_by
+from minigpt.model.losses import dpo, linear_cross_entropy, linear_logprobs, softmax_, sum_by
 
 BETA = 0.1
 TABLE = [  # loss, smoothing, values at beta * d = 0, 1 and 2
@@ -184,6 +186,32 @@ def test_chunks_are_multiples_of_what_products_like(
     monkeypatch.setattr(losses, "LOGITS", 400)
     hidden, weight, _, labels = arguments(n, 2, 1, False)
     assert [len(own) for _, own in losses._chunks(hidden, weight, labels)] == sizes
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest fp32 tensor that is computed."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.dtype == torch.float32:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_a_softmax_that_is_not_compiled_widens_some_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(50, 30).bfloat16()
+    whole = logits.clone()
+    expected = softmax_(whole)
+    monkeypatch.setattr(losses, "WIDE", 7 * 30 + 1)
+    with Largest() as largest:
+        got = softmax_(logits)
+    assert largest.numbers == 7 * 30
+    assert torch.equal(got, expected)
+    assert torch.equal(logits, whole)
 
 
 @pytest.mark.parametrize("ours", [linear_cross_entropy, linear_logprobs])
