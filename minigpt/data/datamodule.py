@@ -233,7 +233,14 @@ class JSONLDataModule(LightningDataModule):
         return (2 if self.beside_gpu else 0) if self.num_workers is None else self.num_workers
 
     def prepare_data(self) -> None:
-        """Build the token stores, in one process only."""
+        """Build the token stores, in one process only.
+
+        Raises:
+            ConfigError: when samples may be longer than the model reads.
+        """
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        module.check_length(self.limits.max_length, self.kind)
         for path in self._files():
             self._open(path)
 

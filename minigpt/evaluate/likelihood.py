@@ -23,7 +23,9 @@ from minigpt.errors import DataError
 from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
 from minigpt.model.attention import PACKED, attention_of
+from minigpt.model.build import embedding_rows
 from minigpt.model.losses import sum_by
+from minigpt.model.rope import max_positions, shared_limit
 
 TOKENS = 4096  # of a packed batch, at most
 LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
@@ -38,12 +40,12 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
         DataError: for a sample that is longer than the model can read.
     """
     config = engine.model.config
-    budget = min(TOKENS, LOGITS // int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    budget = min(TOKENS, LOGITS // embedding_rows(engine.model))
+    alone, shared = max_positions(config), min(max_positions(config), shared_limit(config))
     members: list[Sample] = []
     for sample in samples:
         length = sample.prompt + max(sample.first, sample.second)
-        if length > limit:
+        if length > (limit := shared if sample.second else alone):
             raise DataError(
                 f"{length} tokens are more than the {limit} that the model reads",
                 path=sample.source[0],

@@ -23,10 +23,12 @@ from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
 from minigpt.model.build import embedding_rows
+from minigpt.model.rope import rope_parameters
 
 log = logging.getLogger(__name__)
 
 ARCHITECTURES = ("qwen3", "llama")
+SCALED = ("linear", "yarn")  # kinds of rotary scaling that llama.cpp computes
 BLOCK = 32  # values of a row that share a scale in q8_0 and q4_0
 # A weight's error, as a share of its tensor's largest value.
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045, "Q4_0": 0.126}
@@ -101,8 +103,7 @@ def export_gguf(
 def check_config(config: Any) -> None:
     """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
     odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    odd += [f"rope_type {rope}"] if rope != "default" else []
+    odd += odd_rope(rope_parameters(config))
     settings = ("attention_bias", "mlp_bias", "use_sliding_window")
     odd += [name for name in settings if getattr(config, name, False)]
     odd += [f"hidden_act {act}"] if (act := getattr(config, "hidden_act", "silu")) != "silu" else []
@@ -111,6 +112,16 @@ def check_config(config: Any) -> None:
             f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3 and Llama models. "
             "Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
         )
+
+
+def odd_rope(rope: dict[str, Any]) -> list[str]:
+    """Name what of a model's rotary parameters llama.cpp does not read from the file."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", *SCALED):
+        why = " (its angles follow a text's length)" if kind == "dynamic" else ""
+        return [f"rope_type {kind}{why}"]
+    plain = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    return [f"{kind} with {name}" for name in rope if name not in plain and rope[name] is not None]
 
 
 def pre_tokenizer(tokenizer: Any) -> str:
@@ -203,6 +214,8 @@ def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
 
 def add_sizes(writer: Any, config: Any, rows: int) -> None:
     """Write the sizes of the model."""
+    import gguf
+
     writer.add_vocab_size(rows)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -213,6 +226,13 @@ def add_sizes(writer: Any, config: Any, rows: int) -> None:
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if (kind := config.rope_parameters["rope_type"]) in SCALED:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        factor = float(config.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(factor)
+        original = config.rope_parameters.get("original_max_position_embeddings")
+        original = original or round(config.max_position_embeddings / factor)
+        writer.add_rope_scaling_orig_ctx_len(original)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 

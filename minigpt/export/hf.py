@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from minigpt.export.check import (
 from minigpt.files import whole_directory, write_json
 from minigpt.infer.engine import Engine
 from minigpt.model.lora import ADAPTER, merge, save_adapter
+from minigpt.model.rope import max_positions
 from minigpt.model.saved import base_of, find_model, save_model
 
 SAME, MERGED = 1e-5, 1e-3  # the same weights; W x + B A x against (W + B A) x in fp32
@@ -103,11 +105,17 @@ def base_to_keep(engine: Engine, model: str, adapter: str | None) -> str:
     """Return the base of an adapter that is to be exported alone.
 
     Raises:
-        ConfigError: when there is none.
+        ConfigError: when there is none, or its base's positions were scaled with it.
     """
     if engine.adapter is None:
         raise ConfigError(f"{model} has no adapter to keep. Give --adapter, or a LoRA run.")
-    return str(find_model(model) if adapter else base_of(Path(find_model(model))))
+    base = str(find_model(model) if adapter else base_of(Path(find_model(model))))
+    if getattr(engine.adapter.get_base_model(), "rope_scaling", None) is not None:
+        raise ConfigError(
+            "The adapter cannot be kept apart: it was trained with rope_scaling, and its base "
+            f"{base} without. Export the merged model instead."
+        )
+    return base
 
 
 def name_for_older_stacks(directory: Path, engine: Engine) -> None:
@@ -117,7 +125,7 @@ def name_for_older_stacks(directory: Path, engine: Engine) -> None:
     config = {k: v for k, v in config.items() if k not in ("backend", "is_local")}
     if isinstance(config.get("extra_special_tokens"), list):  # on which transformers 4 fails
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if positions := getattr(engine.model.config, "max_position_embeddings", None):
+    if (positions := max_positions(engine.model.config)) < sys.maxsize:
         config["model_max_length"] = min(config.get("model_max_length", positions), positions)
     if engine.tokenizer.chat_template:  # beside the file that newer stacks read
         config["chat_template"] = engine.tokenizer.chat_template

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from minigpt.model.rope import depends_on_length
+
+KEYS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of a cache, without other states
 
 
 @dataclass
@@ -18,16 +23,24 @@ class Cohort:
 
     Attributes:
         rows: the requests' places among all.
+        tokens: [n, L], all that was read and written; padding is 0.
         mask: [n, L], 0 where there is padding.
+        cache: of the tokens read so far; None for models that cannot go on from one.
     """
 
     rows: list[int]
+    tokens: Tensor
     mask: Tensor
     cache: Any
 
 
 class Cached:
     """Decodes requests with a model's own forward, each group that began together by itself.
+
+    Layers with a state (convolutions, recurrences, linear attention) read padding as text, and
+    angles that depend on a text's length are those of the longest row: such models decode
+    prompts of equal lengths together, without padding. A model that takes no transformers cache
+    computes the whole text for each token.
 
     Args:
         model: any causal LM.
@@ -42,42 +55,62 @@ class Cached:
         taken = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         self._places = "position_ids" in taken
+        self._cache_name = _cache_name(model)
+        self._pads = (
+            self._cache_name is not None
+            and _keeps_keys_alone(model)
+            and not depends_on_length(model)
+        )
 
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
-        longest = max(map(len, prompts))
+        first, parts = len(self.cohorts), []
+        groups: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(0 if self._pads else len(prompt), []).append(place)
+        for places in groups.values():
+            cohort = self._cohort([prompts[place] for place in places], places)
+            self.cohorts.append(cohort)
+            parts.append(self._forward(cohort, cohort.tokens))
+        self.count += len(prompts)
+        return _in_order(parts, self.cohorts[first:])
+
+    def _cohort(self, prompts: list[list[int]], places: list[int]) -> Cohort:
+        longest, device = max(map(len, prompts)), self.model.device
         tokens = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        mask = torch.tensor(real, device=self.model.device)
-        rows = list(range(self.count, self.count + len(prompts)))
-        cohort = Cohort(rows, mask, DynamicCache(config=self.model.config))
-        self.cohorts.append(cohort)
-        self.count += len(prompts)
-        return self._forward(cohort, tokens)
+        return Cohort(
+            [self.count + place for place in places],
+            torch.tensor(tokens, device=device),
+            torch.tensor(real, device=device),
+            DynamicCache(config=self.model.config) if self._cache_name else None,
+        )
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Add a token to each row; return the logits [n, V] that follow."""
         parts = []
         for cohort in self.cohorts:
+            given = [[tokens[row]] for row in cohort.rows]
+            new = torch.tensor(given, device=self.model.device)
             cohort.mask = torch.nn.functional.pad(cohort.mask, (0, 1), value=1)
-            parts.append(self._forward(cohort, [[tokens[row]] for row in cohort.rows]))
-        order = torch.tensor([row for cohort in self.cohorts for row in cohort.rows])
-        return torch.cat(parts)[order.argsort()]
+            cohort.tokens = torch.cat([cohort.tokens, new], 1)
+            parts.append(self._forward(cohort, new))
+        return _in_order(parts, self.cohorts)
 
-    def _forward(self, cohort: Cohort, tokens: list[list[int]]) -> Tensor:
+    def _forward(self, cohort: Cohort, new: Tensor) -> Tensor:
+        """Return the logits [n, V] that follow the new tokens [n, L] of a cohort."""
         options: dict[str, Any] = dict(self._options)
-        if self._places:
-            places = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
-            options["position_ids"] = places[:, -len(tokens[0]) :]
-        out = self.model(
-            input_ids=torch.tensor(tokens, device=self.model.device),
-            attention_mask=cohort.mask,
-            past_key_values=cohort.cache,
-            use_cache=True,
-            **options,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        if self._cache_name is None:
+            new, options["use_cache"] = cohort.tokens, False
+        else:
+            if self._places:
+                places = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
+                options["position_ids"] = places[:, -new.shape[1] :]
+            if self._pads:  # else nothing is masked, and some take a mask for padding alone
+                options["attention_mask"] = cohort.mask
+            options |= {self._cache_name: cohort.cache, "use_cache": True}
+        logits: Tensor = self.model(input_ids=new, **options).logits
+        return logits[:, -1]
 
     def drop(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
@@ -86,9 +119,31 @@ class Cached:
         kept = [place for place, own in enumerate(cohort.rows) if own != row]
         cohort.rows = [cohort.rows[place] for place in kept]
         if kept:
-            cohort.mask = cohort.mask[kept]
-            cohort.cache.batch_select_indices(torch.tensor(kept, device=cohort.mask.device))
+            index = torch.tensor(kept, device=cohort.mask.device)
+            cohort.mask, cohort.tokens = cohort.mask[index], cohort.tokens[index]
+            if cohort.cache is not None:
+                cohort.cache.reorder_cache(index)  # which, unlike its selection, knows all states
         else:
             self.cohorts.remove(cohort)
         for other in self.cohorts:
             other.rows = [row if own == self.count else own for own in other.rows]
+
+
+def _in_order(parts: list[Tensor], cohorts: list[Cohort]) -> Tensor:
+    """Return logits [n, V] of cohorts in the order of their rows."""
+    order = torch.tensor([row for cohort in cohorts for row in cohort.rows])
+    return torch.cat(parts)[order.argsort()]
+
+
+def _cache_name(model: PreTrainedModel) -> str | None:
+    """Return the argument that takes a transformers cache; None where there is no such."""
+    generates: Any = model
+    if not generates._supports_default_dynamic_cache() or hasattr(model, "_setup_cache"):
+        return None  # one of its own, or in its layers, which is one for all rows
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+
+
+def _keeps_keys_alone(model: PreTrainedModel) -> bool:
+    """Whether a model's cache holds keys and values and no other states."""
+    return all(type(layer) in KEYS for layer in DynamicCache(config=model.config).layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from minigpt.model.attention import attention_of
 from minigpt.model.build import cast_weights, check_vocabulary
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
+from minigpt.model.rope import max_positions
 from minigpt.model.saved import base_of, find_model, load_model, tokenizer_place
 
 __all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
@@ -79,7 +79,7 @@ class Engine:
         self.adapter: PeftModel | None = None
         self.ends = set(reply_ends(model, tokenizer))
         self.start = tokenizers.document_start(tokenizer)
-        self.context = int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
+        self.context = max_positions(model.config)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(

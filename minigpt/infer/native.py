@@ -43,7 +43,11 @@ def is_native(model: PreTrainedModel) -> bool:
     if any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in model.modules()):
         return False
     layers = (m for n, m in model.named_modules() if n.endswith(("_proj", "lm_head")))
-    return rope in ("default", "llama3", "linear") and not windows and all(map(_is_plain, layers))
+    return (
+        rope in ("default", "llama3", "linear", "yarn")
+        and not windows
+        and all(map(_is_plain, layers))
+    )
 
 
 def _is_plain(layer: Any) -> bool:

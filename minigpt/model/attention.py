@@ -255,9 +255,16 @@ def _future(size: int, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let a model use another attention function for a while (`sdpa` to generate)."""
+    """Let a model use another attention function for a while.
+
+    Args:
+        model: put back in the end.
+        name: the function; `sdpa` (to generate) is `eager` for models that do not take it: they
+            compute it without a mask.
+    """
     before = model.config._attn_implementation
-    model.config._attn_implementation = name
+    plain = name == "sdpa" and not model._supports_sdpa
+    model.config._attn_implementation = "eager" if plain else name
     try:
         yield
     finally:

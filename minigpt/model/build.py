@@ -47,9 +47,9 @@ class Architecture:
     dropout: float = 0.0
 
 
-def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Build a native model with random weights for a tokenizer's vocabulary."""
-    config = Qwen3Config(
+def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Return the config of a native model for a tokenizer's vocabulary."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=a.hidden_size,
         intermediate_size=a.ffn,
@@ -65,7 +65,11 @@ def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrai
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model: PreTrainedModel = Qwen3ForCausalLM(config)
+
+
+def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Build a native model with random weights for a tokenizer's vocabulary."""
+    model: PreTrainedModel = Qwen3ForCausalLM(native_config(a, tokenizer))
     with torch.no_grad():  # residual outputs start small, so depth does not grow the stream
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

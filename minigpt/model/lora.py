@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
 from minigpt.files import weights_digest, whole_directory, write_json
 from minigpt.model.build import embedding_rows, resize_vocabulary
+from minigpt.model.rope import RopeScaling, scale
 
 log = logging.getLogger(__name__)
 
+SCALING = "rope_scaling.json"  # beside an adapter: how its base's positions are scaled
 BASE = "base.json"  # beside an adapter: the digest of the weights it was trained on
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of peft by which an adapter is more than an update of the base's weights.
@@ -126,6 +128,8 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
     try:
         trained_on = _check_base(directory, base)
         _take_rows(model, directory, base)
+        if (scaling := saved_scaling(directory)) is not None:
+            scale(model, scaling)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied layers, which `merge` sees to
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -202,6 +206,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ModelError(f"{directory / ADAPTER} is damaged: it is no JSON object.")
     return given
+
+
+def saved_scaling(directory: Path) -> RopeScaling | None:
+    """Return how the positions of an adapter's base are scaled; None where they are its own."""
+    file = directory / SCALING
+    return RopeScaling(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
@@ -304,4 +314,6 @@ def save_adapter(
         tokenizers.save(tokenizer, partial)
         if known := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": known})
+        if scaling := getattr(adapted.get_base_model(), "rope_scaling", None):
+            write_json(partial / SCALING, asdict(scaling))
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card

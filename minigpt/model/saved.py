@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import CODE
@@ -16,7 +24,8 @@ from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
 from minigpt.model.generation import generation_config
-from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config
+from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
+from minigpt.model.rope import compute_by_text, scale_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs"  # how a pointer begins
@@ -62,28 +71,24 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     if isinstance(found, Path) and (found / ADAPTER).is_file():
         base = base_of(found)
         return merge(load_adapter(load_model(base, attention), found, base))
-    try:
+    with _refusing(found):
         if isinstance(found, Path):
             _check_files(found)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=None if attention == "sdpa" else attention,  # eager without it
             use_safetensors=True,
             trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        first = CODE if "trust_remote_code" in str(error) else first
-        first += f" {PICKLED}" if "named model.safetensors" in first else ""
-        raise ModelError(f"The model at {found} cannot be loaded: {first}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
         raise ModelError(
             f"The model at {found} cannot be loaded: {len(missing)} of its weights are missing, "
             f"such as {missing[0]}. Copy it again, or give a causal language model."
         )
+    compute_by_text(model)
     return model
 
 
@@ -122,6 +127,35 @@ def _named_in(index: Path) -> set[str]:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged. Copy the model again.") from error
+
+
+def load_config(place: str | Path) -> PreTrainedConfig:
+    """Load the config alone of what `load_model` would load; an adapter brings its base's.
+
+    Raises:
+        ModelError: as `load_model` does.
+    """
+    found = find_model(place)
+    if isinstance(found, Path) and (found / ADAPTER).is_file():
+        config = load_config(base_of(found))
+        if (scaling := saved_scaling(found)) is not None:
+            scale_config(config, scaling)
+        return config
+    with _refusing(found):
+        loaded: PreTrainedConfig = AutoConfig.from_pretrained(found, trust_remote_code=False)
+    return loaded
+
+
+@contextmanager
+def _refusing(place: Path | str) -> Iterator[None]:
+    """Tell what transformers says of a model that it cannot load."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = CODE if "trust_remote_code" in str(error) else first
+        first += f" {PICKLED}" if "named model.safetensors" in first else ""
+        raise ModelError(f"The model at {place} cannot be loaded: {first}") from error
 
 
 def base_of(adapter: Path) -> Path | str:
@@ -183,4 +217,6 @@ def _name_for_older_stacks(directory: Path) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch
@@ -48,7 +48,8 @@ from minigpt.model.optim import (
 )
 from minigpt.model.parallel import flat_weights, full_weights, gathered, gradient_norm, shard
 from minigpt.model.restore import check_fit
-from minigpt.model.saved import find_model, load_model, save_model, tokenizer_place
+from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
+from minigpt.model.saved import find_model, load_config, load_model, save_model, tokenizer_place
 from minigpt.modules.guard import LossWatch, Spike, Window, may_step, unscale
 from minigpt.modules.totals import Totals, read
 
@@ -85,6 +86,7 @@ class BaseModule(LightningModule, ABC):
         sample_prompts: asked at each validation; the replies are logged as text.
         spike: what to do when the loss jumps.
         sampling: how `test`, `predict` and the logged samples choose tokens.
+        rope_scaling: let rotary positions reach beyond the length that the model was trained on.
     """
 
     needs_chat = True  # asks and answers in the chat template
@@ -103,6 +105,7 @@ class BaseModule(LightningModule, ABC):
         sample_prompts: list[str] | None = None,
         spike: Spike = Spike(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
+        rope_scaling: RopeScaling | None = None,
     ) -> None:
         super().__init__()
         if self.needs_start and init_from is None:
@@ -119,6 +122,7 @@ class BaseModule(LightningModule, ABC):
         self.lora, self.activation_checkpointing = lora, activation_checkpointing
         self.compiled = compile_layers  # None: not decided yet
         self.sample_prompts, self.sampling = sample_prompts or [], sampling
+        self.rope_scaling = rope_scaling
         self.trained: str | None = None  # a finished run to use instead of `init_from`
         self.lm: PackedLM | None = None
         self.peft: list[Any] = []  # the adapter's handle; in a list so it is no submodule
@@ -164,7 +168,30 @@ class BaseModule(LightningModule, ABC):
         tokenizer = self.tokenizer
         check_vocabulary(model, self.vocabulary)
         fit_vocabulary(model, tokenizer)
+        return self.scaled(model)
+
+    def scaled(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model with its rotary positions scaled, where that is asked for."""
+        if self.rope_scaling is not None and self.trained is None:
+            scale(model, self.rope_scaling)
+            self.tokenizer.model_max_length = max_positions(model.config)
         return model
+
+    def check_length(self, length: int, kind: str) -> None:
+        """Refuse, with a ConfigError, samples that are longer than the model reads.
+
+        Args:
+            length: of samples in tokens, at most.
+            kind: of the records: text, chat or preference.
+        """
+        config = self.first_config()
+        if self.rope_scaling is not None and self.trained is None:
+            scale_config(config, self.rope_scaling)
+        check_length(config, length, kind)
+
+    def first_config(self) -> PreTrainedConfig:
+        """Return the config of the model that the run starts from."""
+        return load_config(self.start)
 
     def configure_model(self) -> None:
         """Build the model once; Lightning may call this several times."""

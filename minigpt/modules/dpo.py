@@ -13,6 +13,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.build import fit_vocabulary
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
+from minigpt.model.rope import scale
 from minigpt.model.saved import load_model
 from minigpt.modules.base import BaseModule, Step
 from minigpt.modules.reference import digest_of, scores_of
@@ -77,6 +78,8 @@ class DPOModule(BaseModule):
             assert self.init_from is not None
             start = load_model(self.init_from)
             fit_vocabulary(start, self.tokenizer)
+            if self.rope_scaling is not None:
+                scale(start, self.rope_scaling)
             frozen = PackedLM(start)
             self._frozen.append(frozen.requires_grad_(False).eval())
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.build import Architecture, build_native
+from minigpt.model.build import Architecture, build_native, native_config
 from minigpt.model.growth import Growth, awake, check_growth, put_to_sleep
 from minigpt.modules.base import BaseModule, Step, bits_per_byte
 
@@ -55,7 +55,13 @@ class PretrainModule(BaseModule):
         model = build_native(self.architecture, self.tokenizer)
         if self.grow:
             put_to_sleep(model, self.grow)
-        return model
+        return self.scaled(model)
+
+    def first_config(self) -> PreTrainedConfig:
+        """Return the native model's config, or that of the model to go on from."""
+        if self.trained or self.init_from:
+            return super().first_config()
+        return native_config(self.architecture, self.tokenizer)
 
     def configure_optimizers(self) -> Any:
         """See whether the model will grow, then as in every stage."""

@@ -36,6 +36,8 @@ from minigpt.model.saved import save_model
 Minigpt = Callable[..., Any]
 Saved = Callable[..., Path]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # rows of whole blocks of 32
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}
 CHAT = [{"role": r, "content": f"{r} 你好\n"} for r in ("system", "user", "assistant", "user")]
 TOKENS = "tokenizer.ggml"
 ASKED = [
@@ -92,6 +94,27 @@ def test_llamacpp_computes_the_same(
     assert tensors["blk.0.attn_q.weight"] == dtype.upper()
     assert tensors["output_norm.weight"] == "F32"
     assert tensors["token_embd.weight"] == ("Q8_0" if dtype == "q4_0" else dtype.upper())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("rope", [LINEAR, YARN], ids=lambda rope: rope["rope_type"])
+def test_llamacpp_computes_scaled_positions(
+    family: str,
+    rope: dict[str, Any],
+    saved: Saved,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "TEXTS", 10)
+    monkeypatch.setattr(check, "QUESTIONS", ["the cat sat on the mat and the dog sat " * 5])
+    model = saved(family, rope_parameters=rope, max_position_embeddings=256, **SIZES)
+    numbers = export(model, tmp_path / "out.gguf", dtype="f32")
+    assert numbers["max_logprob_difference"] <= 0.01
+    said = fields(tmp_path / "out.gguf")
+    assert said[f"{family}.rope.scaling.type"] == rope["rope_type"]
+    assert said[f"{family}.rope.scaling.factor"] == 4.0
+    assert said[f"{family}.rope.scaling.original_context_length"] == 64
+    assert said[f"{family}.context_length"] == 256
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +341,10 @@ def test_tokenizers_that_llamacpp_computes_otherwise(made: Callable[[], Any], to
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type linear",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_type dynamic \(its angles follow a text's length\)",
         ),
+        ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16}}, "yarn with beta_fast"),
     ],
 )
 def test_models_that_are_refused(

@@ -1,0 +1,207 @@
+"""Positions: how many a model has, and rotary angles scaled to read more (transformers' own)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minigpt.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# By what name a config says how many positions there are; most map it to the first.
+LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+BY_LENGTH = ("dynamic", "longrope")  # kinds whose angles depend on a text's length
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary angles for texts longer than those that a model was trained on.
+
+    Args:
+        type: linear (Chen et al. 2023, arXiv:2306.15595), dynamic (NTK-aware, changed only for
+            texts beyond the original length) or yarn (Peng et al. 2023, arXiv:2309.00071).
+        factor: how many times the original length the model reads.
+        original_max_position_embeddings: the original length in tokens; by default the config's
+            `max_position_embeddings`.
+    """
+
+    type: Literal["linear", "dynamic", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        original = self.original_max_position_embeddings
+        if self.factor <= 1 or (original is not None and original < 1):
+            raise ConfigError(
+                "rope_scaling.factor must be above 1 and original_max_position_embeddings at "
+                f"least 1, but are {self.factor} and {original}."
+            )
+
+
+def max_positions(config: Any) -> int:
+    """Return the longest sequence in tokens that a config allows; without a limit sys.maxsize."""
+    own = config.get_text_config(decoder=True)
+    limit = next((value for name in LIMITS if (value := getattr(own, name, None))), sys.maxsize)
+    rope = rope_parameters(config)
+    if rope.get("rope_type") == "dynamic":  # for which transformers keeps the original length
+        limit = int(limit * rope["factor"])
+    return int(limit)
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Return a config's rotary parameters; empty without rotary positions."""
+    return dict(getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {})
+
+
+def depends_on_length(model: PreTrainedModel) -> bool:
+    """Whether a token's rotary angles depend on how long its text is."""
+    return any(True for _ in _by_length(model))
+
+
+def shared_limit(config: Any) -> int:
+    """Return how long two answers and their shared prompt may be for their angles to be equal."""
+    own, rope = config.get_text_config(decoder=True), rope_parameters(config)
+    if rope.get("rope_type") not in BY_LENGTH:
+        return sys.maxsize
+    return int(rope.get("original_max_position_embeddings") or own.max_position_embeddings)
+
+
+def check_length(config: Any, length: int, kind: str) -> None:
+    """Refuse a `max_length` beyond what a model reads.
+
+    Args:
+        config: the model's.
+        length: data.init_args.max_length.
+        kind: of the records: text, chat or preference.
+
+    Raises:
+        ConfigError: with the limit, and what to do.
+    """
+    asked = f"data.init_args.max_length is {length}, but"
+    if length > (limit := max_positions(config)):
+        stretch = (
+            ""
+            if "rope_type" not in rope_parameters(config)
+            else (
+                ", or let it read longer texts with model.init_args.rope_scaling, such as "
+                f"{{type: yarn, factor: {-(-length // limit):.1f}}}"
+            )
+        )
+        raise ConfigError(
+            f"{asked} {config.model_type} reads at most {limit} tokens, as its config says. Set it "
+            f"to {limit}{stretch}."
+        )
+    if kind == "preference" and length > (limit := shared_limit(config)):
+        raise ConfigError(
+            f"{asked} rotary angles of this kind ({rope_parameters(config)['rope_type']}) depend "
+            f"on a text's length above {limit} tokens, so that two answers cannot share their "
+            f"prompt. Set it to {limit}, or take rope_scaling of type yarn or linear."
+        )
+
+
+def scale(model: PreTrainedModel, scaling: RopeScaling) -> None:
+    """Scale a model's rotary angles in place, as its changed config then says.
+
+    Raises:
+        ConfigError: as `scale_config` does.
+    """
+    if not list(_rotary(model)):
+        raise _no_angles(model.config)
+    if not scale_config(model.config, scaling):
+        return
+    for module in _rotary(model):
+        module.__init__(config=module.config)  # type: ignore[misc]  # which computes the angles
+        module.to(model.device)
+    compute_by_text(model)
+    model.rope_scaling = scaling  # type: ignore[assignment]
+    log.info(
+        "rope_scaling %s: the model reads %d tokens.", scaling.type, max_positions(model.config)
+    )
+
+
+def scale_config(config: Any, scaling: RopeScaling) -> bool:
+    """Write a scaling into a config; return whether that changed it.
+
+    Raises:
+        ConfigError: when it has no rotary positions to scale, or scales them otherwise already.
+    """
+    own = config.get_text_config(decoder=True)
+    old, length = rope_parameters(config), getattr(own, "max_position_embeddings", None)
+    if "rope_type" not in old or not length:
+        raise _no_angles(config)
+    new, positions = _scaled(old, length, scaling)
+    if old["rope_type"] == "default":
+        own.rope_parameters = {**old, **new}
+        own.max_position_embeddings = positions
+        return True
+    if {**old, **new} != old:
+        raise ConfigError(
+            "model.init_args.rope_scaling: the model's positions are scaled already "
+            f"({old['rope_type']}, factor {old.get('factor')}). Leave it out."
+        )
+    return False  # the run that this one goes on from has done it
+
+
+def _no_angles(config: Any) -> ConfigError:
+    return ConfigError(
+        f"model.init_args.rope_scaling: {config.model_type} has no rotary positions, or other ones "
+        "for each kind of layer: they cannot be scaled. Leave it out."
+    )
+
+
+def _scaled(old: dict[str, Any], length: int, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
+    """Return the changed rotary parameters, and the config's length, for a scaling."""
+    done = old["rope_type"] == scaling.type
+    known = old.get("original_max_position_embeddings")
+    if done and known is None:
+        known = length if scaling.type == "dynamic" else round(length / scaling.factor)
+    original = scaling.original_max_position_embeddings or known or length
+    new: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type == "yarn":  # the others take no such key
+        new["original_max_position_embeddings"] = original
+    return new, original if scaling.type == "dynamic" else int(original * scaling.factor)
+
+
+def _rotary(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the modules that compute rotary angles of all layers alike."""
+    for module in model.modules():
+        if isinstance(getattr(module, "rope_type", None), str) and hasattr(module, "inv_freq"):
+            yield module
+
+
+def _by_length(model: PreTrainedModel) -> Iterator[Any]:
+    return (module for module in _rotary(model) if module.rope_type in BY_LENGTH)
+
+
+def compute_by_text(model: PreTrainedModel) -> None:
+    """Let angles that depend on a text's length be those of each packed text, as if alone."""
+    for module in _by_length(model):
+        module.forward = MethodType(_each_text, module)  # a method, which a copy binds anew
+
+
+def _each_text(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [B, T, D]; a row's texts begin where its positions do.
+
+    transformers remembers the longest text that it has seen, and so it forgets here.
+    """
+    starts = [0]
+    if len(position_ids) == 1:
+        starts += [at for at in (position_ids[0] == 0).nonzero().flatten().tolist() if at]
+    ends = [*starts[1:], position_ids.shape[1]]
+    parts = []
+    for start, end in zip(starts, ends, strict=True):
+        if module.rope_type == "dynamic":
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq
+        parts.append(type(module).forward(module, x, position_ids[:, start:end]))
+    cos, sin = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return cos, sin

@@ -1,0 +1,58 @@
+"""Runs with `model.init_args.rope_scaling`, and samples that are longer than a model reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+from tiny_runs import Fit
+
+from minigpt.cli import run
+from minigpt.data import tokenizer as tokenizers
+from minigpt.errors import ConfigError
+from minigpt.infer.engine import Engine
+from minigpt.model.saved import load_config, save_model
+
+LONG: dict[str, Any] = {
+    "data__init_args__max_length": 256,
+    "data__init_args__tokens_per_batch": 512,
+}
+YARN = {"type": "yarn", "factor": 2.0}
+SCALED: dict[str, Any] = {**LONG, "model__init_args__rope_scaling": YARN}
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_longer_samples_than_the_model_reads_are_refused(stage: str, fit: Fit) -> None:
+    with pytest.raises(ConfigError, match="max_length is 256, but qwen3 reads at most 128 tokens"):
+        fit(stage, **LONG)
+
+
+def test_learned_positions_are_a_limit(world: Path, tmp_path: Path, fit: Fit) -> None:
+    tokenizer = tokenizers.load(world / "tokenizer")
+    save_model(tiny.model("gpt2", n_positions=64), tokenizer, tmp_path / "gpt2")
+    start = {"model__init_args__init_from": str(tmp_path / "gpt2")}
+    with pytest.raises(ConfigError, match=r"gpt2 reads at most 64 tokens, .* Set it to 64\.$"):
+        fit("sft", data__init_args__max_length=65, **start)
+    fit("sft", data__init_args__max_length=64, **start)
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_a_scaled_run_measures_and_hands_on_its_scaling(
+    stage: str, tmp_path: Path, world: Path, fit: Fit
+) -> None:
+    fit(stage, trainer__val_check_interval=3, **SCALED)
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    made = tiny_runs.config(world, stage, tmp_path / "run", **SCALED)
+    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    got = {name: float(value) for name, value in measured.items()}
+    assert got == pytest.approx(final, rel=1e-3, abs=1e-4)
+    config = load_config(tmp_path / "run")
+    assert config.rope_parameters["original_max_position_embeddings"] == 128
+    engine = Engine.load(tmp_path / "run")
+    assert engine.context == 256
+    assert engine.model.config.rope_parameters == config.rope_parameters
+    assert engine.tokenizer.model_max_length == 256
