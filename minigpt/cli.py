@@ -381,6 +381,13 @@ def check_numbers(config: Any) -> None:
     for name, (value, unset) in limits.items():
         if not unset and value < 1:
             raise ConfigError(f"{name} must be at least 1, but is {value}.")
+    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
+        value = getattr(trainer, name)
+        if isinstance(value, float) and 0 < value < 1:
+            raise ConfigError(
+                f"trainer.{name} must be a whole number of batches, but is {value}: how many there "
+                "are is known only when they are packed."
+            )
     endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
     if endless and not trainer.fast_dev_run:
         raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")

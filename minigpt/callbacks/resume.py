@@ -63,7 +63,7 @@ class SameRun(Callback):
         self.fresh: list[dict[str, Any]] = []
         self.chance: list[Tensor] = []
         self.resumed = False
-        self.step, self.boundary = -1, Boundary()
+        self.step, self.last, self.boundary = -1, 0, Boundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare, before a model is built and weights are loaded into it.
@@ -101,7 +101,8 @@ class SameRun(Callback):
         if trainer.global_step != self.step:
             loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
             due = loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
-            self._note(trainer, pl_module, due)
+            ends = trainer.global_step >= self.last and trainer.enable_validation
+            self._note(trainer, pl_module, due or ends)
 
     def _note(self, trainer: Trainer, pl_module: LightningModule, validation_due: bool) -> None:
         self.step = trainer.global_step
@@ -139,12 +140,12 @@ class SameRun(Callback):
         self.boundary = Boundary(**then, chance=chances[rank] if rank < len(chances) else [])
         self.resumed = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take up the run where the checkpoint left it."""
+        self.last = pl_module.total_steps()
         if not self.resumed:
             return self._note(trainer, pl_module, False)
-        if {"optimizer", "schedule"}.intersection(self.changed):
-            self._take_up_rates(trainer)
+        self._take_up_rates(trainer)
         self.step, self.chance = trainer.global_step, self.boundary.chance
         for logger in trainer.loggers:
             if isinstance(logger, JSONLLogger | RunTensorBoard):
@@ -155,11 +156,19 @@ class SameRun(Callback):
         return None
 
     def _take_up_rates(self, trainer: Trainer) -> None:
+        """Put changed options in force, and the rate that the run's length gives this step.
+
+        A checkpoint holds the rate of the length that the run had then.
+        """
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-        schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
         groups = trainer.optimizers[0].param_groups
-        for group, fresh, factor in zip(groups, self.fresh, schedule.lr_lambdas, strict=True):
-            group.update(fresh, lr=fresh["initial_lr"] * factor(schedule.last_epoch))
+        if {"optimizer", "schedule"}.intersection(self.changed):
+            schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
+            for group, fresh in zip(groups, self.fresh, strict=True):
+                group.update(fresh)
+        rates = zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, peak, factor in rates:
+            group["lr"] = peak * factor(schedule.last_epoch)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -208,7 +217,7 @@ def start_clean(trainer: Any, batches: int) -> None:
 
 
 def validate(trainer: Any) -> None:
-    """Make up for the validation that the saved step was followed by; logged as that step's."""
+    """Validate the weights after the last optimizer step; logged as that step's."""
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped -= 1
     trainer.validating = True
@@ -257,10 +266,18 @@ def identity(trainer: Any, pl_module: Any, options: dict[str, Any]) -> dict[str,
         "batches_per_step": str(trainer.accumulate_grad_batches * trainer.world_size),
         "gradient_clip_val": clipping(trainer),
         **{name: listed(value) for name, value in own.items()},
+        **epoch_limits(trainer),
     }
     if pl_module.needs_base:
         known["base"] = model_digest(pl_module.init_from)
     return known
+
+
+def epoch_limits(trainer: Trainer) -> dict[str, str]:
+    """Return what makes an epoch shorter than the data."""
+    names = {"limit_train_batches": 1.0, "overfit_batches": 0.0}
+    values = {name: getattr(trainer, name) for name in names}
+    return {name: str(value) for name, value in values.items() if value != names[name]}
 
 
 def clipping(trainer: Trainer) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.callbacks.progress import Throughput
+from minigpt.callbacks.resume import validate
 from minigpt.data.records import Message
 from minigpt.files import told_when_unwritable, write_json, write_text
 from minigpt.machine import machine, peak_memory
@@ -56,6 +57,7 @@ class RunRecorder(Callback):
         self.run_dir, self.throughput = run_dir, throughput
         self.before: dict[str, float] = {}
         self.final: dict[str, float] = {}
+        self.measured = 0  # optimizer steps before the last validation
         self.started = time.time()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,7 +68,7 @@ class RunRecorder(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         held_out = {k: v for k, v in metrics.items() if k.startswith("val/")}
         if not trainer.sanity_checking:
-            self.final = held_out
+            self.final, self.measured = held_out, trainer.global_step
         else:
             self.before = held_out
             for logger in trainer.loggers:
@@ -75,15 +77,19 @@ class RunRecorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on cannot measure again."""
         seconds = time.time() - self.started
-        return {"before": self.before, "final": self.final, "seconds": seconds}
+        final = {"final": self.final, "measured": self.measured}
+        return {"before": self.before, **final, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.before, self.final = state_dict["before"], state_dict["final"]
+        self.measured = state_dict.get("measured", 0)
         self.started -= state_dict["seconds"]
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Export and sum up."""
+        """Measure the last weights, export them and sum up."""
+        if trainer.enable_validation and self.measured != trainer.global_step:
+            validate(trainer)
         with told_when_unwritable(self.run_dir / "hf"):
             pl_module.export(self.run_dir / "hf")
         if trainer.is_global_zero:

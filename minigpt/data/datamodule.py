@@ -266,15 +266,28 @@ class JSONLDataModule(LightningDataModule):
         counts = zip(self.train_parts, weights.values(), strict=True)
         parts = [Part(len(s), round(weight * len(s))) for s, weight in counts]
         if parts:
-            self.order = self._ordered(self.train_parts, parts, self.seed)
+            self.order = self._ordered(self.train_parts, parts, self.seed, *self._epoch())
         if self.val_parts:
             held = [Part(len(s), len(s)) for s in self.val_parts]
             self.val_order = self._ordered(self.val_parts, held, None)
 
+    def _epoch(self) -> tuple[int | None, bool]:
+        """Return how many micro-batches an epoch has, if not all, and whether all are the same."""
+        trainer: Any = self.trainer
+        limit, (_, world) = trainer.limit_train_batches, self.place
+        bounded = isinstance(limit, int) and limit > 0
+        return (limit * world if bounded else None), trainer.overfit_batches > 0
+
     def _ordered(
-        self, selections: list[Selection], parts: list[Part], seed: int | None
+        self,
+        selections: list[Selection],
+        parts: list[Part],
+        seed: int | None,
+        limit: int | None = None,
+        repeat: bool = False,
     ) -> PackedOrder:
-        return PackedOrder([s.lengths for s in selections], parts, self.tokens_per_batch, seed)
+        lengths = [selection.lengths for selection in selections]
+        return PackedOrder(lengths, parts, self.tokens_per_batch, seed, limit=limit, repeat=repeat)
 
     def _files(self) -> list[str]:
         return [*_weights(self.train), *_weights(self.val)]

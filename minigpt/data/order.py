@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,8 @@ class PackedOrder:
         budget: tokens of a micro-batch.
         seed: decides the order; None keeps the files' own order (for validation).
         window: samples packed together.
+        limit: micro-batches of an epoch, if not all.
+        repeat: whether each epoch is like the first one.
     """
 
     def __init__(
@@ -70,13 +73,19 @@ class PackedOrder:
         budget: int,
         seed: int | None,
         window: int = 8192,
+        limit: int | None = None,
+        repeat: bool = False,
     ) -> None:
         self.lengths, self.parts = lengths, parts
         self.budget, self.seed, self.window = budget, seed, window
+        self.limit, self.repeat = limit, repeat
         self.starts = np.cumsum([0, *(part.count for part in parts)])
 
     def batches(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
         """Yield an epoch's micro-batches as lists of (part, sample in that part)."""
+        return islice(self._packed(0 if self.repeat else epoch), self.limit)
+
+    def _packed(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
         total = int(self.starts[-1])
         for start in range(0, total, self.window):
             drawn = np.arange(start, min(start + self.window, total), dtype=np.int64)

@@ -46,6 +46,8 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
             options["train"] = str(write(TEXTS, "train.jsonl"))
         made = kind(**{**defaults, "cache_dir": str(tmp_path / "cache"), **options})
         made.trainer = SimpleNamespace(
+            limit_train_batches=1.0,
+            overfit_batches=0.0,
             global_rank=rank,
             world_size=world,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),

@@ -1,0 +1,105 @@
+"""How long a run is: its schedule, a run made longer, its last weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import Fit
+
+from minigpt.data.datamodule import PackedDataset
+from minigpt.model.lm import PackedLM
+from minigpt.model.saved import load_model
+
+SCHEDULE = {"name": "cosine", "warmup": 0, "floor": 0.1}
+EPOCHS: dict[str, Any] = {
+    "trainer__max_steps": -1,
+    "trainer__max_epochs": 3,
+    "model__init_args__schedule": SCHEDULE,
+    "data__init_args__tokens_per_batch": 64,
+}
+
+
+def lines(cli: Any) -> list[list[int]]:
+    """The rows of each micro-batch of three epochs."""
+    data = cli.datamodule
+    sets = (PackedDataset(data.order, data.train_parts, epoch, 0, 0, 1) for epoch in range(3))
+    return [[line for _, line in batch.sources] for one in sets for batch in one]
+
+
+@pytest.mark.parametrize("name", ["limit_train_batches", "overfit_batches"])
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 15), (2, 9)])
+def test_short_epochs_end_at_the_floor(
+    name: str, accumulate: int, steps: int, fit: Fit, tmp_path: Path
+) -> None:
+    changes = {**EPOCHS, f"trainer__{name}": 5, "trainer__accumulate_grad_batches": accumulate}
+    cli = fit("sft", **changes)
+    assert cli.trainer.global_step == steps
+    rates = tiny_runs.metrics(tmp_path / "run", "lr")
+    assert len(rates) == steps
+    assert rates[-1] < 0.002  # of 0.01; the next would be the floor of 0.001
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+    assert cli.datamodule.position == (3, 0)
+    seen = lines(cli)
+    assert len(seen) == 15
+    assert (seen[:5] == seen[5:10]) == (name == "overfit_batches")
+
+
+def test_a_short_epoch_goes_on_where_it_was(fit: Fit, tmp_path: Path) -> None:
+    changes = {**EPOCHS, "trainer__limit_train_batches": 5, "checkpoint": {"every": 1, "keep": 99}}
+    fit("sft", "whole", **changes)
+    middle = tmp_path / "whole" / "checkpoints" / "step=7"
+    fit("sft", "resumed", "--ckpt_path", str(middle), **changes)
+    whole, resumed = (tiny_runs.metrics(tmp_path / name) for name in ("whole", "resumed"))
+    assert resumed == whole[7:]
+
+
+def test_a_run_made_longer_goes_on_at_the_rate_of_the_longer_run(fit: Fit, tmp_path: Path) -> None:
+    changes = {"model__init_args__schedule": {"name": "wsd", "warmup": 2, "decay": 0.5}}
+    fit("sft", "long", trainer__max_steps=12, **changes)
+    fit("sft", "run", trainer__max_steps=6, **changes)
+    fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=12, **changes)
+    long, rates = (tiny_runs.metrics(tmp_path / name, "lr") for name in ("long", "run"))
+    assert rates[6:] == long[6:]
+    assert rates[6] == pytest.approx(0.01)
+    assert rates[5] < 0.009
+
+
+@pytest.mark.parametrize("interval", [4, 6])
+def test_the_last_weights_are_measured(
+    interval: int, fit: Fit, tmp_path: Path, world: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    cli = fit("sft", trainer__max_steps=6, trainer__val_check_interval=interval)
+    measured(cli, run_dir, 3 if interval == 4 else 2)
+    cli = fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=6)  # has nothing left to do
+    measured(cli, run_dir, 3 if interval == 4 else 2)
+    cli = fit(
+        *("sft", "run", "--ckpt_path", "auto"),
+        trainer__max_steps=9,
+        trainer__val_check_interval=interval,
+    )
+    measured(cli, run_dir, {4: 5, 6: 3}[interval])
+
+
+def measured(cli: Any, run_dir: Path, validations: int) -> None:
+    """See that the summary tells the held-out loss of the exported weights."""
+    lm, data = PackedLM(load_model(run_dir)), cli.datamodule
+    held_out = list(PackedDataset(data.val_order, data.val_parts, 0, 0, 0, 1))
+    with torch.no_grad():
+        total = sum(lm(batch).item() for batch in held_out)
+    loss = total / sum(len(batch.labels) for batch in held_out)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["final"]["val/loss"] == pytest.approx(loss, rel=1e-5)
+    logged = tiny_runs.metrics(run_dir, "val/loss")
+    assert logged[-1] == summary["final"]["val/loss"]
+    assert len(logged) == validations
+
+
+def test_a_run_without_held_out_rows_ends(fit: Fit, tmp_path: Path) -> None:
+    fit("sft", data__init_args__val=None, data__init_args__val_share=0.0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"] == {}
