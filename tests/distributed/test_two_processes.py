@@ -67,7 +67,7 @@ def launch(*command: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=limit(300),
+        timeout=limit(600),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr

@@ -35,7 +35,7 @@ class Running:
             self.status = self.starter.ask({"ended": self.pid})
         return self.status is not None
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Return the exit status; negative when a signal killed it."""
         eventually(self.ended, seconds, lambda: self.told)
         assert self.status is not None
