@@ -43,11 +43,15 @@ class Expected:
         chats: each with the prompt it becomes.
         cases: a prompt, the likeliest reply with its end, both as ids, and the logits (reply,
             vocabulary) that gave the reply.
+        start: ids that are written before a text, such as BOS.
+        ends: ids that end a reply.
     """
 
     texts: list[tuple[str, list[int]]]
     chats: list[tuple[Chat, str]]
     cases: list[tuple[list[int], list[int], Tensor]]
+    start: list[int]
+    ends: list[int]
 
 
 def random_texts(
@@ -108,7 +112,13 @@ def observe(engine: Engine) -> Expected:
     words = backend.decode_batch([[token] for token in range(backend.get_vocab_size())])
     texts = random_texts(TEXTS, special_texts(engine.tokenizer), list(filter(None, words)))
     ids_of_texts = encode(engine.tokenizer, texts)
-    return Expected(list(zip(texts, ids_of_texts, strict=True)), prompts(engine.tokenizer), cases)
+    return Expected(
+        list(zip(texts, ids_of_texts, strict=True)),
+        prompts(engine.tokenizer),
+        cases,
+        engine.start,
+        sorted(engine.ends),
+    )
 
 
 def hold(numbers: Numbers, what: str, fits: bool) -> None:
@@ -139,6 +149,14 @@ def check_texts(
     return numbers
 
 
+def check_borders(expected: Expected, start: list[int], ends: list[int]) -> Numbers:
+    """Compare what is written before a text, and the tokens that end a reply."""
+    numbers: Numbers = {"text_start": start, "end_tokens": ends}
+    hold(numbers, f"a text begins with {expected.start}", start == expected.start)
+    hold(numbers, f"replies end with {expected.ends}", ends == expected.ends)
+    return numbers
+
+
 def check_llamacpp(expected: Expected, file: Path, limit: float) -> Numbers:
     """Compare llama.cpp's ids, prompts, replies and log-probabilities of the model's replies.
 
@@ -146,6 +164,8 @@ def check_llamacpp(expected: Expected, file: Path, limit: float) -> Numbers:
     """
     llama = LlamaCpp(file, max(len(prompt) for prompt, _, _ in expected.cases) + NEW_TOKENS + 8)
     numbers = check_texts(expected, llama.ids_of, llama.prompt_of)
+    ends = [token for token in expected.ends if llama.ends_with(token)]
+    numbers |= check_borders(expected, llama.start(), ends)
     same, compared, worst, parted = 0, 0, 0.0, 0.0
     for prompt, reply, logits in expected.cases:
         scores = logits.log_softmax(-1)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from minigpt.data.ends import turn_end
 from minigpt.data.tokenizer import QWEN2_PATTERN
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
-from minigpt.export.check import Numbers, check_llamacpp, hold, observe, render
+from minigpt.export.check import Numbers, check_llamacpp, hold, observe, prompts, render
 from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
@@ -50,6 +51,11 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 BPE_SETTINGS = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
     *("byte_fallback", "ignore_merges"),
+)
+# Tokens that llama.cpp takes for the end of a reply wherever a vocabulary has them.
+ENDS_BY_NAME = (
+    *("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<end_of_turn>", "<|end|>", "<|return|>", "<|call|>"),
 )
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 # ChatML as MiniGPT's own template renders it, in Ollama's language.
@@ -83,6 +89,11 @@ def export_gguf(
     pre = pre_tokenizer(engine.tokenizer)
     has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
     expected = observe(engine) if has_llamacpp else None
+    if engine.start != (start := text_start(engine.tokenizer)):
+        log.warning(
+            "llama.cpp writes BOS before texts and chats alike, and the chat template writes none: "
+            "texts get none, either."
+        )
     use_plain_template(engine.tokenizer)
     alone = place.suffix == ".gguf"
     beside: AbstractContextManager[Path] = whole_file(place) if alone else whole_directory(place)
@@ -91,7 +102,7 @@ def export_gguf(
         write(engine, file, dtype, pre, card)
         numbers = check_weights(engine, file)
         if expected is not None:
-            numbers |= check_llamacpp(expected, file, LOGPROBS[dtype])
+            numbers |= check_llamacpp(replace(expected, start=start), file, LOGPROBS[dtype])
         else:
             numbers["llama.cpp"] = "not run; it needs: pip install 'minigpt[gguf]'"
         if not alone:
@@ -149,6 +160,13 @@ def pre_tokenizer(tokenizer: Any) -> str:
             f"because of {' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
         )
     return names[0]
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """Return the ids that llama.cpp shall write before texts, and so before chats."""
+    start = tokenizers.document_start(tokenizer)
+    text = "".join(tokenizer.convert_ids_to_tokens(start))
+    return start if all(chat.startswith(text) for _, chat in prompts(tokenizer)) else []
 
 
 def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -257,7 +275,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    start = tokenizers.document_start(tokenizer)
+    start = text_start(tokenizer)
     bos = start[0] if start else tokenizer.bos_token_id
     writer.add_bos_token_id(end if bos is None else bos)  # or else llama.cpp takes token 11
     writer.add_add_bos_token(bool(start))
@@ -271,16 +289,17 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
 def add_ends(writer: Any, engine: Engine) -> None:
     """Write the tokens that end a reply: eos, the turn's end, and one that is neither.
 
-    llama.cpp has room for these three. Others, such as ``<|endoftext|>``, it finds by name.
+    llama.cpp has room for these three. Some others it finds by name.
     """
     tokenizer: Any = engine.tokenizer
-    document = tokenizers.document_end(tokenizer)
-    eos = document if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    eos = tokenizers.document_end(tokenizer) if eos is None else eos
     turn = tokenizer.convert_tokens_to_ids(turn_end(tokenizer) or tokenizer.eos_token)
     writer.add_eos_token_id(eos)
     if turn is not None:
         writer.add_eot_token_id(turn)
-    if others := sorted(engine.ends - {eos, turn, document}):
+    named = {tokenizer.backend_tokenizer.token_to_id(name) for name in ENDS_BY_NAME}
+    if others := sorted(engine.ends - {eos, turn} - named):
         writer.add_eom_token_id(others[0])
 
 

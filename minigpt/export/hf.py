@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from minigpt.data.tokenizer import document_start
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
 from minigpt.export.check import (
     Expected,
     Numbers,
+    check_borders,
     check_texts,
     encode,
     hold,
@@ -136,10 +138,12 @@ def check_directory(
     expected: Expected, directory: Path, limit: float, base: str | None = None
 ) -> Numbers:
     """Load an export as a user would, with plain transformers and peft, and compare."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     numbers = check_texts(
         expected, lambda texts: encode(tokenizer, texts), lambda chat: render(tokenizer, chat)
     )
+    ends: Any = GenerationConfig.from_pretrained(directory).eos_token_id
+    numbers |= check_borders(expected, document_start(tokenizer), ends)
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or directory, dtype=torch.float32)
     if base is not None:
         if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:

@@ -27,6 +27,7 @@ from minigpt.infer.sampling import Sampling
 from minigpt.infer.text import StopTexts
 
 CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
+SURE = 1e4  # added to a logit, it leaves no other token a probability
 EXACT = (0, 1)  # general.file_type of files in f32 and f16
 
 
@@ -118,9 +119,27 @@ class LlamaCpp:
         parts = itertools.groupby(ids, lambda token: token == -1)
         return [list(part) for mark, part in parts if not mark]
 
+    def start(self) -> list[int]:
+        """Return the ids that are written before a text, such as BOS."""
+        asked: dict[str, Any] = {"content": "a", "parse_special": True}
+        whole = self.ask("/tokenize", add_special=True, **asked)["tokens"]
+        plain = self.ask("/tokenize", add_special=False, **asked)["tokens"]
+        return list(whole[: len(whole) - len(plain)])
+
+    def ends_with(self, token: int) -> bool:
+        """Whether a token ends a reply: it is made the likeliest, and it is seen what comes."""
+        wanted: dict[str, Any] = {"temperature": 0, "logit_bias": [[token, SURE]]}
+        said = self.ask("/completion", prompt=[0], n_predict=2, **wanted)
+        return str(said["stop_type"]) == "eos"
+
     def prompt_of(self, chat: list[dict[str, str]]) -> str:
-        """Return the prompt that a chat becomes."""
-        return str(self.ask("/apply-template", messages=chat).get("prompt"))
+        """Return the prompt that a chat becomes.
+
+        Where llama.cpp itself writes BOS, it takes the template's own off the rendered text.
+        """
+        prompt = str(self.ask("/apply-template", messages=chat).get("prompt"))
+        bos = str(self.ask("/detokenize", tokens=self.start())["content"])
+        return prompt if prompt.startswith(bos) else bos + prompt
 
 
 class Gguf:

@@ -21,6 +21,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
 from minigpt.files import weights_digest, whole_directory, write_json
 from minigpt.model.build import embedding_rows, resize_vocabulary
+from minigpt.model.generation import generation_config
 from minigpt.model.rope import RopeScaling, scale
 
 log = logging.getLogger(__name__)
@@ -312,6 +313,7 @@ def save_adapter(
     with whole_directory(directory) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=grown)
         tokenizers.save(tokenizer, partial)
+        generation_config(base, tokenizer).save_pretrained(partial)
         if known := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": known})
         if scaling := getattr(adapted.get_base_model(), "rope_scaling", None):

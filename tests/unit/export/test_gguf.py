@@ -23,7 +23,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
@@ -250,6 +250,52 @@ def test_other_templates(
     assert ("tokenizer.chat_template" in fields(out / "tiny-f16.gguf")) is (
         change is other_template
     )
+
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n\n{{ m.content }}<|stop|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n\n{% endif %}"
+)
+
+
+def llama3(tokenizer: Any) -> Any:
+    """BOS before each text and chat, and turns that end with another token than eos."""
+    made = tiny.with_bos(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>", "<|more|>"]})
+    made.chat_template = LLAMA3
+    return made
+
+
+def test_every_end_token_and_bos_are_exported(saved: Saved, tmp_path: Path) -> None:
+    model = saved("llama", llama3)
+    tokenizer = tokenizers.load(model)
+    names = ("bos", "<s>"), ("eos", "</s>"), ("eot", "<|stop|>"), ("eom", "<|more|>")
+    ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in names}
+    GenerationConfig(eos_token_id=[ids["eos"], ids["eom"]]).save_pretrained(model)
+    numbers = export(model, tmp_path / "out", dtype="f32")
+    assert numbers["chats_rendered_equal"] == "3 of 3"
+    assert numbers["text_start"] == [ids["bos"]]
+    told = fields(tmp_path / "out" / "tiny-f32.gguf")
+    assert {name: told[f"{TOKENS}.{name}_token_id"] for name in ids} == ids
+    assert told[f"{TOKENS}.add_bos_token"] is True
+    stops = re.findall('stop "(.*)"', (tmp_path / "out" / "Modelfile").read_text())
+    assert {"</s>", "<|stop|>", "<|more|>"} <= set(stops)
+
+
+def test_chats_without_bos_stay_without(saved: Saved, tmp_path: Path, caplog: Any) -> None:
+    model = saved("llama", tiny.with_bos)
+    numbers = export(model, tmp_path / "out.gguf", dtype="f32")
+    assert (numbers["chats_rendered_equal"], numbers["text_start"]) == ("3 of 3", [])
+    assert "texts get none" in caplog.text
+    assert fields(tmp_path / "out.gguf")[f"{TOKENS}.add_bos_token"] is False
+
+
+def test_an_end_token_that_llamacpp_cannot_hold_is_named(saved: Saved, tmp_path: Path) -> None:
+    model = saved("llama", llama3)
+    GenerationConfig(eos_token_id=[20, 21]).save_pretrained(model)
+    with pytest.raises(ModelError, match=r"replies end with \[0, 3, 20, 21, "):
+        export(model, tmp_path / "out", dtype="f32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_types_of_tokens(saved: Saved, tmp_path: Path) -> None:

@@ -13,10 +13,16 @@ import tiny
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
+from minigpt.data.tokenizer import load as load_tokenizer
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export import hf
 from minigpt.export.card import Card
@@ -119,6 +125,33 @@ def test_other_families(
     assert torch.equal(again, logits(load_model(model, "sdpa")))
 
 
+def gemma(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """BOS before each text, and turns that end with another token than eos."""
+    made = tiny.with_bos(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+        "<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return made
+
+
+def test_every_end_token_and_bos_are_exported(saved: Callable[..., Path], tmp_path: Path) -> None:
+    model = saved("llama", gemma)
+    GenerationConfig(eos_token_id=[1, 9], temperature=0.5, do_sample=True).save_pretrained(model)
+    numbers = hf.export_hf(str(model), tmp_path / "out", Card("x", ""))
+    config, tokenizer = GenerationConfig.from_pretrained(tmp_path / "out"), load_tokenizer(model)
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert {1, 9, turn, tokenizer.eos_token_id} <= set(config.eos_token_id)
+    assert (config.temperature, numbers["end_tokens"]) == (0.5, config.eos_token_id)
+    assert numbers["text_start"] == [tokenizer.bos_token_id]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the").input_ids == [
+        *Engine.load(model).encode("the"),
+        tokenizer.eos_token_id,
+    ]
+
+
 def test_a_model_without_a_template(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer(tmp_path / "model", template=False)
@@ -149,6 +182,8 @@ def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_
     adapted = PeftModel.from_pretrained(base, str(out))
     assert torch.equal(logits(adapted), logits(Engine.load(lora, merged=False).model))
     assert not list(out.glob("model*"))
+    ends = GenerationConfig.from_pretrained(out).eos_token_id
+    assert ends == GenerationConfig.from_pretrained(trained / "sft" / "hf").eos_token_id
     card = (out / "README.md").read_text()
     assert "library_name: peft" in card
     assert "base_model:" not in card
@@ -202,6 +237,14 @@ def spoil_tokens(engine: Any) -> None:
     engine.tokenizer.add_tokens([AddedToken("\n", normalized=False)])
 
 
+def spoil_ends(engine: Any) -> None:
+    engine.model.generation_config.eos_token_id = None
+
+
+def spoil_start(engine: Any) -> None:
+    engine.tokenizer.backend_tokenizer.post_processor = None
+
+
 def spoil_template(engine: Any) -> None:
     engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace("\n", "")
 
@@ -222,6 +265,32 @@ def test_a_failed_check_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     """What is spoilt after the model was observed is found in the export."""
+    spoil_after_observing(monkeypatch, spoil)
+    with pytest.raises(ModelError, match=told):
+        hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [(spoil_ends, "replies end with .*, 9"), (spoil_start, "a text begins with")],
+)
+def test_a_lost_end_or_start_is_found(
+    spoil: Callable[[Any], None],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = saved("llama", gemma)
+    GenerationConfig(eos_token_id=[1, 9]).save_pretrained(model)
+    spoil_after_observing(monkeypatch, spoil)
+    with pytest.raises(ModelError, match=told):
+        hf.export_hf(str(model), tmp_path / "out", Card("x", ""))
+    assert not (tmp_path / "out").exists()
+
+
+def spoil_after_observing(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None]) -> None:
     observe = hf.observe
 
     def spoilt(engine: Engine) -> Any:
@@ -230,9 +299,6 @@ def test_a_failed_check_leaves_nothing(
         return expected
 
     monkeypatch.setattr(hf, "observe", spoilt)
-    with pytest.raises(ModelError, match=told):
-        hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""))
-    assert list(tmp_path.iterdir()) == []
 
 
 MARKED = "{%- for m in messages -%}A{BEGIN}B{{ m['content'] }}C{END}D{%- endfor -%}"

@@ -64,7 +64,9 @@ def pair(request: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
 def test_a_text_begins_with_bos_where_the_tokenizer_writes_it(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    engine = Engine(tiny.model("llama", seed=1), tiny.with_bos(tokenizer))
+    bos = tiny.with_bos(tokenizer)
+    bos.chat_template = "{{ bos_token }}" + bos.chat_template
+    engine = Engine(tiny.model("llama", seed=1), bos)
     llama = Gguf(written(engine, tmp_path / "tiny.gguf", "f32"))
     for text in ("the cat", "", "<s>the cat"):
         assert llama.encode(text) == engine.encode(text)
