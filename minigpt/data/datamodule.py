@@ -265,6 +265,12 @@ class JSONLDataModule(LightningDataModule):
         self.train_parts = list(stores.values())
         counts = zip(self.train_parts, weights.values(), strict=True)
         parts = [Part(len(s), round(weight * len(s))) for s, weight in counts]
+        for path, part, weight in zip(weights, parts, weights.values(), strict=True):
+            if not part.count:
+                raise ConfigError(
+                    f"data.train: a weight of {weight:g} leaves none of the {part.size} samples of "
+                    f"{path}. Raise it, or leave the file out."
+                )
         if parts:
             self.order = self._ordered(self.train_parts, parts, self.seed, *self._epoch())
         if self.val_parts:

@@ -58,6 +58,15 @@ def _item(row: object, path: str | Path, line: int) -> Item:
             remedy='Give {"id", "family", "messages": [...], "answer": "..."}.',
         )
     choices, avoid = (_strings(row, key, path, line) for key in ("choices", "avoid"))
+    if choices and normalise(answer) not in map(normalise, choices):
+        raise DataError(
+            f"is {answer!r:.40}, which is not among the choices",
+            path=path,
+            line=line,
+            field="answer",
+            remedy="Give the right one of the choices, word for word.",
+            reason="wrong_type",
+        )
     return Item(
         id=str(row.get("id", line)),
         family=str(row.get("family", Path(path).stem)),
@@ -89,12 +98,21 @@ def normalise(text: str) -> str:
     return fold(text).strip(PUNCTUATION)
 
 
+def _chosen(said: str, choices: tuple[str, ...]) -> set[str]:
+    """Return the choices that a reply holds; within the words of a longer one none counts."""
+    found = set()
+    for choice in sorted(filter(None, map(normalise, choices)), key=len, reverse=True):
+        if choice in said:
+            found.add(choice)
+            said = said.replace(choice, "\n")
+    return found
+
+
 def is_right(reply: str, item: Item) -> bool:
     """Judge a reply: see `Item` for the three rules; otherwise it must equal the answer."""
     said, answer = normalise(reply), normalise(item.answer)
     if item.choices:
-        held = {c for c in map(normalise, item.choices) if c in said}
-        return held == {answer}
+        return _chosen(said, item.choices) == {answer}
     if item.avoid:
         return answer in said and not any(fold(m) in fold(reply) for m in item.avoid)
     return said == answer

@@ -262,6 +262,15 @@ def test_files_are_mixed_by_weight(module: Any, write: Any, kind: str) -> None:
     assert [drawn.count(path) for path in paths] == counts
 
 
+def test_a_weight_that_leaves_no_sample_is_refused(module: Any, write: Any) -> None:
+    paths = [str(write(TEXTS[:n], f"{n}.jsonl")) for n in (1, 3)]
+    with pytest.raises(
+        ConfigError, match=r"a weight of 0.3 leaves none of the 1 samples of .*1\.j"
+    ):
+        module(train={paths[0]: 0.3, paths[1]: 1})
+    assert module(train={paths[0]: 0.6, paths[1]: 1}).train_dataloader()
+
+
 def test_the_seed_decides_the_order(module: Any) -> None:
     orders = [lines(module(seed=seed).train_dataloader()) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]

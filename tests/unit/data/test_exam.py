@@ -19,6 +19,7 @@ def item(answer: str, choices: tuple[str, ...] = (), avoid: tuple[str, ...] = ()
 
 EXACT = item("Paris.")
 CHOICE = item("Red", choices=("red", "blue", "Green"))
+WITHIN = item("woman", choices=("man", "woman"))
 STYLE = item("same time", avoid=("Long story", "!"))
 
 
@@ -39,6 +40,11 @@ STYLE = item("same time", avoid=("Long story", "!"))
         (CHOICE, "red or blue", False),
         (CHOICE, "green", False),
         (CHOICE, "none of them", False),
+        (WITHIN, "She is a woman.", True),
+        (WITHIN, "a man", False),
+        (WITHIN, "a woman and a man", False),
+        (item("man", choices=("woman", "man")), "a woman", False),
+        (item("man", choices=("woman", "man")), "a man", True),
         (STYLE, "Go to bed at the Same Time.", True),
         (STYLE, "Long story: at the same time", False),
         (STYLE, "at the same time!", False),
@@ -77,6 +83,10 @@ def test_load_exam(write: Any) -> None:
         ({"messages": ASKED}, "needs messages and an answer"),
         ({"messages": ASKED, "answer": 3}, "needs messages and an answer"),
         ({"prompt": "q", "answer": "a"}, "needs messages and an answer"),
+        (
+            {"messages": ASKED, "answer": "z", "choices": ["a", "b"]},
+            "answer: is 'z', which is not among the choices",
+        ),
         ({"messages": ASKED, "answer": "a", "choices": "ab"}, "choices: must be a list of strings"),
         ({"messages": ASKED, "answer": "a", "choices": ["a", 1]}, "choices: must be a list"),
         ({"messages": ASKED, "answer": "a", "avoid": ["x", " "]}, "avoid: must be a list"),
