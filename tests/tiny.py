@@ -21,6 +21,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -80,6 +82,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "cohere": (CohereConfig, CohereForCausalLM),
     "cohere2": (Cohere2Config, Cohere2ForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
 }

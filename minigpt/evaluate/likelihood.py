@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,10 @@ from minigpt.data.tokenizer import special_texts, token_bytes
 from minigpt.errors import DataError
 from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
-from minigpt.model.attention import PACKED, attention_of
+from minigpt.model import forward
+from minigpt.model.attention import attention_of
 from minigpt.model.build import embedding_rows
+from minigpt.model.conformance import checked
 from minigpt.model.losses import sum_by
 from minigpt.model.rope import max_positions, shared_limit
 
@@ -64,16 +65,9 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
 @torch.no_grad()
 def log_softmax(engine: Engine, batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [N, V], fp32, that a model gives at the batch's targets."""
-    with attention_of(engine.model, PACKED):
-        out: Any = engine.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            plan=batch.plan,
-            use_cache=False,
-            logits_to_keep=batch.predict_at,
-        )
-    logits: Tensor = out.logits[0]
-    return logits.float().log_softmax(-1)
+    conduct = checked(engine.model, training=True)
+    with attention_of(engine.model, conduct.training):
+        return forward.logits(engine.model, batch, conduct.packed).float().log_softmax(-1)
 
 
 def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:

@@ -22,6 +22,7 @@ from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
 from minigpt.model.build import cast_weights, check_vocabulary
+from minigpt.model.conformance import checked
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
 from minigpt.model.rope import max_positions
@@ -63,12 +64,14 @@ class Engine:
 
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
+        attention: the function by which a model of this kind is exact.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
         context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
         ConfigError: when int8 weights are asked for and the model cannot have them.
+        ModelError: when models of its kind cannot be computed exactly.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Engine:
         self.model, self.tokenizer, self.int8 = model, tokenizer, int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
+        self.attention = checked(model, training=False).decoding
         self.ends = set(reply_ends(model, tokenizer))
         self.start = tokenizers.document_start(tokenizer)
         self.context = max_positions(model.config)
@@ -191,7 +195,7 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            with attention_of(self.model, "sdpa"):
+            with attention_of(self.model, self.attention):
                 yield from self._replies(ids, how, window)
         finally:
             self.model.train(training)

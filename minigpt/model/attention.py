@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
+from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -29,10 +31,26 @@ from minigpt.model import fused
 PACKED = "minigpt_packed"
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would keep too many weights for its backward pass
+# Arguments of attention that say what the plan says, or ask for more results.
+UNUSED = {"is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
+UNUSED |= {"output_router_logits", "return_dict", "logits_to_keep", "deterministic"}
 # FlashAttention goes back through heads of 256 on these cards, of 192 on later and smaller ones.
 WIDE_HEADS = ((8, 0), (9, 0), (10, 0), (10, 3))
 _OPTIONS = signature(varlen.varlen_attn).parameters.keys()  # which differ between releases
 _GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How attention differs from the softmax of all logits up to a token's own.
+
+    Attributes:
+        window, softcap, sinks: as `packed_attention` takes them.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 def packed_attention(
@@ -46,45 +64,61 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of the plan.
 
     Args:
         module: the attention layer.
         query: [1, H, T, D].
-        key, value: [1, K, T, D] with K dividing H (grouped-query attention).
-        attention_mask: unused, the plan says who attends to whom.
+        key, value: [1, K, T, D] with K dividing H (grouped-query attention); a value may have
+            another width, and so has the result.
+        attention_mask: refused, the plan says who attends to whom.
         plan: the batch's attention plan.
         dropout: probability of dropping an attention weight.
         scaling: factor of the logits; None means 1/sqrt(D).
-        sliding_window: refused when a row is longer.
+        sliding_window: of how many tokens, itself the last, a token sees.
+        softcap: c of the logits' soft cap, c · tanh(logits / c).
+        s_aux: [H] logits of attention sinks, which take part in the softmax and give nothing.
+        others: what changes nothing (`UNUSED`).
 
     Returns:
         [1, T, H, D] and None.
 
     Raises:
-        ModelError: for a row longer than the model's sliding window, or without a plan.
+        ModelError: without a plan, and for arguments that would change the result otherwise.
     """
     if plan is None:
         raise ModelError(
             f"{type(module).__name__} comes without the plan of the batch: layers of this family "
             "do not hand on what attention needs, so it cannot be trained. Take another family."
         )
-    if sliding_window is not None and plan.longest > sliding_window:
-        raise ModelError(
-            f"A sample of {plan.longest} tokens is longer than the model's sliding window of "
-            f"{sliding_window}. Lower max_length to {sliding_window}."
-        )
+    _refuse_others(module, {"attention_mask": attention_mask, **others})
+    window = None if sliding_window is None or plan.longest <= sliding_window else sliding_window
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = dtype_of(query)
     # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
-    if not dropout and kernel_applies(query, q.shape[-1]):
-        return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None
-    if fused.applies(q, dropout):
-        return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
+    if window is not None or softcap is not None or s_aux is not None:
+        rule = Rule(window, softcap, s_aux)
+        return _by_rows(q, k, v, plan, dropout, scaling, rule).unsqueeze(0), None
+    if q.shape[-1] == v.shape[-1]:
+        if not dropout and kernel_applies(query, q.shape[-1]):
+            return _by_kernel(q, k, v, plan, scaling).unsqueeze(0), None
+        if fused.applies(q, dropout):
+            return fused.fused_attention(q, k, v, plan.spans, scaling).unsqueeze(0), None
     return _by_rows(q, k, v, plan, dropout, scaling).unsqueeze(0), None
+
+
+def _refuse_others(module: nn.Module, others: dict[str, Any]) -> None:
+    given = [name for name, x in others.items() if x is not None and name not in UNUSED]
+    if given:
+        raise ModelError(
+            f"{type(module).__name__} gives its attention {', '.join(sorted(given))}, which is "
+            "not computed for packed samples."
+        )
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -160,7 +194,13 @@ def _ragged(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has groups of its own
 def _by_rows(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float, scaling: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    dropout: float,
+    scaling: float,
+    rule: Rule | None = None,
 ) -> Tensor:
     """Gather rows of like length into one causal call.
 
@@ -176,20 +216,52 @@ def _by_rows(
         for group, *flat in zip(plan.gather, *parts, strict=True):
             # [R, heads, L, D]
             rows = [x.unflatten(0, list(group.shape)).transpose(1, 2) for x in flat]
-            out = _attend(rows[0], rows[1], rows[2], dropout, scaling)
+            if rule is None:
+                out = _attend(rows[0], rows[1], rows[2], dropout, scaling)
+            else:
+                out = _attend_by_rule(rows[0], rows[1], rows[2], dropout, scaling, rule)
             results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, plan.scatter)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> Tensor:
     """Causal attention of rows [R, H, L, D] by what is fastest where they lie."""
-    if q.device.type != "cpu" or dropout or q.shape[2] > LONGEST:
+    other = q.shape[-1] != v.shape[-1]
+    if q.device.type != "cpu" or dropout or other or q.shape[2] > LONGEST:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(
             q, k, v, None, dropout, True, scale=scaling, enable_gqa=grouped
         )
     out: Tensor = _BlockCausal.apply(q * scaling, k, v)
     return out
+
+
+def _attend_by_rule(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float, rule: Rule
+) -> Tensor:
+    """Causal attention of rows [R, H, L, D] with a window, a soft cap or sinks.
+
+    The order of cap, mask and softmax, which is in fp32, is that of transformers' Gemma 2 and
+    GPT-OSS.
+    """
+    place = torch.arange(q.shape[2], device=q.device)
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (distance < (rule.window or len(place)))
+    if rule.softcap is None and rule.sinks is None:
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT).float() * scaling
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = dropped(scores.softmax(-1)[..., : len(place)], dropout)
+    return weights.to(v.dtype) @ v
 
 
 class _BlockCausal(torch.autograd.Function):

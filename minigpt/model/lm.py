@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minigpt.data.batch import AttentionPlan, PackedBatch, plan_attention
-from minigpt.model.attention import PACKED, attention_of, dtype_of
+from minigpt.model import forward
+from minigpt.model.attention import attention_of, dtype_of
+from minigpt.model.conformance import checked
 from minigpt.model.losses import Softmax, linear_cross_entropy, linear_logprobs, softmax_, sum_by
 
 log = logging.getLogger(__name__)
@@ -31,22 +33,36 @@ class PackedLM(nn.Module):
     """Wraps a transformers causal LM for training on packed batches.
 
     Args:
-        hf: the model; its attention becomes the packed one.
+        hf: the model; its attention becomes that by which its kind is exact.
 
     Attributes:
+        conduct: how its kind is computed; samples of one that is not exact when they are packed
+            are read each in a row of its own.
         softmax: of the head's logits; compiled with the layers.
         plain_head: True when the model's logits are not hidden @ weight + bias (soft caps,
             scaling), so that its own forward computes them.
+
+    Raises:
+        ModelError: when models of its kind cannot be computed exactly.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        hf.config._attn_implementation = PACKED
+        self.conduct = checked(hf, training=True)
+        hf.config._attn_implementation = self.conduct.training
         self.softmax: Softmax = softmax_
         hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
         self.plain_head = not head_is_linear(hf)
-        self.ends_early = not self.plain_head and end_early(hf)
+        packs = self.conduct.packed and not self.plain_head
+        self.ends_early = packs and end_early(hf)
+        if not self.conduct.packed:
+            log.warning(
+                "%s is not exact with packed samples (%s): each has a row of its own, which "
+                "takes more time.",
+                type(hf).__name__,
+                self.conduct.problem,
+            )
         if self.plain_head:
             log.warning(
                 "%s changes its logits after the head: they are computed whole, which takes "
@@ -71,7 +87,7 @@ class PackedLM(nn.Module):
         if self.plain_head:
             logp = self._plain_logprobs(batch)
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
-        hidden = self.hf.base_model(**self._inputs(batch)).last_hidden_state.squeeze(0)
+        hidden = forward.hidden_states(self.hf, batch, self.conduct.packed)
         head: Any = self.hf.get_output_embeddings()
         if not self.ends_early or len(hidden) > len(batch.labels):  # the last layer may be asleep
             hidden = hidden.index_select(0, batch.predict_at)
@@ -81,17 +97,9 @@ class PackedLM(nn.Module):
         return sum_by(logp, batch.answers, batch.n_answers)
 
     def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
-        out = self.hf(**self._inputs(batch), logits_to_keep=batch.predict_at)
-        logp: Tensor = out.logits[0].float().log_softmax(-1)
+        out = forward.logits(self.hf, batch, self.conduct.packed)
+        logp: Tensor = out.float().log_softmax(-1)
         return logp.gather(1, batch.labels[:, None]).squeeze(1)
-
-    def _inputs(self, batch: PackedBatch) -> dict[str, object]:
-        return {
-            "input_ids": batch.input_ids[None],
-            "position_ids": batch.position_ids[None],
-            "plan": batch.plan,
-            "use_cache": False,  # a cache would be built in every step, and retain the graph
-        }
 
 
 def _narrow_on_gpu(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
@@ -107,12 +115,16 @@ def head_is_linear(hf: PreTrainedModel) -> bool:
     head = hf.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
-    if getattr(hf.config, "final_logit_softcapping", None):  # hardly seen while logits are small
+    config = hf.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):  # hardly seen while logits are small
         return False
     with _as_loaded(hf) as ids:
         out = hf(input_ids=ids, use_cache=False)
-        ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    return _close(ours, out.logits)
+        try:
+            ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        except (TypeError, AttributeError, ValueError, RuntimeError):  # a body of another kind
+            return False
+    return ours.shape == out.logits.shape and _close(ours, out.logits)
 
 
 @torch.no_grad()
@@ -158,8 +170,9 @@ def _as_loaded(hf: PreTrainedModel) -> Iterator[Tensor]:
     training = hf.training
     hf.eval()
     try:
-        with attention_of(hf, "sdpa"):
-            yield torch.arange(min(8, hf.config.vocab_size), device=hf.device)[None]
+        with attention_of(hf, checked(hf, training=False).decoding):
+            rows: Any = hf.get_input_embeddings()
+            yield torch.arange(min(8, len(rows.weight)), device=hf.device)[None]
     finally:
         hf.train(training)
 

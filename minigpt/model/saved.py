@@ -23,6 +23,7 @@ from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
 from minigpt.model.attention import PACKED
+from minigpt.model.conformance import check, checked, conduct_of
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.rope import compute_by_text, scale_config
@@ -64,8 +65,14 @@ def find_model(place: str | Path) -> Path | str:
 def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     """Load any causal LM in fp32; an adapter directory is merged into its base.
 
+    Args:
+        place: run directory, HF directory or hub id.
+        attention: `PACKED` to read batches, else only to continue texts. The model gets that by
+            which its kind is exact.
+
     Raises:
-        ModelError: when it is missing, damaged, or no causal LM.
+        ModelError: when it is missing, damaged, no causal LM, or of a kind that would not be
+            computed exactly.
     """
     found = find_model(place)
     if isinstance(found, Path) and (found / ADAPTER).is_file():
@@ -74,10 +81,14 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
     with _refusing(found):
         if isinstance(found, Path):
             _check_files(found)
+        config = AutoConfig.from_pretrained(found, trust_remote_code=False)
+        conduct = conduct_of(config)
+        if conduct is not None:
+            check(config, conduct, attention == PACKED)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             found,
             dtype=torch.float32,
-            attn_implementation=None if attention == "sdpa" else attention,  # eager without it
+            attn_implementation="eager",  # which all have; the one that fits is set below
             use_safetensors=True,
             trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
             output_loading_info=True,
@@ -89,6 +100,10 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
             f"such as {missing[0]}. Copy it again, or give a causal language model."
         )
     compute_by_text(model)
+    conduct = checked(model, attention == PACKED)
+    model.config._attn_implementation = (
+        conduct.training if attention == PACKED else conduct.decoding
+    )
     return model
 
 

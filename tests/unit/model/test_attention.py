@@ -284,14 +284,46 @@ def test_layers_that_do_not_hand_on_the_plan_are_refused() -> None:
         lm.hf(input_ids=torch.arange(5)[None])
 
 
-def test_a_sliding_window_shorter_than_a_sample_is_refused() -> None:
-    model = tiny.model("mistral", sliding_window=16)
-    fits, too_long = tiny.batch([17, 9, 3]), tiny.batch([9, 18])
-    with torch.no_grad():
-        expected = torch.cat([alone(model, ids) for ids in documents(fits)])
-        assert torch.allclose(packed_logits(model, fits), expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises(ModelError, match="Lower max_length to 16"):
-            packed_logits(model, too_long)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 64}),
+        ("gpt_oss", {"sliding_window": 5}),
+    ],
+)
+def test_windows_soft_caps_and_sinks_are_those_of_eager_attention(
+    family: str, changes: dict[str, Any]
+) -> None:
+    model, batch = tiny.model(family, **changes), tiny.batch([17, 9, 3])
+    with attention_of(model, "eager"):
+        expected = [
+            model(input_ids=ids[None], use_cache=False).logits[0] for ids in documents(batch)
+        ]
+    truth = gradients(model, torch.cat(expected).square().sum())
+    got = packed_logits(model, batch)
+    assert torch.allclose(got, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert_same(gradients(model, got.square().sum()), truth)
+
+
+def test_values_may_have_another_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 7, width, generator=generator) for width in (8, 8, 12))
+    plan = tiny.plan([(0, 4, 0), (0, 3, 0)])
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan)
+    for rows in (slice(0, 4), slice(4, 7)):
+        parts = (x[:, :, rows] for x in (q, k, v))
+        alone = scaled_dot_product_attention(*parts, is_causal=True)
+        assert torch.allclose(out[:, rows], alone.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_bias", "indices"])
+def test_what_would_change_attention_is_refused(name: str) -> None:
+    q, plan = torch.ones(1, 2, 4, 8), tiny.plan([(0, 4, 0)])
+    options = {"attention_mask": None, name: torch.zeros(1)}
+    with pytest.raises(ModelError, match=f"Module gives its attention {name}"):
+        packed_attention(torch.nn.Module(), q, q, q, plan=plan, **options)
 
 
 def test_positions_restart_in_each_sample_and_answer() -> None:

@@ -1,0 +1,291 @@
+"""A proof, before a model is used, that its kind computes what its authors' code computes.
+
+A tiny random model of the same config (`shrink`) reads two texts and a preference, packed. Each
+target's log-probability is compared with what the model gives, by its own eager attention, to the
+sample alone; and no sample may move when another one changes. What is not exact packed is tried
+with each sample in a row of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.errors import ModelError
+from minigpt.files import cache_dir, write_json
+from minigpt.model import attention, forward, shrink
+from minigpt.model.attention import PACKED, attention_of
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 5e-4  # of log-probabilities in fp32, relative to the largest of them
+# Of a config, what changes with loading or growing and decides nothing.
+NAMES = {"architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "use_cache"}
+SEEDS = (0, 1)  # a model that picks experts may pick others for a rounding error: not twice
+# Prompt, first and second run of tokens of each sample: texts and a preference. The long ones are
+# longer than the windows of tiny models.
+SHAPES = ((0, 23, 0), (0, 14, 0), (5, 9, 16))
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a kind of model is to be computed so that the results are its own.
+
+    Attributes:
+        training: attention that a batch is read by: `PACKED` all at once, "sdpa" or "eager" with
+            each sample in a row of its own; empty where none is right.
+        decoding: attention that it is exact by when it reads one sequence: "sdpa" or "eager";
+            empty where its own forward does not work.
+        problem: why it is not packed, or not computed at all.
+    """
+
+    training: str
+    decoding: str
+    problem: str = ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a batch is read all at once."""
+        return self.training == PACKED
+
+
+def checked(model: PreTrainedModel, training: bool) -> Conduct:
+    """Return how a model is to be computed, by the proof of its kind.
+
+    Args:
+        model: on any device; where no tiny model of its config can be built, it is tried itself.
+        training: whether batches are to be read, or else only texts continued.
+
+    Raises:
+        ModelError: when it cannot be computed exactly, with what was found.
+    """
+    conduct = conduct_of(model.config)
+    if conduct is None:
+        conduct = _PROVEN[_digest(model.config)] = prove(model)
+    check(model.config, conduct, training)
+    return conduct
+
+
+def check(config: PreTrainedConfig, conduct: Conduct, training: bool) -> None:
+    """Refuse, with a ModelError, a config whose kind cannot be computed exactly."""
+    if not (conduct.training if training else conduct.decoding):
+        raise ModelError(_refusal(config, conduct.problem))
+
+
+def _refusal(config: PreTrainedConfig, problem: str) -> str:
+    name = f"The model at {config._name_or_path}" if config._name_or_path else "The model"
+    return (
+        f"{name} is refused, for results of its kind ({config.model_type}) would be wrong: "
+        f"{problem}. Take a model of another family; docs/models.md lists which are exact."
+    )
+
+
+def conduct_of(config: PreTrainedConfig) -> Conduct | None:
+    """Return how models of a config are to be computed; proven once, then read from the cache.
+
+    Returns:
+        None where no tiny model of the config can be built, so that `prove` must try the model.
+    """
+    digest = _digest(config)
+    if digest not in _PROVEN:
+        _PROVEN[digest] = _remembered(digest) or _remember(digest, _by_tiny_models(config))
+    return _PROVEN[digest]
+
+
+_PROVEN: dict[str, Conduct | None] = {}
+
+
+def _file(digest: str) -> Path:
+    return cache_dir() / "conformance" / f"{digest}.json"
+
+
+def _remembered(digest: str) -> Conduct | None:
+    try:
+        return Conduct(**json.loads(_file(digest).read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged: it is proven anew
+        return None
+
+
+def _remember(digest: str, found: Conduct | None) -> Conduct | None:
+    try:
+        if found is not None:
+            _file(digest).parent.mkdir(parents=True, exist_ok=True)
+            write_json(_file(digest), asdict(found))
+    except OSError as error:  # it costs a second each time
+        log.debug("The proof is not remembered: %s", error)
+    return found
+
+
+@cache
+def _code() -> str:
+    """Return a digest of what a proof depends on besides the config."""
+    files = (__file__, attention.__file__, forward.__file__, shrink.__file__)
+    sources = [Path(file).read_text(encoding="utf-8") for file in files]
+    versions = [transformers.__version__, torch.__version__]
+    return hashlib.sha256("\0".join([*versions, *sources]).encode()).hexdigest()
+
+
+def _digest(config: PreTrainedConfig) -> str:
+    values = {k: v for k, v in config.to_dict().items() if k not in NAMES and k[0] != "_"}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(f"{_code()}\0{text}".encode()).hexdigest()[:24]
+
+
+def _by_tiny_models(config: PreTrainedConfig) -> Conduct | None:
+    """Prove a config by tiny models of two seeds; an error must show with both."""
+    found: Conduct | None = None
+    for seed in SEEDS:
+        new = _by_tiny_model(config, seed)
+        if new is None:
+            break
+        found = new if found is None or _rank(new) > _rank(found) else found
+        if found.packed:
+            break
+    return found
+
+
+def _rank(conduct: Conduct) -> tuple[bool, bool, bool]:
+    return conduct.packed, bool(conduct.training), bool(conduct.decoding)
+
+
+def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conduct | None:
+    with shrink.quiet():
+        try:
+            for model in shrink.tiny_models(config, seed):
+                with suppress(ModelError):  # a smaller size may be one that its code cannot take
+                    return prove(model)
+        except Exception as error:
+            log.debug("No tiny model of %s: %s", config.model_type, describe(error))
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].rstrip(".") if lines else ""
+    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__
+
+
+def prove(model: PreTrainedModel) -> Conduct:
+    """Try a model, in fp32 on the device where it is: how does it compute what it ought to?
+
+    Raises:
+        ModelError: when its own forward gives no numbers for plain text.
+    """
+    samples = _samples(model)
+    with _undisturbed(model):
+        try:
+            truth = _alone(model, samples)
+        except Exception as error:
+            problem = f"its own forward does not read plain text: {describe(error)}"
+            raise ModelError(_refusal(model.config, problem)) from error
+        if not truth.isfinite().all():
+            problem = "its own forward gives numbers that are not finite"
+            raise ModelError(_refusal(model.config, problem))
+        if not _is_causal(model, samples):
+            return Conduct("", "", "a token's logits depend on the tokens after it, as it is built")
+        problem = _problem(model, samples, truth, PACKED)
+        decoding = "eager" if _problem(model, samples, truth, "sdpa") else "sdpa"
+        if not problem:
+            return Conduct(PACKED, decoding)
+        by_rows = _problem(model, samples, truth, decoding)
+        return Conduct("" if by_rows else decoding, decoding, by_rows or problem)
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    training, before = model.training, model.config._attn_implementation
+    device, dtype = next(model.parameters()).device, torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.device(device), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        model.train(training)
+        model.config._attn_implementation = before
+
+
+def _samples(model: PreTrainedModel) -> list[Sample]:
+    """Return samples of ids that are neither special nor beyond the vocabulary."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings() or embedding
+    rows = min(len(embedding.weight), len(head.weight))
+    rng = np.random.default_rng(0)
+    least = min(shrink.SPECIAL, rows // 2)
+    return [
+        Sample(rng.integers(least, rows, sum(shape)), *shape, None, ("", 0)) for shape in SHAPES
+    ]
+
+
+def _logprobs(model: PreTrainedModel, batch: PackedBatch, name: str) -> Tensor:
+    """Return the targets' log-probabilities [N]."""
+    with attention_of(model, name):
+        out = forward.logits(model, batch, packed=name == PACKED).float().log_softmax(-1)
+    return out.gather(1, batch.labels[:, None]).squeeze(1)
+
+
+def _alone(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
+    """Return what the model itself gives each text, and each answer after its prompt, [N]."""
+    found = []
+    device = next(model.parameters()).device
+    with attention_of(model, "eager"):
+        for sample in samples:
+            prompt = sample.ids[: sample.prompt]
+            for answer in np.split(sample.ids[sample.prompt :], [sample.first]):
+                if len(answer):
+                    ids = torch.tensor(np.concatenate([prompt, answer]), device=device)
+                    logp = forward.plain(model, ids[None])[0].float().log_softmax(-1)
+                    own = logp[:-1].gather(1, ids[1:, None])[:, 0]
+                    found.append(own[max(len(prompt) - 1, 0) :])
+    return torch.cat(found)
+
+
+def _is_causal(model: PreTrainedModel, samples: list[Sample]) -> bool:
+    ids = torch.tensor(samples[0].ids, device=next(model.parameters()).device)[None]
+    other = ids.clone()
+    other[:, -4:] = ids[:, :4]
+    with attention_of(model, "eager"):
+        before, after = (forward.plain(model, x)[0, :-4] for x in (ids, other))
+    return close(after.float(), before.float())
+
+
+def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name: str) -> str:
+    """Return what is wrong when samples are read with an attention function; empty if nothing."""
+    changed = Sample(samples[0].ids[::-1].copy(), *SHAPES[0], None, ("", 0))
+    device = next(model.parameters()).device
+    try:
+        before, after = (
+            _logprobs(model, collate(all_of).to(device), name)
+            for all_of in (samples, [changed, *samples[1:]])
+        )
+    except Exception as error:
+        return describe(error)
+    others = SHAPES[0][1] - 1
+    if not close(after[others:], before[others:]):
+        return "a sample's loss moves when another one, packed with it, changes"
+    if not close(before, truth):
+        worst = float((before - truth).abs().max())
+        return f"log-probabilities differ by up to {worst:.2g} from those of its own forward"
+    return ""
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether numbers are equal up to the tolerance of fp32."""
+    bound = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= bound)

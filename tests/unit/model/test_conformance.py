@@ -1,0 +1,162 @@
+"""The proof of a model's kind: what is exact packed, what in rows, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import collate
+from minigpt.errors import ModelError
+from minigpt.infer.engine import Engine
+from minigpt.model import conformance, shrink
+from minigpt.model.attention import PACKED, attention_of
+from minigpt.model.conformance import Conduct, checked, conduct_of
+from minigpt.model.lm import PackedLM
+from minigpt.model.saved import load_model, save_model
+from minigpt.model.shrink import shrunk, tiny_models
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conformance, "_PROVEN", {})
+    return tmp_path / "cache" / "conformance"
+
+
+def model_of(kind: str, **changes: Any) -> PreTrainedModel:
+    with shrink.quiet():
+        return next(iter(tiny_models(CONFIG_MAPPING[kind](**changes))))
+
+
+def scores_alone(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[float]:
+    found = []
+    with attention_of(model, "eager"):
+        for ids in texts:
+            logp = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            found.append(float(logp.gather(1, ids[1:, None]).sum()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "conduct"),
+    [
+        ("llama", PACKED),
+        ("qwen3", PACKED),
+        ("gemma2", PACKED),
+        ("deepseek_v3", PACKED),
+        ("lfm2", "sdpa"),
+        ("mamba", "sdpa"),
+        ("qwen3_next", "sdpa"),
+        ("llama4_text", "sdpa"),
+        ("granite_swa", "eager"),
+        ("bloom", "eager"),
+    ],
+)
+@torch.no_grad()
+def test_every_kind_gives_its_own_losses(kind: str, conduct: str) -> None:
+    model = model_of(kind)
+    lm = PackedLM(model)
+    assert lm.conduct.training == conduct
+    rng = torch.Generator().manual_seed(1)
+    texts = [torch.randint(shrink.SPECIAL, 100, (n,), generator=rng) for n in (19, 30, 11)]
+    samples = tiny.texts([19, 30, 11])
+    for sample, ids in zip(samples, texts, strict=True):
+        sample.ids[:] = ids.numpy()
+    scores = lm(collate(samples), per_answer=True)
+    assert scores.tolist() == pytest.approx(scores_alone(model, texts), rel=2e-5)
+    assert lm(collate(samples)).item() == pytest.approx(-float(scores.sum()), rel=1e-5)
+
+
+def test_what_leaks_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        PackedLM(model_of("mamba"))
+    said = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
+    assert len(said) == 1
+    assert "MambaForCausalLM is not exact with packed samples" in said[0]
+
+
+def saved(kind: str, directory: Path, **changes: Any) -> Path:
+    config = CONFIG_MAPPING[kind](**changes)
+    values = {**shrunk(config.to_dict()), "vocab_size": tiny.VOCABULARY}
+    small = AutoModelForCausalLM.from_config(type(config).from_dict(values))
+    tokenizer = tokenizers.load(tiny.tokenizer(directory.with_name("tokenizer")))
+    save_model(small, tokenizer, directory)
+    return directory
+
+
+def test_a_model_that_sees_what_comes_is_refused_everywhere(tmp_path: Path) -> None:
+    place = saved("bert", tmp_path / "bert")
+    for load in (load_model, lambda p: load_model(p, "sdpa"), Engine.load):
+        with pytest.raises(ModelError, match=r"bert.*is refused.*depend on the tokens after it"):
+            load(place)
+
+
+def test_a_model_is_loaded_with_the_attention_that_is_exact(tmp_path: Path) -> None:
+    place = saved("gpt_neo", tmp_path / "neo")
+    assert load_model(place).config._attn_implementation == "sdpa"
+    gemma = saved("gemma2", tmp_path / "gemma2")
+    assert load_model(gemma).config._attn_implementation == PACKED
+    assert Engine.load(gemma).model.config._attn_implementation == "eager"
+
+
+def test_the_proof_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG_MAPPING["llama"](hidden_size=64, num_attention_heads=4)
+    first = conduct_of(config)
+    assert first == Conduct(PACKED, "sdpa")
+    (file,) = cache.iterdir()
+    monkeypatch.setattr(conformance, "_PROVEN", {})
+    monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: pytest.fail("proven again"))
+    config.vocab_size += 8  # a grown vocabulary is of the same kind
+    assert conduct_of(config) == first
+    file.write_text("{")
+    monkeypatch.setattr(conformance, "_PROVEN", {})
+    monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: Conduct("", "sdpa", "new"))
+    assert conduct_of(config) == Conduct("", "sdpa", "new")
+    assert json.loads(file.read_text())["problem"] == "new"
+
+
+def test_the_proof_draws_nothing_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = model_of("qwen3").train()
+    conformance.prove(model)
+    conduct_of(CONFIG_MAPPING["llama"](hidden_size=96))
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_cannot_be_made_small_is_tried_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: PreTrainedConfig, seed: int = 0) -> Any:
+        raise ValueError("other sizes")
+
+    monkeypatch.setattr(shrink, "tiny_models", fail)
+    model = tiny.model("qwen3")
+    assert conduct_of(model.config) is None
+    assert checked(model, training=True) == Conduct(PACKED, "sdpa")
+    monkeypatch.setattr(model, "forward", fail)
+    monkeypatch.setattr(conformance, "_PROVEN", {})
+    with pytest.raises(ModelError, match=r"qwen3.*does not read plain text: .*Error"):
+        checked(model, training=True)
+
+
+def test_all_kinds_of_layers_are_in_the_tiny_model() -> None:
+    config = CONFIG_MAPPING["bamba"](attn_layer_indices=[9, 18, 27])
+    small = shrunk(config.to_dict())
+    assert set(small["layer_types"]) == set(config.layer_types)
+    gemma = CONFIG_MAPPING["gemma3_text"]()
+    small = shrunk(gemma.to_dict())
+    assert set(small["layer_types"]) == set(gemma.layer_types)
+    assert small["sliding_window"] == shrink.WINDOW
+    assert len(small["layer_types"]) == small["num_hidden_layers"]
