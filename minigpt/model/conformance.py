@@ -199,7 +199,8 @@ def prove(model: PreTrainedModel) -> Conduct:
         if not _is_causal(model, samples):
             return Conduct("", "", "a token's logits depend on the tokens after it, as it is built")
         problem = _problem(model, samples, truth, PACKED)
-        decoding = "eager" if _problem(model, samples, truth, "sdpa") else "sdpa"
+        by_sdpa = model._supports_sdpa and not _problem(model, samples, truth, "sdpa")
+        decoding = "sdpa" if by_sdpa else "eager"
         if not problem:
             return Conduct(PACKED, decoding)
         by_rows = _problem(model, samples, truth, decoding)
