@@ -47,6 +47,11 @@ def main(args: list[str]) -> None:
     place.add_argument("--output_dir", help="directory for GGUF, Modelfile and model card")
     place.add_argument("--output", help="file to write, ending in .gguf")
     gguf.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (f16)")
+    gguf.add_argument(
+        "--accept_differences",
+        action="store_true",
+        help="keep a file by which llama.cpp gives other results, and say so in the model card",
+    )
     chosen = parser.parse_args(args)
     if chosen.kind == "hf" and chosen.base_model_name and not chosen.keep_adapter:
         hf.error("--base_model_name goes with --keep_adapter")
@@ -54,8 +59,10 @@ def main(args: list[str]) -> None:
         ".gguf"
     ):
         gguf.error("--output names a file ending in .gguf, --output_dir a directory")
-    if chosen.results and chosen.output_dir is None:
-        gguf.error("--results goes with --output_dir, which has a model card")
+    if chosen.output_dir is None:
+        for option in ("results", "accept_differences"):
+            if getattr(chosen, option):
+                gguf.error(f"--{option} goes with --output_dir, which has a model card")
     for name, value in export(chosen).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 
@@ -84,9 +91,10 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     clear_partials(place)
     with writing(place), shown(f"exporting {chosen.model}"):
         if chosen.kind == "gguf":
-            numbers = export_gguf(chosen.model, place, card, chosen.dtype, chosen.adapter)
+            options = (chosen.dtype, chosen.adapter, chosen.accept_differences)
+            numbers = export_gguf(chosen.model, place, card, *options)
         else:
-            options = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
-            numbers = export_hf(chosen.model, place, card, *options)
+            kept = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
+            numbers = export_hf(chosen.model, place, card, *kept)
     print(f"exported to {place}")
     return numbers

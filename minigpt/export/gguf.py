@@ -19,7 +19,15 @@ from minigpt.data.ends import turn_end
 from minigpt.data.tokenizer import QWEN2_PATTERN
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
-from minigpt.export.check import Numbers, check_llamacpp, hold, observe, prompts, render
+from minigpt.export.check import (
+    Numbers,
+    check_llamacpp,
+    hold,
+    normalized,
+    observe,
+    prompts,
+    render,
+)
 from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
@@ -28,13 +36,16 @@ from minigpt.model.rope import rope_parameters
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("qwen3", "llama")
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SCALED = ("linear", "yarn")  # kinds of rotary scaling that llama.cpp computes
-BLOCK = 32  # values of a row that share a scale in q8_0 and q4_0
+BLOCK = 32  # values of a row that share a scale in the types of few bits
 # A weight's error, as a share of its tensor's largest value.
-ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045, "Q4_0": 0.126}
-LOGPROBS = {"f32": 0.01, "f16": 0.01, "bf16": 0.15, "q8_0": 0.15, "q4_0": 2.0}
+ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045}
+ROUNDING |= {"Q5_1": 0.033, "Q5_0": 0.063, "Q4_1": 0.068, "Q4_0": 0.126}
+LOGPROBS = {"f32": 0.01, "f16": 0.01, "bf16": 0.15, "q8_0": 0.15}
+LOGPROBS |= {"q5_1": 1.5, "q5_0": 1.5, "q4_1": 2.0, "q4_0": 2.0}
 
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _QWEN2 = {
     "type": "Split",
@@ -42,21 +53,25 @@ _QWEN2 = {
     "behavior": "Isolated",
     "invert": False,
 }
+_LLAMA3 = {**_QWEN2, "pattern": {"Regex": LLAMA3_PATTERN}}
 # The pre-tokenizers that llama.cpp computes alike, by its names for them.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [_QWEN2, {**_BYTES, "use_regex": False}],
     "gpt-2": [{**_BYTES, "use_regex": True}],
+    "llama-bpe": [_LLAMA3, {**_BYTES, "use_regex": False}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True}],
 }
+IGNORES_MERGES = ("llama-bpe",)  # a piece that is a token is taken whole
 BPE_SETTINGS = (
-    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
-    *("byte_fallback", "ignore_merges"),
+    *("dropout", "unk_token", "byte_fallback"),
+    *("continuing_subword_prefix", "end_of_word_suffix"),
 )
 # Tokens that llama.cpp takes for the end of a reply wherever a vocabulary has them.
 ENDS_BY_NAME = (
     *("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
     *("<end_of_turn>", "<|end|>", "<|return|>", "<|call|>"),
 )
+NORMALIZER = {"type": "NFC"}  # which llama.cpp leaves out, and nearly all texts are in
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 # ChatML as MiniGPT's own template renders it, in Ollama's language.
 OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
@@ -66,7 +81,12 @@ OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def export_gguf(
-    model: str, place: Path, card: Card, dtype: str = "f16", adapter: str | None = None
+    model: str,
+    place: Path,
+    card: Card,
+    dtype: str = "f16",
+    adapter: str | None = None,
+    accept: bool = False,
 ) -> Numbers:
     """Write a GGUF file, check it and return the numbers.
 
@@ -77,6 +97,7 @@ def export_gguf(
         card: writes the model card.
         dtype: of the matrices; vectors are always f32.
         adapter: LoRA directory to put on the model.
+        accept: keep a file by which llama.cpp gives other results, and say so in the card.
 
     Raises:
         ConfigError: for models and tokenizers that llama.cpp would not compute alike.
@@ -94,6 +115,10 @@ def export_gguf(
             "llama.cpp writes BOS before texts and chats alike, and the chat template writes none: "
             "texts get none, either."
         )
+    normalizer: Any = engine.tokenizer.backend_tokenizer.normalizer
+    if normalizer is not None:
+        log.warning("llama.cpp leaves out the tokenizer's normalizer: give it texts in NFC.")
+        expected = expected and normalized(expected, engine.tokenizer)
     use_plain_template(engine.tokenizer)
     alone = place.suffix == ".gguf"
     beside: AbstractContextManager[Path] = whole_file(place) if alone else whole_directory(place)
@@ -101,8 +126,11 @@ def export_gguf(
         file = partial if alone else partial / f"{card.name}-{dtype}.gguf"
         write(engine, file, dtype, pre, card)
         numbers = check_weights(engine, file)
+        if normalizer is not None:
+            numbers["normalizer"] = "left out: texts are compared in NFC"
         if expected is not None:
-            numbers |= check_llamacpp(replace(expected, start=start), file, LOGPROBS[dtype])
+            expected = replace(expected, start=start)
+            numbers |= check_llamacpp(expected, file, LOGPROBS[dtype], accept)
         else:
             numbers["llama.cpp"] = "not run; it needs: pip install 'minigpt[gguf]'"
         if not alone:
@@ -114,14 +142,16 @@ def export_gguf(
 def check_config(config: Any) -> None:
     """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
     odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
-    odd += odd_rope(rope_parameters(config))
+    rope = rope_parameters(config)
+    factors = rope.get("rope_type") == "llama3" and config.model_type == "llama"
+    odd += [] if factors else odd_rope(rope)
     settings = ("attention_bias", "mlp_bias", "use_sliding_window")
     odd += [name for name in settings if getattr(config, name, False)]
     odd += [f"hidden_act {act}"] if (act := getattr(config, "hidden_act", "silu")) != "silu" else []
     if odd:
         raise ConfigError(
-            f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3 and Llama models. "
-            "Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
+            f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3, Qwen2 and Llama "
+            "models. Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
         )
 
 
@@ -147,19 +177,26 @@ def pre_tokenizer(tokenizer: Any) -> str:
         {key: value for key, value in step.items() if key != "trim_offsets"}
         for step in pre.get("pretokenizers", [pre])
     ]
-    names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
-    odd = [] if names else ["its pre-tokenizer"]
-    odd += ["its normalizer"] if spec["normalizer"] else []
-    if bpe["type"] != "BPE" or any(bpe.get(setting) for setting in BPE_SETTINGS):
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
+    odd = ["its pre-tokenizer"] if name is None else []
+    odd += ["its normalizer"] if spec["normalizer"] not in (None, NORMALIZER) else []
+    whole = bool(bpe.get("ignore_merges")) == (name in IGNORES_MERGES)
+    if bpe["type"] != "BPE" or not whole or any(bpe.get(setting) for setting in BPE_SETTINGS):
         odd.append("its model")
     if any(token.get(flag) for token in spec["added_tokens"] for flag in TOKEN_FLAGS):
         odd.append("an added token that takes in what is beside it")
-    if odd:
+    if odd or name is None:
         raise ConfigError(
             "This tokenizer cannot be exported to GGUF: llama.cpp would give other token ids, "
             f"because of {' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
         )
-    return names[0]
+    return name
+
+
+def head_size(config: Any) -> int:
+    """Return the width of an attention head."""
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def text_start(tokenizer: Any) -> list[int]:
@@ -186,18 +223,26 @@ def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
             kv = part == "k_proj"
             heads = config.num_key_value_heads if kv else config.num_attention_heads
             value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        yield names.get_name(name, (".weight",)), value
+        yield names.get_name(name, (".weight", ".bias")), value
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        width = head_size(config)
+        plain = rope["rope_theta"] ** -(np.arange(0, width, 2) / width)
+        scaled: Any = engine.model.base_model.rotary_emb.inv_freq  # type: ignore[union-attr]
+        yield "rope_freqs.weight", (plain / scaled.double().numpy()).astype(np.float32)
 
 
 def storage(name: str, value: NDArray[np.float32], dtype: str) -> Any:
-    """Return how a weight is stored: vectors exactly, odd rows as f16, 4-bit embeddings as q8_0."""
+    """Return how a weight is stored: vectors exactly, odd rows as f16, and embeddings
+    of 4 and 5 bits as q8_0.
+    """
     from gguf import GGMLQuantizationType as Kind
 
     if value.ndim == 1:
         return Kind.F32
     if dtype.startswith("q") and value.shape[-1] % BLOCK:
         return Kind.F16
-    if dtype == "q4_0" and name in ("token_embd.weight", "output.weight"):
+    if dtype[:2] in ("q4", "q5") and name in ("token_embd.weight", "output.weight"):
         return Kind.Q8_0
     return Kind[dtype.upper()]
 
@@ -242,13 +287,14 @@ def add_sizes(writer: Any, config: Any, rows: int) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if (kind := config.rope_parameters["rope_type"]) in SCALED:
+        add(head_size(config))
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if (kind := rope["rope_type"]) in SCALED:
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        factor = float(config.rope_parameters["factor"])
+        factor = float(rope["factor"])
         writer.add_rope_scaling_factor(factor)
-        original = config.rope_parameters.get("original_max_position_embeddings")
+        original = rope.get("original_max_position_embeddings")
         original = original or round(config.max_position_embeddings / factor)
         writer.add_rope_scaling_orig_ctx_len(original)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
 import secrets
 from collections.abc import Iterator, Sequence
@@ -116,8 +115,13 @@ class LlamaCpp:
         """Return the ids of texts, asked in one row with -1 after each."""
         row = [part for text in texts for part in (text, -1)]
         ids = self.ask("/tokenize", content=row, add_special=False, parse_special=True)["tokens"]
-        parts = itertools.groupby(ids, lambda token: token == -1)
-        return [list(part) for mark, part in parts if not mark]
+        parts: list[list[int]] = [[]]
+        for token in ids:
+            if token == -1:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return parts[:-1]
 
     def start(self) -> list[int]:
         """Return the ids that are written before a text, such as BOS."""

@@ -40,6 +40,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}
 CHAT = [{"role": r, "content": f"{r} 你好\n"} for r in ("system", "user", "assistant", "user")]
 TOKENS = "tokenizer.ggml"
+FEW = ("q5_1", "q5_0", "q4_1", "q4_0")  # bits, whose embeddings are q8_0
 ASKED = [
     f"{start} {text}"
     for start in ("the cat", "你好，", "1 + 1 =", "\N{ROCKET}")
@@ -63,8 +64,12 @@ def served(file: Path) -> Any:
     return xllamacpp.Server(params)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [("qwen3", True, dtype) for dtype in DTYPES]
+    + [("llama", False, dtype) for dtype in ("f32", "f16", "q8_0", "q4_0")]
+    + [("qwen2", False, "f32"), ("qwen2", True, "q5_1")],
+)
 def test_llamacpp_computes_the_same(
     family: str,
     tied: bool,
@@ -93,7 +98,7 @@ def test_llamacpp_computes_the_same(
     assert ("output.weight" in tensors) is not tied
     assert tensors["blk.0.attn_q.weight"] == dtype.upper()
     assert tensors["output_norm.weight"] == "F32"
-    assert tensors["token_embd.weight"] == ("Q8_0" if dtype == "q4_0" else dtype.upper())
+    assert tensors["token_embd.weight"] == ("Q8_0" if dtype in FEW else dtype.upper())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -314,14 +319,16 @@ def test_the_types_of_tokens(saved: Saved, tmp_path: Path) -> None:
     assert numbers["max_error_F32"] == 0
 
 
-def plain(pre: Any, model: Any = None, **settings: Any) -> PreTrainedTokenizerFast:
+def plain(
+    pre: Any, model: Any = None, alphabet: list[str] | None = None, **settings: Any
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE with another pre-tokenizer, normalizer or model."""
     bpe = Tokenizer(model or models.BPE(**settings))
     bpe.pre_tokenizer, bpe.decoder = pre, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet or pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([f"{tiny.TEXT} it's 1234 12 the,the 34"], trainer)
@@ -331,21 +338,90 @@ def plain(pre: Any, model: Any = None, **settings: Any) -> PreTrainedTokenizerFa
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
 MARKS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+LLAMA3 = pre_tokenizers.Split(Regex(gguf.LLAMA3_PATTERN), "isolated")
 
 
 @pytest.mark.parametrize(
-    ("name", "pre"), [("gpt-2", BYTES), ("smollm", pre_tokenizers.Sequence([DIGITS, BYTES]))]
+    ("name", "pre", "settings"),
+    [
+        ("gpt-2", BYTES, {}),
+        ("smollm", pre_tokenizers.Sequence([DIGITS, BYTES]), {}),
+        ("llama-bpe", pre_tokenizers.Sequence([LLAMA3, MARKS]), {"ignore_merges": True}),
+    ],
 )
-def test_other_tokenizers_that_llamacpp_computes_alike(name: str, pre: Any, tmp_path: Path) -> None:
-    save_model(tiny.model("llama"), plain(pre), tmp_path / "model")
+def test_other_tokenizers_that_llamacpp_computes_alike(
+    name: str, pre: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    save_model(tiny.model("llama"), plain(pre, **settings), tmp_path / "model")
     numbers = export(tmp_path / "model", tmp_path / "out.gguf", dtype="f32")
     assert numbers["texts_with_equal_ids"] == "3000 of 3000"
     assert fields(tmp_path / "out.gguf")[f"{TOKENS}.pre"] == name
 
 
+def test_a_tokenizer_with_qwens_normalizer(saved: Saved, tmp_path: Path, caplog: Any) -> None:
+    """llama.cpp leaves it out, which no text in NFC shows, and the card says so."""
+
+    def normalize(tokenizer: Any) -> None:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+
+    model = saved("qwen3", normalize)
+    numbers = export(model, tmp_path / "out", dtype="f32")
+    assert numbers["texts_with_equal_ids"] == "3000 of 3000"
+    assert "give it texts in NFC" in caplog.text
+    assert "texts are compared in NFC" in (tmp_path / "out" / "README.md").read_text()
+    llama = check.LlamaCpp(tmp_path / "out" / "tiny-f32.gguf", 64)
+    ours = tokenizers.load(model).encode("e\u0301", add_special_tokens=False)
+    assert llama.ids_of(["\u00e9"]) == [ours]
+    assert llama.ids_of(["e\u0301"]) != [ours]
+
+
+def test_texts_of_bytes_that_the_vocabulary_lacks_are_no_evidence(tmp_path: Path) -> None:
+    """As SmolLM2 lacks some control characters: they are dropped by one and not by the other."""
+    made = plain(BYTES, alphabet=[s for s in BYTES.alphabet() if s not in "\u0101\u0113"])
+    assert not check.is_covered(made, "a\u0001")
+    assert not check.is_covered(made, "\u0013 b")
+    assert check.is_covered(made, "a\u0002 你好")
+    save_model(tiny.model("llama"), made, tmp_path / "model")
+    numbers = export(tmp_path / "model", tmp_path / "out.gguf", dtype="f32")
+    assert numbers["texts_with_equal_ids"] == "3000 of 3000"
+
+
+def test_differences_are_shown_and_can_be_accepted(
+    minigpt: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that says of itself that its tokenizer takes digits one by one."""
+    save_model(tiny.model("llama"), plain(BYTES), tmp_path / "model")
+    monkeypatch.setattr(gguf, "pre_tokenizer", lambda tokenizer: "smollm")
+    given = ["export", "gguf", "--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    refused = minigpt(*given)
+    assert refused.status == 2
+    shown = r"token ids differ .*text_with_other_ids '.*' becomes \[.*\], not \[.*\]"
+    assert re.search(shown, refused.err)
+    assert "--accept_differences" in refused.err
+    assert not (tmp_path / "out").exists()
+    accepted = minigpt(*given, "--accept_differences")
+    assert accepted.status == 0
+    assert "accepted_differences: token ids differ" in accepted.out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| accepted_differences | token ids differ |" in card
+    assert "| text_with_other_ids | '" in card
+
+
+def test_llama_3s_rotary_angles(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {**LINEAR, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    monkeypatch.setattr(check, "QUESTIONS", ["the cat sat on the mat " * 6])
+    monkeypatch.setattr(check, "TEXTS", 10)
+    model = saved("llama", rope_parameters=rope, **SIZES)
+    numbers = export(model, tmp_path / "out.gguf", dtype="f32")
+    assert numbers["max_logprob_difference"] <= 0.005
+
+
 def with_normalizer() -> Any:
     made = plain(BYTES)
-    made.backend_tokenizer.normalizer = normalizers.NFC()
+    made.backend_tokenizer.normalizer = normalizers.NFKC()
     return made
 
 
@@ -380,7 +456,7 @@ def test_tokenizers_that_llamacpp_computes_otherwise(made: Callable[[], Any], to
     ("family", "changes", "told"),
     [
         ("gpt2", {}, "gpt2"),
-        ("qwen2", {}, "qwen2"),
+        ("mistral", {}, "mistral"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
@@ -526,6 +602,7 @@ def test_the_command(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
         (["--output", "a.gguf", "--output_dir", "a"], "not allowed with"),
         (["--output", "a.gguf", "--dtype", "q2_k"], "invalid choice: 'q2_k'"),
         (["--output", "a.gguf", "--results", "a.json"], "--results goes with --output_dir"),
+        (["--output", "a.gguf", "--accept_differences"], "--accept_differences goes with"),
         (["--output", "a.gguf", "--keep_adapter"], "unrecognized arguments: --keep_adapter"),
     ],
 )
