@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, readable
 from minigpt.corpus.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
+from minigpt.data.chat import refused_texts
 from minigpt.data.records import BadRows, Kind, Message, Source, read_records
 from minigpt.data.rows import open_data, scan_rows
 from minigpt.data.store import Encoder, Limits
-from minigpt.data.tokenizer import SPECIAL_TOKENS, special_texts
+from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import DataError
 from minigpt.files import whole_file
 
@@ -143,7 +144,7 @@ class Checker:
     ) -> None:
         self.findings, self.scratch, self.kind, self.rows = findings, scratch, kind, 0
         self.tokenizer, self.limits = tokenizer, Limits(max_length=max_length)
-        self.special = special_texts(tokenizer) if tokenizer else SPECIAL_TOKENS
+        self.special: Sequence[str] = SPECIAL_TOKENS
         self.exam = ExamIndex(exams) if exams else None
         self.near, self.similar = NearDuplicates() if near else None, near or 0.0
         self.hashes, self.lines = array("q"), array("I")  # of all good rows
@@ -164,6 +165,8 @@ class Checker:
         try:
             kind = self.kind or guess_kind(copy)
             encoder = None
+            if self.tokenizer:
+                self.special = refused_texts(self.tokenizer, kind)
             if self.tokenizer and kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
             for rows in batches(scan_rows(copy), kind, self.special):

@@ -11,10 +11,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.check import guess_kind
+from minigpt.data.chat import refused_texts
 from minigpt.data.records import BadRows, Kind, Record, Source, parse_row
 from minigpt.data.rows import scan_rows
 from minigpt.data.store import Encoded, Encoder, Limits
-from minigpt.data.tokenizer import special_texts
 from minigpt.errors import DataError
 from minigpt.report.page import escape
 
@@ -55,7 +55,7 @@ def segments(
     """
     kind = kind or guess_kind(path)
     encoder, bad = Encoder(kind, tokenizer, Limits(max_length=max_length)), BadRows()
-    records = _records(path, kind, start, special_texts(tokenizer))
+    records = _records(path, kind, start, refused_texts(tokenizer, kind))
     wanted = list(islice(records, rows))
     for sample, source in encoder.encode(wanted, bad):
         for part, ids, targets in _parts(sample, kind):

@@ -50,26 +50,6 @@ def _first_token(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
     return None
 
 
-def target_end(text: str, start: int, end: int, marker: str | None) -> int:
-    """Return where in a rendered chat the target that begins at `start` ends.
-
-    The first end token after the answer is still said by the model; what the template writes
-    behind it is not.
-
-    Args:
-        text: of the rendered chat.
-        start: where the answer begins.
-        end: where the template's mark, or the turn, ends.
-        marker: of the end of a turn, see `turn_end`.
-    """
-    if not marker:
-        return end
-    if (inside := text.rfind(marker, start, end)) >= 0:
-        return inside + len(marker)
-    behind = len(text) - len(text[end:].lstrip())
-    return behind + len(marker) if text.startswith(marker, behind) else end
-
-
 def end_tokens(
     tokenizer: PreTrainedTokenizerFast, own: int | Iterable[int] | None = None
 ) -> list[int]:

@@ -42,7 +42,7 @@ _REMEDIES = {
     "prompt_end": "Leave out what follows the last user message.",
     "prompt_mismatch": "Without a prompt of its own, the row's is what its answers begin with.",
     "role_order": "One system message may come first; then user and assistant alternate.",
-    "special_token": "Remove it: data must not be able to start or end a turn.",
+    "special_token": "Remove it: an answer must not be able to start or end a turn.",
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
     "tool_role": "Leave out conversations with tool calls.",
     "unknown_role": f"Known are {', '.join(ROLES)}.",
@@ -139,7 +139,9 @@ class BadRows:
 
 
 def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Record:
-    """Turn a decoded JSON row into a record, in which no string may hold a special token.
+    """Turn a decoded JSON row into a record, whose text or answers hold no special token.
+
+    What system and user say may hold them: it is encoded so that they stay text.
 
     Raises:
         DataError: the row does not fit; it names the field, and the caller adds the place.
@@ -149,10 +151,10 @@ def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Re
         return parser.chat(row) if kind == "chat" else parser.preference(row)
     if "text" not in row:
         raise _missing(row, kind)
-    return Text(parser.string(row["text"], "text"))
+    return Text(parser.said(row["text"], "text"))
 
 
-def parse_prompt(row: object, special_tokens: Sequence[str] = ()) -> tuple[Message, ...] | str:
+def parse_prompt(row: object) -> tuple[Message, ...] | str:
     """Turn a decoded JSON row into messages to answer, or a string to complete.
 
     A string comes from ``{"prompt": str}`` alone; next to a ``"system"`` it is a user message.
@@ -160,7 +162,7 @@ def parse_prompt(row: object, special_tokens: Sequence[str] = ()) -> tuple[Messa
     Raises:
         DataError: the row does not fit; it names the field, and the caller adds the place.
     """
-    parser, row = _Parser(special_tokens), _object(row)
+    parser, row = _Parser(), _object(row)
     if isinstance(row.get("prompt"), str) and not row.get("system"):
         return parser.string(row["prompt"], "prompt")
     if (key := _first_key(row)) is None:
@@ -204,7 +206,7 @@ def read_records(
 class _Parser:
     """Reads rows; every string that gets into a record passes through `string`."""
 
-    def __init__(self, special_tokens: Sequence[str]) -> None:
+    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
         self.special_tokens = special_tokens
 
     def chat(self, row: _Row) -> Chat:
@@ -260,7 +262,7 @@ class _Parser:
     def turns(self, value: object, place: str, role: str) -> list[_Turn]:
         """Read messages, a single one, or the plain string of one whose `role` is known."""
         if role and isinstance(value, str):
-            return [(place, Message(role, self.string(value, place)))]
+            return [(place, Message(role, self.content(value, place, role)))]
         if isinstance(value, dict):
             return [self.message(value, place)]
         if not isinstance(value, list):
@@ -289,8 +291,21 @@ class _Parser:
         if role not in ROLES:
             reason = "tool_role" if role in _TOOL_ROLES else "unknown_role"
             raise _error(reason, place, f"role {role!r:.40} is not supported")
-        content = self.string(value[content_key], content_place, blank=role == "system")
+        content = self.content(value[content_key], content_place, ROLES[role])
         return place, Message(ROLES[role], content)
+
+    def content(self, value: object, place: str, role: str) -> str:
+        if role == "assistant":
+            return self.said(value, place)
+        return self.string(value, place, blank=role == "system")
+
+    def said(self, value: object, place: str) -> str:
+        """Read what the model is trained to say."""
+        text = self.string(value, place)
+        for token in self.special_tokens:
+            if token and token in text:
+                raise _error("special_token", place, f"holds the special token {token!r}")
+        return text
 
     def string(self, value: object, place: str, *, blank: bool = False) -> str:
         if not isinstance(value, str):
@@ -302,9 +317,6 @@ class _Parser:
         except UnicodeEncodeError as error:
             problem = f"character {error.start + 1} is a lone surrogate, half of a character"
             raise _error("lone_surrogate", place, problem) from None
-        for token in self.special_tokens:
-            if token and token in value:
-                raise _error("special_token", place, f"holds the special token {token!r}")
         return value
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -36,9 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.data.chat import ChatCodec, Piece
-from minigpt.data.records import BadRows, Chat, Kind, Preference, Record, Source, Text, read_records
-from minigpt.data.tokenizer import document_end, document_start, special_texts, started
+from minigpt.data.chat import ChatCodec, Planned, Units, View, refused_texts
+from minigpt.data.records import BadRows, Chat, Kind, Record, Source, Text, read_records
+from minigpt.data.tokenizer import document_end, document_start, started
 from minigpt.errors import DataError
 from minigpt.files import cache_dir as default_cache
 from minigpt.files import remove_directory, sync, write_json
@@ -216,8 +216,8 @@ def _build(
         writer = _Writer(partial, dtype, kind == "chat")
         bad = BadRows(limits.on_bad_row, limits.max_bad_share)
         encoder = Encoder(kind, tokenizer, limits)
-        special = special_texts(tokenizer)
-        records = read_records([source], kind, bad, limits.data_limit, special)
+        refused = refused_texts(tokenizer, kind)
+        records = read_records([source], kind, bad, limits.data_limit, refused)
         with closing(writer), _seldom_collecting():
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
@@ -278,7 +278,7 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         log.warning("%s: %s", source, summary)
 
 
-Ahead = tuple[list[tuple[Record, Source, list[Piece]]], Future[list[Any]]]  # a batch of rows
+Ahead = tuple[list[tuple[Record, Source, list[Planned]]], Future[Units]]  # a batch of rows
 
 
 class Encoder:
@@ -286,7 +286,7 @@ class Encoder:
 
     Attributes:
         rows: how many rows it has read.
-        cut: how many of them lost tokens to the maximum length.
+        cut: how many of their samples lost tokens to the maximum length.
     """
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
@@ -318,21 +318,21 @@ class Encoder:
     def _start(
         self, batch: list[tuple[Record, Source]], bad: BadRows, pool: ThreadPoolExecutor
     ) -> Ahead:
-        """Cut a batch of records into pieces and have them tokenised."""
-        rows: list[tuple[Record, Source, list[Piece]]] = []
+        """Render a batch of records and have them tokenised."""
+        rows: list[tuple[Record, Source, list[Planned]]] = []
         for record, source in batch:
             try:
-                rows.append((record, source, self._pieces(record)))
+                rows.append((record, source, self._plan(record)))
             except DataError as error:
                 bad.handle(error.at(source.path, source.line))
-        texts = [piece.text for _, _, pieces in rows for piece in pieces]
-        return rows, pool.submit(self._tokenise, texts)
+        units = dict.fromkeys(u for record, _, turns in rows for u in _units(record, turns))
+        return rows, pool.submit(self._tokenise, list(units))
 
     def _finish(self, ahead: Ahead, bad: BadRows) -> Iterator[tuple[Encoded, Source]]:
         rows, tokens = ahead
-        ids = (encoding.ids for encoding in tokens.result())
-        for record, source, row in rows:
-            samples = list(self._samples(record, row, list(islice(ids, len(row)))))
+        ids = tokens.result()
+        for record, source, turns in rows:
+            samples = list(self._samples(record, turns, ids))
             if not samples:
                 problem = f"no target token is left after cutting to {self.limits.max_length}"
                 bad.handle(
@@ -347,26 +347,29 @@ class Encoder:
             for sample in samples:
                 yield sample, source
 
-    def _tokenise(self, texts: list[str]) -> list[Any]:
-        return self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    def _tokenise(self, units: list[str]) -> Units:
+        if self.codec:
+            return self.codec.encode_units(units)
+        backend = self.tokenizer.backend_tokenizer
+        encodings = backend.encode_batch_fast(units, add_special_tokens=False)
+        return {text: one.ids for text, one in zip(units, encodings, strict=True)}
 
-    def _pieces(self, record: Record) -> list[Piece]:
+    def _plan(self, record: Record) -> list[Planned]:
         if isinstance(record, Text):
-            return [Piece(record.text, True)]
+            return []
         assert self.codec is not None
         if isinstance(record, Chat):
             return self.codec.chat(record.messages)
-        answers = [self.codec.answer(record.prompt, a) for a in (record.chosen, record.rejected)]
-        return [*self.codec.prompt(record.prompt), *answers]
+        return self.codec.answers(record.prompt, (record.chosen, record.rejected))
 
-    def _samples(
-        self, record: Record, pieces: list[Piece], ids: list[list[int]]
-    ) -> Iterable[Encoded]:
+    def _samples(self, record: Record, turns: list[Planned], ids: Units) -> Iterable[Encoded]:
         if isinstance(record, Text):
-            return self._split([*started(ids[0], self.start), self.end])
-        if isinstance(record, Preference):
-            return self._preference(ids)
-        return self._chat(pieces, ids)
+            return self._split([*started(ids[record.text], self.start), self.end])
+        assert self.codec is not None
+        if isinstance(record, Chat):
+            return self._chat(self.codec.views(turns, ids))
+        (prompt, chosen), (_, rejected) = (self.codec.view(turn, ids) for turn in turns)
+        return self._preference(prompt, chosen.ids, rejected.ids)
 
     def _split(self, ids: list[int]) -> Iterator[Encoded]:
         """Cut a document into samples that overlap by one token: each token is learnt once."""
@@ -374,20 +377,26 @@ class Encoder:
         for start in range(0, max(1, len(ids) - 1), step):
             yield Encoded([], ids[start : start + step + 1])
 
-    def _chat(self, pieces: list[Piece], ids: list[list[int]]) -> Iterator[Encoded]:
-        flat = [token for piece in ids for token in piece]
-        mask = [p.target for p, piece in zip(pieces, ids, strict=True) for _ in piece]
+    def _chat(self, views: list[View]) -> Iterator[Encoded]:
         limit = self.limits.max_length
-        self.cut += len(flat) > limit
-        if any(mask[1:limit]):
-            yield Encoded([], flat[:limit], targets=mask[:limit])
+        for ids, targets in views:
+            self.cut += len(ids) > limit
+            if any(targets[1:limit]):
+                yield Encoded([], ids[:limit], targets=targets[:limit])
 
-    def _preference(self, ids: list[list[int]]) -> Iterator[Encoded]:
-        *parts, chosen, rejected = ids
-        prompt = [token for part in parts for token in part]
+    def _preference(
+        self, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> Iterator[Encoded]:
         keep = self.limits.max_prompt_length or self.limits.max_length - 1
         keep = min(keep, self.limits.max_length - 1)
         room = self.limits.max_length - min(len(prompt), keep)
         self.cut += len(prompt) > keep or max(len(chosen), len(rejected)) > room
         if chosen[:room] != rejected[:room]:  # else the cut left nothing to prefer
             yield Encoded(prompt[-keep:], chosen[:room], rejected[:room])
+
+
+def _units(record: Record, turns: list[Planned]) -> Iterator[str]:
+    if isinstance(record, Text):
+        yield record.text
+    for turn in turns:
+        yield from chain(*turn.units)

@@ -99,8 +99,8 @@ def _alternatives(engine: Engine, item: Choice) -> list[Pair]:
     if item.prompt:
         if engine.codec is None:
             raise ConfigError("This model has no chat template: give 'prompt', not 'messages'.")
-        start = engine.encode(item.prompt)
-        return [(start, ids) for ids in engine.codec.encode(item.choices)]
+        start, choices = engine.codec.encode_answers(item.prompt, item.choices)
+        return [(start, ids) for ids in choices]
     texts = [engine.encode(choice) for choice in item.choices]
     same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False)))
     # What all begin with decides nothing. Without it an end of text stands before the first token.

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from minigpt.data.chat import refused_texts
 from minigpt.data.records import BadRows, read_records
-from minigpt.data.tokenizer import special_texts
 from minigpt.errors import ModelError
 from minigpt.evaluate.likelihood import batches, log_softmax, of_labels, samples
 from minigpt.evaluate.scores import Score, share
@@ -45,8 +45,8 @@ def prefer(
     margins: list[float] = []
     lengths: list[tuple[int, int]] = []
     divergence, tokens = 0.0, 0
-    special = special_texts(engine.tokenizer)
-    rows = read_records([path], "preference", BadRows(), special_tokens=special)
+    refused = refused_texts(engine.tokenizer, "preference")
+    rows = read_records([path], "preference", BadRows(), special_tokens=refused)
     for batch in batches(engine, samples(engine, "preference", rows, max_length)):
         logp = log_softmax(engine, batch)
         rewards = of_labels(logp, batch)

@@ -27,6 +27,7 @@ from minigpt.infer.text import StopTexts
 
 CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
 SURE = 1e4  # added to a logit, it leaves no other token a probability
+ADDED = (3, 4)  # gguf.TokenType of control tokens and of others that are added
 EXACT = (0, 1)  # general.file_type of files in f32 and f16
 
 
@@ -192,7 +193,7 @@ class Gguf:
         elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         else:
-            ids = self.llama.ids_of([piece.text for piece in self.codec.prompt(prompt)])
+            ids = self.llama.ids_of(self.codec.unit_texts(prompt))
         return [token for piece in ids for token in piece]
 
     def _text_ids(self, text: str) -> list[int]:
@@ -312,6 +313,10 @@ def tokenizer_of(told: dict[str, Any]) -> PreTrainedTokenizerFast:
     own = {name.removeprefix("tokenizer."): value for name, value in told.items()}
     ids = {name: own.get(f"ggml.{name}_token_id") for name in ("eos", "bos")}
     named = {f"{k}_token": own["ggml.tokens"][at] for k, at in ids.items() if at is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **named)
+    kinds = zip(own.get("ggml.tokens", ()), own.get("ggml.token_type", ()), strict=False)
+    added = [text for text, kind in kinds if kind in ADDED]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=added, **named
+    )
     tokenizer.chat_template = own.get("chat_template")
     return tokenizer

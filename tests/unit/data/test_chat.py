@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.chat import ChatCodec, Piece, has_generation_marks, install_template
+from minigpt.data.chat import ChatCodec, View, install_template
 from minigpt.data.records import Message
+from minigpt.data.template import has_generation_marks
 from minigpt.data.tokenizer import CHAT_TEMPLATE, TURN_END, TURN_START
 from minigpt.errors import DataError, TokenizerError
 
@@ -46,18 +49,21 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> C
     return ChatCodec(changed)
 
 
-def table(codec: ChatCodec, pieces: list[Piece]) -> list[tuple[str, bool]]:
-    """Every token's text with whether it is a target; characters are kept whole."""
-    rows = []
-    for ids, piece in zip(codec.encode([p.text for p in pieces]), pieces, strict=True):
-        texts = [codec.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        texts = ["".join(texts)] if "\ufffd" in "".join(texts) else texts
-        rows += [(piece.text if "\ufffd" in t else t, piece.target) for t in texts]
-    return rows
+def views(codec: ChatCodec, chat: Sequence[Message]) -> list[View]:
+    planned = codec.chat(chat)
+    units = dict.fromkeys(chain(*(unit for one in planned for unit in one.units)))
+    return codec.views(planned, codec.encode_units(list(units)))
 
 
-def targets(pieces: list[Piece]) -> list[str]:
-    return [piece.text for piece in pieces if piece.target]
+def table(codec: ChatCodec, view: View) -> list[tuple[str, bool]]:
+    """Every token's text with whether it is a target."""
+    texts = [codec.tokenizer.decode([i], skip_special_tokens=False) for i in view.ids]
+    return list(zip(texts, view.targets, strict=True))
+
+
+def targets(codec: ChatCodec, chat: Sequence[Message]) -> list[str]:
+    turns = codec.template.turns(chat)
+    return ["".join(p.text for p in turn.answer if p.target) for turn in turns]
 
 
 def test_targets_are_the_answers_and_the_ends_of_their_turns() -> None:
@@ -68,7 +74,8 @@ def test_targets_are_the_answers_and_the_ends_of_their_turns() -> None:
     codec = ChatCodec(bytes_only)
     chat = (*CHAT[:4], Message("assistant", "no\n"))
     start, end = ("<|im_start|>", False), "<|im_end|>"
-    assert table(codec, codec.chat(chat)) == [
+    (view,) = views(codec, chat)
+    assert table(codec, view) == [
         *[start, *rows("s|y|s|t|e|m|\n|b|e| |k|i|n|d", False), (end, False), ("\n", False)],
         *[start, *rows("u|s|e|r|\n|1|+|1|?", False), (end, False), ("\n", False)],
         *[start, *rows("a|s|s|i|s|t|a|n|t|\n", False), ("2", True), (end, True), ("\n", False)],
@@ -90,14 +97,13 @@ def test_targets_of_templates(
     tokenizer: PreTrainedTokenizerFast, template: str, expected: list[str]
 ) -> None:
     codec = with_template(tokenizer, template)
-    pieces = codec.chat(CHAT)
-    assert targets(pieces) == expected
-    assert pieces[-1].target  # nothing is learnt after the last answer
-    assert targets(codec.chat([*CHAT, Message("user", "more")])) == expected
-    rendered = codec.tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in CHAT], tokenize=False
-    )
-    assert rendered.startswith("".join(piece.text for piece in pieces))
+    assert targets(codec, CHAT) == expected
+    (view,) = views(codec, CHAT)
+    assert view.targets[-1]  # nothing is learnt after the last answer
+    assert views(codec, [*CHAT, Message("user", "more")]) == [view]
+    chat = [{"role": m.role, "content": m.content} for m in CHAT]
+    ids = codec.tokenizer.apply_chat_template(chat, return_dict=False)
+    assert ids[: len(view.ids)] == view.ids
 
 
 CONTENTS = st.text(alphabet=" \n\tab1。，春👩\u0301<|>", min_size=1, max_size=8) | st.text(
@@ -118,23 +124,38 @@ def test_training_sees_what_inference_sends(
     chat = [Message("system", "s ")] * system + chat
     if chat[-1].role == "user":
         chat.pop()
-    pieces = codec.chat(chat)
-    trained = [token for ids in codec.encode([p.text for p in pieces]) for token in ids]
+    known: list[int] = []
+    samples = iter(views(codec, chat))
     for turn, message in enumerate(chat):
-        if message.role == "assistant":
-            sent = codec.encode_prompt(chat[:turn])
-            answer = codec.encode([codec.answer(chat[:turn], message).text])[0]
-            assert answer[-1] == codec.tokenizer.eos_token_id
-            assert trained[: len(sent) + len(answer)] == sent + answer
-    assert trained == sent + answer
+        if message.role != "assistant":
+            continue
+        sent = codec.encode_prompt(chat[:turn])
+        plain = [{"role": m.role, "content": m.content} for m in chat[:turn]]
+        assert sent == codec.tokenizer.apply_chat_template(
+            plain, add_generation_prompt=True, return_dict=False
+        )
+        if not known or sent[: len(known)] != known:  # a token reaches from an answer backwards
+            sample = next(samples)
+        start = len(sent)
+        end = [*sample.targets, False].index(False, start)
+        known = sample.ids[:end]
+        assert known[:start] == sent
+        said = message.content.strip() if template == LLAMA else message.content
+        assert codec.tokenizer.decode(known[start:]) == f"{said}<|im_end|>"
+    assert next(samples, None) is None
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    with pytest.raises(DataError, match="rewrites earlier turns") as caught:
-        with_template(tokenizer, REWRITING).chat(CHAT)
+    codec = with_template(tokenizer, REWRITING)
+    with pytest.raises(DataError, match="leaves out the text of the system message") as caught:
+        codec.chat(CHAT)
     assert caught.value.reason == "template"
+    with pytest.raises(DataError, match="rewrites earlier turns") as caught:
+        codec.chat(CHAT[1:3])
+    assert caught.value.reason == "template"
+    assert "model.init_args.chat_template" in str(caught.value)
 
 
 @pytest.mark.parametrize("template", [EMPTY_BLOCK, SILENT], ids=["empty block", "silent"])
@@ -142,7 +163,7 @@ def test_a_template_that_hides_the_answers_is_refused(
     tokenizer: PreTrainedTokenizerFast, template: str
 ) -> None:
     with pytest.raises(DataError, match="no assistant text to train on") as caught:
-        with_template(tokenizer, template).chat(CHAT)
+        with_template(tokenizer, template).chat(CHAT[1:3])
     assert caught.value.reason == "no_targets"
 
 
@@ -151,7 +172,7 @@ def test_a_template_that_refuses_a_chat_says_why(tokenizer: PreTrainedTokenizerF
     with pytest.raises(DataError, match="chat template refuses the chat: No system") as caught:
         codec.chat(CHAT)
     assert caught.value.reason == "template"
-    assert targets(codec.chat(CHAT[1:3])) == ["2<|im_end|>"]
+    assert targets(codec, CHAT[1:3]) == ["2<|im_end|>"]
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -186,7 +207,7 @@ def test_new_tokens_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert (bare.eos_token, bare.eos_token_id) == (TURN_END, size + 1)
     assert bare.convert_tokens_to_ids(TURN_START) == size
     assert bare.encode("<|other|>") == [bare.convert_tokens_to_ids("<|other|>")]
-    assert targets(ChatCodec(bare).chat(CHAT)) == ["2<|im_end|>", "春眠\n<|im_end|>"]
+    assert targets(ChatCodec(bare), CHAT) == ["2<|im_end|>", "春眠\n<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec
-from minigpt.data.ends import end_tokens, target_end, turn_end
+from minigpt.data.ends import end_tokens, turn_end
 from minigpt.data.records import Message
 from minigpt.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_END
 
@@ -119,27 +119,12 @@ def test_tokens_that_are_not_special_end_turns_too(tokenizer: PreTrainedTokenize
 def test_a_target_ends_with_the_first_end_token(
     many: PreTrainedTokenizerFast, template: str, expected: list[str]
 ) -> None:
-    pieces = with_template(many, template).chat(TWO_TURNS)
-    assert [piece.text for piece in pieces if piece.target] == expected
+    turns = with_template(many, template).template.turns(TWO_TURNS)
+    assert [piece.text for turn in turns for piece in turn.answer if piece.target] == expected
 
 
 def test_what_a_template_writes_behind_the_end_is_not_learnt(
     many: PreTrainedTokenizerFast,
 ) -> None:
-    pieces = with_template(many, PHI).chat(TWO_TURNS[:2])
-    assert [piece.text for piece in pieces if piece.target] == ["A<|end|>"]
-    assert pieces[-1].target
-
-
-@pytest.mark.parametrize(
-    ("text", "marked", "marker", "expected"),
-    [
-        ("A!\n!", 4, "!", "A!\n!"),  # the model may say it, too: the last one ends the turn
-        ("A!\n", 3, "!", "A!"),
-        ("A \n!tail", 1, "!", "A \n!"),
-        ("A tail!", 1, "!", "A"),
-        ("A tail", 1, None, "A"),
-    ],
-)
-def test_target_end(text: str, marked: int, marker: str | None, expected: str) -> None:
-    assert text[: target_end(text, 0, marked, marker)] == expected
+    (turn,) = with_template(many, PHI).template.turns(TWO_TURNS[:2])
+    assert turn.answer == [("A<|end|>", True)]
