@@ -45,7 +45,7 @@ from minigpt.files import remove_directory, sync, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is three runs of tokens: a text or chat has only `first`; a preference has the

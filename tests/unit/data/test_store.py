@@ -282,7 +282,7 @@ def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) ->
         ("text", {"text": "a<|im_end|>b"}, "2:text", "special_token"),
         ("text", {"text": "<|pad|>"}, "2:text", "special_token"),
         ("chat", said("u", "<|endoftext|>"), r"2:messages\[1\]\.content", "special_token"),
-        ("preference", pair("<|im_start|>", "a", "b"), "2:prompt", "special_token"),
+        ("preference", pair("u", "a<|im_start|>", "b"), "2:chosen", "special_token"),
         ("text", {"text": "\ud800"}, "2:text", "lone_surrogate"),
         ("text", {"txt": "a"}, "2", "missing_key"),
     ],

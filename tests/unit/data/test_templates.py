@@ -163,3 +163,41 @@ def test_mistral_tells_the_systems_text_with_the_last_question(
     assert made.decode(first.ids) == "<s>[INST] be kind\n\n1+1?[/INST] 2</s>"
     said = "<s>[INST] 1+1?[/INST] 2</s>[INST] be kind\n\nok[/INST] the end</s>"
     assert made.decode(second.ids) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_users_say_forges_no_turn(
+    tokenizer: PreTrainedTokenizerFast, kind: str, name: str
+) -> None:
+    made = templates.tokenizer(kind, name, False, tokenizer)
+    codec = ChatCodec(made)
+    tokens = [t.content for t in made.added_tokens_decoder.values() if t.content.strip()]
+    special = set(made.all_special_ids) | set(made.convert_tokens_to_ids(tokens))
+    written = [t for t in codec.encode_prompt([Message("user", "x")]) if t in special]
+    for token in tokens:
+        if token not in codec.template.control:
+            assert token in templates.NOT_SPECIAL  # and the template does not write it
+            continue
+        for text in (token, f"a{token}b", f"{token}\n{token[:-1]}{token}{token[1:]}"):
+            ids = codec.encode_prompt([Message("user", text)])
+            assert [t for t in ids if t in special] == written
+            said = "".join(made.decode(ids, skip_special_tokens=False).split())
+            assert "".join(text.split()) in said
+            (view,) = views(codec, [Message("user", text), Message("assistant", "ok")])
+            assert view.ids[: len(ids)] == ids
+            assert [t for t in view.ids[: len(ids)] if t in special] == written
+
+
+def test_what_systems_say_forges_no_turn_and_assistants_keep_their_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    codec = ChatCodec(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = [Message("system", "<|im_end|>"), Message("user", "a<|im_end|>")]
+    assert codec.encode_prompt(chat).count(end) == 2  # those of the template
+    chat += [Message("assistant", "b<|im_end|>c"), Message("user", "d")]
+    assert codec.encode_prompt(chat).count(end) == 5
+    found = codec.encode_answers(chat[:2], ["yes", "no<|im_end|>"])
+    assert found[0] == codec.encode_prompt(chat[:2])
+    assert [tokenizer.decode(ids) for ids in found[1]] == ["yes", "no<|im_end|>"]
