@@ -20,17 +20,20 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.batch import TILE, PackedBatch, Sample, collate
 from minigpt.model import losses
 from minigpt.model.attention import kernel_applies
 from minigpt.model.build import count_parameters
 from minigpt.model.lm import PackedLM
+from minigpt.model.rope import max_positions
 
 log = logging.getLogger(__name__)
 
-# Tokens of a text and of a pair that warm up; every model takes that many. The compiler takes
-# numbers that are equal in its first batch for equal ones in all: these equal nothing else.
-TEXT, PAIR = (0, 61, 0), (31, 13, 17)
+# Tokens of a text, where the model has so many positions, and of a pair that warm up. A text of
+# whole tiles fills a row to its end, so that with a shorter one, or none, all kinds of batches come
+# about, whatever a batch's tokens. The compiler takes numbers that are equal in its first batch for
+# equal ones in all: these equal nothing else.
+TEXT, PAIR = 3 * TILE, (31, 13, 17)
 # Operations from which on compiling for half a minute pays: about five minutes of training.
 WORTHWHILE = {"cpu": 1e14, "cuda": 1e17}
 
@@ -71,6 +74,8 @@ def compile_model(
         precision: gives what a step's forward pass runs in.
         pairs: batches hold preferences.
     """
+    # Else DDP cuts a layer that it finds not compiled yet at the borders of its buckets.
+    torch._dynamo.config.optimize_ddp = False
     state = _Fallback()
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
@@ -79,15 +84,18 @@ def compile_model(
     with precision():
         on_gpu = kernel_applies(next(lm.parameters()))
     try:
-        for batch in _first_batches(tokens, pairs)[: None if on_gpu else 1]:
+        limit = max_positions(lm.hf.config)
+        for batch in _first_batches(tokens, pairs, limit)[: None if on_gpu else 1]:
             _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
         state.fail(error)
 
 
-def _first_batches(tokens: int, pairs: bool) -> list[PackedBatch]:
-    """Return a batch of each kind that kernels on a GPU have ways of their own for."""
-    prompt, first, second = PAIR if pairs else TEXT
+def _first_batches(tokens: int, pairs: bool, limit: int) -> list[PackedBatch]:
+    """Return a batch of each kind that kernels on a GPU have ways of their own for: of rows of
+    several lengths, of full ones before a shorter one, of full ones alone.
+    """
+    prompt, first, second = PAIR if pairs else (0, min(TEXT, max(TILE, limit // TILE * TILE)), 0)
     ids = np.zeros(prompt + first + second, np.int64)
     targets = None if pairs else np.arange(first) > 3
     sample = Sample(ids, prompt, first, second, targets, ("", 0))
@@ -104,7 +112,8 @@ def _warm_up(
     pairs: bool,
 ) -> None:
     weights = [p for p in lm.parameters() if p.requires_grad]
-    with torch.random.fork_rng():  # dropout draws as if this had not been
+    fork, grads = torch.random.fork_rng(), torch.set_grad_enabled(bool(weights))
+    with fork, grads:  # dropout draws as if this had not been
         with precision():
             loss = lm(batch.to(next(lm.parameters()).device), per_answer=pairs).sum()
         if weights:
@@ -147,7 +156,13 @@ def _for_packed(
         plan = kwargs.get("plan")
         # The compiler sums up to 4,096 numbers by other kernels than more, and makes some for no
         # target and for one: an epoch's last batch, which may be short, is not worth the wait.
-        usual = plan is not None and len(plan.predict_at) > 1 and hidden.shape[1] >= least
+        # A single token behind full rows would be taken for a kind of its own, too.
+        usual = (
+            plan is not None
+            and len(plan.predict_at) > 1
+            and hidden.shape[1] >= least
+            and hidden.shape[1] - plan.full * plan.longest != 1
+        )
         return (compiled if usual else plain)(hidden, *args, **kwargs)
 
     return forward

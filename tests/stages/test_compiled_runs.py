@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_runs
+import torch
 from tiny_runs import Fit
+from torch import Tensor
+from torch._dynamo.utils import counters
 
+from minigpt.callbacks.run import SampleText
 from minigpt.errors import ConfigError
-from minigpt.model import fused
+from minigpt.model import attention, fused
+from minigpt.model import compiled as compiled_layers
 from minigpt.model.lm import PackedLM
 
 COMPILE = "model__init_args__compile_layers"
@@ -38,6 +44,48 @@ def test_a_run_can_be_told_otherwise(
     fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=3, **{COMPILE: False})
     assert len(compiled) == 1
     assert "compiled: True before, False now" in caplog.text
+
+
+@torch.library.custom_op("minigpt_tests::stand_in", mutates_args=())
+def stand_in(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A kernel of the shape of torch's for CUDA; what it computes does not matter here."""
+    return q.clone()
+
+
+stand_in.register_fake(lambda q, k, v: torch.empty_like(q))
+stand_in.register_autograd(
+    lambda ctx, grad: (grad, *(torch.zeros_like(x) for x in ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_no_graph_is_new_after_the_first_step(
+    stage: str, fit: Fit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The layers are those of a GPU, but for the kernel and the compiler's last step."""
+    own, graphs = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda plain, **kw: own(plain, backend="eager", **kw))
+    for module in (attention, compiled_layers):
+        monkeypatch.setattr(module, "kernel_applies", lambda *_: True)
+    monkeypatch.setattr(
+        attention.varlen, "varlen_attn", lambda q, k, v, *_, **__: stand_in(q, k, v)
+    )
+    request.addfinalizer(torch._dynamo.reset)
+    torch._dynamo.reset()
+    counters.clear()
+
+    def note(*_: Any) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(SampleText, "on_train_batch_end", note, raising=False)
+    fit(stage, trainer__max_steps=24, trainer__val_check_interval=5, **{COMPILE: True})
+    assert len(graphs) == 24
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    assert not counters["graph_break"]
 
 
 def test_the_reference_is_compiled_like_the_model(fit: Fit, compiled: list[PackedLM]) -> None:

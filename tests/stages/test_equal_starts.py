@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import Fit
 
+from minigpt.model.build import reproducible_init, resize_vocabulary
 from minigpt.modules.base import BaseModule
 
 
@@ -78,3 +80,16 @@ def test_a_gpu_starts_as_a_cpu_does(stage: str, fit: Fit, starts: list[Any]) -> 
     fit(stage, "gpu", trainer__max_steps=2, trainer__accelerator="gpu")
     starts[1] = {name: weight.cpu() for name, weight in starts[1].items()}
     assert_equal(starts)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_new_rows_of_a_vocabulary_do_not_depend_on_the_device(device: str) -> None:
+    grown = []
+    for around in ("cpu", device):
+        model = tiny.model("llama")
+        torch.manual_seed(len(grown))
+        with torch.device(around), reproducible_init(7):
+            resize_vocabulary(model, tiny.VOCABULARY + 5)
+        grown.append(model.get_input_embeddings().weight)
+    assert torch.equal(*grown)
+    assert bool((grown[0][-5:] != 0).all())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ import torch
 from tiny_runs import Fit
 from torch._dynamo.utils import counters
 
-pytestmark = pytest.mark.gpu
 GPU = {"trainer__accelerator": "gpu", "trainer__max_steps": 6}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_losses_are_those_of_the_cpu(stage: str, fit: Fit, tmp_path: Path) -> None:
     fit(stage, "cpu", trainer__max_steps=6)
@@ -27,6 +29,7 @@ def test_losses_are_those_of_the_cpu(stage: str, fit: Fit, tmp_path: Path) -> No
     assert json.loads((tmp_path / "gpu" / "summary.json").read_text())["peak_gpu_mb"] > 0
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_bf16_trains_alike(stage: str, fit: Fit, tmp_path: Path) -> None:
     fit(stage, "cpu", trainer__max_steps=6)
@@ -35,6 +38,7 @@ def test_bf16_trains_alike(stage: str, fit: Fit, tmp_path: Path) -> None:
     assert gpu == pytest.approx(cpu, rel=0.05)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_fp16_trains_alike(stage: str, fit: Fit, tmp_path: Path) -> None:
     """Its scaler leaves a step or two out before it has found a scale."""
@@ -44,6 +48,19 @@ def test_fp16_trains_alike(stage: str, fit: Fit, tmp_path: Path) -> None:
     assert min(gpu) == pytest.approx(min(cpu), rel=0.15)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_fp16_measures_the_gradients_of_fp32(stage: str, fit: Fit, tmp_path: Path) -> None:
+    fit(stage, "wide", **GPU)
+    fit(stage, "half", trainer__precision="16-mixed", **GPU)
+    wide, half = (tiny_runs.metrics(tmp_path / name, "grad_norm") for name in ("wide", "half"))
+    first = next(
+        norm for norm in half if math.isfinite(norm)
+    )  # of the weights that wide began with
+    assert first == pytest.approx(wide[0], rel=0.05)
+
+
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_a_compiled_run_goes_on_where_it_was(stage: str, fit: Fit, tmp_path: Path) -> None:
@@ -61,6 +78,39 @@ def test_a_compiled_run_goes_on_where_it_was(stage: str, fit: Fit, tmp_path: Pat
     assert cut == pytest.approx(whole, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore")  # operations that have no deterministic kernel are named
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "bf16-mixed"), pytest.param("gpu", "bf16-mixed", marks=pytest.mark.gpu)],
+)
+def test_a_deterministic_run_goes_on_exactly(
+    device: str,
+    precision: str,
+    stage: str,
+    fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    changes: dict[str, Any] = {
+        "trainer__accelerator": device,
+        "trainer__precision": precision,
+        "trainer__deterministic": True,
+        "trainer__max_steps": 6,
+        "checkpoint": {"every": 3, "keep": 5},
+    }
+    fit(stage, "whole", **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step=6")
+    fit(stage, "cut", "--ckpt_path", "auto", **changes)
+    whole, cut = (tiny_runs.metrics(tmp_path / name) for name in ("whole", "cut"))
+    assert cut == whole
+
+
+@pytest.mark.gpu
 def test_the_hardware_is_found(fit: Fit) -> None:
     cli = fit("sft", trainer__accelerator="auto", trainer__precision=None, trainer__max_steps=2)
     assert cli.trainer.strategy.root_device.type == "cuda"

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from minigpt.data.batch import PackedBatch, collate
 from minigpt.model import fused
 from minigpt.model.attention import attention_of
-from minigpt.model.compiled import compile_model, compiling_pays
+from minigpt.model.compiled import _first_batches, compile_model, compiling_pays
 from minigpt.model.lm import PackedLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
@@ -120,11 +120,24 @@ def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "compile", spy)
     lm = PackedLM(tiny.model("llama"))  # of two layers
     compile_model(lm, 256, nullcontext)
+    assert not torch._dynamo.config.optimize_ddp  # which would cut layers apart
     seen.clear()
     whole = tiny.batch([128])
     for batch in (whole, tiny.batch([127]), whole.without_targets(), tiny.batch([2] + [1] * 199)):
         lm(batch)
     assert seen == [128, 128]
+
+
+@pytest.mark.parametrize("tokens", [256, 1000, 4096, 98304])
+def test_the_warm_up_meets_all_kinds_of_rows(tokens: int) -> None:
+    plans = [batch.plan for batch in _first_batches(tokens, False, 4096)]
+    rows = [len(plan.cu_queries) - 1 for plan in plans]
+    full = [plan.full for plan in plans]
+    assert full[0] == 0
+    assert 1 < full[1] == rows[1] - 1
+    assert 1 < full[2] == rows[2]
+    for batch in _first_batches(tokens, False, 100):
+        assert int(batch.position_ids.max()) < 100
 
 
 @pytest.mark.slow
