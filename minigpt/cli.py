@@ -172,6 +172,7 @@ class MiniGPTCLI(LightningCLI):
             self.status = RunStatus(self.run_dir, first)
             observe(self.status, self.held)
             check_numbers(config)
+            check_weights(config.trainer.precision)
         self._settle_start(config)
         config.weights_only = True  # no checkpoint may run code
         if self.verb in ("validate", "test"):
@@ -307,6 +308,7 @@ def choose_precision(asked: Any, accelerator: str, strategy: Any = "auto") -> An
     A CPU does not train in fp16: 16-mixed becomes bf16-mixed where the CPU has it, and
     fp32 where bf16 would be emulated. FSDP2 does not train in 16-mixed. Said in one line.
     """
+    asked = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(asked), asked)
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if asked is not None and not (on_cpu and asked == "16-mixed"):
         return asked
@@ -391,6 +393,24 @@ def check_numbers(config: Any) -> None:
     endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
     if endless and not trainer.fast_dev_run:
         raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")
+
+
+def check_weights(precision: Any) -> None:
+    """Refuse to train weights in fp16, and say what weights in bf16 lose.
+
+    Raises:
+        ConfigError: for 16-true.
+    """
+    if precision == "16-true":
+        raise ConfigError(
+            "trainer.precision 16-true keeps weights and the optimizer's moments in fp16, in which "
+            "the squares of small gradients are 0. Train in 16-mixed, bf16-mixed or bf16-true."
+        )
+    if precision == "bf16-true":
+        log.warning(
+            "bf16-true keeps the weights in 8 bits of precision: an update of less than 1/512 of "
+            "a weight is lost. bf16-mixed keeps them in fp32."
+        )
 
 
 def run(args: list[str]) -> MiniGPTCLI:

@@ -33,6 +33,7 @@ class Throughput(Callback):
         self.tokens, self.seconds, self.rate = 0, 0.0, 0.0
         self._mark = 0.0
         self._last = (0, 0.0)
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -54,7 +55,8 @@ class Throughput(Callback):
         assert isinstance(batch, PackedBatch)
         self.tokens += batch.n_tokens * trainer.world_size
         self._tick()
-        if trainer.global_step and trainer.global_step % log_every(trainer) == 0:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and trainer.global_step % log_every(trainer) == 0:
             tokens, seconds = self._last
             if self.seconds > seconds and self.tokens > tokens:
                 self.rate = (self.tokens - tokens) / (self.seconds - seconds)
@@ -80,7 +82,8 @@ class StepProgress(ProgressBar):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.enabled = True
-        self._spoken = 0.0
+        self.held_out: float | None = None
+        self._spoken, self._shown = 0.0, -1
 
     def disable(self) -> None:
         """Be silent (Lightning calls this on all ranks but the first)."""
@@ -106,13 +109,19 @@ class StepProgress(ProgressBar):
             self.task = self.bar.add_task("training", total=self.total, told="")
             self.bar.start()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the held-out loss."""
+        loss = trainer.callback_metrics.get("val/loss")
+        self.held_out = None if loss is None else float(loss)
+
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the step."""
-        if not self.enabled:
+        """Show the step; of its numbers, only those that the host has already."""
+        if not self.enabled or trainer.global_step == self._shown:
             return
-        step, told = trainer.global_step, self._told(trainer)
+        step = self._shown = trainer.global_step
+        told = self._told(pl_module.step_totals)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, told=told)
         elif time.monotonic() - self._spoken > LINE_EVERY:
@@ -120,11 +129,9 @@ class StepProgress(ProgressBar):
             left = self.throughput.seconds / max(1, step - self.first) * (self.total - step)
             self.console.print(f"step {step}/{self.total}  {told}  {left:.0f} s left", style="dim")
 
-    def _told(self, trainer: Trainer) -> str:
-        loss = trainer.progress_bar_metrics.get("loss")
-        held_out = trainer.callback_metrics.get("val/loss")
-        parts = [f"loss {loss:.3f}" if isinstance(loss, float) else ""]
-        parts.append(f"val {float(held_out):.3f}" if held_out is not None else "")
+    def _told(self, totals: dict[str, float]) -> str:
+        parts = [f"loss {totals['loss'] / max(1.0, totals['count']):.3f}" if totals else ""]
+        parts.append(f"val {self.held_out:.3f}" if self.held_out is not None else "")
         parts.append(f"{self.throughput.rate or self.throughput.mean:,.0f} tokens/s")
         return "  ".join(part for part in parts if part)
 

@@ -35,6 +35,7 @@ from minigpt.errors import (
     chain,
 )
 from minigpt.files import unwritable, write_json
+from minigpt.modules.base import ASKED
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class Stopping(Callback):
     """Answers SIGTERM, SIGINT and SLURM's SIGUSR1.
 
     Before training they end the process at once, for nothing would be lost. During training
-    all processes agree after each optimizer step whether one of them was asked to stop; then
-    all save together and leave. A second Ctrl-C does not wait.
+    all processes learn from the sums of each optimizer step whether one of them was asked to
+    stop; then all save together and leave. A second Ctrl-C does not wait.
 
     Args:
         checkpoints: saves.
@@ -88,25 +89,36 @@ class Stopping(Callback):
         self.received = number
         log.warning("%s: stopping after this step.", signal.Signals(number).name)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Let the step's sums over the processes count those that were asked to stop."""
+        if trainer.world_size > 1:
+            asked = {f"{ASKED}{number}": float(self.received == number) for number in SIGNALS}
+            pl_module.window.add(asked, pl_module.device)
+
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, when all of it is logged, see whether any was asked to stop."""
-        if trainer.global_step != self.step:
-            self.step = trainer.global_step
-            self._agree(trainer, pl_module)
+        if trainer.global_step == self.step:
+            return
+        self.step, asked = trainer.global_step, self.received
+        if trainer.world_size > 1:
+            counts = ((number, pl_module.step_totals[f"{ASKED}{number}"]) for number in SIGNALS)
+            asked = next((number for number, count in counts if count), 0)
+        self._leave(trainer, asked)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Do not wait for a long validation."""
-        if self.training:
-            self._agree(trainer, pl_module)
-
-    def _agree(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.training:
+            return
         asked = self.received
         if trainer.world_size > 1:
             flag = torch.tensor(asked, device=pl_module.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             asked = int(flag)
+        self._leave(trainer, asked)
+
+    def _leave(self, trainer: Trainer, asked: int) -> None:
         if not asked:
             return
         self.checkpoints.save(trainer)

@@ -55,6 +55,8 @@ from minigpt.modules.totals import Totals, read
 
 log = logging.getLogger(__name__)
 
+ASKED = "asked/"  # before a signal's number: the sum of processes that were asked by it to stop
+
 
 @dataclass
 class Step:
@@ -129,6 +131,7 @@ class BaseModule(LightningModule, ABC):
         self.window, self.held_out = Totals(), Totals()
         self.parts, self.watch = Window(), LossWatch(spike)
         self.tokens_seen = 0  # by all processes
+        self.step_totals: dict[str, float] = {}  # of the last step, over all processes
 
     @abstractmethod
     def step(self, batch: PackedBatch) -> Step:
@@ -312,6 +315,7 @@ class BaseModule(LightningModule, ABC):
         # Not sooner: a checkpoint always describes the end of an optimizer step.
         self.trainer.datamodule.advance(self.parts.resume_at)  # type: ignore[attr-defined]
         self.tokens_seen += int(numbers["tokens"])
+        self.step_totals = numbers
         self._log_step(numbers)
         self.window.clear()
         self.parts.clear()
@@ -332,7 +336,8 @@ class BaseModule(LightningModule, ABC):
         """Turn sums into what is logged: means over `count`."""
         count = max(1.0, totals["count"])
         hidden = ("count", "tokens", "bytes", "norm")
-        return {name: value / count for name, value in totals.items() if name not in hidden}
+        shown = {k: v for k, v in totals.items() if k not in hidden and not k.startswith(ASKED)}
+        return {name: value / count for name, value in shown.items()}
 
     def _log_step(self, totals: dict[str, float]) -> None:
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -341,7 +346,6 @@ class BaseModule(LightningModule, ABC):
         values |= {"grad_norm": totals["norm"], "tokens_seen": float(self.tokens_seen)}
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(values, rank_zero_only=True)
-        self.log("loss", values["train/loss"], prog_bar=True, logger=False, rank_zero_only=True)
 
     # Validation
 

@@ -12,6 +12,7 @@ import torch
 from tiny_runs import Fit
 
 from minigpt.data.datamodule import PackedDataset
+from minigpt.errors import ConfigError
 from minigpt.model.lm import PackedLM
 from minigpt.model.saved import load_model
 
@@ -47,6 +48,12 @@ def test_short_epochs_end_at_the_floor(
     seen = lines(cli)
     assert len(seen) == 15
     assert (seen[:5] == seen[5:10]) == (name == "overfit_batches")
+
+
+@pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
+def test_a_share_of_the_batches_is_refused(name: str, fit: Fit) -> None:
+    with pytest.raises(ConfigError, match=f"trainer.{name} must be a whole number of batches"):
+        fit("sft", **{f"trainer__{name}": 0.5})
 
 
 def test_a_short_epoch_goes_on_where_it_was(fit: Fit, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from tiny_runs import Fit
 
-from minigpt.errors import TrainingError
+from minigpt.errors import ConfigError, TrainingError
 from minigpt.model.saved import load_model
 from minigpt.modules.base import Step
 from minigpt.modules.sft import SFTModule
@@ -23,12 +23,22 @@ Scaler = Callable[[float], None]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
-def test_weights_in_bf16_train_alike(stage: str, fit: Fit, tmp_path: Path) -> None:
+def test_weights_in_bf16_train_alike(
+    stage: str, fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fit(stage, "wide", trainer__max_steps=4)
+    assert "bf16-true" not in caplog.text
     fit(stage, "half", trainer__max_steps=4, trainer__precision="bf16-true")
     wide, half = (tiny_runs.metrics(tmp_path / name) for name in ("wide", "half"))
     assert half != wide
     assert half == pytest.approx(wide, rel=0.05)
+    assert "less than 1/512 of a weight is lost" in caplog.text
+
+
+def test_weights_in_fp16_are_refused(fit: Fit, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"16-true .* Train in 16-mixed, bf16-mixed or bf16-true"):
+        fit("sft", trainer__precision="16-true")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # fp16

@@ -45,6 +45,25 @@ def test_steps_read_no_scalar(stage: str, fit: Fit) -> None:
     assert counts[0] == counts[1]
 
 
+def test_micro_batches_read_no_scalar(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the progress bar either, which is as on a terminal here."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    counts = []
+    for accumulate in (1, 4):
+        with Reads() as reads:
+            cli = fit(
+                "sft",
+                f"{accumulate}",
+                data__init_args__tokens_per_batch=64,
+                trainer__accumulate_grad_batches=accumulate,
+                trainer__enable_progress_bar=True,
+                trainer__max_steps=3,
+            )
+        assert cli.datamodule.optimizer_steps(1, 4) >= 3
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Refuse to wait for a GPU from the third step's batch on to its gradients; gives how strict

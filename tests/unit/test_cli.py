@@ -124,6 +124,8 @@ def test_ctrl_c_before_training(minigpt: Minigpt, monkeypatch: pytest.MonkeyPatc
         ("16-mixed", False, "32-true", "fp32 is used"),
         (None, True, "bf16-mixed", "Precision: bf16-mixed (chosen by hardware)."),
         (None, False, "32-true", "Precision: 32-true (chosen by hardware)."),
+        (16, True, "bf16-mixed", "fp16 does not train on a CPU: bf16 is used."),
+        ("bf16", True, "bf16-mixed", ""),
         ("64-true", True, "64-true", ""),
         ("bf16-mixed", False, "bf16-mixed", ""),
     ],
@@ -131,7 +133,7 @@ def test_ctrl_c_before_training(minigpt: Minigpt, monkeypatch: pytest.MonkeyPatc
 def test_precision_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    asked: str | None,
+    asked: str | int | None,
     fast: bool,
     chosen: str,
     line: str,
