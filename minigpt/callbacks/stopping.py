@@ -35,7 +35,6 @@ from minigpt.errors import (
     chain,
 )
 from minigpt.files import unwritable, write_json
-from minigpt.modules.base import ASKED
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ class Stopping(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Let the step's sums over the processes count those that were asked to stop."""
         if trainer.world_size > 1:
-            asked = {f"{ASKED}{number}": float(self.received == number) for number in SIGNALS}
+            flag, received = pl_module.flag, self.received
+            asked = {f"{flag}{number}": float(received == number) for number in SIGNALS}
             pl_module.window.add(asked, pl_module.device)
 
     def on_train_batch_start(
@@ -103,7 +103,9 @@ class Stopping(Callback):
             return
         self.step, asked = trainer.global_step, self.received
         if trainer.world_size > 1:
-            counts = ((number, pl_module.step_totals[f"{ASKED}{number}"]) for number in SIGNALS)
+            counts = (
+                (number, pl_module.step_totals[f"{pl_module.flag}{number}"]) for number in SIGNALS
+            )
             asked = next((number for number, count in counts if count), 0)
         self._leave(trainer, asked)
 

@@ -55,8 +55,6 @@ from minigpt.modules.totals import Totals, read
 
 log = logging.getLogger(__name__)
 
-ASKED = "asked/"  # before a signal's number: the sum of processes that were asked by it to stop
-
 
 @dataclass
 class Step:
@@ -94,6 +92,7 @@ class BaseModule(LightningModule, ABC):
     needs_chat = True  # asks and answers in the chat template
     needs_start = True  # goes on from a model
     keeps_base = False  # the model it starts from takes part to the end
+    flag = "flag/"  # before the names of sums that tell processes of each other, and no metric
 
     def __init__(
         self,
@@ -336,7 +335,7 @@ class BaseModule(LightningModule, ABC):
         """Turn sums into what is logged: means over `count`."""
         count = max(1.0, totals["count"])
         hidden = ("count", "tokens", "bytes", "norm")
-        shown = {k: v for k, v in totals.items() if k not in hidden and not k.startswith(ASKED)}
+        shown = {k: v for k, v in totals.items() if k not in hidden and not k.startswith(self.flag)}
         return {name: value / count for name, value in shown.items()}
 
     def _log_step(self, totals: dict[str, float]) -> None:
