@@ -51,7 +51,9 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
             global_rank=rank,
             world_size=world,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            lightning_module=SimpleNamespace(tokenizer=tokenizer),
+            lightning_module=SimpleNamespace(
+                tokenizer=tokenizer, check_length=lambda length, kind: None
+            ),
         )
         made.prepare_data()
         made.setup(stage)
