@@ -22,12 +22,14 @@ from minigpt.data.packing import histogram
 from minigpt.data.prompts import Prompt, load_prompts
 from minigpt.data.records import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.data.tokenizer import check_ids, id_count
 from minigpt.data.workers import leave_signals
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 Files = str | list[str] | dict[str, float] | None
+TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
 WINDOW = 1 << 16  # samples whose lengths are looked at together
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
 
@@ -237,12 +239,13 @@ class JSONLDataModule(LightningDataModule):
 
         Raises:
             ConfigError: when samples may be longer than the model reads.
+            DataError: for a row with a token that the model cannot embed.
         """
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         module.check_length(self.limits.max_length, self.kind)
         for path in self._files():
-            self._open(path)
+            check_embedded(self._open(path), self.tokenizer, module.rows())
 
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""
@@ -390,6 +393,21 @@ def _weights(files: Files) -> dict[str, float]:
     if isinstance(files, dict):
         return files
     return dict.fromkeys([files] if isinstance(files, str) else files, 1.0)
+
+
+def check_embedded(store: TokenStore, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """Refuse, with a DataError, a store with an id that a model of so many rows cannot embed."""
+    if id_count(tokenizer) <= rows:
+        return
+    for first in range(0, len(store.tokens), TOKENS_AT_A_TIME):
+        part = store.tokens[first : first + TOKENS_AT_A_TIME]
+        if (beyond := np.flatnonzero(part >= rows)).size:
+            at = np.searchsorted(store.samples["start"], first + beyond[0], side="right") - 1
+            line = int(store.samples["line"][at])
+            try:
+                check_ids(tokenizer, [int(part[beyond[0]])], rows)
+            except DataError as error:
+                raise error.at(store.source, line) from None
 
 
 def _split(store: TokenStore, share: float) -> tuple[Selection, Selection]:

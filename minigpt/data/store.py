@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec, Planned, Units, View, refused_texts
 from minigpt.data.records import BadRows, Chat, Kind, Record, Source, Text, read_records
-from minigpt.data.tokenizer import document_end, document_start, started
+from minigpt.data.tokenizer import document_end, document_start, id_count, started
 from minigpt.errors import DataError
 from minigpt.files import cache_dir as default_cache
 from minigpt.files import remove_directory, sync, write_json
@@ -212,7 +212,7 @@ def _build(
             shutil.rmtree(old, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+        dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
         writer = _Writer(partial, dtype, kind == "chat")
         bad = BadRows(limits.on_bad_row, limits.max_bad_share)
         encoder = Encoder(kind, tokenizer, limits)

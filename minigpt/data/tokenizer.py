@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,25 @@ def started(ids: list[int], start: list[int]) -> list[int]:
     return ids if ids[: len(start)] == start else start + ids
 
 
+def id_count(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the tokenizer's largest id plus 1; there may be fewer tokens, with holes between."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], rows: int) -> None:
+    """Refuse, with a DataError, ids that a model with so many rows cannot embed.
+
+    Some tokenizers have a token more than their model has rows, which texts never hold.
+    """
+    if (largest := max(ids, default=0)) >= rows:
+        raise DataError(
+            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the "
+            f"model embeds {rows} tokens",
+            remedy="Take it out of the text.",
+            reason="not_embedded",
+        )
+
+
 def special_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the texts that the tokenizer reads as control tokens."""
     added = tokenizer.added_tokens_decoder.values()
@@ -245,5 +264,5 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[int]:
             return 1
         return len(token.replace("▁", " ").encode())
 
-    tokens: Any = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(range(id_count(tokenizer))))
     return [size(index, token) for index, token in enumerate(tokens)]

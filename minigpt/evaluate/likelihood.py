@@ -17,13 +17,12 @@ from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.records import BadRows, Kind, Record, Source, parse_row, read_records
 from minigpt.data.store import Encoder, Limits
-from minigpt.data.tokenizer import special_texts, token_bytes
+from minigpt.data.tokenizer import check_ids, special_texts, token_bytes
 from minigpt.errors import DataError
 from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
 from minigpt.model import forward
 from minigpt.model.attention import attention_of
-from minigpt.model.build import embedding_rows
 from minigpt.model.conformance import checked
 from minigpt.model.losses import sum_by
 from minigpt.model.rope import max_positions, shared_limit
@@ -38,10 +37,11 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
     """Pack samples in their order; a long one has a batch of its own.
 
     Raises:
-        DataError: for a sample that is longer than the model can read.
+        DataError: for a sample that is longer than the model can read, or holds a token that it
+            cannot embed.
     """
     config = engine.model.config
-    budget = min(TOKENS, LOGITS // embedding_rows(engine.model))
+    budget = min(TOKENS, LOGITS // engine.rows)
     alone, shared = max_positions(config), min(max_positions(config), shared_limit(config))
     members: list[Sample] = []
     for sample in samples:
@@ -54,6 +54,10 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
                 remedy="Shorten the row, or lower --max_length for texts.",
                 reason="oversize",
             )
+        try:
+            check_ids(engine.tokenizer, sample.ids.tolist(), engine.rows)
+        except DataError as error:
+            raise error.at(*sample.source) from None
         if members and sum(len(s.ids) for s in members) + len(sample.ids) > budget:
             yield collate(members).to(engine.model.device)
             members = []

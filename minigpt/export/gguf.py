@@ -310,7 +310,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
     added = tokenizer.added_tokens_decoder
     texts, types = [], []
     for index in range(rows):
-        text = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        text = tokenizer.convert_ids_to_tokens(index)
         kind = TokenType.UNUSED if text is None else TokenType.NORMAL
         if index in added:
             kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED

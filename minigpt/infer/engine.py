@@ -21,7 +21,7 @@ from minigpt.infer.cached import Cached
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
-from minigpt.model.build import cast_weights, check_vocabulary
+from minigpt.model.build import cast_weights, check_vocabulary, embedding_rows
 from minigpt.model.conformance import checked
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
@@ -67,6 +67,7 @@ class Engine:
         attention: the function by which a model of this kind is exact.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
+        rows: how many token ids the model embeds.
         context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
@@ -84,6 +85,7 @@ class Engine:
         self.ends = set(reply_ends(model, tokenizer))
         self.start = tokenizers.document_start(tokenizer)
         self.context = max_positions(model.config)
+        self.rows = embedding_rows(model)
         self._weights: tuple[object, Weights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(
@@ -128,7 +130,7 @@ class Engine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
         own = tokenizers.load(tokenizer or tokenizer_place(adapter or model, found))
-        check_vocabulary(base, len(own))
+        check_vocabulary(base, own)
         engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted
         return engine
@@ -138,16 +140,20 @@ class Engine:
 
         Raises:
             ConfigError: for a chat when the model has no chat template.
-            DataError: for text that is not valid Unicode.
+            DataError: for text that is not valid Unicode, or holds a token that the model cannot
+                embed.
         """
         check_unicode(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
             ids = tokenizers.started(list(ids), self.start)
-            return ids or [tokenizers.document_end(self.tokenizer)]
-        if self.codec is None:
+            ids = ids or [tokenizers.document_end(self.tokenizer)]
+        elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
-        return self.codec.encode_prompt(prompt)
+        else:
+            ids = self.codec.encode_prompt(prompt)
+        tokenizers.check_ids(self.tokenizer, ids, self.rows)
+        return ids
 
     def runner(self) -> Native | Cached:
         """Return what computes the steps of a batch, over the weights as they are now."""

@@ -50,7 +50,7 @@ class Architecture:
 def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """Return the config of a native model for a tokenizer's vocabulary."""
     return Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=tokenizers.id_count(tokenizer),
         hidden_size=a.hidden_size,
         intermediate_size=a.ffn,
         num_hidden_layers=a.layers,
@@ -106,10 +106,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Grow the embeddings to hold the tokens that the chat template added."""
-    rows = embedding_rows(model)
-    if rows < len(tokenizer):
-        log.warning("The embeddings grow from %d to %d tokens.", rows, len(tokenizer))
-        resize_vocabulary(model, len(tokenizer))
+    rows, ids = embedding_rows(model), tokenizers.id_count(tokenizer)
+    if rows < ids:
+        log.warning("The embeddings grow from %d to %d tokens.", rows, ids)
+        resize_vocabulary(model, ids)
 
 
 @torch.no_grad()
@@ -171,18 +171,20 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.enable_input_require_grads()
 
 
-def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
-    """Refuse a tokenizer whose ids the model cannot embed.
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that is another model's.
 
     Args:
-        model: may have more rows than the tokenizer has tokens (padding), never fewer.
-        tokens: of the tokenizer, before any were added for the chat template.
+        model: may have more rows than the tokenizer has tokens (padding), but no fewer than its
+            vocabulary without added tokens, which texts may never hold (`check_ids`).
+        tokenizer: to be used with it.
 
     Raises:
-        ModelError: when the tokenizer has more tokens than the model has rows.
+        ModelError: when the vocabulary has more tokens than the model has rows.
     """
     rows = embedding_rows(model)
-    if tokens > rows:
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (tokens := max(words.values(), default=-1) + 1) > rows:
         raise ModelError(
             f"The tokenizer has {tokens} tokens but the model only {rows}: they do not "
             "belong together. Use the tokenizer that was saved with the model."

@@ -245,8 +245,9 @@ def _take_rows(model: PreTrainedModel, directory: Path, base: Path | str) -> Non
             resize_vocabulary(model, int(weights.get_slice(saved).get_shape()[0]))
             return
     rows = embedding_rows(model)
-    tokens = len(tokenizers.load(directory)) if (directory / "tokenizer.json").is_file() else 0
-    if tokens > rows and tokens > len(tokenizers.load(base)):
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    tokens = tokenizers.id_count(tokenizers.load(directory)) if has_tokenizer else 0
+    if tokens > rows and tokens > tokenizers.id_count(tokenizers.load(base)):
         raise ModelError(
             f"The adapter at {directory} was trained with {tokens} tokens, its base {base} has "
             f"{rows}, and the adapter does not hold the rows between, as those of earlier versions "

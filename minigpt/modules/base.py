@@ -149,7 +149,7 @@ class BaseModule(LightningModule, ABC):
         tokenizer = tokenizers.load(self._tokenizer_place())
         if self.tokenizer_path and self.init_from and not self.trained:
             check_same_tokens(tokenizer, find_model(self.init_from))
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = tokenizers.id_count(tokenizer)
         if self.needs_chat:
             install_template(tokenizer)
         return tokenizer
@@ -168,9 +168,19 @@ class BaseModule(LightningModule, ABC):
         """Return the model before training."""
         model = load_model(self.start)
         tokenizer = self.tokenizer
-        check_vocabulary(model, self.vocabulary)
-        fit_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
+        if self._adds_tokens():
+            fit_vocabulary(model, tokenizer)
         return self.scaled(model)
+
+    def _adds_tokens(self) -> bool:
+        """Whether the chat template brought tokens that the tokenizer did not have."""
+        return tokenizers.id_count(self.tokenizer) > self.vocabulary
+
+    def rows(self) -> int:
+        """Return how many token ids the model embeds when training begins."""
+        rows = int(self.first_config().get_text_config(decoder=True).vocab_size)
+        return max(rows, tokenizers.id_count(self.tokenizer)) if self._adds_tokens() else rows
 
     def scaled(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model with its rotary positions scaled, where that is asked for."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.build import fit_vocabulary
+from minigpt.model.build import embedding_rows, resize_vocabulary
 from minigpt.model.lm import PackedLM
 from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
 from minigpt.model.rope import scale
@@ -77,7 +77,7 @@ class DPOModule(BaseModule):
         if self.trained is not None and not self._frozen:
             assert self.init_from is not None
             start = load_model(self.init_from)
-            fit_vocabulary(start, self.tokenizer)
+            resize_vocabulary(start, embedding_rows(self.model.hf))
             if self.rope_scaling is not None:
                 scale(start, self.rope_scaling)
             frozen = PackedLM(start)

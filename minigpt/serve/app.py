@@ -91,7 +91,7 @@ class Endpoints:
 
     async def text(self, wanted: TextRequest, request: Request) -> Response:
         """Continue texts."""
-        size, prompts = len(self._engine(wanted.model).tokenizer), wanted.prompts()
+        size, prompts = self._engine(wanted.model).rows, wanted.prompts()
         if any(max(prompt) >= size for prompt in prompts if not isinstance(prompt, str)):
             raise RefusedError(400, f"Token ids must be below {size}.", None, "prompt")
         return await self._answer(wanted, request, prompts, "prompt")

@@ -52,7 +52,7 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
             world_size=world,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             lightning_module=SimpleNamespace(
-                tokenizer=tokenizer, check_length=lambda length, kind: None
+                tokenizer=tokenizer, check_length=lambda length, kind: None, rows=lambda: 1 << 20
             ),
         )
         made.prepare_data()

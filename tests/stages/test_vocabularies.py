@@ -1,0 +1,135 @@
+"""Tokenizers with holes, with large ids, with more tokens than the model has rows, or fewer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from tiny_runs import Fit
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.errors import DataError, ModelError
+from minigpt.evaluate import likelihood
+from minigpt.infer.engine import Engine, Sampling
+from minigpt.model.saved import load_config, save_model
+
+START = "model__init_args__init_from"
+HIGH = 70_000  # an id that 16 bits do not hold
+Start = Callable[..., str]
+
+
+def spread(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Give the letter t and all merges high ids, with holes below them."""
+    spec = json.loads(made.backend_tokenizer.to_str())
+    words = spec["model"]["vocab"]
+    moved = [word for word in words if word == "t" or (len(word) > 1 and not word.startswith("<|"))]
+    words |= {word: HIGH + 2 * place for place, word in enumerate(moved)}
+    return tokenizers.wrap(Tokenizer.from_str(json.dumps(spec)))
+
+
+@pytest.fixture
+def start(world: Path, tmp_path: Path) -> Start:
+    """Save a tiny model with a tokenizer: `start(tokenizer, rows)`."""
+
+    def save(tokenizer: PreTrainedTokenizerFast, rows: int) -> str:
+        model = tiny.model("qwen3", vocab_size=rows)
+        save_model(model, tokenizer, tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return save
+
+
+@pytest.fixture
+def own(world: Path) -> PreTrainedTokenizerFast:
+    return tokenizers.load(world / "tokenizer")
+
+
+def nats(place: str, texts: Path) -> float:
+    """The loss of texts by plain transformers, in nats per token."""
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    tokenizer, total, count = tokenizers.load(place), 0.0, 0
+    for line in texts.read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"]
+        ids = torch.tensor([[*ids, tokenizers.document_end(tokenizer)]])
+        targets = ids.shape[1] - 1
+        total += float(model(ids, labels=ids).loss.detach()) * targets
+        count += targets
+    return total / count
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_ids_with_holes_beyond_16_bits(
+    stage: str, own: PreTrainedTokenizerFast, start: Start, fit: Fit, world: Path, tmp_path: Path
+) -> None:
+    tokenizer = spread(own)
+    assert len(tokenizer) < 400 < HIGH < tokenizers.id_count(tokenizer)
+    place = start(tokenizer, tokenizers.id_count(tokenizer))
+    fit(stage, trainer__val_check_interval=3, model__init_args__tokenizer=None, **{START: place})
+    texts = world / "pretrain_val.jsonl"
+    engine = Engine.load(place)
+    got = likelihood.bits_per_byte(engine, str(texts), 64)
+    assert got["loss"].value == pytest.approx(nats(place, texts), rel=1e-4)
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    first = [tokenizer.decode(tokenizer(text)["input_ids"][:1]) for text in rows]  # not predicted
+    assert got["bits_per_byte"].n == len("".join(rows)) - len("".join(first))
+    engine.complete(["the cat"], Sampling(max_new_tokens=4, logprobs=3))
+
+
+def test_a_new_model_has_a_row_for_each_id(
+    own: PreTrainedTokenizerFast, fit: Fit, tmp_path: Path
+) -> None:
+    tokenizer = spread(own)
+    tokenizer.save_pretrained(str(tmp_path / "spread"))
+    fit("pretrain", model__init_args__tokenizer=str(tmp_path / "spread"))
+    assert load_config(tmp_path / "run").vocab_size == tokenizers.id_count(tokenizer)
+
+
+def test_an_added_token_without_a_row_is_fine_until_a_text_holds_it(
+    own: PreTrainedTokenizerFast, start: Start, fit: Fit, world: Path, tmp_path: Path
+) -> None:
+    rows = tokenizers.id_count(own)
+    own.add_tokens([AddedToken("[image]", special=False)])
+    place = start(own, rows)
+    fit("sft", **{START: place})
+    assert load_config(tmp_path / "run").vocab_size == rows
+    engine = Engine.load(tmp_path / "run")
+    assert engine.complete(["the cat"], Sampling(max_new_tokens=3))[0].ids
+    told = rf"the token '\[image\]' has the id {rows}, and the model embeds {rows} tokens"
+    with pytest.raises(DataError, match=told):
+        engine.complete(["the [image]"], Sampling())
+    chats = [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
+    chats[2]["messages"][0]["content"] += " [image]"
+    tiny_runs.write_jsonl(tmp_path / "odd.jsonl", chats)
+    with pytest.raises(DataError, match=rf"odd\.jsonl:3: {told}"):
+        fit("sft", "other", data__init_args__train=str(tmp_path / "odd.jsonl"), **{START: place})
+    tiny_runs.write_jsonl(tmp_path / "text.jsonl", [{"text": "a cat"}, {"text": "a [image]"}])
+    with pytest.raises(DataError, match=rf"text\.jsonl:2: {told}"):
+        likelihood.bits_per_byte(engine, str(tmp_path / "text.jsonl"), 64)
+
+
+def test_another_models_tokenizer_is_refused(own: PreTrainedTokenizerFast, start: Start) -> None:
+    place = start(own, tokenizers.id_count(own) - 1)
+    with pytest.raises(ModelError, match="do not belong together"):
+        Engine.load(place)
+
+
+def test_rows_beyond_the_tokenizer(
+    own: PreTrainedTokenizerFast, start: Start, fit: Fit, tmp_path: Path
+) -> None:
+    rows = tokenizers.id_count(own) + 64
+    place = start(own, rows)
+    fit("dpo", **{START: place})
+    assert load_config(tmp_path / "run").vocab_size == rows
+    engine = Engine.load(place)
+    sampling = Sampling(max_new_tokens=40, temperature=5.0, logprobs=2)
+    reply: Any = engine.complete(["the cat"], sampling)[0]
+    assert max(reply.ids) >= rows - 64  # an id without a text: it adds none
+    assert len(reply.logprobs) == len(reply.ids)
