@@ -263,6 +263,19 @@ def test_an_adapter_with_new_rows_loads_with_plain_peft(
     assert torch.allclose(merged, right, atol=2e-5)
 
 
+@pytest.mark.parametrize("base", ["llama", "llama-tied"])
+def test_new_rows_are_saved_from_gathered_weights(base: str, grown: Path, tmp_path: Path) -> None:
+    """As FSDP2 gathers them: each weight under its name in the model, tied ones twice."""
+    tokenizer = tokenizers.load(grown / "tokenizer")
+    model = load_model(grown / base, "sdpa")
+    fit_vocabulary(model, tokenizer)
+    adapted = add_adapter(model, Lora(), str(grown / base))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_adapter(adapted, tokenizer, tmp_path, weights)
+    plain: Any = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))
+    assert torch.equal(logits(plain), logits(adapted))
+
+
 def test_an_adapter_that_lacks_its_rows_is_refused(grown: Path, tmp_path: Path) -> None:
     """A base whose tokenizer has no more tokens than rows, and an adapter with more tokens."""
     small = tokenizers.load(tiny.tokenizer(tmp_path / "small", template=False))
