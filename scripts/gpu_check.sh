@@ -47,7 +47,8 @@ line() {
   elif [[ ! $QUICK && $SECONDS -ge $LIMIT ]]; then
     result="skipped: no time left" STATUS=1
   elif timeout $((QUICK ? 3600 : LIMIT - SECONDS)) "$@" >"$LOG" 2>&1; then
-    result=$(tail -n 1 "$LOG")
+    result=$(grep -v '^ *$' "$LOG" | tail -n 1 | tr -s ' ')
+    [[ $name == benchmark* ]] && cat "$LOG" >&2
   else
     result="FAILED" STATUS=1
     tail -n 40 "$LOG" >&2

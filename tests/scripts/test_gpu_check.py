@@ -16,7 +16,7 @@ STUB = """#!/bin/sh
 case "$*" in
   *is_available*) exit 1 ;;
   *test_golden*) echo broken; exit 1 ;;
-  *bench*) echo "ratio 1.5"; exit 0 ;;
+  *bench*) echo "ratio     1.5"; echo; exit 0 ;;
 esac
 echo "3 passed in 1s"
 """
