@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.errors import ModelError
+from minigpt.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,19 @@ class Architecture:
     dropout: float = 0.0
 
 
+SIZES = {  # what a config calls the sizes of an `Architecture`
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+    "dropout": "attention_dropout",
+}
+
+
 def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """Return the config of a native model for a tokenizer's vocabulary."""
     return Qwen3Config(
@@ -65,6 +78,29 @@ def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
+
+
+def check_sizes(a: Architecture, config: Any) -> None:
+    """Refuse sizes beside `init_from` that are not those of the model to go on from.
+
+    Args:
+        a: as given; what is left at its default says nothing.
+        config: of the model that is loaded.
+
+    Raises:
+        ConfigError: with the settings that would have no effect.
+    """
+    odd = []
+    for name, key in SIZES.items():
+        given, has = getattr(a, name), getattr(config, key, None)
+        if given not in (getattr(Architecture(), name), has):
+            odd.append(f"{name} {given} (the model has {has})")
+    if odd:
+        raise ConfigError(
+            "model.init_args.architecture has no effect beside init_from, whose model has sizes of "
+            f"its own: {', '.join(odd)}. Leave the sizes out, or leave init_from out and give a "
+            "tokenizer to start from random weights."
+        )
 
 
 def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.build import Architecture, build_native, native_config
+from minigpt.model.build import Architecture, build_native, check_sizes, native_config
 from minigpt.model.growth import Growth, awake, check_growth, put_to_sleep
 from minigpt.modules.base import BaseModule, Step, bits_per_byte
 
@@ -18,7 +18,8 @@ class PretrainModule(BaseModule):
     """Causal language modelling from random weights, or on from a model.
 
     Args:
-        architecture: sizes of the native model.
+        architecture: sizes of the native model; refused beside `init_from` where they differ from
+            that model's.
         grow: train the first layers alone for a while (from random weights only).
         kwargs: see `BaseModule`.
     """
@@ -60,7 +61,10 @@ class PretrainModule(BaseModule):
     def first_config(self) -> PreTrainedConfig:
         """Return the native model's config, or that of the model to go on from."""
         if self.trained or self.init_from:
-            return super().first_config()
+            config = super().first_config()
+            if self.trained is None:
+                check_sizes(self.architecture, config)
+            return config
         return native_config(self.architecture, self.tokenizer)
 
     def configure_optimizers(self) -> Any:

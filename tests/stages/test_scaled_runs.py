@@ -56,3 +56,12 @@ def test_a_scaled_run_measures_and_hands_on_its_scaling(
     assert engine.context == 256
     assert engine.model.config.rope_parameters == config.rope_parameters
     assert engine.tokenizer.model_max_length == 256
+
+
+def test_sizes_beside_a_model_to_go_on_from(world: Path, fit: Fit) -> None:
+    start = {"model__init_args__init_from": str(world / "pretrain")}
+    fit("pretrain", model__init_args__tokenizer=None, **start)  # its own sizes
+    start["model__init_args__architecture"] = {"hidden_size": 512, "layers": 8, "heads": 4}
+    told = r"no effect beside init_from.*: hidden_size 512 \(the model has 32\), layers 8 \(the"
+    with pytest.raises(ConfigError, match=told):
+        fit("pretrain", "other", model__init_args__tokenizer=None, **start)
