@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigpt.data.rows import iter_rows
-from minigpt.errors import DataError, TokenizerError
+from minigpt.errors import ConfigError, DataError, TokenizerError
 from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
@@ -164,11 +164,17 @@ def wrap(bpe: Tokenizer) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load(path: str | Path) -> PreTrainedTokenizerFast:
+def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer directory or hub id.
+
+    Args:
+        path: the directory or hub id.
+        chat_template: file of a chat template to give it, or the name of one of its own; by
+            default the only one it has, or of several the one called ``default``.
 
     Raises:
         TokenizerError: when there is none, with the command that makes one.
+        ConfigError: when there is no such chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
@@ -181,7 +187,25 @@ def load(path: str | Path) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
+    tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
+    tokenizer.backend_tokenizer.no_padding()
+    _choose_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str | None) -> None:
+    own = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    if wanted is None or wanted in named:
+        tokenizer.chat_template = named.get(wanted or "default", own)
+        return
+    try:
+        tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.init_args.chat_template: {wanted} is neither a file that can be read ({error}) "
+            f"nor the name of a template of the tokenizer, which has: {', '.join(named) or 'none'}."
+        ) from error
 
 
 def save(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:

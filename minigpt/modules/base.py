@@ -77,6 +77,8 @@ class BaseModule(LightningModule, ABC):
     Args:
         init_from: run directory, HF directory or hub id of the model to start from.
         tokenizer: directory or hub id; by default the one saved with the model.
+        chat_template: file of a Jinja template, or the name of one of the tokenizer's; saved with
+            the run, so that all that follows uses it. By default the tokenizer's own, or ours.
         optimizer: which optimizer, and its rates.
         schedule: how the learning rate moves.
         lora: train a low-rank adapter instead of the whole model.
@@ -98,6 +100,7 @@ class BaseModule(LightningModule, ABC):
         self,
         init_from: str | None = None,
         tokenizer: str | None = None,
+        chat_template: str | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  (frozen)
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
         lora: Lora | None = None,
@@ -119,6 +122,7 @@ class BaseModule(LightningModule, ABC):
                 "model.compile_layers and model.activation_checkpointing exclude each other."
             )
         self.init_from, self.tokenizer_path = init_from, tokenizer
+        self.chat_template = chat_template
         self.optimizer_options, self.schedule_options = optimizer, schedule
         self.lora, self.activation_checkpointing = lora, activation_checkpointing
         self.compiled = compile_layers  # None: not decided yet
@@ -146,7 +150,8 @@ class BaseModule(LightningModule, ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that travels with the model, with a chat template where needed."""
-        tokenizer = tokenizers.load(self._tokenizer_place())
+        chosen = None if self.trained else self.chat_template  # what was trained has it already
+        tokenizer = tokenizers.load(self._tokenizer_place(), chosen)
         if self.tokenizer_path and self.init_from and not self.trained:
             check_same_tokens(tokenizer, find_model(self.init_from))
         self.vocabulary = tokenizers.id_count(tokenizer)

@@ -1,0 +1,103 @@
+"""Training in chat templates other than ours, and in one that the config names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import templates
+import tiny
+import tiny_runs
+from transformers import AutoTokenizer
+
+from minigpt.cli import run
+from minigpt.data import tokenizer as tokenizers
+from minigpt.errors import ConfigError, TokenizerError
+from minigpt.infer.engine import Engine
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def published(directory: Path, name: str) -> Path:
+    """Save a tiny model with a tokenizer and a template as they are published."""
+    own = tokenizers.load(tiny.tokenizer(directory / "own"))
+    made = templates.tokenizer("bytes", name, False, own)
+    model = tiny.model("qwen3", vocab_size=len(made), max_position_embeddings=1024)
+    model.save_pretrained(directory / name)
+    tokenizers.save(made, directory / name)
+    return directory / name
+
+
+def test_the_bundled_chats_train_a_model_with_qwen3s_template(tmp_path: Path) -> None:
+    start, out = published(tmp_path, "qwen3"), tmp_path / "run"
+    options = [
+        *("--config", str(REPOSITORY / "configs/sft.yaml")),
+        *("--model.init_args.init_from", str(start), "--run_dir", str(out)),
+        *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
+        *("--trainer.accelerator", "cpu", "--data.init_args.cache_dir", str(tmp_path / "cache")),
+        *("--data.init_args.train", str(REPOSITORY / "data/mini/sft.jsonl")),
+        *("--data.init_args.val", str(REPOSITORY / "data/mini/sft_val.jsonl")),
+        *("--data.init_args.exam", "null", "--model.init_args.sample_prompts", "[hi]"),
+        *("--model.init_args.sampling.max_new_tokens", "4"),
+    ]
+    run(["fit", *options])
+    assert len(tiny_runs.metrics(out, "val/loss")) == 1
+    assert AutoTokenizer.from_pretrained(out / "hf").chat_template == templates.source(
+        "qwen3", False
+    )
+
+
+def test_a_template_from_a_file_is_used_and_travels_with_the_run(
+    world: Path, fit: tiny_runs.Fit, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(templates.source("yi", False).replace("\\n' -}}", ": ' -}}"))
+    fit("sft", "run", model__init_args__chat_template=str(file))
+    engine = Engine.load(tmp_path / "run")
+    assert engine.tokenizer.chat_template == file.read_text()
+    outcome = tmp_path / "out"
+    from minigpt.__main__ import main
+
+    assert main(
+        ["export", "hf", "--model_path", str(tmp_path / "run"), "--output_dir", str(outcome)]
+    ) in (0, None)
+    exported = AutoTokenizer.from_pretrained(outcome)
+    chat = [{"role": "user", "content": "the cat"}]
+    told = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert told.endswith("<|im_start|>assistant: ")
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    made = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
+    own = made.chat_template
+    made.chat_template = {"default": own, "short": "{{ messages[-1].content }}"}
+    made.save_pretrained(tmp_path / "named")
+    assert tokenizers.load(tmp_path / "named").chat_template == own
+    assert (
+        tokenizers.load(tmp_path / "named", "short").chat_template == "{{ messages[-1].content }}"
+    )
+    with pytest.raises(ConfigError, match="long is neither a file.*has: default, short"):
+        tokenizers.load(tmp_path / "named", "long")
+    made.chat_template = {"one": own, "short": own}
+    made.save_pretrained(tmp_path / "nameless")
+    loaded = tokenizers.load(tmp_path / "nameless")
+    with pytest.raises(TokenizerError, match=r"several chat templates \(one, short\)"):
+        Engine(tiny.model("qwen3"), loaded)
+    listed = tmp_path / "named" / "tokenizer_config.json"  # as older files have it
+    config = json.loads(listed.read_text())
+    config["chat_template"] = [{"name": "default", "template": own}, {"name": "b", "template": "x"}]
+    listed.write_text(json.dumps(config))
+    for file in (tmp_path / "named").glob("**/*.jinja"):
+        file.unlink()
+    assert tokenizers.load(tmp_path / "named").chat_template == own
+
+
+def test_a_tokenizer_file_that_cuts_and_pads_is_read_whole(tmp_path: Path) -> None:
+    made = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
+    made.backend_tokenizer.enable_truncation(2)
+    made.backend_tokenizer.enable_padding()
+    made.backend_tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+    backend = tokenizers.load(tmp_path / "own").backend_tokenizer
+    assert len(backend.encode("the cat sat").ids) > 2
+    assert len(backend.encode_batch_fast(["a", "the cat sat"])[0].ids) == 1
