@@ -75,7 +75,7 @@ def test_named_templates(tmp_path: Path) -> None:
     assert (
         tokenizers.load(tmp_path / "named", "short").chat_template == "{{ messages[-1].content }}"
     )
-    with pytest.raises(ConfigError, match="long is neither a file.*has: default, short"):
+    with pytest.raises(ConfigError, match=r"long is neither a file.*has: default, short"):
         tokenizers.load(tmp_path / "named", "long")
     made.chat_template = {"one": own, "short": own}
     made.save_pretrained(tmp_path / "nameless")
