@@ -57,6 +57,7 @@ def test_micro_batches_read_no_scalar(fit: Fit, monkeypatch: pytest.MonkeyPatch)
                 data__init_args__tokens_per_batch=64,
                 trainer__accumulate_grad_batches=accumulate,
                 trainer__enable_progress_bar=True,
+                trainer__val_check_interval=accumulate,
                 trainer__max_steps=3,
             )
         assert cli.datamodule.optimizer_steps(1, 4) >= 3
