@@ -33,7 +33,7 @@ _HEAD_WIDTH = re.compile(
     r"|mrope_section|d_kv"
 )
 _WIDTH = re.compile(
-    r"hidden_size|^d_model$|^n_embd$|^dim$|embed_dim|embedding_size|intermediate|ffn|n_inner"
+    r"hidden_size|^d_model$|^n_embd$|^dim$|emb(ed)?_dim|embedding_size|intermediate|ffn|n_inner"
     r"|d_inner|d_ff|lru_width|d_ssm|_width$|attention_hidden|hidden_dim|model_dim"
 )
 _POSITIONS = re.compile(
@@ -93,7 +93,7 @@ def _narrow(values: dict[str, Any]) -> None:
     pairs = any(_HEADS.search(name) and value == 2 for name, value in values.items())
     if pairs and any(n // of_heads % 2 for n in heads):  # two key heads need an even number
         of_heads = 1
-    if count and hidden % count == 0:
+    if count and hidden % count == 0 and not _ints(values.get("head_dim")):
         widths.append(hidden // count)
     of_width = _divisor(widths, 8, 16)
     whole = of_heads * of_width

@@ -128,7 +128,11 @@ def test_no_cache_is_built_in_training(family: str) -> None:
     assert caches == [None]
 
 
-WHOLE = [("gpt2", {}), ("granite", {"residual_multiplier": 0.5})]  # other parts, another sum
+WHOLE = [
+    ("gpt2", {}),
+    ("granite", {"residual_multiplier": 0.5}),
+    ("gpt_oss", {}),
+]  # other parts, sums, outputs
 
 
 def lately(lm: PackedLM, batch: PackedBatch) -> tuple[torch.Tensor, int, int]:

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""Build a tiny random model of every causal-LM type of the installed transformers, prove how it
+is computed as `fit`, `evaluate`, `generate` and `serve` do, and write docs/models.md.
+
+Each type has a process of its own and a time limit, so that none ends the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from minigpt.data.batch import collate
+from minigpt.infer.cached import Cached
+from minigpt.model import conformance, forward, shrink
+from minigpt.model.attention import attention_of
+from minigpt.model.lm import PackedLM
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+STEPS = 3  # tokens that are decoded
+# What published models of a type have and its default config lacks.
+CHANGES: dict[str, dict[str, Any]] = {"lfm2": {"full_attn_idxs": [2, 5]}}
+PACKED, ROWS = "equal, packed", "equal, one sample a row"
+REFUSED, NOT_BUILT, WRONG = "refused", "cannot be built tiny", "WRONG"
+HEAD = """\
+# Model types
+
+Made by `scripts/conformance.py` with transformers {version}; `make faults-large` makes it again.
+A tiny random model of each causal-LM type, from its default config, reads texts and a preference
+in fp32. *Equal* means that the loss of each sample, as MiniGPT computes it, is that of the model's
+own eager attention on the sample alone. Types that are not exact packed read each sample in a row
+of its own, which takes more time. The same proof runs for the config of each model before it is
+used, and decides there. *Decoding* compares the logits of prompts of different lengths, continued
+together, with those of each text read at once.
+
+{counts}
+
+| type | training and evaluation | decoding | why |
+|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        kind: model type.
+        result: one of the words above.
+        decoding: "equal", or what is wrong; empty where it was not tried.
+        why: what keeps it from being packed, or from being computed.
+    """
+
+    kind: str
+    result: str
+    decoding: str = ""
+    why: str = ""
+
+
+def config_of(kind: str) -> PreTrainedConfig:
+    """Return a type's default config, as a decoder."""
+    config: PreTrainedConfig = CONFIG_MAPPING[kind](**CHANGES.get(kind, {}))
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True
+    return config
+
+
+def small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the first tiny model that reads text; raise what keeps all from it."""
+    error: Exception = ValueError("its smallest size is too large")
+    for model in shrink.tiny_models(config):
+        try:
+            with torch.no_grad(), attention_of(model, "eager"):
+                forward.plain(model, torch.arange(shrink.SPECIAL, 2 * shrink.SPECIAL)[None])
+        except Exception as caught:
+            error = caught
+        else:
+            return model
+    raise error
+
+
+@torch.no_grad()
+def losses_differ(model: PreTrainedModel) -> bool:
+    """Whether a batch's losses are others than those of each sample alone."""
+    samples = conformance._samples(model)
+    with conformance._undisturbed(model):
+        truth = conformance._alone(model, samples)
+        ends = torch.tensor([22, 35, 44, 60])  # of each text's and answer's targets
+        sums = torch.stack([part.sum() for part in truth.tensor_split(ends[:-1])])
+    return not conformance.close(PackedLM(model)(collate(samples), per_answer=True), sums)
+
+
+@torch.no_grad()
+def decoding_of(model: PreTrainedModel) -> str:
+    """Return "equal" when prompts decoded together give what each text gives alone."""
+    texts = [sample.ids.tolist() for sample in conformance._samples(model)[:2]]
+    attention = conformance.checked(model, training=False).decoding
+    try:
+        with attention_of(model, attention):
+            runner = Cached(model)
+            logits = [runner.admit([text[:-STEPS] for text in texts])]
+            logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
+    except Exception as error:
+        return conformance.describe(error)
+    ours = torch.stack(logits, 1)  # [2, steps + 1, V]
+    with attention_of(model, "eager"):
+        own = [forward.plain(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts]
+    return "equal" if conformance.close(ours, torch.stack(own)) else "differs"
+
+
+def examine(kind: str) -> Row:
+    """Return a type's line."""
+    with shrink.quiet():
+        try:
+            config = config_of(kind)
+            conduct = conformance.conduct_of(config)
+            model = small_model(config).eval()
+        except Exception as error:
+            return Row(kind, NOT_BUILT, why=conformance.describe(error))
+        if conduct is None or not conduct.training:
+            return Row(kind, REFUSED, why=conduct.problem if conduct else "no proof")
+        if losses_differ(model):
+            return Row(kind, WRONG)
+        result = PACKED if conduct.packed else ROWS
+        return Row(kind, result, decoding_of(model), conduct.problem)
+
+
+def _work(kind: str, to: Connection) -> None:
+    torch.set_num_threads(1)
+    try:
+        row = examine(kind)
+    except Exception as error:
+        row = Row(kind, WRONG, why=conformance.describe(error))
+    to.send(astuple(row))
+
+
+def rows(kinds: list[str], jobs: int, seconds: float) -> Iterator[Row]:
+    """Yield the line of each type, in order, from processes of their own."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(kinds)
+    running: list[tuple[str, Any, Connection]] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            kind = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(kind, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running.append((kind, process, ours))
+        kind, process, pipe = running.pop(0)
+        row = Row(kind, NOT_BUILT, why=f"no answer in {seconds:g} s")
+        if pipe.poll(seconds):
+            try:
+                row = Row(*pipe.recv())
+            except EOFError:
+                row = Row(kind, NOT_BUILT, why="its process died")
+        process.kill()
+        process.join()
+        yield row
+
+
+def page(table: list[Row]) -> str:
+    """Return docs/models.md."""
+    counts = Counter(row.result for row in table)
+    shown = [f"**{counts[name]}** {name}" for name in (PACKED, ROWS, REFUSED, NOT_BUILT, WRONG)]
+    head = HEAD.format(
+        version=transformers.__version__, counts=f"{len(table)} types: {', '.join(shown)}."
+    )
+    lines = [
+        f"| {row.kind} | {row.result} | {_cell(row.decoding)} | {_cell(row.why)} |" for row in table
+    ]
+    return head + "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the table; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", nargs="*", help="only these, printed and not written")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=120, help="for each type, at most")
+    args = parser.parse_args(argv)
+    table = []
+    for row in rows(
+        args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs, args.seconds
+    ):
+        table.append(row)
+        print(row.kind, row.result, row.decoding, row.why, sep=" | ", flush=True)
+    if not args.types:
+        PAGE.write_text(page(table), encoding="utf-8")
+    return int(any(row.result == WRONG for row in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
