@@ -40,7 +40,7 @@ def theirs(chosen: argparse.Namespace, work: Work, val: Path) -> dict[float, Res
     for lr in chosen.baseline_lrs:
         job = Job(
             stage="pretrain",
-            model=str(work.place / "start"),
+            model=work.start,
             stores=(str(work.store.path), str(val)),
             batch_size=work.batch_size,
             max_length=chosen.max_length,
@@ -97,7 +97,7 @@ def ours(chosen: argparse.Namespace, work: Work) -> Result:
 def measure(chosen: argparse.Namespace, place: Path) -> Result:
     """Run both sides and return what is reported."""
     work = prepare(chosen, place)
-    tokenizer = tokenizers.load(place / "start")
+    tokenizer = tokenizers.load(work.start)
     limits = Limits(chosen.max_length, data_limit=chosen.rows, on_bad_row="skip")
     val = open_store(chosen.val, "text", tokenizer, limits, place / "cache")
     runs = theirs(chosen, work, val.path)
@@ -124,6 +124,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(model=None)  # random weights
     parser.add_argument("--data", required=True)
     parser.add_argument("--val", required=True)
     parser.add_argument("--seconds", type=float, default=600.0, help="for the plain loop (600)")

@@ -68,6 +68,7 @@ def main(args: list[str]) -> None:
     add("--max-length", "--max_length", type=positive, default=512, help="of a sample (512)")
     add("--batch-size", "--batch_size", type=positive, help="rows, pairs or blocks of a step")
     add("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
+    add("--model", help="run directory, HF directory or hub id to start from, in place of --size")
     add("--tokenizer", help="directory; by default one is trained on --data")
     add("--vocabulary", type=positive, default=6400, help="tokens of that one (6,400)")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="of our arm (adamw)")
@@ -91,6 +92,7 @@ class Work:
 
     chosen: Namespace
     place: Path
+    start: str
     store: TokenStore
     precision: str
     device: str
@@ -108,33 +110,52 @@ def prepare(chosen: Namespace, place: Path) -> Work:
 
     from minigpt.cli import choose_precision, quiet
     from minigpt.data import tokenizer as tokenizers
-    from minigpt.model.build import Architecture, build_native
-    from minigpt.model.saved import save_model
+    from minigpt.model.saved import find_model, load_model
 
     quiet()
     torch.manual_seed(0)
-    given, (_, _, kind, usual) = chosen.tokenizer, STAGES[chosen.stage]
-    tokenizer = (
-        tokenizers.load(given) if given else tokenizers.train([chosen.data], chosen.vocabulary)
-    )
-    sizes = Architecture(**architecture(chosen.size))
-    model = build_native(sizes, tokenizer)
-    save_model(model, tokenizer, place / "start")
+    _, _, kind, usual = STAGES[chosen.stage]
+    start = str(find_model(chosen.model) if chosen.model else new_model(chosen, place / "start"))
+    model = load_model(start)
     limits = Limits(chosen.max_length, data_limit=chosen.rows, on_bad_row="skip")
-    store = open_store(chosen.data, kind, tokenizers.load(place / "start"), limits, place / "cache")
+    tokenizer = tokenizers.load(start)
+    store = open_store(chosen.data, kind, tokenizer, limits, place / "cache")
     mean, square = moments(store)
     linear = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     batch_size = chosen.batch_size or usual
     return Work(
-        *(chosen, place, store, str(choose_precision(PRECISIONS.get(chosen.precision), "auto"))),
+        *(chosen, place, start, store),
+        str(choose_precision(PRECISIONS.get(chosen.precision), "auto")),
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
         tokens_per_batch=budget(chosen.stage, batch_size, chosen.max_length, mean),
         sample_tokens=mean,
         vocabulary=len(tokenizer),
         matrices=sum(layer.weight.numel() for layer in linear),
-        attention=sizes.layers * sizes.heads * sizes.head_dim * square / mean,
+        attention=attention_width(model.config) * square / mean,
     )
+
+
+def new_model(chosen: Namespace, directory: Path) -> Path:
+    """Write a model of the size that is asked for, with random weights, and its tokenizer."""
+    from minigpt.data import tokenizer as tokenizers
+    from minigpt.model.build import Architecture, build_native
+    from minigpt.model.saved import save_model
+
+    if chosen.tokenizer:
+        tokenizer = tokenizers.load(chosen.tokenizer)
+    else:
+        tokenizer = tokenizers.train([chosen.data], chosen.vocabulary)
+    sizes = Architecture(**architecture(chosen.size))
+    save_model(build_native(sizes, tokenizer), tokenizer, directory)
+    return directory
+
+
+def attention_width(config: Any) -> int:
+    """Return layers × heads × width of a head."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(config.num_hidden_layers * heads * width)
 
 
 def moments(store: TokenStore) -> tuple[float, float]:
@@ -268,7 +289,7 @@ def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
     chosen = work.chosen
     module, data, _, _ = STAGES[chosen.stage]
     start: Result = {
-        "init_from": str(work.place / "start"),
+        "init_from": work.start,
         "optimizer": {"name": chosen.optimizer, "lr": Job.lr},
     }
     if chosen.stage == "lora":
@@ -311,7 +332,7 @@ def their_arm(work: Work, module: str, repeat: int) -> Result:
     """Run the plain loop, or the peer of the same interface."""
     job = Job(
         stage=work.chosen.stage,
-        model=str(work.place / "start"),
+        model=work.start,
         stores=(str(work.store.path), None),
         batch_size=work.batch_size,
         max_length=work.chosen.max_length,

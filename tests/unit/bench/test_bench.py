@@ -59,7 +59,10 @@ def test_stages(
     stage: str, trained: Path, tmp_path: Path, here: list[str], size: Path, minigpt: Minigpt
 ) -> None:
     data = trained / f"{'sft' if stage == 'lora' else stage}.jsonl"
-    options = ["--size", size, "--tokenizer", trained / "tokenizer", "--max_length", 64]
+    start = ["--size", size, "--tokenizer", trained / "tokenizer"]
+    if stage == "lora":
+        start = ["--model", trained / "sft"]
+    options = [*start, "--max_length", 64]
     options += ["--batch_size", 4, "--steps", 2, "--repeats", 2, "--json", tmp_path / "out.json"]
     done = minigpt("bench", "train", "--stage", stage, "--data", data, *options)
     assert done.status == 0, done.err
@@ -100,6 +103,7 @@ def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Wor
         "max_length": 64,
         "batch_size": None,
         "size": str(size),
+        "model": None,
         "precision": "fp32",
         "tokenizer": str(trained / "tokenizer"),
         "optimizer": "adamw",
