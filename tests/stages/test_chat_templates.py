@@ -43,7 +43,7 @@ def test_the_bundled_chats_train_a_model_with_qwen3s_template(tmp_path: Path) ->
         *("--model.init_args.sampling.max_new_tokens", "4"),
     ]
     run(["fit", *options])
-    assert len(tiny_runs.metrics(out, "val/loss")) == 1
+    assert tiny_runs.metrics(out, "val/loss")
     saved = AutoTokenizer.from_pretrained(out / "hf").chat_template
     assert saved.strip() == templates.source("qwen3", False).strip()
 
