@@ -23,7 +23,15 @@ from minigpt.corpus.duplicates import ExamIndex, NearDuplicates
 from minigpt.corpus.encoding import finding, readable
 from minigpt.corpus.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
 from minigpt.data.chat import refused_texts
-from minigpt.data.records import BadRows, Kind, Message, Source, read_records
+from minigpt.data.records import (
+    BadRows,
+    Kind,
+    Message,
+    Source,
+    read_records,
+    unused_fields,
+    unused_problem,
+)
 from minigpt.data.rows import open_data, scan_rows
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS
@@ -33,7 +41,7 @@ from minigpt.files import whole_file
 # Training takes these rows as they are; all other findings are errors.
 HINTS = {
     *("bom", "control_character", "replacement_character", "duplicate", "near_duplicate"),
-    *("near_validation", "same_prompt", "cut"),
+    *("near_validation", "same_prompt", "cut", "unused_fields"),
 }
 _STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
 _PEEKED = 100  # rows that are looked at to guess a file's kind
@@ -49,6 +57,7 @@ _REMEDIES = {
     "same_prompt": "Remove one, unless the answers are meant to differ.",
     "exam": "Remove it, as --fix does: an exam must ask what training has not shown.",
     "cut": "Raise --max_length, or shorten the rows.",
+    "unused_fields": "Nothing needs to be done where the text alone is to be learnt.",
 }
 
 Good = list[tuple[int, Flat]]  # rows with their lines
@@ -162,6 +171,7 @@ class Checker:
         self.starts.append((len(self.hashes), path))
         self.copies[path] = copy = readable(path, copy, self.findings.handle)
         self.mended[path] = array("I")
+        unused: set[str] = set()
         try:
             kind = self.kind or guess_kind(copy)
             encoder = None
@@ -171,6 +181,9 @@ class Checker:
                 encoder = Encoder(kind, self.tokenizer, self.limits)
             for rows in batches(scan_rows(copy), kind, self.special):
                 self.rows += len(rows.lines)
+                for number, row in rows.special.items():
+                    if isinstance(rows.flats[number], tuple):
+                        unused |= unused_fields(row, kind)
                 batch = list(self._good(rows, path, kind))
                 self._keep(batch)
                 self._compare(path, batch)
@@ -180,6 +193,8 @@ class Checker:
                 self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
         except DataError as error:
             self.findings.handle(error.at(path, error.line))
+        if unused:
+            self._add("unused_fields", unused_problem(unused), path)
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""

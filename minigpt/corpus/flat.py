@@ -1,7 +1,8 @@
 """Rows as flat tuples of strings, which cost a fraction of what records do.
 
 A flat row is (role, content, role, content, ...): ("text", text), the messages of a chat, or a
-preference's prompt, better answer and worse answer. Rows of a usual form are read here, and
+preference's prompt, better answer and worse answer. The role of an answer that is only read is
+`UNTRAINED`. Rows of a usual form are read here, and
 their texts examined many at a time; whatever is not plainly good goes through `parse_row`.
 """
 
@@ -10,13 +11,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
-from minigpt.data.records import ROLES, Chat, Kind, Message, Preference, Record, Text, parse_row
+from minigpt.data.records import (
+    MESSAGE_FIELDS,
+    ROLES,
+    ROW_FIELDS,
+    Chat,
+    Kind,
+    Message,
+    Preference,
+    Record,
+    Text,
+    parse_row,
+)
 from minigpt.errors import DataError
 
 Flat = tuple[str, ...]
 
+UNTRAINED = "assistant, untrained"
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"
 CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
 _ROWS = 300  # examined together; more of them would keep the garbage collector busy
@@ -35,8 +49,9 @@ class Batch(NamedTuple):
     Attributes:
         lines: where they are.
         flats: what they hold, each a flat row, or the error that says what is wrong.
-        special: the decoded values of those, by place in the lists, that may be wrong or hold
-            control characters or U+FFFD; the other rows are good.
+        special: the decoded values of those, by place in the lists, that may be wrong, hold
+            control characters or U+FFFD, or have fields beside the text that say something; the
+            other rows are good.
     """
 
     lines: list[int]
@@ -81,12 +96,18 @@ def flat_of(record: Record) -> Flat:
         messages = (*record.prompt, record.chosen, record.rejected)
     else:
         messages = record.messages
-    return tuple(part for message in messages for part in (message.role, message.content))
+    roles = (message.role if message.train else UNTRAINED for message in messages)
+    contents = (message.content for message in messages)
+    return tuple(chain.from_iterable(zip(roles, contents, strict=True)))
 
 
 def record_of(flat: Flat, kind: Kind) -> Record:
     """Return the record that a flat row stands for."""
-    messages = tuple(map(Message, flat[::2], flat[1::2]))
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    messages = tuple(
+        Message("assistant", text, train=False) if role == UNTRAINED else Message(role, text)
+        for role, text in pairs
+    )
     if kind == "preference":
         return Preference(messages[:-2], *messages[-2:])
     return Chat(messages) if kind == "chat" else Text(flat[1])
@@ -130,6 +151,8 @@ def _read(row: Any, kind: Kind) -> Flat:
     if kind == "text":
         flat: Flat = ("text", row["text"])
     else:
+        if ROW_FIELDS & row.keys():
+            raise KeyError
         system = ["system", row["system"]] if row.get("system") else []
         flat = tuple((_pair if kind == "preference" else _chat)(row, system))
     if flat[::2] not in _ORDERS[kind]:
@@ -172,6 +195,8 @@ def _said(value: Any, role: str = "") -> list[str]:
         return [role, value]
     said = []
     for message in value:
+        if len(message) > 2 and MESSAGE_FIELDS & message.keys():
+            raise KeyError
         said.append(ROLES[message["role"] if "role" in message else message["from"]])
         said.append(message["content"] if "content" in message else message["value"])
     return said

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.corpus.check import guess_kind
 from minigpt.corpus.duplicates import tables
-from minigpt.corpus.flat import Flat, batches, record_of
+from minigpt.corpus.flat import UNTRAINED, Flat, batches, record_of
 from minigpt.data.packing import histogram, pack, utilisation
 from minigpt.data.records import BadRows, Kind, Source, read_records
 from minigpt.data.rows import scan_rows
@@ -158,7 +158,7 @@ def measure(
         place, end = _PROMPT[kind]
         prompts.update([flat[place][:end] for flat in flats])
         if role := _ROLE.get(kind):
-            turns.update([flat[::2].count(role) for flat in flats])
+            turns.update([flat[::2].count(role) + flat[::2].count(UNTRAINED) for flat in flats])
         if kind == "preference":
             _add_bias(bias, flats)
         length += sum(map(len, texts))

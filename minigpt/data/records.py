@@ -6,7 +6,7 @@ Whatever a file or a row holds, the outcome is records or a `DataError`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -34,11 +34,22 @@ _ACCEPTED = {
 _READERS = {"chosen": "preference rows, for DPO", "text": "text rows, for pretraining"}
 _READERS |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+# Fields that say more of a row or of a message than its text does.
+ROW_FIELDS = frozenset(("functions", "label", "tools", "weight"))
+MESSAGE_FIELDS = frozenset(("function_call", "reasoning_content", "tool_calls", "train", "weight"))
+_UNUSED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset(), frozenset()),
+    "chat": (ROW_FIELDS, MESSAGE_FIELDS - {"train", "weight"}),
+    "preference": (ROW_FIELDS, MESSAGE_FIELDS),
+}
+_NOTHING: tuple[object, ...] = (None, "", [], {})  # values of fields that say nothing
 _REMEDIES = {
     "answer_role": "Give each answer as a string or as one assistant message.",
     "empty": "Fill it, or leave the row out.",
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
     "no_assistant": "Add the answer, or leave the row out.",
+    "no_targets": "Leave the row out, or give an answer that is to be learnt weight 1.",
+    "part_type": "Leave out rows with images, sound or calls: models here read text alone.",
     "prompt_end": "Leave out what follows the last user message.",
     "prompt_mismatch": "Without a prompt of its own, the row's is what its answers begin with.",
     "role_order": "One system message may come first; then user and assistant alternate.",
@@ -46,6 +57,8 @@ _REMEDIES = {
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
     "tool_role": "Leave out conversations with tool calls.",
     "unknown_role": f"Known are {', '.join(ROLES)}.",
+    "weight": "An answer is learnt (weight 1, train true) or only read (weight 0, train false).",
+    "wrong_type": "Write it as that, or leave the row out.",
 }
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 
@@ -54,10 +67,17 @@ _Row = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; the role is system, user or assistant."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user or assistant.
+        content: its text.
+        train: whether an answer of a chat is trained on; else it is only read.
+    """
 
     role: str
     content: str
+    train: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +89,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """One conversation with at least one assistant turn."""
+    """One conversation with at least one assistant turn to train on."""
 
     messages: tuple[Message, ...]
 
@@ -109,6 +129,7 @@ class BadRows:
     seen: int = field(default=0, init=False)  # rows, good and bad, of all reads with this object
     counts: Counter[str] = field(default_factory=Counter, init=False)
     first: dict[str, str] = field(default_factory=dict, init=False)
+    unused: set[str] = field(default_factory=set, init=False)  # see `unused_fields`
 
     def handle(self, error: DataError) -> None:
         """Count a bad row, or raise its error when the policy is "error".
@@ -146,12 +167,30 @@ def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Re
     Raises:
         DataError: the row does not fit; it names the field, and the caller adds the place.
     """
-    parser, row = _Parser(special_tokens), _object(row)
+    parser, row = _Parser(special_tokens, kind), _object(row)
     if kind != "text":
         return parser.chat(row) if kind == "chat" else parser.preference(row)
     if "text" not in row:
         raise _missing(row, kind)
     return Text(parser.said(row["text"], "text"))
+
+
+def unused_fields(row: object, kind: Kind) -> set[str]:
+    """Return the fields of a decoded row that carry meaning, but are not used in training."""
+    of_rows, of_messages = _UNUSED[kind]
+    if not isinstance(row, dict) or not of_messages:
+        return set()
+    found = {name for name in of_rows & row.keys() if row[name] not in _NOTHING}
+    for value in row.values():
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, dict) and (named := of_messages & message.keys()):
+                found.update(name for name in named if message[name] not in _NOTHING)
+    return found
+
+
+def unused_problem(fields: Iterable[str]) -> str:
+    """Return what is said of a file with fields that are not used."""
+    return f"its rows have {', '.join(sorted(fields))}, of which training makes no use"
 
 
 def parse_prompt(row: object) -> tuple[Message, ...] | str:
@@ -191,6 +230,7 @@ def read_records(
         bad.seen += 1
         try:
             record = parse_row(row, kind, special_tokens)
+            bad.unused |= unused_fields(row, kind)
         except DataError as error:
             bad.handle(error.at(source, line))
             if bad.seen >= _CHECK_AFTER:
@@ -206,8 +246,8 @@ def read_records(
 class _Parser:
     """Reads rows; every string that gets into a record passes through `string`."""
 
-    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
-        self.special_tokens = special_tokens
+    def __init__(self, special_tokens: Sequence[str] = (), kind: Kind | None = None) -> None:
+        self.special_tokens, self.kind = special_tokens, kind
 
     def chat(self, row: _Row) -> Chat:
         for key, answer in _CHAT_KEYS.items():
@@ -221,7 +261,10 @@ class _Parser:
             turns += self.turns(row[answer], answer, "assistant")
         elif turns[-1][1].role == "user" and "chosen" in row:
             raise _missing(row, "chat")  # the answers are outside the messages
-        return Chat(_messages(turns, prompt=False))
+        messages = _messages(turns, prompt=False)
+        if not any(message.train for message in messages if message.role == "assistant"):
+            raise _error("no_targets", answer or key, "no answer is to be learnt")
+        return Chat(messages)
 
     def preference(self, row: _Row) -> Preference:
         if row.get("chosen") is None or row.get("rejected") is None:
@@ -284,15 +327,18 @@ class _Parser:
                 f"a message needs {{role, content}} or {{from, value}}; it has {list(value)!r:.99}"
             )
             raise _error("missing_key", place, problem)
-        place, content_place = f"{place}.{role_key}", f"{place}.{content_key}"
-        role = value[role_key]
+        message_place, content_place = place, f"{place}.{content_key}"
+        place, role = f"{place}.{role_key}", value[role_key]
         if not isinstance(role, str):
             raise _wrong_type(role, "a string", place)
         if role not in ROLES:
             reason = "tool_role" if role in _TOOL_ROLES else "unknown_role"
             raise _error(reason, place, f"role {role!r:.40} is not supported")
-        content = self.content(value[content_key], content_place, ROLES[role])
-        return place, Message(ROLES[role], content)
+        content = _joined(value[content_key], content_place)
+        content = self.content(content, content_place, ROLES[role])
+        learnt = self.kind == "chat" and ROLES[role] == "assistant"
+        train = not learnt or _is_trained(value, message_place)
+        return place, Message(ROLES[role], content, train)
 
     def content(self, value: object, place: str, role: str) -> str:
         if role == "assistant":
@@ -328,6 +374,33 @@ def _error(reason: str, place: str | None, problem: str, remedy: str | None = No
 def _wrong_type(value: object, wanted: str, place: str | None) -> DataError:
     given = _TYPES.get(type(value), "a number")
     return _error("wrong_type", place, f"must be {wanted}, not {given}")
+
+
+def _joined(content: object, place: str) -> object:
+    """Return what a message says where it comes as a list of parts, all of them text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise _wrong_type(part, "a part with a type", f"{place}[{i}]")
+        if part.get("type") != "text":
+            problem = f"parts of type {part.get('type')!r:.40} are not supported"
+            raise _error("part_type", f"{place}[{i}].type", problem)
+        if not isinstance(part.get("text"), str):
+            raise _wrong_type(part.get("text"), "a string", f"{place}[{i}].text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _is_trained(message: _Row, place: str) -> bool:
+    """Whether an answer is to be learnt: null stands for no field, as in columns of tables."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise _error("weight", f"{place}.weight", f"must be 0 or 1, not {weight!r:.40}")
+    if train is not None and not isinstance(train, bool):
+        raise _error("weight", f"{place}.train", f"must be true or false, not {train!r:.40}")
+    return weight != 0 and train is not False
 
 
 def _object(row: object) -> _Row:

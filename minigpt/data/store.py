@@ -37,7 +37,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec, Planned, Units, View, refused_texts
-from minigpt.data.records import BadRows, Chat, Kind, Record, Source, Text, read_records
+from minigpt.data.records import (
+    BadRows,
+    Chat,
+    Kind,
+    Record,
+    Source,
+    Text,
+    read_records,
+    unused_problem,
+)
 from minigpt.data.tokenizer import document_end, document_start, id_count, started
 from minigpt.errors import DataError
 from minigpt.files import cache_dir as default_cache
@@ -45,7 +54,7 @@ from minigpt.files import remove_directory, sync, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is three runs of tokens: a text or chat has only `first`; a preference has the
@@ -276,6 +285,8 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
     )
     if summary := bad.summary():
         log.warning("%s: %s", source, summary)
+    if bad.unused:
+        log.warning("%s: %s", source, unused_problem(bad.unused))
 
 
 Ahead = tuple[list[tuple[Record, Source, list[Planned]]], Future[Units]]  # a batch of rows

@@ -94,7 +94,7 @@ class ChatTemplate:
         return self._render(messages, ask=True)[0]
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
-        """Return each answer of a chat as at inference.
+        """Return each answer of a chat that is trained on, as at inference.
 
         Raises:
             DataError: when the template cannot carry the chat.
@@ -102,7 +102,7 @@ class ChatTemplate:
         return [
             turn
             for index, message in enumerate(messages)
-            if message.role == "assistant"
+            if message.role == "assistant" and message.train
             for turn in self.answers(messages[:index], [message])
         ]
 

@@ -45,7 +45,7 @@ class Expected:
 
     Attributes:
         texts: random strings, each with its ids.
-        chats: each with the prompt it becomes.
+        chats: each with the prompt it becomes, as text and as ids.
         cases: a prompt, the likeliest reply with its end, both as ids, and the logits (reply,
             vocabulary) that gave the reply.
         start: ids that are written before a text, such as BOS.
@@ -53,7 +53,7 @@ class Expected:
     """
 
     texts: list[tuple[str, list[int]]]
-    chats: list[tuple[Chat, str]]
+    chats: list[tuple[Chat, str, list[int]]]
     cases: list[tuple[list[int], list[int], Tensor]]
     start: list[int]
     ends: list[int]
@@ -89,12 +89,25 @@ def render(tokenizer: Any, chat: Chat) -> str | None:
     return str(text)
 
 
+def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
+    """Return a chat as the ids of a prompt, as plain transformers make them."""
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+
+
 def prompts(tokenizer: Any) -> list[tuple[Chat, str]]:
     """Return the chats that the tokenizer's template takes, each with the prompt it becomes."""
     if not tokenizer.chat_template:
         return []
     chats = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
     return [(chat, text) for chat in chats if (text := render(tokenizer, chat)) is not None]
+
+
+def asked_chats(engine: Engine) -> list[tuple[Chat, str, list[int]]]:
+    """Return the chats that the model's template takes, each with its prompt as text and ids."""
+    return [
+        (chat, text, engine.encode([Message(turn["role"], turn["content"]) for turn in chat]))
+        for chat, text in prompts(engine.tokenizer)
+    ]
 
 
 @torch.no_grad()
@@ -120,7 +133,7 @@ def observe(engine: Engine) -> Expected:
     ids_of_texts = encode(engine.tokenizer, texts)
     return Expected(
         list(zip(texts, ids_of_texts, strict=True)),
-        prompts(engine.tokenizer),
+        asked_chats(engine),
         cases,
         engine.start,
         sorted(engine.ends),
@@ -176,26 +189,41 @@ def check_texts(
     expected: Expected,
     ids_of: Callable[[list[str]], list[list[int]]],
     prompt_of: Callable[[Chat], str | None],
+    chat_ids_of: Callable[[Chat], list[int]],
     accept: bool = False,
 ) -> Numbers:
-    """Compare the ids of texts, and the prompts of chats; what differs is told by an example."""
+    """Compare the ids of texts, and the prompts of chats; what differs is told by an example.
+
+    The ids of a chat are compared where its text is the same.
+    """
     theirs = ids_of([text for text, _ in expected.texts])
     told = [(*pair, ids) for pair, ids in zip(expected.texts, theirs, strict=True)]
     texts = sorted((one for one in told if one[1] != one[2]), key=lambda one: len(one[0]))
-    prompts_of = [(chat, text, prompt_of(chat)) for chat, text in expected.chats]
-    chats = [one for one in prompts_of if one[1] != one[2]]
+    prompts_of = [(text, prompt_of(chat)) for chat, text, _ in expected.chats]
+    chats = [(text, other) for text, other in prompts_of if text != other]
+    count = len(prompts_of)
     numbers: Numbers = {
         "texts_with_equal_ids": f"{len(told) - len(texts)} of {len(told)}",
-        "chats_rendered_equal": f"{len(prompts_of) - len(chats)} of {len(prompts_of)}",
+        "chats_rendered_equal": f"{count - len(chats)} of {count}",
     }
+    same = [
+        one for one, (text, other) in zip(expected.chats, prompts_of, strict=True) if text == other
+    ]
+    ids_of_chats = [(text, ours, chat_ids_of(chat)) for chat, text, ours in same]
+    odd = [one for one in ids_of_chats if one[1] != one[2]]
+    numbers["chats_with_equal_ids"] = f"{len(same) - len(odd)} of {count}"
     if texts:
         text, ours, other = texts[0]
         numbers["text_with_other_ids"] = f"{text!r} becomes {other}, not {ours}"
     if chats:
-        _, rendered, instead = chats[0]
+        rendered, instead = chats[0]
         numbers["chat_rendered_otherwise"] = f"{instead!r}, not {rendered!r}"
+    if odd:
+        rendered, ours, other = odd[0]
+        numbers["chat_with_other_ids"] = f"{rendered!r} becomes {other}, not {ours}"
     hold(numbers, "token ids differ", bool(told) and not texts, accept)
     hold(numbers, "chats are rendered otherwise", not chats, accept)
+    hold(numbers, "token ids of chats differ", not odd, accept)
     return numbers
 
 
@@ -221,7 +249,7 @@ def check_llamacpp(expected: Expected, file: Path, limit: float, accept: bool = 
     Replies may part where the model itself is undecided within the limit.
     """
     llama = LlamaCpp(file, max(len(prompt) for prompt, _, _ in expected.cases) + NEW_TOKENS + 8)
-    numbers = check_texts(expected, llama.ids_of, llama.prompt_of, accept)
+    numbers = check_texts(expected, llama.ids_of, llama.prompt_of, llama.chat_ids_of, accept)
     ends = [token for token in expected.ends if llama.ends_with(token)]
     numbers = joined(numbers, check_borders(expected, llama.start(), ends, accept))
     same, compared, worst, parted = 0, 0, 0.0, 0.0

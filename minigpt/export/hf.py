@@ -24,6 +24,7 @@ from minigpt.export.check import (
     hold,
     logits_of,
     observe,
+    prompt_ids,
     prompts,
     render,
 )
@@ -140,7 +141,10 @@ def check_directory(
     """Load an export as a user would, with plain transformers and peft, and compare."""
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     numbers = check_texts(
-        expected, lambda texts: encode(tokenizer, texts), lambda chat: render(tokenizer, chat)
+        expected,
+        lambda texts: encode(tokenizer, texts),
+        lambda chat: render(tokenizer, chat),
+        lambda chat: prompt_ids(tokenizer, chat),
     )
     ends: Any = GenerationConfig.from_pretrained(directory).eos_token_id
     numbers |= check_borders(expected, document_start(tokenizer), ends)

@@ -146,6 +146,12 @@ class LlamaCpp:
         bos = str(self.ask("/detokenize", tokens=self.start())["content"])
         return prompt if prompt.startswith(bos) else bos + prompt
 
+    def chat_ids_of(self, chat: list[dict[str, str]]) -> list[int]:
+        """Return the ids of the prompt that a chat becomes, as they are asked of the model."""
+        prompt = str(self.ask("/apply-template", messages=chat).get("prompt"))
+        asked = self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)
+        return list(asked["tokens"])
+
 
 class Gguf:
     """A GGUF file, asked as an `Engine` is; prompts are answered one after the other.

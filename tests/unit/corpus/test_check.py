@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from minigpt.corpus.check import Checker, Findings
 from minigpt.corpus.flat import CONTROL_BYTES
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.store import Limits, open_store
 from minigpt.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -45,6 +47,9 @@ BAD = {
     "role_order": ("chat", line({"messages": [GOOD["messages"][1]]}), "'user' must come"),
     "no_assistant": ("chat", line({"messages": [GOOD["messages"][0]]}), "no assistant"),
     "unknown_role": ("chat", line(chat("a", "b")).replace(b"user", b"usr"), "'usr'"),
+    "weight": ("chat", line(chat("a", "b")).replace(b"}]", b', "weight": 0.5}]'), "0 or 1"),
+    "no_targets": ("chat", line(chat("a", "b")).replace(b"}]", b', "train": false}]'), "no answer"),
+    "part_type": ("chat", line(chat("a", "b")).replace(b'"a"', b'[{"type": "image"}]'), "'image'"),
     "same_answers": ("preference", line(pair("a", "b", "b")), "equals 'chosen'"),
     "prompt_mismatch": (
         "preference",
@@ -86,6 +91,26 @@ def test_a_hint_is_no_error(row: bytes, reason: str, write: Any, minigpt: Any) -
     assert outcome.out.startswith(f"hint: {path}:1: ")
     assert f"[{reason}]" in outcome.out
     assert "1 row checked: 0 errors, 1 hint" in outcome.out
+
+
+def test_fields_that_are_not_used_are_named_once_a_file(
+    write: Any, minigpt: Any, tokenizer_dir: Path, tmp_path: Path, caplog: Any
+) -> None:
+    rows: list[Any] = [chat("a", str(number)) for number in range(4)]
+    rows[1]["tools"] = [{"type": "function"}]
+    for row in rows[2:]:
+        row["messages"][1] |= {"tool_calls": [{"type": "function"}], "weight": 1}
+    path = write(rows)
+    said = f"{path}: its rows have tool_calls, tools, of which training makes no use"
+    with caplog.at_level("WARNING"):
+        open_store(path, "chat", tokenizers.load(tokenizer_dir), Limits(), tmp_path / "cache")
+    assert [record.message for record in caplog.records if "its rows" in record.message] == [said]
+    outcome = minigpt("data", "check", path)
+    assert outcome.status == 0
+    assert [t for t in outcome.out.splitlines() if "tool_calls" in t] == [
+        f"hint: {said}. Nothing needs to be done where the text alone is to be learnt. "
+        "[unused_fields]"
+    ]
 
 
 def test_good_files_of_every_form_are_clean(write: Any, tmp_path: Path, minigpt: Any) -> None:

@@ -31,6 +31,7 @@ ROLE = st.one_of(
     st.sampled_from(["system", "user", "assistant", "human", "gpt"]),
     st.sampled_from(["tool", "", "user\0", None, 1, []]),
 )
+EXTRA = st.sampled_from([0, 1, 2, None, True, False, [], ["a"]])
 KEYS = st.sampled_from([("role", "content"), ("from", "value"), ("role", "value"), ("from", "x")])
 
 
@@ -41,10 +42,16 @@ def messages(draw: st.DrawFn) -> Any:
     if draw(st.booleans()):
         roles = draw(st.sampled_from([("user", "assistant"), ("human", "gpt")])) * 2
         said = [{"role": role, "content": draw(good)} for role in roles[: draw(st.integers(1, 4))]]
+        if draw(st.booleans()):
+            draw(st.sampled_from(said))["weight"] = draw(st.sampled_from([0, 1]))
         system = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
         return [*system, *said]
     pairs = draw(st.lists(st.tuples(KEYS, ROLE, CONTENT), max_size=4))
-    return [{keys[0]: role, keys[1]: content} for keys, role, content in pairs]
+    more = st.dictionaries(st.sampled_from(["weight", "train", "tool_calls", "id"]), EXTRA)
+    return [
+        {keys[0]: role, keys[1]: content} | draw(st.one_of(st.just({}), more))
+        for keys, role, content in pairs
+    ]
 
 
 VALUE = st.one_of(CONTENT, messages(), messages(), st.lists(CONTENT, max_size=2))
@@ -52,6 +59,7 @@ FIELDS = ("text", "messages", "conversations", "prompt", "completion", "instruct
 FIELDS += ("output", "history", "system", "chosen", "rejected", "note")
 FORMS = [("text",), ("messages",), ("conversations",), ("prompt", "completion"), ("system",)]
 FORMS += [("instruction", "output"), ("instruction", "input", "output"), ("chosen", "rejected")]
+FIELDS += ("label", "tools")
 FORMS += [("prompt", "chosen", "rejected"), ("messages", "chosen", "rejected"), ()]
 
 

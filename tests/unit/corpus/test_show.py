@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minigpt.corpus.show import coloured, html, plain, segments
+from minigpt.corpus.stats import measure
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import collate
 from minigpt.data.datamodule import Selection
@@ -50,6 +51,19 @@ def test_targets_are_those_of_the_batch(
     shown = "".join(text for part in parts for text, _ in part.tokens)
     pieces = np.split(np.concatenate([sample.ids for sample in samples]), borders[1:-1])
     assert shown == "".join(decode(ids.tolist(), skip_special_tokens=False) for ids in pieces)
+
+
+def test_an_answer_that_is_only_read_is_shown_so(write: Any, tokenizer_dir: Path) -> None:
+    roles, texts = ("user", "assistant") * 2, ("hi", "WRONG", "no", "right")
+    row: Any = {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
+    row["messages"][1]["train"] = False
+    path = write([row])
+    part = next(segments(path, tokenizers.load(tokenizer_dir)))
+    assert re.findall("⟦(.*?)⟧", plain(part)) == ["right<|im_end|>"]
+    assert "assistant\nWRONG<|im_end|>" in plain(part)
+    told = measure(path, tokenizer=tokenizers.load(tokenizer_dir))
+    assert told["turns"] == {"2": 1}
+    assert told["tokens"]["mean"] == len(part.tokens)
 
 
 def test_a_chat_without_colours(write: Any, tokenizer_dir: Path) -> None:

@@ -21,6 +21,7 @@ from minigpt.data.records import (
     parse_prompt,
     parse_row,
     read_records,
+    unused_fields,
 )
 from minigpt.errors import DataError
 
@@ -158,6 +159,58 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "train"),
+    [
+        ({"weight": 0}, False),
+        ({"train": False}, False),
+        ({"weight": 1, "train": False}, False),
+        ({"weight": 1}, True),
+        ({"weight": 1.0, "train": True}, True),
+        ({"weight": None, "train": None}, True),
+    ],
+)
+def test_an_answer_may_be_only_read(fields: dict[str, object], train: bool) -> None:
+    messages = said("u", "a", "v", "b")
+    row = {"messages": [messages[0], {**messages[1], **fields}, *messages[2:]]}
+    record = parse_row(row, "chat", SPECIAL)
+    assert record == Chat((U, Message("assistant", "a", train), user("v"), bot("b")))
+
+
+def test_content_in_parts_of_text_is_joined() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    assert parse_row({"messages": messages}, "chat") == Chat((user("a b"), bot("b")))
+    assert parse_prompt({"messages": messages[:1]}) == (user("a b"),)
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "fields"),
+    [
+        (
+            "chat",
+            {"messages": [answer("a") | {"tool_calls": CALLS, "reasoning_content": "r"}]},
+            {"tool_calls", "reasoning_content"},
+        ),
+        ("chat", {"messages": said("u", "a"), "tools": CALLS}, {"tools"}),
+        ("chat", {"prompt": "u", "completion": "a", "label": False}, {"label"}),
+        ("chat", {"messages": [{"weight": 0, "train": False, "name": "n"}], "id": 1}, set()),
+        ("chat", {"messages": [{"tool_calls": []}], "tools": None, "label": ""}, set()),
+        (
+            "preference",
+            {"chosen": [{"weight": 0}], "rejected": {"train": False}},
+            {"train", "weight"},
+        ),
+        ("text", {"text": "a", "label": 1, "messages": [{"tool_calls": CALLS}]}, set()),
+    ],
+)
+def test_fields_that_training_does_not_use(kind: Kind, row: object, fields: set[str]) -> None:
+    assert unused_fields(row, kind) == fields
+
+
 @pytest.mark.parametrize(("kind", "row", "expected"), GOOD)
 def test_good_row(kind: Kind, row: dict[str, object], expected: Record) -> None:
     assert parse_row(row, kind, SPECIAL) == expected
@@ -206,8 +259,36 @@ BAD: list[tuple[Kind, object, str, str | None, str]] = [
         "chat",
         chat({"role": "user", "content": [{"type": "text"}]}),
         "wrong_type",
-        "messages[0].content",
-        "must be a string, not a list",
+        "messages[0].content[0].text",
+        "must be a string, not null",
+    ),
+    (
+        "chat",
+        chat({"role": "user", "content": ["a"]}),
+        "wrong_type",
+        "messages[0].content[0]",
+        "must be a part with a type, not a string",
+    ),
+    ("chat", chat({"role": "user", "content": []}), "empty", "messages[0].content", "is empty"),
+    (
+        "chat",
+        chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}),
+        "part_type",
+        "messages[0].content[1].type",
+        "'image' are not supported. Leave out rows with images",
+    ),
+    *(
+        ("chat", chat(UM, {**AM, name: value}), "weight", f"messages[1].{name}", "must be")
+        for name, values in (("weight", (2, 0.5, -1, True, "0")), ("train", (0, 1, "false")))
+        for value in values
+    ),
+    ("chat", chat(UM, {**AM, "weight": 0}), "no_targets", "messages", "no answer is to be learnt"),
+    (
+        "chat",
+        {"prompt": "u", "completion": {**AM, "train": False}},
+        "no_targets",
+        "completion",
+        "Leave the row out",
     ),
     (
         "chat",

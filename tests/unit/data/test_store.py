@@ -137,6 +137,30 @@ def test_chats_hold_tokens_and_targets(opened: Opener, tokenizer: PreTrainedToke
     assert [row[::2] for row in runs(store)] == [[[], []]] * 2
 
 
+def test_an_answer_that_is_only_read_is_no_target(
+    opened: Opener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turns = ("u", "wrong", "v", "right", "w", "a")
+    whole = runs(opened("chat", [said(*turns)]))[0][1]
+    row = said(*turns)
+    row["messages"][1]["weight"] = 0
+    row["messages"][5]["train"] = False
+    store = opened("chat", [row])
+    (sample,) = (row[1] for row in runs(store))
+    assert sample == whole[: len(sample)]  # with the wrong answer, and up to the right one's end
+    assert store.targets is not None
+    learnt = [token for token, target in zip(sample, store.targets, strict=True) if target]
+    assert tokenizer.decode(learnt) == "right<|im_end|>"
+    assert sample[-len(learnt) :] == learnt
+    for turn in row["messages"]:
+        turn["weight"] = 0
+    with pytest.raises(DataError, match="no answer is to be learnt") as caught:
+        opened("chat", [said("u", "a"), row])
+    assert (caught.value.reason, caught.value.line) == ("no_targets", 2)
+    kept = opened("chat", [said("u", "a"), row], on_bad_row="skip", max_bad_share=0.5)
+    assert (len(kept), kept.meta["skipped"]) == (1, {"no_targets": 1})
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 12, 13, 14])
 def test_a_cut_chat_gets_no_false_end_of_turn(
     opened: Opener, tokenizer: PreTrainedTokenizerFast, kept: int

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.data.tokenizer import load as load_tokenizer
 from minigpt.errors import ConfigError, ModelError
-from minigpt.export import hf
+from minigpt.export import gguf, hf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.build import fit_vocabulary
@@ -287,6 +288,26 @@ def test_a_lost_end_or_start_is_found(
     spoil_after_observing(monkeypatch, spoil)
     with pytest.raises(ModelError, match=told):
         hf.export_hf(str(model), tmp_path / "out", Card("x", ""))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_chats_that_inference_sends_as_other_ids_are_found(
+    kind: str, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Texts and rendered chats are equal all the same."""
+    encode = ChatCodec.encode_prompt
+
+    def with_one_more(codec: ChatCodec, messages: Any) -> list[int]:
+        return [*encode(codec, messages), *codec.encode(["\n"])[0]]
+
+    model = str(saved("qwen3"))
+    exports = {"hf": hf.export_hf, "gguf": gguf.export_gguf}
+    numbers = exports[kind](model, tmp_path / "good", Card("x", ""))
+    assert numbers["chats_with_equal_ids"] == "3 of 3"
+    monkeypatch.setattr(ChatCodec, "encode_prompt", with_one_more)
+    with pytest.raises(ModelError, match=r"ids of chats differ.*chats_with_equal_ids 0 of 3"):
+        exports[kind](model, tmp_path / "out", Card("x", ""))
     assert not (tmp_path / "out").exists()
 
 
