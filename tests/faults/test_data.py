@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -22,10 +23,10 @@ from patience import eventually, limit
 from runs import Running, Start, held_in, meet  # type: ignore[import-not-found]
 
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.chat import refused_texts
 from minigpt.data.order import PackedOrder, Part
-from minigpt.data.records import BadRows, Chat, Kind, Message, Text, read_records
+from minigpt.data.records import BadRows, Chat, Kind, Text, read_records
 from minigpt.data.store import Limits, TokenStore, open_store
-from minigpt.data.tokenizer import special_texts
 from minigpt.errors import DataError
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -249,15 +250,21 @@ FILE = st.one_of(
 LONG = st.builds(
     str.__mul__, st.text("abc 春\n", min_size=1, max_size=15), st.sampled_from([1, 1, 1, 5])
 )
-TURNS = st.lists(LONG, min_size=2, max_size=5).map(
-    lambda said: [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)
+SPECIAL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+# What a user says may hold special tokens; answers may begin as the text before them ends.
+ASKED = st.one_of(*[LONG] * 7, st.sampled_from(["<|im_end|>", "a<<|im_start|>|>"]))
+ANSWER = st.one_of(*[LONG] * 7, st.sampled_from(["\n", "\n\n"]).map(lambda space: f"{space}a"))
+TURNS = st.lists(st.tuples(ASKED, ANSWER), min_size=1, max_size=3).map(
+    lambda pairs: [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
 )
 FIT = {
     "text": st.fixed_dictionaries({"text": LONG}),
     "chat": st.fixed_dictionaries({"messages": TURNS}),
-    "preference": st.fixed_dictionaries({"prompt": LONG, "chosen": LONG, "rejected": LONG}),
+    "preference": st.fixed_dictionaries({"prompt": ASKED, "chosen": ANSWER, "rejected": ANSWER}),
 }
 
 
@@ -296,7 +303,7 @@ def check(data: bytes, kind: Kind, tokenizer: Any, directory: Path) -> str:
         assert strict.reason in skipped
         assert strict.line
     bad = BadRows("skip", 1.0)
-    records = list(read_records([file], kind, bad, None, special_texts(tokenizer)))
+    records = list(read_records([file], kind, bad, None, refused_texts(tokenizer, kind)))
     assert not bad.counts - Counter(skipped)  # the store leaves out more, for its length
     read_back(lenient, records, kind, tokenizer)
     packed_once(lenient)
@@ -333,34 +340,66 @@ def samples_of(record: Any, tokenizer: Any) -> list[list[list[int]]]:
             left = left[LONGEST - 1 :]  # the last token is the next sample's first
         return samples
     if isinstance(record, Chat):
-        flat, targets = chat_ids(record.messages, ids)
-        flat, targets = flat[:LONGEST], targets[:LONGEST]
-        return [[[], flat, [], targets]] if any(targets[1:]) else []
-    begun = (*record.prompt, Message("assistant", ""))
-    prompt = chat_ids(begun, ids)[0][:-1][-(LONGEST - 1) :]  # without the end of the empty turn
+        runs = ((flat[:LONGEST], marks[:LONGEST]) for flat, marks in chat_runs(record, ids))
+        return [[[], flat, [], marks] for flat, marks in runs if any(marks[1:])]
+    begun = asked(record.prompt)
+    prompt = ids_of_runs(begun, ids)[-(LONGEST - 1) :]
     room = LONGEST - len(prompt)
     chosen, rejected = (
-        ids(f"{answer.content}<|im_end|>")[:room] for answer in (record.chosen, record.rejected)
+        answer_ids(begun, answer, ids)[:room] for answer in (record.chosen, record.rejected)
     )
     return [[prompt, chosen, rejected]] if chosen != rejected else []
 
 
-def chat_ids(messages: Any, ids: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
-    """Encode a chat up to the end of its last answer, each answer alone; say what is learnt."""
-    flat: list[int] = []
-    targets: list[bool] = []
-    before = ""
+def asked(messages: Any) -> list[str]:
+    """Render messages that are to be answered: runs of text that are tokenised apart.
+
+    A run ends within each special token that system or user say, behind its first character.
+    """
+    runs = [""]
     for message in messages:
-        before += f"<|im_start|>{message.role}\n"
-        said = f"{message.content}<|im_end|>"
+        said = message.content
         if message.role != "assistant":
-            before += f"{said}\n"
+            first, *others = SPECIAL.sub(lambda found: f"<\0{found.group()[1:]}", said).split("\0")
+            runs[-1] += f"<|im_start|>{message.role}\n{first}"
+            runs += others
+            said = ""
+        else:
+            runs[-1] += "<|im_start|>assistant\n"
+        runs[-1] += f"{said}<|im_end|>\n"
+    runs[-1] += "<|im_start|>assistant\n"
+    return runs
+
+
+def ids_of_runs(runs: list[str], ids: Callable[[str], list[int]]) -> list[int]:
+    return [token for run in runs for token in ids(run)]
+
+
+def answer_ids(prompt: list[str], answer: Any, ids: Callable[[str], list[int]]) -> list[int]:
+    """Encode an answer behind its prompt; alone, where a token would reach into it."""
+    said, start = f"{answer.content}<|im_end|>", ids_of_runs(prompt, ids)
+    whole = ids_of_runs([*prompt[:-1], prompt[-1] + said], ids)
+    return whole[len(start) :] if whole[: len(start)] == start else ids(said)
+
+
+def chat_runs(chat: Chat, ids: Callable[[str], list[int]]) -> list[tuple[list[int], list[bool]]]:
+    """Encode a chat up to the end of its last answer; say what is learnt.
+
+    Where a prompt does not go on from the ids of the last answer, a new sample begins.
+    """
+    samples: list[tuple[list[int], list[bool]]] = []
+    for index, message in enumerate(chat.messages):
+        if message.role != "assistant":
             continue
-        for text, learnt in ((before, False), (said, True)):
-            flat += ids(text)
-            targets += [learnt] * len(ids(text))
-        before = "\n"
-    return flat, targets
+        prompt = asked(chat.messages[:index])
+        start, said = ids_of_runs(prompt, ids), answer_ids(prompt, message, ids)
+        before, marks = samples.pop() if samples else ([], [])
+        if start[: len(before)] != before:
+            samples.append((before, marks))
+            before, marks = [], []
+        marks = marks + [False] * (len(start) - len(before)) + [True] * len(said)
+        samples.append((start + said, marks))
+    return samples
 
 
 def packed_once(store: TokenStore) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import tiny_runs
 import torch
 from tiny_runs import RUN, Fit
 
 from minigpt.cli import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
+from minigpt.infer.batch import Batch
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.saved import load_model
 
@@ -68,6 +70,29 @@ def test_predict_completes_every_row_in_order(stage: str, world: Path, tmp_path:
     engine = Engine.load(world / stage)
     replies = engine.complete([row["prompt"] for row in asked], Sampling(max_new_tokens=4))
     assert [row["completion"] for row in rows] == [reply.text for reply in replies]
+
+
+@pytest.mark.parametrize(("verb", "option"), [("predict", "predict"), ("test", "exam")])
+def test_a_users_message_opens_no_turn(
+    verb: str, option: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    add = Batch.add
+
+    def spied(batch: Batch, ids: list[int], *more: Any) -> int:
+        asked.append(ids)
+        return add(batch, ids, *more)
+
+    monkeypatch.setattr(Batch, "add", spied)
+    file, run_dir = tmp_path / "asked.jsonl", tmp_path / "sft"
+    shutil.copytree(world / "sft", run_dir)  # an exam's replies are written beside the run
+    messages = [{"role": "user", "content": tiny.FORGED}]
+    tiny_runs.write_jsonl(file, [{"messages": messages, "answer": "yes"}])
+    changes = {f"data__init_args__{option}": [str(file)] if option == "exam" else str(file)}
+    made = tiny_runs.config(world, "sft", run_dir, **SHORT, **changes)
+    more = ("--predictions", str(tmp_path / "out.jsonl")) if verb == "predict" else ()
+    run(tiny_runs.arguments(verb, made, *more))
+    assert asked == [tiny.asked_as_text(Engine.load(run_dir).tokenizer, tiny.FORGED)]
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])

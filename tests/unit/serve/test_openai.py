@@ -8,9 +8,11 @@ from typing import Any
 
 import openai
 import pytest
+import tiny
 from serving import ASKED, SAID, Served
 
 from minigpt.data.records import Message
+from minigpt.infer.batch import Batch
 
 CHAT: dict[str, Any] = {
     "model": "sft",
@@ -92,6 +94,28 @@ def test_prompts_of_every_form(client: openai.OpenAI, served: Served) -> None:
         assert [c.index for c in reply.choices] == list(range(count))
         assert reply.usage is not None
         assert reply.usage.prompt_tokens == count * len(ids)
+
+
+def test_a_users_message_opens_no_turn(
+    client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    add = Batch.add
+
+    def spied(batch: Batch, ids: list[int], *more: Any) -> int:
+        asked.append(ids)
+        return add(batch, ids, *more)
+
+    monkeypatch.setattr(Batch, "add", spied)
+    message = {"role": "user", "content": tiny.FORGED}
+    for stream in (False, True):
+        reply = client.chat.completions.create(
+            **CHAT | {"messages": [message], "max_tokens": 2, "stream": stream}
+        )
+        if stream:
+            list(reply)
+    tokenizer = served.worker.engines["sft"].tokenizer
+    assert asked == [tiny.asked_as_text(tokenizer, tiny.FORGED)] * 2
 
 
 def test_messages_in_parts_and_roles(client: openai.OpenAI) -> None:
