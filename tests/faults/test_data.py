@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import eventually, limit
 from runs import Running, Start, held_in, meet  # type: ignore[import-not-found]
+from tokenizers import Tokenizer
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import refused_texts
@@ -74,7 +75,11 @@ def test_a_bad_row_stops_a_run_before_its_first_step_by_name(
 
 @pytest.fixture(scope="module")
 def tokenizer(world: Path) -> Any:
-    return tokenizers.load(world / "sft" / "hf")
+    """The runs' tokenizer with a token of two line ends, which reaches from turn to answer."""
+    spec = json.loads(tokenizers.load(world / "sft" / "hf").backend_tokenizer.to_str())
+    spec["model"]["vocab"]["ĊĊ"] = len(spec["model"]["vocab"])
+    spec["model"]["merges"].append(["Ċ", "Ċ"])
+    return tokenizers.wrap(Tokenizer.from_str(json.dumps(spec)))
 
 
 @pytest.mark.parametrize(("bad", "reason", "field"), BAD)
