@@ -23,18 +23,37 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minigpt.data.batch import collate
-from minigpt.infer.cached import Cached
 from minigpt.model import conformance, forward, shrink
 from minigpt.model.attention import attention_of
+from minigpt.model.cached import ALIKE, PADDED, WHOLE, Cached
+from minigpt.model.conformance import Conduct
 from minigpt.model.lm import PackedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 STEPS = 3  # tokens that are decoded
 # What published models of a type have and its default config lacks.
-CHANGES: dict[str, dict[str, Any]] = {"lfm2": {"full_attn_idxs": [2, 5]}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "falcon_h1": {"mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 2) * 4},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"full_attn_idxs": [2, 5]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
 PACKED, ROWS = "equal, packed", "equal, one sample a row"
 REFUSED, NOT_BUILT, WRONG = "refused", "cannot be built tiny", "WRONG"
+WAYS = {
+    PADDED: "equal, padded",
+    ALIKE: "equal, those of one length",
+    WHOLE: "equal, without a cache",
+    "": REFUSED,
+}
 HEAD = """\
 # Model types
 
@@ -43,8 +62,9 @@ A tiny random model of each causal-LM type, from its default config, reads texts
 in fp32. *Equal* means that the loss of each sample, as MiniGPT computes it, is that of the model's
 own eager attention on the sample alone. Types that are not exact packed read each sample in a row
 of its own, which takes more time. The same proof runs for the config of each model before it is
-used, and decides there. *Decoding* compares the logits of prompts of different lengths, continued
-together, with those of each text read at once.
+used, and decides there. *Decoding* continues texts together, in the fastest way whose logits are
+those of each text read at once: prompts of all lengths padded in one cache, those of one length in
+a cache, or without a cache, where the whole text is computed for each new token.
 
 {counts}
 
@@ -60,7 +80,7 @@ class Row:
     Attributes:
         kind: model type.
         result: one of the words above.
-        decoding: "equal", or what is wrong; empty where it was not tried.
+        decoding: the fastest way that is equal; empty where nothing was tried.
         why: what keeps it from being packed, or from being computed.
     """
 
@@ -104,21 +124,18 @@ def losses_differ(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def decoding_of(model: PreTrainedModel) -> str:
-    """Return "equal" when prompts decoded together give what each text gives alone."""
-    texts = [sample.ids.tolist() for sample in conformance._samples(model)[:2]]
-    attention = conformance.checked(model, training=False).decoding
-    try:
-        with attention_of(model, attention):
-            runner = Cached(model)
-            logits = [runner.admit([text[:-STEPS] for text in texts])]
-            logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
-    except Exception as error:
-        return conformance.describe(error)
-    ours = torch.stack(logits, 1)  # [2, steps + 1, V]
+def decoding_differs(model: PreTrainedModel, conduct: Conduct) -> bool:
+    """Whether prompts decoded together give other logits than each text gives alone."""
+    samples = conformance._samples(model)
+    texts = [sample.ids[: 23 - 5 * at].tolist() for at, sample in enumerate(samples)]
+    with attention_of(model, conduct.decoding):
+        runner = Cached(model, conduct.way)
+        logits = [runner.admit([text[:-STEPS] for text in texts])]
+        logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
+    ours = torch.stack(logits, 1)  # [texts, steps + 1, V]
     with attention_of(model, "eager"):
         own = [forward.plain(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts]
-    return "equal" if conformance.close(ours, torch.stack(own)) else "differs"
+    return not conformance.close(ours, torch.stack(own))
 
 
 def examine(kind: str) -> Row:
@@ -130,12 +147,16 @@ def examine(kind: str) -> Row:
             model = small_model(config).eval()
         except Exception as error:
             return Row(kind, NOT_BUILT, why=conformance.describe(error))
-        if conduct is None or not conduct.training:
-            return Row(kind, REFUSED, why=conduct.problem if conduct else "no proof")
+        if conduct is None:
+            return Row(kind, REFUSED, why="no proof")
+        if conduct.way and decoding_differs(model, conduct):
+            return Row(kind, WRONG, WRONG)
+        decoding = WAYS[conduct.way]
+        if not conduct.training:
+            return Row(kind, REFUSED, decoding, conduct.problem)
         if losses_differ(model):
-            return Row(kind, WRONG)
-        result = PACKED if conduct.packed else ROWS
-        return Row(kind, result, decoding_of(model), conduct.problem)
+            return Row(kind, WRONG, decoding)
+        return Row(kind, PACKED if conduct.packed else ROWS, decoding, conduct.problem)
 
 
 def _work(kind: str, to: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,18 @@ from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, DataError
 from minigpt.infer.batch import Batch, Delta, Finish, TokenLogprob
-from minigpt.infer.cached import Cached
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.attention import attention_of
 from minigpt.model.build import cast_weights, check_vocabulary, embedding_rows
+from minigpt.model.cached import WHOLE, Cached
 from minigpt.model.conformance import checked
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
 from minigpt.model.rope import max_positions
 from minigpt.model.saved import base_of, find_model, load_model, tokenizer_place
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
 
@@ -64,7 +67,7 @@ class Engine:
 
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
-        attention: the function by which a model of this kind is exact.
+        attention, way: the function, and the way to decode, by which a model of this kind is exact.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
         rows: how many token ids the model embeds.
@@ -81,7 +84,14 @@ class Engine:
         self.model, self.tokenizer, self.int8 = model, tokenizer, int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
-        self.attention = checked(model, training=False).decoding
+        conduct = checked(model, training=False)
+        self.attention, self.way = conduct.decoding, conduct.way
+        if self.way == WHOLE and not is_native(model):
+            log.warning(
+                "%s is not exact with a cache: the whole text is computed for each new token, "
+                "which takes more time.",
+                type(model).__name__,
+            )
         self.ends = set(reply_ends(model, tokenizer))
         self.start = tokenizers.document_start(tokenizer)
         self.context = max_positions(model.config)
@@ -158,7 +168,7 @@ class Engine:
     def runner(self) -> Native | Cached:
         """Return what computes the steps of a batch, over the weights as they are now."""
         if not is_native(self.model):
-            return Cached(self.model)
+            return Cached(self.model, self.way)
         device = self.model.device.type
         dtype = self.model.dtype
         if torch.is_autocast_enabled(device):

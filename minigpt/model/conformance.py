@@ -3,7 +3,8 @@
 A tiny random model of the same config (`shrink`) reads two texts and a preference, packed. Each
 target's log-probability is compared with what the model gives, by its own eager attention, to the
 sample alone; and no sample may move when another one changes. What is not exact packed is tried
-with each sample in a row of its own.
+with each sample in a row of its own. Then texts are continued together, token by token, in the
+fastest way to decode that gives what each text gives when it is read at once.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
-from minigpt.model import attention, forward, shrink
+from minigpt.model import attention, cached, forward, shrink
 from minigpt.model.attention import PACKED, attention_of
+from minigpt.model.cached import ALIKE, PADDED, WHOLE, Cached
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ SEEDS = (0, 1)  # a model that picks experts may pick others for a rounding erro
 # Prompt, first and second run of tokens of each sample: texts and a preference. The long ones are
 # longer than the windows of tiny models.
 SHAPES = ((0, 23, 0), (0, 14, 0), (5, 9, 16))
+STEPS = 4  # tokens that are decoded
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Conduct:
             each sample in a row of its own; empty where none is right.
         decoding: attention that it is exact by when it reads one sequence: "sdpa" or "eager";
             empty where its own forward does not work.
+        way: to decode many texts, `PADDED`, `ALIKE` or `WHOLE`; empty where none is right.
         problem: why it is not packed, or not computed at all.
     """
 
     training: str
     decoding: str
+    way: str = ""
     problem: str = ""
 
     @property
@@ -82,8 +87,9 @@ def checked(model: PreTrainedModel, training: bool) -> Conduct:
 
 def check(config: PreTrainedConfig, conduct: Conduct, training: bool) -> None:
     """Refuse, with a ModelError, a config whose kind cannot be computed exactly."""
-    if not (conduct.training if training else conduct.decoding):
-        raise ModelError(_refusal(config, conduct.problem))
+    if not (conduct.training if training else conduct.way):
+        problem = conduct.problem or "no way to decode gives what its own forward does"
+        raise ModelError(_refusal(config, problem))
 
 
 def _refusal(config: PreTrainedConfig, problem: str) -> str:
@@ -133,7 +139,7 @@ def _remember(digest: str, found: Conduct | None) -> Conduct | None:
 @cache
 def _code() -> str:
     """Return a digest of what a proof depends on besides the config."""
-    files = (__file__, attention.__file__, forward.__file__, shrink.__file__)
+    files = [__file__, attention.__file__, cached.__file__, forward.__file__, shrink.__file__]
     sources = [Path(file).read_text(encoding="utf-8") for file in files]
     versions = [transformers.__version__, torch.__version__]
     return hashlib.sha256("\0".join([*versions, *sources]).encode()).hexdigest()
@@ -153,13 +159,14 @@ def _by_tiny_models(config: PreTrainedConfig) -> Conduct | None:
         if new is None:
             break
         found = new if found is None or _rank(new) > _rank(found) else found
-        if found.packed:
+        if found.packed and found.way == PADDED:
             break
     return found
 
 
-def _rank(conduct: Conduct) -> tuple[bool, bool, bool]:
-    return conduct.packed, bool(conduct.training), bool(conduct.decoding)
+def _rank(conduct: Conduct) -> tuple[bool, bool, int]:
+    speed = ("", WHOLE, ALIKE, PADDED).index(conduct.way)
+    return conduct.packed, bool(conduct.training), speed
 
 
 def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conduct | None:
@@ -197,14 +204,16 @@ def prove(model: PreTrainedModel) -> Conduct:
             problem = "its own forward gives numbers that are not finite"
             raise ModelError(_refusal(model.config, problem))
         if not _is_causal(model, samples):
-            return Conduct("", "", "a token's logits depend on the tokens after it, as it is built")
+            problem = "a token's logits depend on the tokens after it, as it is built"
+            return Conduct("", "", problem=problem)
         problem = _problem(model, samples, truth, PACKED)
         by_sdpa = model._supports_sdpa and not _problem(model, samples, truth, "sdpa")
         decoding = "sdpa" if by_sdpa else "eager"
+        way = _way(model, samples, decoding)
         if not problem:
-            return Conduct(PACKED, decoding)
+            return Conduct(PACKED, decoding, way)
         by_rows = _problem(model, samples, truth, decoding)
-        return Conduct("" if by_rows else decoding, decoding, by_rows or problem)
+        return Conduct("" if by_rows else decoding, decoding, way, by_rows or problem)
 
 
 @contextmanager
@@ -284,6 +293,38 @@ def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name:
         worst = float((before - truth).abs().max())
         return f"log-probabilities differ by up to {worst:.2g} from those of its own forward"
     return ""
+
+
+def _way(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
+    """Return the fastest way to decode that gives what each text gives alone; empty if none."""
+    most = SHAPES[0][1]
+    texts = [sample.ids[:most].tolist() for sample in samples]  # two of them are of one length
+    device = next(model.parameters()).device
+    with attention_of(model, "eager"):
+        truth = [forward.plain(model, torch.tensor([t], device=device))[0].float() for t in texts]
+    for way in cached.ways(model):
+        with attention_of(model, name):
+            if _decodes(Cached(model, way), texts, truth):
+                return way
+    return ""
+
+
+def _decodes(runner: Cached, texts: list[list[int]], truth: list[Tensor]) -> bool:
+    """Whether texts, continued together, have the logits of each alone, [L, V]; one leaves."""
+    texts, truth = list(texts), list(truth)
+    try:
+        found = runner.admit([text[:-STEPS] for text in texts])
+        for left in range(STEPS, 0, -1):
+            if not close(found.float(), torch.stack([own[-left - 1] for own in truth])):
+                return False
+            if left == STEPS // 2:
+                runner.drop(0)
+                texts[0], truth[0] = texts.pop(), truth.pop()
+            found = runner.step([text[-left] for text in texts])
+    except Exception as error:
+        log.debug("Decoding, %s: %s", runner.way, describe(error))
+        return False
+    return close(found.float(), torch.stack([own[-1] for own in truth]))
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

@@ -25,16 +25,16 @@ PARAMETERS = 50_000_000  # a larger model is not tiny
 
 _DEPTH = re.compile(
     r"^(num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers"
-    r"|num_(encoder|decoder)_layers)$"
+    r"|num_(encoder|decoder)_layers|num_blocks)$"
 )
 _HEADS = re.compile(r"heads?$|^n_groups$|mamba_n_groups|num_kv$")
 _HEAD_WIDTH = re.compile(
-    r"head_dim|head_size|rotary_dim|rotary_ndims|rope_dim|lora_rank|d_head|dim_head|kv_channels"
+    r"head_?dim|head_size|rotary_dim|rotary_ndims|rope_dim|lora_rank|d_head|dim_head|kv_channels"
     r"|mrope_section|d_kv"
 )
 _WIDTH = re.compile(
-    r"hidden_size|^d_model$|^n_embd$|^dim$|emb(ed)?_dim|embedding_size|intermediate|ffn|n_inner"
-    r"|d_inner|d_ff|lru_width|d_ssm|_width$|attention_hidden|hidden_dim|model_dim"
+    r"hidden_size|^d_model$|^n_embd$|^dim$|emb(ed|edding)?_dim|embedding_size|intermediate|ffn|n_inner"
+    r"|d_inner|d_ff|lru_width|d_ssm|_width$|attention_hidden|hidden_dim|model_dim|adapter_in"
 )
 _POSITIONS = re.compile(
     r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_target_positions)$"
@@ -47,7 +47,7 @@ _AT_MOST = (
     (re.compile(r"experts_per_tok|^moe_(top)?k$|^top_k_experts$|^router_top_?k$"), 2),
     (re.compile(r"^(n_group|topk_group|num_expert_groups?|topk_groups?)$"), 1),
     (re.compile(r"window|chunk_size|chunk_length|index_topk|block_size"), WINDOW),
-    (re.compile(r"vocab_size"), VOCABULARY),
+    (re.compile(r"vocab_size|group_vocab$"), VOCABULARY),
 )
 
 
@@ -86,7 +86,9 @@ def _first(values: dict[str, Any], *names: str) -> int:
 
 def _narrow(values: dict[str, Any]) -> None:
     """Divide widths and head counts in place."""
-    heads, widths = _numbers(values, _HEADS), _numbers(values, _HEAD_WIDTH)
+    layers = list((values.get("per_layer_config") or {}).values())
+    heads = [n for part in (values, *layers) for n in _numbers(part, _HEADS)]
+    widths = [n for part in (values, *layers) for n in _numbers(part, _HEAD_WIDTH)]
     count = _first(values, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
     hidden = _first(values, "hidden_size", "d_model", "n_embd")
     of_heads = _divisor(heads, 2, max(1, count // 4))
@@ -96,17 +98,19 @@ def _narrow(values: dict[str, Any]) -> None:
     if count and hidden % count == 0 and not _ints(values.get("head_dim")):
         widths.append(hidden // count)
     of_width = _divisor(widths, 8, 16)
+    while of_width > 1 and hidden % (8 * of_heads * of_width):  # else ratios to it would change
+        of_width //= 2
     whole = of_heads * of_width
     changes: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = (
         (_HEAD_WIDTH, lambda n: n // of_width if n % of_width == 0 else n),
         (_HEADS, lambda n: n // of_heads),
         (_WIDTH, lambda n: -(-n // whole // 8) * 8),  # experts' products go in steps of eight
     )
-    for name, value in values.items():
-        for names, change in changes:
-            if names.search(name):
-                values[name] = _map(value, change)
-                break
+    for part in (values, *layers):
+        for name, value in part.items():
+            change = next((change for names, change in changes if names.search(name)), None)
+            if change is not None:
+                part[name] = _map(value, change)
 
 
 def _shallow(values: dict[str, Any]) -> None:
@@ -126,7 +130,8 @@ def _kept(values: dict[str, Any], depth: int) -> list[int]:
         for index in range(depth)
     ]
     later = [i for i in range(len(kept), depth) if kinds[i] not in kinds[:i]]
-    return kept + later[:LAYERS]
+    kept += later[:LAYERS]
+    return kept if kinds[kept[-1]] == kinds[-1] else [*kept, depth - 1]  # some set their last one
 
 
 def _of_layer(name: str, value: Any, depth: int, index: int) -> Any:
@@ -134,7 +139,7 @@ def _of_layer(name: str, value: Any, depth: int, index: int) -> Any:
     if isinstance(value, list | str) and len(value) == depth:
         return value[index]
     if name == "per_layer_config" and value:
-        return value.get(index, value.get(str(index)))
+        return value.get(index)
     if _INDICES.search(name) and isinstance(value, list):
         return index in value
     return None
@@ -180,6 +185,9 @@ def shrunk(values: dict[str, Any], narrow: bool = True) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in values.items():
         if name.startswith("_") or name == "quantization_config":
+            continue
+        if name == "per_layer_config" and value:  # by number, or by text such as "05"
+            out[name] = {int(index): dict(layer) for index, layer in value.items()}
             continue
         inner = isinstance(value, dict) and "model_type" in value
         out[name] = shrunk(value, narrow) if inner else _limit(name, value)

@@ -8,31 +8,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from minigpt.model.conformance import Conduct
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "conformance.py"))
 PACKED, ROWS = SCRIPT["PACKED"], SCRIPT["ROWS"]
+PADDED, ALIKE, WHOLE = (SCRIPT["WAYS"][way] for way in ("padded", "alike", "whole"))
 DOZEN = {
-    "llama": PACKED,
-    "qwen2": PACKED,
-    "qwen3": PACKED,
-    "gemma2": PACKED,
-    "gemma3_text": PACKED,
-    "gpt2": PACKED,
-    "gpt_oss": PACKED,
-    "deepseek_v3": PACKED,
-    "lfm2": ROWS,
-    "mamba": ROWS,
-    "qwen3_next": ROWS,
-    "bloom": ROWS,
+    "llama": (PACKED, PADDED),
+    "qwen2": (PACKED, PADDED),
+    "qwen3": (PACKED, PADDED),
+    "gemma2": (PACKED, PADDED),
+    "gemma3_text": (PACKED, PADDED),
+    "gpt2": (PACKED, PADDED),
+    "gpt_oss": (PACKED, PADDED),
+    "deepseek_v3": (PACKED, PADDED),
+    "lfm2": (ROWS, ALIKE),
+    "mamba": (ROWS, ALIKE),
+    "roberta": (ROWS, ALIKE),
+    "rwkv": (ROWS, WHOLE),
+    "bloom": (ROWS, PADDED),
 }
 
 
 @pytest.mark.parametrize("kind", DOZEN)
 def test_a_dozen_types_are_equal(kind: str) -> None:
     row = SCRIPT["examine"](kind)
-    assert (row.result, row.decoding) == (DOZEN[kind], "equal"), row.why
+    assert (row.result, row.decoding) == DOZEN[kind], row.why
+
+
+@torch.no_grad()
+def test_what_is_decoded_otherwise_than_alone_shows() -> None:
+    config = SCRIPT["config_of"]("roberta")
+    model = SCRIPT["small_model"](config).eval()
+    assert not SCRIPT["decoding_differs"](model, Conduct("", "eager", "alike"))
+    assert SCRIPT["decoding_differs"](model, Conduct("", "eager", "padded"))
 
 
 def test_what_hangs_or_dies_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

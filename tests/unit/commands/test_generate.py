@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from minigpt.data.records import Message
 from minigpt.infer.batch import Batch
-from minigpt.infer.cached import Cached
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import Native
+from minigpt.model.cached import Cached
 
 Minigpt = Callable[..., Any]
 SHORT = ("--max_new_tokens", "6")

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.infer.batch import Batch, Delta
-from minigpt.infer.cached import Cached
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.native import Native, Weights, is_native
+from minigpt.model.cached import Cached
 
 NATIVE = ("qwen3", "llama")
 OTHERS = ("qwen2", "gpt2", "gemma2", "mistral")

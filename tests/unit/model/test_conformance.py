@@ -15,10 +15,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import collate
 from minigpt.errors import ModelError
-from minigpt.infer.engine import Engine
+from minigpt.infer.engine import Engine, Sampling
 from minigpt.model import conformance, shrink
 from minigpt.model.attention import PACKED, attention_of
+from minigpt.model.cached import ALIKE, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct, checked, conduct_of
+from minigpt.model.forward import plain
 from minigpt.model.lm import PackedLM
 from minigpt.model.saved import load_model, save_model
 from minigpt.model.shrink import shrunk, tiny_models
@@ -109,10 +111,66 @@ def test_a_model_is_loaded_with_the_attention_that_is_exact(tmp_path: Path) -> N
     assert Engine.load(gemma).model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "way"),
+    [
+        ("qwen3", {}, PADDED),
+        ("opt", {}, PADDED),
+        ("roberta", {}, ALIKE),  # learned positions, whose first is not 0
+        ("bart", {}, ALIKE),  # learned positions, which it does not take as an argument
+        ("whisper", {}, ALIKE),
+        ("mamba", {}, ALIKE),
+        ("bamba", {}, WHOLE),  # its own code asks a layer without keys for its length
+        ("rwkv", {}, WHOLE),
+    ],
+)
+@torch.no_grad()
+def test_texts_are_continued_in_the_fastest_way_that_is_exact(
+    kind: str, changes: dict[str, Any], way: str, tmp_path: Path
+) -> None:
+    config = CONFIG_MAPPING[kind](**changes)
+    values = {**shrunk(config.to_dict()), "vocab_size": tiny.VOCABULARY, "is_decoder": True}
+    small = type(config).from_dict(values)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+    shrink._stir(model.eval())
+    engine = Engine(model, tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer")))
+    assert engine.way == way
+    prompts = ["the cat sat on", "the", "a dog"]
+    replies = engine.complete(prompts, Sampling(max_new_tokens=4, temperature=0))
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = engine.encode(prompt)
+        for token in reply.ids:
+            logits = plain(model, torch.tensor([ids]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-4
+            ids.append(token)
+
+
+def test_what_no_way_decodes_is_refused_to_decode_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = Cached._forward
+    monkeypatch.setattr(Cached, "_forward", lambda *given: whole(*given) + 1)
+    model = tiny.model("qwen3")
+    assert checked(model, training=True).packed
+    with pytest.raises(ModelError, match=r"no way to decode gives what its own forward does"):
+        Engine(model, tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer")))
+
+
+def test_a_cache_that_is_not_exact_is_said(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer"))
+    with caplog.at_level(logging.WARNING):
+        Engine(model_of("rwkv"), tokenizer)
+    assert any(
+        "RwkvForCausalLM is not exact with a cache" in r.getMessage() for r in caplog.records
+    )
+
+
 def test_the_proof_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG_MAPPING["llama"](hidden_size=64, num_attention_heads=4)
     first = conduct_of(config)
-    assert first == Conduct(PACKED, "sdpa")
+    assert first == Conduct(PACKED, "sdpa", PADDED)
     (file,) = cache.iterdir()
     monkeypatch.setattr(conformance, "_PROVEN", {})
     monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: pytest.fail("proven again"))
@@ -120,8 +178,8 @@ def test_the_proof_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert conduct_of(config) == first
     file.write_text("{")
     monkeypatch.setattr(conformance, "_PROVEN", {})
-    monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: Conduct("", "sdpa", "new"))
-    assert conduct_of(config) == Conduct("", "sdpa", "new")
+    monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: Conduct("", "sdpa", WHOLE, "new"))
+    assert conduct_of(config) == Conduct("", "sdpa", WHOLE, "new")
     assert json.loads(file.read_text())["problem"] == "new"
 
 
@@ -146,7 +204,7 @@ def test_a_model_that_cannot_be_made_small_is_tried_itself(
     monkeypatch.setattr(shrink, "tiny_models", fail)
     model = tiny.model("qwen3")
     assert conduct_of(model.config) is None
-    assert checked(model, training=True) == Conduct(PACKED, "sdpa")
+    assert checked(model, training=True) == Conduct(PACKED, "sdpa", PADDED)
     monkeypatch.setattr(model, "forward", fail)
     monkeypatch.setattr(conformance, "_PROVEN", {})
     with pytest.raises(ModelError, match=r"qwen3.*does not read plain text: .*Error"):

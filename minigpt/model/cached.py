@@ -15,6 +15,9 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from minigpt.model.rope import depends_on_length
 
 KEYS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of a cache, without other states
+# How texts are continued together: prompts of any length padded in one cache, those of one length
+# in a cache, or without a cache, the whole text computed for each token. The fastest comes first.
+PADDED, ALIKE, WHOLE = "padded", "alike", "whole"
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Cohort:
         rows: the requests' places among all.
         tokens: [n, L], all that was read and written; padding is 0.
         mask: [n, L], 0 where there is padding.
-        cache: of the tokens read so far; None for models that cannot go on from one.
+        cache: of the tokens read so far; None where the whole text is computed for each token.
     """
 
     rows: list[int]
@@ -37,37 +40,29 @@ class Cohort:
 class Cached:
     """Decodes requests with a model's own forward, each group that began together by itself.
 
-    Layers with a state (convolutions, recurrences, linear attention) read padding as text, and
-    angles that depend on a text's length are those of the longest row: such models decode
-    prompts of equal lengths together, without padding. A model that takes no transformers cache
-    computes the whole text for each token.
-
     Args:
         model: any causal LM.
+        way: one of `ways(model)`, which it is exact by.
     """
 
     joins = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, way: str) -> None:
         self.model = model
+        self.way = way
         self.cohorts: list[Cohort] = []
         self.count = 0
         taken = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         self._places = "position_ids" in taken
-        self._cache_name = _cache_name(model)
-        self._pads = (
-            self._cache_name is not None
-            and _keeps_keys_alone(model)
-            and not depends_on_length(model)
-        )
+        self._cache_name = "" if way == WHOLE else _cache_name(model)
 
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
         first, parts = len(self.cohorts), []
         groups: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
-            groups.setdefault(0 if self._pads else len(prompt), []).append(place)
+            groups.setdefault(0 if self.way == PADDED else len(prompt), []).append(place)
         for places in groups.values():
             cohort = self._cohort([prompts[place] for place in places], places)
             self.cohorts.append(cohort)
@@ -83,7 +78,7 @@ class Cached:
             [self.count + place for place in places],
             torch.tensor(tokens, device=device),
             torch.tensor(real, device=device),
-            DynamicCache(config=self.model.config) if self._cache_name else None,
+            DynamicCache(config=self.model.config) if self.way != WHOLE else None,
         )
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -100,15 +95,15 @@ class Cached:
     def _forward(self, cohort: Cohort, new: Tensor) -> Tensor:
         """Return the logits [n, V] that follow the new tokens [n, L] of a cohort."""
         options: dict[str, Any] = dict(self._options)
-        if self._cache_name is None:
+        if self.way == WHOLE:
             new, options["use_cache"] = cohort.tokens, False
         else:
+            options |= {self._cache_name: cohort.cache, "use_cache": True}
+        if self.way == PADDED:  # else positions and masks are the model's own
+            options["attention_mask"] = cohort.mask
             if self._places:
                 places = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
                 options["position_ids"] = places[:, -new.shape[1] :]
-            if self._pads:  # else nothing is masked, and some take a mask for padding alone
-                options["attention_mask"] = cohort.mask
-            options |= {self._cache_name: cohort.cache, "use_cache": True}
         logits: Tensor = self.model(input_ids=new, **options).logits
         return logits[:, -1]
 
@@ -135,15 +130,27 @@ def _in_order(parts: list[Tensor], cohorts: list[Cohort]) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def _cache_name(model: PreTrainedModel) -> str | None:
-    """Return the argument that takes a transformers cache; None where there is no such."""
+def ways(model: PreTrainedModel) -> list[str]:
+    """Return the ways to decode that a model may be exact by, the fastest first.
+
+    Layers with a state (convolutions, recurrences, linear attention) read padding as text, and
+    angles that depend on a text's length are those of the longest row: neither is padded.
+    """
+    if not _cache_name(model):
+        return [WHOLE]
+    pads = _has_keys_alone(model) and not depends_on_length(model)
+    return [PADDED, ALIKE, WHOLE] if pads else [ALIKE, WHOLE]
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """Return the argument that takes a transformers cache; empty where there is no such."""
     generates: Any = model
     if not generates._supports_default_dynamic_cache() or hasattr(model, "_setup_cache"):
-        return None  # one of its own, or in its layers, which is one for all rows
+        return ""  # one of its own, or in its layers, which is one for all rows
     taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+    return next((name for name in ("past_key_values", "cache_params") if name in taken), "")
 
 
-def _keeps_keys_alone(model: PreTrainedModel) -> bool:
-    """Whether a model's cache holds keys and values and no other states."""
+def _has_keys_alone(model: PreTrainedModel) -> bool:
+    """Whether a model's cache has keys and values and no other states."""
     return all(type(layer) in KEYS for layer in DynamicCache(config=model.config).layers)

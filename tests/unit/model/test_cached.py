@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from minigpt.infer.cached import Cached
 from minigpt.model.attention import attention_of
+from minigpt.model.cached import Cached, ways
 from tests import tiny
 
 SIZES = {
@@ -95,7 +95,7 @@ def test_rows_of_any_model_are_decoded_as_if_alone(kind: str) -> None:
             again = model(torch.tensor([row]), use_cache=False)
             row.append(int(again.logits[0, -1].argmax()))
     with attention_of(model, "sdpa"):
-        runner = Cached(model)
+        runner = Cached(model, ways(model)[0])
         logits = runner.admit(rows[:3])
         together = rows[:3]
         for step in range(6):
