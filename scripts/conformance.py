@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from minigpt.data.batch import collate
 from minigpt.model import conformance, forward, shrink
 from minigpt.model.attention import attention_of
-from minigpt.model.cached import ALIKE, PADDED, WHOLE, Cached
+from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct
 from minigpt.model.lm import PackedLM
 
@@ -51,6 +51,7 @@ REFUSED, NOT_BUILT, WRONG = "refused", "cannot be built tiny", "WRONG"
 WAYS = {
     PADDED: "equal, padded",
     ALIKE: "equal, those of one length",
+    NUMBERED: "equal, those of one length",
     WHOLE: "equal, without a cache",
     "": REFUSED,
 }

@@ -15,9 +15,10 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from minigpt.model.rope import depends_on_length
 
 KEYS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of a cache, without other states
-# How texts are continued together: prompts of any length padded in one cache, those of one length
-# in a cache, or without a cache, the whole text computed for each token. The fastest comes first.
-PADDED, ALIKE, WHOLE = "padded", "alike", "whole"
+# How texts are continued together: prompts of any length padded in one cache; those of one length
+# in a cache, with the model's own positions or with such as count from 0; or without a cache, the
+# whole text computed for each token. The fastest comes first.
+PADDED, ALIKE, NUMBERED, WHOLE = WAYS = "padded", "alike", "numbered", "whole"
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Cached:
         self.count = 0
         taken = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._places = "position_ids" in taken
+        self._numbers = way in (PADDED, NUMBERED) and "position_ids" in taken
         self._cache_name = "" if way == WHOLE else _cache_name(model)
 
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
@@ -99,11 +100,11 @@ class Cached:
             new, options["use_cache"] = cohort.tokens, False
         else:
             options |= {self._cache_name: cohort.cache, "use_cache": True}
-        if self.way == PADDED:  # else positions and masks are the model's own
+        if self.way == PADDED:  # else nothing is masked, and some take a mask for padding alone
             options["attention_mask"] = cohort.mask
-            if self._places:
-                places = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
-                options["position_ids"] = places[:, -new.shape[1] :]
+        if self._numbers:
+            places = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = places[:, -new.shape[1] :]
         logits: Tensor = self.model(input_ids=new, **options).logits
         return logits[:, -1]
 
@@ -139,7 +140,7 @@ def ways(model: PreTrainedModel) -> list[str]:
     if not _cache_name(model):
         return [WHOLE]
     pads = _has_keys_alone(model) and not depends_on_length(model)
-    return [PADDED, ALIKE, WHOLE] if pads else [ALIKE, WHOLE]
+    return [way for way in WAYS if way != PADDED or pads]
 
 
 def _cache_name(model: PreTrainedModel) -> str:

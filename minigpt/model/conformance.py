@@ -30,7 +30,7 @@ from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
 from minigpt.model import attention, cached, forward, shrink
 from minigpt.model.attention import PACKED, attention_of
-from minigpt.model.cached import ALIKE, PADDED, WHOLE, Cached
+from minigpt.model.cached import PADDED, WAYS, Cached
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Conduct:
             each sample in a row of its own; empty where none is right.
         decoding: attention that it is exact by when it reads one sequence: "sdpa" or "eager";
             empty where its own forward does not work.
-        way: to decode many texts, `PADDED`, `ALIKE` or `WHOLE`; empty where none is right.
+        way: to decode many texts, one of `WAYS`; empty where none is right.
         problem: why it is not packed, or not computed at all.
     """
 
@@ -165,8 +165,8 @@ def _by_tiny_models(config: PreTrainedConfig) -> Conduct | None:
 
 
 def _rank(conduct: Conduct) -> tuple[bool, bool, int]:
-    speed = ("", WHOLE, ALIKE, PADDED).index(conduct.way)
-    return conduct.packed, bool(conduct.training), speed
+    slowness = (*WAYS, "").index(conduct.way)
+    return conduct.packed, bool(conduct.training), -slowness
 
 
 def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conduct | None:

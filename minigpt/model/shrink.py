@@ -34,7 +34,7 @@ _HEAD_WIDTH = re.compile(
 )
 _WIDTH = re.compile(
     r"hidden_size|^d_model$|^n_embd$|^dim$|emb(ed|edding)?_dim|embedding_size|intermediate|ffn|n_inner"
-    r"|d_inner|d_ff|lru_width|d_ssm|_width$|attention_hidden|hidden_dim|model_dim|adapter_in"
+    r"|d_inner|d_ff|lru_width|d_ssm|_width$|attention_hidden|hidden_dim|model_dim"
 )
 _POSITIONS = re.compile(
     r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_target_positions)$"
