@@ -36,6 +36,13 @@ fi
 
 NUMBER=0 STATUS=0
 
+# What a benchmark has to say of a card; its table calls a ratio by the same name, with an x.
+figures() {
+  awk '$1 ~ /^(useful_tokens_per_s|ratio|gemm_peak_fraction|mfu)$/ && $2 !~ /x$/ {
+    printf "%s%s %s", (n++ ? ", " : ""), $1, $2
+  }' "$LOG"
+}
+
 # line NAME COMMAND...: run a command as the next line of the table, in the time that is left.
 line() {
   local name=$1 start=$SECONDS result
@@ -47,8 +54,12 @@ line() {
   elif [[ ! $QUICK && $SECONDS -ge $LIMIT ]]; then
     result="skipped: no time left" STATUS=1
   elif timeout $((QUICK ? 3600 : LIMIT - SECONDS)) "$@" >"$LOG" 2>&1; then
-    result=$(grep -v '^ *$' "$LOG" | tail -n 1 | tr -s ' ')
-    [[ $name == benchmark* ]] && cat "$LOG" >&2
+    if [[ $name == benchmark* ]]; then
+      cat "$LOG" >&2
+      result=$(figures)
+    else
+      result=$(grep -v '^ *$' "$LOG" | tail -n 1)
+    fi
   else
     result="FAILED" STATUS=1
     tail -n 40 "$LOG" >&2

@@ -16,7 +16,8 @@ STUB = """#!/bin/sh
 case "$*" in
   *is_available*) exit 1 ;;
   *test_golden*) echo broken; exit 1 ;;
-  *bench*) echo "ratio     1.5"; echo; exit 0 ;;
+  *bench*) printf '%s\\n' "ratio        1.51x" "" "ratio       1.51" "gemm_peak_fraction  0.44" \\
+    "ratio_trl  1.2" "useful_tokens_per_s  1,100" "mfu   0.4" "trl_peak_rss_mb 9"; exit 0 ;;
 esac
 echo "3 passed in 1s"
 """
@@ -40,7 +41,7 @@ def test_the_table_has_every_line(tmp_path: Path) -> None:
     assert [row[1] for row in rows if "passed" not in row[1]] == [
         "FAILED",
         "skipped: CUDA only",
-        "ratio 1.5",
+        "ratio 1.51, gemm_peak_fraction 0.44, useful_tokens_per_s 1,100, mfu 0.4",
     ]
     assert done.returncode == 1
     assert "broken" in done.stderr
