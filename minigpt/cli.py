@@ -372,11 +372,14 @@ def check_numbers(config: Any) -> None:
         ConfigError: for the first one that is out of range.
     """
     trainer = config.trainer
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     limits = {
         "trainer.max_steps": (trainer.max_steps, trainer.max_steps == -1),
         "trainer.max_epochs": (trainer.max_epochs, trainer.max_epochs in (None, -1)),
         "trainer.accumulate_grad_batches": (trainer.accumulate_grad_batches, False),
         "trainer.log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps is None),
+        "trainer.val_check_interval": (interval, not isinstance(interval, int)),
+        "trainer.check_val_every_n_epoch": (epochs, epochs is None),
         "checkpoint.every": (config.checkpoint.every, False),
         "checkpoint.keep": (config.checkpoint.keep, False),
     }
@@ -390,6 +393,12 @@ def check_numbers(config: Any) -> None:
                 f"trainer.{name} must be a whole number of batches, but is {value}: how many there "
                 "are is known only when they are packed."
             )
+    if isinstance(interval, float) and (interval != 1 or epochs is None):
+        raise ConfigError(
+            "trainer.val_check_interval must be a whole number of batches between validations, "
+            f"but is {interval}. For one at the end of each epoch leave it out and set "
+            "trainer.check_val_every_n_epoch to 1."
+        )
     endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
     if endless and not trainer.fast_dev_run:
         raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")

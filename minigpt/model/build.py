@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
+from minigpt.model.rope import rope_parameters
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Architecture:
     dropout: float = 0.0
 
 
-SIZES = {  # what a config calls the sizes of an `Architecture`
+SIZES = {  # what a config calls the sizes of an `Architecture`, all but `rope_theta`
     "hidden_size": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -90,9 +91,11 @@ def check_sizes(a: Architecture, config: Any) -> None:
     Raises:
         ConfigError: with the settings that would have no effect.
     """
+    has_all = {name: getattr(config, key, None) for name, key in SIZES.items()}
+    has_all["rope_theta"] = rope_parameters(config).get("rope_theta")
     odd = []
-    for name, key in SIZES.items():
-        given, has = getattr(a, name), getattr(config, key, None)
+    for name, has in has_all.items():
+        given = getattr(a, name)
         if given not in (getattr(Architecture(), name), has):
             odd.append(f"{name} {given} (the model has {has})")
     if odd:

@@ -56,6 +56,17 @@ def test_a_share_of_the_batches_is_refused(name: str, fit: Fit) -> None:
         fit("sft", **{f"trainer__{name}": 0.5})
 
 
+def test_a_share_of_an_epoch_between_validations_is_refused(fit: Fit) -> None:
+    with pytest.raises(ConfigError, match="val_check_interval must be a whole number of batches"):
+        fit("sft", trainer__val_check_interval=0.5, trainer__check_val_every_n_epoch=1)
+
+
+def test_a_validation_at_the_end_of_each_epoch(fit: Fit, tmp_path: Path) -> None:
+    changes = {"trainer__check_val_every_n_epoch": 1, "trainer__limit_train_batches": 2}
+    fit("sft", trainer__max_steps=-1, trainer__max_epochs=3, **changes)
+    assert len(tiny_runs.metrics(tmp_path / "run", "val/loss")) == 1 + 3  # and before the first
+
+
 def test_a_short_epoch_goes_on_where_it_was(fit: Fit, tmp_path: Path) -> None:
     changes = {**EPOCHS, "trainer__limit_train_batches": 5, "checkpoint": {"every": 1, "keep": 99}}
     fit("sft", "whole", **changes)

@@ -65,3 +65,6 @@ def test_sizes_beside_a_model_to_go_on_from(world: Path, fit: Fit) -> None:
     told = r"no effect beside init_from.*: hidden_size 512 \(the model has 32\), layers 8 \(the"
     with pytest.raises(ConfigError, match=told):
         fit("pretrain", "other", model__init_args__tokenizer=None, **start)
+    start["model__init_args__architecture"] = {"rope_theta": 5e5}
+    with pytest.raises(ConfigError, match=r"rope_theta 500000.0 \(the model has 10000.0\)"):
+        fit("pretrain", "other", model__init_args__tokenizer=None, **start)

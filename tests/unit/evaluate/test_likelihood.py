@@ -34,6 +34,17 @@ def engine(places: Path, family: str = "qwen3") -> Engine:
     return Engine(tiny.model(family), load(places / "tokenizer"))
 
 
+def test_answers_that_cannot_share_the_angles_of_their_prompt(places: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = tiny.model("llama", max_position_embeddings=8, rope_parameters=rope)
+    scaled = Engine(model, load(places / "tokenizer"))
+    for samples in (tiny.preferences([(4, 3, 4)]), tiny.texts([32])):
+        assert len(list(likelihood.batches(scaled, samples))) == 1
+    for samples, limit in ((tiny.preferences([(4, 5, 3)]), 8), (tiny.texts([33]), 32)):
+        with pytest.raises(DataError, match=f"tokens are more than the {limit} that the model"):
+            list(likelihood.batches(scaled, samples))
+
+
 def plainly(model: Engine, context: list[int], rest: list[int]) -> tuple[float, bool]:
     """Score one continuation with nothing but the model's forward."""
     with torch.no_grad():
