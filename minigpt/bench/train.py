@@ -110,6 +110,7 @@ def prepare(chosen: Namespace, place: Path) -> Work:
 
     from minigpt.cli import choose_precision, quiet
     from minigpt.data import tokenizer as tokenizers
+    from minigpt.model.rope import check_length
     from minigpt.model.saved import find_model, load_model
 
     quiet()
@@ -117,6 +118,7 @@ def prepare(chosen: Namespace, place: Path) -> Work:
     _, _, kind, usual = STAGES[chosen.stage]
     start = str(find_model(chosen.model) if chosen.model else new_model(chosen, place / "start"))
     model = load_model(start)
+    check_length(model.config, chosen.max_length, kind, "--max-length")
     limits = Limits(chosen.max_length, data_limit=chosen.rows, on_bad_row="skip")
     tokenizer = tokenizers.load(start)
     store = open_store(chosen.data, kind, tokenizer, limits, place / "cache")

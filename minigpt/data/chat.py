@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.data.records import Kind, Message
 from minigpt.data.template import BREAK, ChatTemplate, Turn
 from minigpt.data.tokenizer import CHAT_TEMPLATE, TURN_END, TURN_START, special_texts
+from minigpt.errors import TokenizerError
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +56,25 @@ def install_template(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Give a tokenizer without a chat template ours; return whether tokens were added.
 
     The caller resizes the embeddings when it returns True.
+
+    Raises:
+        TokenizerError: when ids have holes, so that the new tokens get ids which others have.
     """
     if tokenizer.chat_template:
         return False
-    before = len(tokenizer)
+    before = tokenizer.get_vocab()
     tokenizer.add_special_tokens({"additional_special_tokens": [TURN_START, TURN_END]})
+    after = tokenizer.get_vocab()
+    if len(set(after.values())) - len(set(before.values())) < len(after) - len(before):
+        raise TokenizerError(
+            f"The tokenizer has no chat template, and ours needs {TURN_START} and {TURN_END}, for "
+            "which tokenizers takes ids that other tokens have, because this one leaves ids out. "
+            "Add two tokens with free ids to its tokenizer.json, or set "
+            "model.init_args.chat_template to a template of the tokens it has."
+        )
     tokenizer.eos_token = TURN_END
     tokenizer.chat_template = CHAT_TEMPLATE
-    added = len(tokenizer) - before
+    added = len(after) - len(before)
     log.warning("The tokenizer has no chat template: ours was installed, %d tokens added.", added)
     return added > 0
 

@@ -18,7 +18,10 @@ COUNTED_MB = 500  # of larger data files, the size is told instead of the rows
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 MODEL = 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-ROWS = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))\n"
+ROWS = (  # ids may leave some out, so that there are fewer tokens
+    "rows = max(tokenizer.get_vocab().values()) + 1\n"
+    "model.resize_token_embeddings(max(rows, model.config.vocab_size))\n"
+)
 PEFT = 'model = PeftModel.from_pretrained(model, "{name}")\n'
 USES = {
     "transformers": IMPORTS + MODEL + TOKENIZER,

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from minigpt.data.tokenizer import document_start
+from minigpt.data.tokenizer import document_start, id_count
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card
 from minigpt.export.check import (
@@ -30,6 +30,7 @@ from minigpt.export.check import (
 )
 from minigpt.files import whole_directory, write_json
 from minigpt.infer.engine import Engine
+from minigpt.model.build import embedding_rows
 from minigpt.model.lora import ADAPTER, merge, save_adapter
 from minigpt.model.rope import max_positions
 from minigpt.model.saved import base_of, find_model, save_model
@@ -150,8 +151,8 @@ def check_directory(
     numbers |= check_borders(expected, document_start(tokenizer), ends)
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or directory, dtype=torch.float32)
     if base is not None:
-        if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
-            loaded.resize_token_embeddings(len(tokenizer))  # as AutoPeftModelForCausalLM does
+        if id_count(tokenizer) > embedding_rows(loaded):
+            loaded.resize_token_embeddings(id_count(tokenizer))  # as the card says
         loaded = PeftModel.from_pretrained(loaded, str(directory))
     moved = [logits_of(loaded.eval(), p, r) - logits for p, r, logits in expected.cases]
     worst = max(float(difference.abs().max()) for difference in moved)

@@ -293,7 +293,8 @@ def save_adapter(
     """Write an adapter directory that plain peft loads; whole or not at all.
 
     Where the vocabulary grew, the embedding and an untied head are a part of it, and
-    ``AutoPeftModelForCausalLM`` gives the base as many rows before it reads them.
+    ``AutoPeftModelForCausalLM`` gives the base as many rows before it reads them; where ids leave
+    some out it gives too few, which is said.
 
     Args:
         adapted: the model with its adapter.
@@ -304,6 +305,13 @@ def save_adapter(
     given: Any = adapted
     base = given.get_base_model()
     grown = bool(getattr(base, "grown", False))
+    if grown and len(tokenizer) < embedding_rows(base):
+        log.warning(
+            "AutoPeftModelForCausalLM cannot load this adapter: it gives the base a row for each "
+            "of the %d tokens, whose ids leave some out and take %d. Call "
+            "resize_token_embeddings(%d) on the base, and PeftModel.from_pretrained.",
+            *(len(tokenizer), embedding_rows(base), embedding_rows(base)),
+        )
     if weights is not None:
         weights = {f"base_model.model.{name}": value for name, value in weights.items()}
     elif grown:

@@ -75,18 +75,21 @@ def shared_limit(config: Any) -> int:
     return int(rope.get("original_max_position_embeddings") or own.max_position_embeddings)
 
 
-def check_length(config: Any, length: int, kind: str) -> None:
+def check_length(
+    config: Any, length: int, kind: str, option: str = "data.init_args.max_length"
+) -> None:
     """Refuse a `max_length` beyond what a model reads.
 
     Args:
         config: the model's.
-        length: data.init_args.max_length.
+        length: of a sample, in tokens.
         kind: of the records: text, chat or preference.
+        option: where the length was set.
 
     Raises:
         ConfigError: with the limit, and what to do.
     """
-    asked = f"data.init_args.max_length is {length}, but"
+    asked = f"{option} is {length}, but"
     if length > (limit := max_positions(config)):
         stretch = (
             ""

@@ -18,7 +18,7 @@ import yaml
 
 from minigpt.__main__ import main
 from minigpt.bench import baseline, measure, train
-from minigpt.errors import MiniGPTError
+from minigpt.errors import ConfigError, MiniGPTError
 
 Minigpt = Callable[..., Any]
 jobs: list[Any] = []  # what the arms were told to do
@@ -115,6 +115,11 @@ def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Wor
 def test_a_tokenizer_is_trained_unless_given(trained: Path, size: Path, tmp_path: Path) -> None:
     work = work_of(trained, size, tmp_path, tokenizer=None, vocabulary=290)
     assert work.vocabulary == 290
+
+
+def test_more_than_the_model_reads_is_refused(trained: Path, size: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-length is 129, but qwen3 reads at most 128"):
+        work_of(trained, size, tmp_path, max_length=129)
 
 
 def test_a_gpu_is_asked_for_its_numbers_less_often(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -208,6 +211,17 @@ def test_new_tokens_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert bare.convert_tokens_to_ids(TURN_START) == size
     assert bare.encode("<|other|>") == [bare.convert_tokens_to_ids("<|other|>")]
     assert targets(ChatCodec(bare), CHAT) == ["2<|im_end|>", "春眠\n<|im_end|>"]
+
+
+def test_a_template_whose_tokens_would_get_ids_of_others(tmp_path: Path) -> None:
+    bare = tokenizers.load(tiny.tokenizer(tmp_path / "bare", template=False))
+    spec = json.loads(bare.backend_tokenizer.to_str())
+    words = spec["model"]["vocab"]
+    merged = [word for word in words if len(word) > 1 and not word.startswith("<|")]
+    words |= {word: len(words) + place for place, word in enumerate(merged)}
+    holed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+    with pytest.raises(TokenizerError, match="ids that other tokens have"):
+        install_template(holed)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ModelError
+from minigpt.export.card import Card
+from minigpt.export.hf import export_hf
 from minigpt.infer.engine import Engine
 from minigpt.infer.native import is_native
 from minigpt.model.build import fit_vocabulary
@@ -261,6 +265,32 @@ def test_an_adapter_with_new_rows_loads_with_plain_peft(
     with torch.no_grad():
         merged = load_model(tmp_path, "sdpa").eval()(ids).logits
     assert torch.allclose(merged, right, atol=2e-5)
+
+
+def with_a_hole(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Give the end of a turn an id behind some that no token has."""
+    spec = json.loads(made.backend_tokenizer.to_str())
+    token = next(token for token in spec["added_tokens"] if token["content"] == "<|im_end|>")
+    token["id"] = spec["model"]["vocab"][token["content"]] = len(made) + 20
+    return tokenizers.wrap(Tokenizer.from_str(json.dumps(spec)))
+
+
+def test_an_adapter_with_new_rows_above_a_hole(
+    grown: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = with_a_hole(tokenizers.load(grown / "tokenizer"))
+    rows = tokenizers.id_count(tokenizer)
+    assert rows == len(tokenizer) + 21
+    model = load_model(grown / "llama", "sdpa")
+    fit_vocabulary(model, tokenizer)
+    adapted = add_adapter(model, Lora(), str(grown / "llama"))
+    save_adapter(adapted, tokenizer, tmp_path / "hf")
+    assert "AutoPeftModelForCausalLM cannot load this adapter: it" in caplog.text
+    assert f"resize_token_embeddings({rows})" in caplog.text
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
+    numbers = export_hf(str(tmp_path / "hf"), tmp_path / "out", Card("x", ""), keep_adapter=True)
+    assert numbers["max_logit_difference"] == 0
 
 
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
