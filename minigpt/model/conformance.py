@@ -31,6 +31,7 @@ from minigpt.files import cache_dir, write_json
 from minigpt.model import attention, cached, forward, shrink
 from minigpt.model.attention import PACKED, attention_of
 from minigpt.model.cached import PADDED, WAYS, Cached
+from minigpt.model.rope import compute_by_text, shared_limit
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conduct | None:
     with shrink.quiet():
         try:
             for model in shrink.tiny_models(config, seed):
+                compute_by_text(model)  # as in models that are loaded
                 with suppress(ModelError):  # a smaller size may be one that its code cannot take
                     return prove(model)
         except Exception as error:
@@ -238,9 +240,12 @@ def _samples(model: PreTrainedModel) -> list[Sample]:
     rows = min(len(embedding.weight), len(head.weight))
     rng = np.random.default_rng(0)
     least = min(shrink.SPECIAL, rows // 2)
-    return [
-        Sample(rng.integers(least, rows, sum(shape)), *shape, None, ("", 0)) for shape in SHAPES
-    ]
+    samples = []
+    for prompt, first, second in SHAPES:  # a preference is no longer than those that are taken
+        most = max(1, shared_limit(model.config) - prompt) if prompt else first
+        shape = (prompt, min(first, most), min(second, most))
+        samples.append(Sample(rng.integers(least, rows, sum(shape)), *shape, None, ("", 0)))
+    return samples
 
 
 def _logprobs(model: PreTrainedModel, batch: PackedBatch, name: str) -> Tensor:
@@ -260,8 +265,9 @@ def _alone(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
             for answer in np.split(sample.ids[sample.prompt :], [sample.first]):
                 if len(answer):
                     ids = torch.tensor(np.concatenate([prompt, answer]), device=device)
-                    logp = forward.plain(model, ids[None])[0].float().log_softmax(-1)
-                    own = logp[:-1].gather(1, ids[1:, None])[:, 0]
+                    read = ids[None, :-1]  # the last one is a target only
+                    logp = forward.plain(model, read)[0].float().log_softmax(-1)
+                    own = logp.gather(1, ids[1:, None])[:, 0]
                     found.append(own[max(len(prompt) - 1, 0) :])
     return torch.cat(found)
 
