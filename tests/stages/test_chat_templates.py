@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 from minigpt.__main__ import main
 from minigpt.cli import run
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.records import Message
 from minigpt.errors import ConfigError, TokenizerError
+from minigpt.export import check
 from minigpt.infer.engine import Engine
+from minigpt.infer.gguf import Gguf
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,22 +51,35 @@ def test_the_bundled_chats_train_a_model_with_qwen3s_template(tmp_path: Path) ->
     assert saved.strip() == templates.source("qwen3", False).strip()
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "lora"])
 def test_a_template_from_a_file_is_used_and_travels_with_the_run(
-    world: Path, fit: tiny_runs.Fit, tmp_path: Path
+    stage: str,
+    world: Path,
+    fit: tiny_runs.Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = tmp_path / "mine.jinja"
+    monkeypatch.setattr(check, "TEXTS", 50)
+    file, run_dir = tmp_path / "mine.jinja", tmp_path / "run"
     file.write_text(templates.source("yi", False).replace("\\n' -}}", ": ' -}}"))
-    fit("sft", "run", model__init_args__chat_template=str(file))
-    engine = Engine.load(tmp_path / "run")
+    begun = "<|im_start|>assistant: "
+    trained = fit(stage, "run", model__init_args__chat_template=str(file)).datamodule
+    engine = Engine.load(run_dir)
     assert engine.tokenizer.chat_template == file.read_text()
-    outcome = tmp_path / "out"
-    assert (
-        main(["export", "hf", "--model", str(tmp_path / "run"), "--output_dir", str(outcome)]) == 0
-    )
-    exported = AutoTokenizer.from_pretrained(outcome)
+    learnt = trained.train_parts[0].store.tokens.tolist()
+    assert begun in engine.tokenizer.decode(learnt)
+    assert "<|im_start|>assistant\n" not in engine.tokenizer.decode(learnt)
+    hf, gguf = tmp_path / "hf", tmp_path / "gguf"
+    for kind, place in (("hf", hf), ("gguf", gguf)):
+        assert main(["export", kind, "--model", str(run_dir), "--output_dir", str(place)]) == 0
+    exported = AutoTokenizer.from_pretrained(hf)
     chat = [{"role": "user", "content": "the cat"}]
     told = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert told.endswith("<|im_start|>assistant: ")
+    assert told.endswith(begun)
+    (written,) = gguf.glob("*.gguf")
+    question = [Message("user", "the cat")]
+    assert Gguf(written).encode(question) == engine.encode(question)
+    assert engine.tokenizer.decode(engine.encode(question)) == told
 
 
 def test_named_templates(tmp_path: Path) -> None:
