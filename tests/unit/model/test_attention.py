@@ -56,8 +56,10 @@ def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
 
 def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     assert mine.keys() == truth.keys()
+    largest = max(float(gradient.abs().max()) for gradient in truth.values())
     for name, gradient in truth.items():
-        bound = 1e-4 * float(gradient.abs().max()) + 1e-5  # of a true 0, rounding is left
+        # Of a gradient that is 0, as that of queries which see one key, fp32's rounding is left.
+        bound = 1e-4 * float(gradient.abs().max()) + 2**-22 * largest
         assert float((mine[name] - gradient).abs().max()) <= bound, name
 
 
