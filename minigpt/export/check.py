@@ -243,6 +243,23 @@ def check_borders(
     return numbers
 
 
+def logprob_of(llama: LlamaCpp, ids: list[int], token: int, vocabulary: int) -> float | None:
+    """Return llama.cpp's log-probability of a token after others, in nats.
+
+    It tells nothing, None, where the best token is a part of a character. Few bits may put a
+    token of the model's below the `TOP` ones: then all are asked for.
+    """
+    for count in (TOP, vocabulary):
+        asked: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0}
+        steps = llama.ask("/completion", prompt=ids, **asked).get("completion_probabilities", [])
+        found = {top["id"]: float(top["logprob"]) for step in steps for top in step["top_logprobs"]}
+        if token in found:
+            return found[token]
+        if not steps:
+            return None
+    return -math.inf
+
+
 def check_llamacpp(expected: Expected, file: Path, limit: float, accept: bool = False) -> Numbers:
     """Compare llama.cpp's ids, prompts, replies and log-probabilities of the model's replies.
 
@@ -263,12 +280,9 @@ def check_llamacpp(expected: Expected, file: Path, limit: float, accept: bool = 
                 parted = max(parted, float(scores[place, other] - scores[place, one]))
                 break
         for place, token in enumerate(reply):
-            ids = prompt + reply[:place]
-            steps = llama.ask("/completion", prompt=ids, n_predict=1, n_probs=TOP, **asked)
-            # llama.cpp tells nothing where the best token is a part of a character.
-            for step in steps.get("completion_probabilities", []):
-                found = {top["id"]: top["logprob"] for top in step["top_logprobs"]}
-                moved = abs(found.get(token, -math.inf) - float(scores[place, token]))
+            found = logprob_of(llama, prompt + reply[:place], token, scores.shape[1])
+            if found is not None:
+                moved = abs(found - float(scores[place, token]))
                 worst, compared = max(worst, moved), compared + 1
     numbers |= {"replies_equal": f"{same} of {len(expected.cases)}", "parted_at_a_gap_of": parted}
     numbers |= {"tokens_compared": compared, "max_logprob_difference": worst, "limit": limit}

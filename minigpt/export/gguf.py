@@ -42,7 +42,10 @@ BLOCK = 32  # values of a row that share a scale in the types of few bits
 # A weight's error, as a share of its tensor's largest value.
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045}
 ROUNDING |= {"Q5_1": 0.033, "Q5_0": 0.063, "Q4_1": 0.068, "Q4_0": 0.126}
-# Of a real model of 30 layers f16 moved log-probabilities by 0.014, q5_1 by 0.85.
+# What log-probabilities may move by. Of SmolLM2-135M, 30 layers, f16 moved them by 0.014 at most,
+# q8_0 by 0.23 and q5_1 by 0.85; of models of two layers by 0.003, 0.07 and 0.32, bf16 by 0.03,
+# q4_1 by 0.87 and q4_0 by 0.78. So f16 has 3.5 times what was seen, q8_0 1.3 and q5_1 1.8; bf16
+# rounds 8 times as coarsely as f16, so would move the former by 0.11, and has 2.7 times that.
 LOGPROBS = {"f32": 0.01, "f16": 0.05, "bf16": 0.3, "q8_0": 0.3}
 LOGPROBS |= {"q5_1": 1.5, "q5_0": 1.5, "q4_1": 2.0, "q4_0": 2.0}
 
