@@ -8,6 +8,7 @@ A job is {"args": command line, "sgd": whether to train with plain SGD}.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -44,12 +45,25 @@ def let_fsdp1_use_cpus() -> None:
     FullyShardedDataParallel.__init__ = init  # type: ignore[method-assign]
 
 
+def draw_otherwise() -> None:
+    """Build models after other random numbers than the first process, which starts all alike."""
+    own = base.BaseModule.configure_model
+
+    def build(self: base.BaseModule) -> None:
+        if self.lm is None and int(os.environ["RANK"]) > 0:
+            torch.manual_seed(99)
+        own(self)
+
+    base.BaseModule.configure_model = build  # type: ignore[method-assign]
+
+
 def main(file: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     optim.fast_bf16 = never
     if not torch.cuda.is_available():
         let_fsdp1_use_cpus()
+    draw_otherwise()
     own = base.build_optimizer
     for job in json.loads(Path(file).read_text()):
         base.build_optimizer = sgd if job["sgd"] else own
