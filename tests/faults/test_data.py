@@ -365,7 +365,9 @@ def asked(messages: Any) -> list[str]:
     for message in messages:
         said = message.content
         if message.role != "assistant":
-            first, *others = SPECIAL.sub(lambda found: f"<\0{found.group()[1:]}", said).split("\0")
+            first, *others = SPECIAL.sub(lambda found: f"<\ud800{found.group()[1:]}", said).split(
+                "\ud800"
+            )
             runs[-1] += f"<|im_start|>{message.role}\n{first}"
             runs += others
             said = ""
