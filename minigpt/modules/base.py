@@ -185,7 +185,9 @@ class BaseModule(LightningModule, ABC):
     def rows(self) -> int:
         """Return how many token ids the model embeds when training begins."""
         rows = int(self.first_config().get_text_config(decoder=True).vocab_size)
-        return max(rows, tokenizers.id_count(self.tokenizer)) if self._adds_tokens() else rows
+        # A trained adapter brings rows for the tokens that its run added; the config is its base's.
+        grown = self._adds_tokens() or (self.trained is not None and self.lora is not None)
+        return max(rows, tokenizers.id_count(self.tokenizer)) if grown else rows
 
     def scaled(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model with its rotary positions scaled, where that is asked for."""

@@ -174,8 +174,8 @@ class _Vocabulary:
 
     pad_token_id, eos_token_id = 1, 3
 
-    def __len__(self) -> int:
-        return 6400
+    def get_vocab(self) -> dict[str, int]:
+        return {str(index): index for index in range(6400)}
 
 
 def test_a_size_is_refused_where_the_model_is_given(

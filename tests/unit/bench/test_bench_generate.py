@@ -49,7 +49,7 @@ def test_every_arm_is_measured(minigpt: Minigpt, tmp_path: Path) -> None:
     [
         ("", None, "measured"),
         ("xllamacpp", None, "not measured; it needs: pip install 'minigpt[gguf]'"),
-        ("", {"type": "NFC"}, "not measured: This tokenizer cannot be exported to GGUF"),
+        ("", {"type": "Lowercase"}, "not measured: This tokenizer cannot be exported to GGUF"),
     ],
 )
 def test_a_saved_model_is_measured(

@@ -250,8 +250,7 @@ def test_adapter_of_another_base(minigpt: Minigpt, trained: Path, tmp_path: Path
     places = ("--model", other, "--adapter", trained / "lora")
     outcome = minigpt("generate", *places, "--prompt", "a")
     assert outcome.status == 2
-    assert "was trained on another base" in outcome.err
-    assert "adapter_config.json" in outcome.err
+    assert "was trained on other weights" in outcome.err
 
 
 def test_model_without_a_template_continues_text_only(minigpt: Minigpt, tmp_path: Path) -> None:
