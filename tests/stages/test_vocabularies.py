@@ -40,7 +40,7 @@ def start(world: Path, tmp_path: Path) -> Start:
     """Save a tiny model with a tokenizer: `start(tokenizer, rows)`."""
 
     def save(tokenizer: PreTrainedTokenizerFast, rows: int) -> str:
-        model = tiny.model("qwen3", vocab_size=rows)
+        model = tiny.model("qwen3", vocab_size=rows, max_position_embeddings=128)
         save_model(model, tokenizer, tmp_path / "model")
         return str(tmp_path / "model")
 
