@@ -140,7 +140,7 @@ class Engine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
         own = tokenizers.load(tokenizer or tokenizer_place(adapter or model, found))
-        check_vocabulary(base, own)
+        check_vocabulary(embedding_rows(base), own)
         engine = cls(base.eval(), own, weights == "int8")
         engine.adapter = adapted
         return engine

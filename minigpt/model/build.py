@@ -210,18 +210,18 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.enable_input_require_grads()
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a tokenizer that is another model's.
 
     Args:
-        model: may have more rows than the tokenizer has tokens (padding), but no fewer than its
-            vocabulary without added tokens, which texts may never hold (`check_ids`).
+        rows: of the model's embedding. There may be more than the tokenizer has tokens (padding),
+            but no fewer than its vocabulary without added tokens, which texts may never hold
+            (`check_ids`).
         tokenizer: to be used with it.
 
     Raises:
         ModelError: when the vocabulary has more tokens than the model has rows.
     """
-    rows = embedding_rows(model)
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     if (tokens := max(words.values(), default=-1) + 1) > rows:
         raise ModelError(

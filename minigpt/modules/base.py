@@ -33,6 +33,7 @@ from minigpt.model.build import (
     check_vocabulary,
     checkpoint_activations,
     count_parameters,
+    embedding_rows,
     fit_vocabulary,
     reproducible_init,
 )
@@ -173,7 +174,7 @@ class BaseModule(LightningModule, ABC):
         """Return the model before training."""
         model = load_model(self.start)
         tokenizer = self.tokenizer
-        check_vocabulary(model, tokenizer)
+        check_vocabulary(embedding_rows(model), tokenizer)
         if self._adds_tokens():
             fit_vocabulary(model, tokenizer)
         return self.scaled(model)
@@ -183,8 +184,13 @@ class BaseModule(LightningModule, ABC):
         return tokenizers.id_count(self.tokenizer) > self.vocabulary
 
     def rows(self) -> int:
-        """Return how many token ids the model embeds when training begins."""
+        """Return how many token ids the model embeds when training begins.
+
+        Raises:
+            ModelError: when the tokenizer is another model's.
+        """
         rows = int(self.first_config().get_text_config(decoder=True).vocab_size)
+        check_vocabulary(rows, self.tokenizer)
         # A trained adapter brings rows for the tokens that its run added; the config is its base's.
         grown = self._adds_tokens() or (self.trained is not None and self.lora is not None)
         return max(rows, tokenizers.id_count(self.tokenizer)) if grown else rows
