@@ -102,14 +102,14 @@ def fit(stage: str, configs: str) -> Record:
     return json.loads((OUT / stage / "summary.json").read_text())  # type: ignore[no-any-return]
 
 
-def examine(engine: Any, *families: str, unended: bool = False) -> dict[str, float]:
+def examine(engine: Any, *families: str) -> dict[str, float]:
     """Let a model sit exams; return each family's share of right replies."""
     from minigpt.data.exam import load_exam
     from minigpt.infer.engine import Sampling
     from minigpt.infer.examine import shares, sit
 
     items = [item for family in families for item in load_exam(f"data/exam/{family}.jsonl")]
-    return shares(sit(engine, items, Sampling(max_new_tokens=64)), unended)
+    return shares(sit(engine, items, Sampling(max_new_tokens=64)))
 
 
 def mean(scores: dict[str, float]) -> float:
@@ -127,14 +127,11 @@ def load(stage: str, **options: Any) -> Any:
 def pretrain(configs: str) -> Record:
     """Pretrain; the exam before SFT shows what the text alone teaches."""
     summary = fit("pretrain", configs)
-    model = load("pretrain")
     return {
         "val_bpb": summary["final"]["val/bits_per_byte"],
         "val_bpb_untrained": summary["before"]["val/bits_per_byte"],
         "useful_tokens_per_s": summary["useful_tokens_per_s"],
-        "exam_before_sft": examine(model, *GENERAL),
-        # It knows what the text told, but goes on with more questions instead of ending its turn.
-        "exam_before_sft_unended": examine(model, *GENERAL, unended=True),
+        "exam_before_sft": examine(load("pretrain"), *GENERAL),
     }
 
 

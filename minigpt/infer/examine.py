@@ -41,14 +41,9 @@ def sit(engine: Engine, items: Sequence[Item], sampling: Sampling) -> list[Judge
     ]
 
 
-def shares(judged: Sequence[Judged], unended: bool = False) -> dict[str, float]:
-    """Return each family's share of right replies, 0..1.
-
-    Args:
-        judged: the judged replies.
-        unended: count replies that fit and go on, too.
-    """
+def shares(judged: Sequence[Judged]) -> dict[str, float]:
+    """Return each family's share of right replies, 0..1."""
     families: dict[str, list[bool]] = {}
     for one in judged:
-        families.setdefault(one.item.family, []).append(one.fits if unended else one.right)
+        families.setdefault(one.item.family, []).append(one.right)
     return {family: sum(rights) / len(rights) for family, rights in families.items()}
