@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
-from minigpt.model import attention, cached, forward, shrink
+from minigpt.model import attention, cached, forward, rope, shrink
 from minigpt.model.attention import PACKED, attention_of
 from minigpt.model.cached import PADDED, WAYS, Cached
 from minigpt.model.rope import compute_by_text, shared_limit
@@ -140,8 +140,9 @@ def _remember(digest: str, found: Conduct | None) -> Conduct | None:
 @cache
 def _code() -> str:
     """Return a digest of what a proof depends on besides the config."""
-    files = [__file__, attention.__file__, cached.__file__, forward.__file__, shrink.__file__]
-    sources = [Path(file).read_text(encoding="utf-8") for file in files]
+    parts = (attention, cached, forward, rope, shrink)
+    files = [__file__, *(part.__file__ for part in parts)]
+    sources = [Path(str(file)).read_text(encoding="utf-8") for file in files]
     versions = [transformers.__version__, torch.__version__]
     return hashlib.sha256("\0".join([*versions, *sources]).encode()).hexdigest()
 
