@@ -103,9 +103,9 @@ def guarded(args: list[str]) -> int:
 def dispatch(verb: str, *rest: str) -> None:
     """Import what a verb needs, and run it."""
     if verb in TRAINER_VERBS:
-        importlib.import_module("minigpt.cli").run([verb, *rest])
+        importlib.import_module("minigpt.cli.trainer").run([verb, *rest])
     elif verb in COMMANDS:
-        importlib.import_module(f"minigpt.commands.{verb}").main(list(rest))
+        importlib.import_module(f"minigpt.cli.{verb}").main(list(rest))
     else:
         known = ", ".join(TRAINER_VERBS | COMMANDS)
         raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")

@@ -24,9 +24,9 @@ KINDS = {"text": "pretrain.jsonl", "chat": "sft.jsonl", "preference": "dpo.jsonl
 ARMS = ("check", "check --exam", "stats", "stats --tokenizer")
 CHILD = """
 import resource, sys, time
-from minigpt.commands.data import main
-import minigpt.corpus.check, minigpt.corpus.stats
-minigpt.corpus.stats.languages(["é"])
+from minigpt.cli.data import main
+import minigpt.datatools.check, minigpt.datatools.stats
+minigpt.datatools.stats.languages(["é"])
 start = time.process_time()
 main(sys.argv[1:])
 usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -68,7 +68,7 @@ def measure(verb: str, path: Path) -> tuple[float, float]:
     verb, *option = verb.split()
     tokenizer = path.with_name("tokenizer")
     if option == ["--tokenizer"] and not tokenizer.exists():
-        from minigpt.commands.tokenizer import train_to
+        from minigpt.cli.tokenizer import train_to
 
         train_to(tokenizer, [str(ROOT / "data" / name) for name in KINDS.values()], 6400)
     given = {"--tokenizer": [tokenizer], "--exam": sorted((ROOT / "data" / "exam").glob("*.jsonl"))}

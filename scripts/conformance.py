@@ -27,7 +27,7 @@ from minigpt.model import conformance, forward, shrink
 from minigpt.model.attention import attention_of
 from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct
-from minigpt.model.lm import PackedLM
+from minigpt.model.packed_lm import PackedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"

@@ -85,7 +85,7 @@ def recorded(name: str, stage: Callable[[str], Record], configs: str) -> Record:
 
 def train_tokenizer(configs: str) -> Record:
     """Train the tokenizer on the pretraining text."""
-    from minigpt.commands.tokenizer import train_to
+    from minigpt.cli.tokenizer import train_to
 
     files = ["data/pretrain.jsonl"]
     ratio = train_to(OUT / "tokenizer", files, VOCABULARY, overwrite=True)
@@ -94,8 +94,8 @@ def train_tokenizer(configs: str) -> Record:
 
 def fit(stage: str, configs: str) -> Record:
     """Train a stage (on from its newest checkpoint if it was cut off); return its summary."""
-    from minigpt.callbacks.checkpoints import newest_checkpoint
-    from minigpt.cli import run
+    from minigpt.cli.trainer import run
+    from minigpt.runs.checkpoints import newest_checkpoint
 
     resume = ["--ckpt_path", "auto"] if newest_checkpoint(OUT / stage) else ["--overwrite", "true"]
     run(["fit", "--config", f"{configs}/{stage}.yaml", "--run_dir", str(OUT / stage), *resume])

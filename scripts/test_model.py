@@ -54,7 +54,7 @@ def main() -> int:
 
 def answer(chosen: argparse.Namespace) -> None:
     """Answer the prompts, or talk."""
-    from minigpt.cli import quiet
+    from minigpt.cli.trainer import quiet
     from minigpt.infer.engine import Engine, Sampling
 
     quiet()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.bench.measure import Result, alternate, middle, publish, spawn, surroundings
-from minigpt.commands.options import CommandParser, positive
+from minigpt.cli.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import BadRows, Text, read_records
 from minigpt.machine import peak_memory

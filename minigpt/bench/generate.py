@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from minigpt.bench.measure import architecture, publish, spawn
-from minigpt.commands.options import CommandParser, positive
+from minigpt.cli.options import CommandParser, positive
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -49,9 +49,9 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     """Run all arms in turn; return the median rates [tokens/s] and their ratios."""
     import torch
 
-    from minigpt.cli import quiet
-    from minigpt.model.build import cast_weights
-    from minigpt.model.optim import fast_bf16
+    from minigpt.cli.trainer import quiet
+    from minigpt.model.architecture import cast_weights
+    from minigpt.model.optimizer import fast_bf16
 
     quiet()
     model, tokenizer = load(chosen)
@@ -175,8 +175,8 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
         ConfigError: when the size has no such file.
     """
     from minigpt.data import tokenizer as tokenizers
-    from minigpt.model.build import Architecture, build_native
-    from minigpt.model.saved import load_model, tokenizer_place
+    from minigpt.model.architecture import Architecture, build_native
+    from minigpt.model.pretrained import load_model, tokenizer_place
 
     if chosen.model:
         model: Any = load_model(chosen.model, "sdpa").eval()

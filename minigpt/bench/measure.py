@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from minigpt.commands.options import writing
+from minigpt.cli.options import writing
 from minigpt.errors import ConfigError, MiniGPTError
 from minigpt.files import write_json
 from minigpt.machine import machine

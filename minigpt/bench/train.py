@@ -29,7 +29,7 @@ from minigpt.bench.measure import (
     surroundings,
     told,
 )
-from minigpt.commands.options import CommandParser, positive
+from minigpt.cli.options import CommandParser, positive
 from minigpt.data.store import Limits, TokenStore, open_store
 
 EXAMPLES = """examples:
@@ -108,10 +108,10 @@ def prepare(chosen: Namespace, place: Path) -> Work:
     """Make the tokenizer, the model's start and the token store."""
     import torch
 
-    from minigpt.cli import choose_precision, quiet
+    from minigpt.cli.trainer import choose_precision, quiet
     from minigpt.data import tokenizer as tokenizers
+    from minigpt.model.pretrained import find_model, load_model
     from minigpt.model.rope import check_length
-    from minigpt.model.saved import find_model, load_model
 
     quiet()
     torch.manual_seed(0)
@@ -141,8 +141,8 @@ def prepare(chosen: Namespace, place: Path) -> Work:
 def new_model(chosen: Namespace, directory: Path) -> Path:
     """Write a model of the size that is asked for, with random weights, and its tokenizer."""
     from minigpt.data import tokenizer as tokenizers
-    from minigpt.model.build import Architecture, build_native
-    from minigpt.model.saved import save_model
+    from minigpt.model.architecture import Architecture, build_native
+    from minigpt.model.pretrained import save_model
 
     if chosen.tokenizer:
         tokenizer = tokenizers.load(chosen.tokenizer)

@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
-from minigpt.data.rows import scan_rows
+from minigpt.data.formats import scan_rows
 from minigpt.errors import DataError
 
 Kind = Literal["text", "chat", "preference"]

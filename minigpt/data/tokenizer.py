@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigpt.data.rows import iter_rows
+from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError, TokenizerError
 from minigpt.progress import shown
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from minigpt.data.rows import iter_rows
+from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError
 
 COUNTED_MB = 500  # of larger data files, the size is told instead of the rows

@@ -31,7 +31,7 @@ from minigpt.export.check import (
 from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
-from minigpt.model.build import embedding_rows
+from minigpt.model.architecture import embedding_rows
 from minigpt.model.rope import rope_parameters
 
 log = logging.getLogger(__name__)

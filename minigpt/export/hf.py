@@ -30,10 +30,10 @@ from minigpt.export.check import (
 )
 from minigpt.files import whole_directory, write_json
 from minigpt.infer.engine import Engine
-from minigpt.model.build import embedding_rows
+from minigpt.model.architecture import embedding_rows
 from minigpt.model.lora import ADAPTER, merge, save_adapter
+from minigpt.model.pretrained import base_of, find_model, save_model
 from minigpt.model.rope import max_positions
-from minigpt.model.saved import base_of, find_model, save_model
 
 SAME, MERGED = 1e-5, 1e-3  # the same weights; W x + B A x against (W + B A) x in fp32
 # A tag as Jinja reads it in transformers, with the white space that it swallows.

@@ -20,14 +20,14 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.infer.batch import Batch, Delta, Finish, TokenLogprob
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
+from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
 from minigpt.model.attention import attention_of
-from minigpt.model.build import cast_weights, check_vocabulary, embedding_rows
 from minigpt.model.cached import WHOLE, Cached
 from minigpt.model.conformance import checked
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
+from minigpt.model.pretrained import base_of, find_model, load_model, tokenizer_place
 from minigpt.model.rope import max_positions
-from minigpt.model.saved import base_of, find_model, load_model, tokenizer_place
 
 log = logging.getLogger(__name__)
 

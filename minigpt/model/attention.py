@@ -24,9 +24,9 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from minigpt.accel import cpu_attention as fused
 from minigpt.data.batch import AttentionPlan
 from minigpt.errors import ModelError
-from minigpt.model import fused
 
 PACKED = "minigpt_packed"
 BLOCK = 64  # queries whose scores exist at a time

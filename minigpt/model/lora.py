@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
 from minigpt.files import weights_digest, whole_directory, write_json
-from minigpt.model.build import embedding_rows, resize_vocabulary
+from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
 from minigpt.model.rope import RopeScaling, scale
 

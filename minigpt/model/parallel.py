@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ConfigError
 from minigpt.files import publish, told_when_unwritable, write_manifest
-from minigpt.model.lm import PackedLM
+from minigpt.model.packed_lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
 

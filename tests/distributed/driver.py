@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-import minigpt.model.optim as optim
-import minigpt.modules.base as base
-from minigpt.cli import run
+import minigpt.model.optimizer as optim
+import minigpt.stages.base as base
+from minigpt.cli.trainer import run
 from minigpt.model.parallel import leave_group
 
 RATE = 0.5

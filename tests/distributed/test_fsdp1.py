@@ -13,8 +13,8 @@ import pytest
 import tiny_runs
 import torch
 
-from minigpt.cli import run
-from minigpt.model.saved import load_model
+from minigpt.cli.trainer import run
+from minigpt.model.pretrained import load_model
 
 FSDP1 = {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP1"}}
 DRIVER = Path(__file__).with_name("driver.py")

@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 
 DRIVER = Path(__file__).with_name("driver.py")
 

@@ -15,10 +15,10 @@ import torch
 from driver import never, sgd  # type: ignore[import-not-found]
 from patience import limit
 
-import minigpt.model.optim as optim
-import minigpt.modules.base as base
-from minigpt.cli import run
-from minigpt.model.saved import load_model
+import minigpt.model.optimizer as optim
+import minigpt.stages.base as base
+from minigpt.cli.trainer import run
+from minigpt.model.pretrained import load_model
 
 pytestmark = pytest.mark.slow
 

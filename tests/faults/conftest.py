@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from runs import OPTIONS, Running, Start, Starter  # type: ignore[import-not-found]
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 
 
 @pytest.fixture(scope="session")

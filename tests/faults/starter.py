@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import minigpt.__main__
-import minigpt.cli  # what every run imports
+import minigpt.cli.trainer  # what every run imports
 from minigpt.__main__ import main
 
 

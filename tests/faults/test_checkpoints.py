@@ -16,9 +16,9 @@ import torch
 from patience import eventually
 from runs import Start, at, held_in, rows, status  # type: ignore[import-not-found]
 
-from minigpt.callbacks.checkpoints import STATE, newest_checkpoint, newest_first
 from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
-from minigpt.model.saved import load_model
+from minigpt.model.pretrained import load_model
+from minigpt.runs.checkpoints import STATE, newest_checkpoint, newest_first
 
 # Large enough that a run which saves after each step spends most of its time on saving.
 LARGE = {"hidden_size": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
@@ -61,7 +61,7 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
     rng, run_dir, before, hits = random.Random(0), tmp_path / "run", -1, 0
     for kill in range(kills):
         saving = kill % 2 == 0
-        callbacks = held_in("minigpt.callbacks.checkpoints.write_manifest", 1) if saving else []
+        callbacks = held_in("minigpt.runs.checkpoints.write_manifest", 1) if saving else []
         args = ("pretrain", "run", "--ckpt_path", "auto")
         run = start(*args, trainer__callbacks=callbacks, **changes)
         eventually(lambda last=before: number(newest(run_dir)) > last)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from runs import Start, at, rows  # type: ignore[import-not-found]
 
-from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
 from minigpt.files import write_manifest
+from minigpt.runs.checkpoints import STATE, newest_checkpoint
 
 LORA = {"r": 4, "dropout": 0.2}
 PRECOMPUTED = {"model__init_args__reference": "precomputed"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from runs import Start, rows, status  # type: ignore[import-not-found]
 
-from minigpt.callbacks.checkpoints import newest_checkpoint
+from minigpt.runs.checkpoints import newest_checkpoint
 
 
 def poison(file: Path, number: int, value: str, rank: int = 0) -> list[dict[str, Any]]:

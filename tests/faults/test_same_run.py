@@ -13,8 +13,8 @@ import torch
 from patience import eventually
 from runs import Start, at, rows, until  # type: ignore[import-not-found]
 
-from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
-from minigpt.model.saved import load_model
+from minigpt.model.pretrained import load_model
+from minigpt.runs.checkpoints import STATE, newest_checkpoint
 
 
 def cut(start: Start, stage: str = "sft", **changes: Any) -> None:

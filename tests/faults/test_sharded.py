@@ -16,12 +16,12 @@ from runs import Start, status  # type: ignore[import-not-found]
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.api import CheckpointException
 
-from minigpt.callbacks.checkpoints import newest_checkpoint
 from minigpt.errors import ModelError, TrainingError
 from minigpt.files import write_manifest
 from minigpt.model.parallel import FSDP2
 from minigpt.model.restore import SHARDED
 from minigpt.model.sharded import load_into
+from minigpt.runs.checkpoints import newest_checkpoint
 
 SHARDS = {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP2"}}
 AGAIN = ("--ckpt_path", "auto")

@@ -28,7 +28,7 @@ from runs import (  # type: ignore[import-not-found]
 )
 from safetensors.torch import load_file
 
-from minigpt.callbacks.checkpoints import STATE, newest_checkpoint
+from minigpt.runs.checkpoints import STATE, newest_checkpoint
 
 DDP = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__accumulate_grad_batches": 1}
 FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}

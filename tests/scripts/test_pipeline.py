@@ -189,7 +189,7 @@ def test_the_real_stages_are_those_of_the_report(pipeline: ModuleType) -> None:
 def test_a_stage_that_was_cut_off_is_resumed(
     pipeline: ModuleType, monkeypatch: pytest.MonkeyPatch, files: list[str], options: list[str]
 ) -> None:
-    from minigpt import cli
+    from minigpt.cli import trainer as cli
 
     calls: list[list[str]] = []
     monkeypatch.setattr(cli, "run", calls.append)

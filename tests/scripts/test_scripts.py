@@ -167,7 +167,7 @@ EVERY_FLAG = {
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    from minigpt import cli
+    from minigpt.cli import trainer as cli
 
     made: list[cli.MiniGPTCLI] = []
     monkeypatch.chdir(tmp_path)

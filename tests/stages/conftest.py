@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 
-from minigpt.cli import MiniGPTCLI, run
+from minigpt.cli.trainer import MiniGPTCLI, run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,4 +50,4 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, lr=0.2)
 
-    monkeypatch.setattr("minigpt.modules.base.build_optimizer", build)
+    monkeypatch.setattr("minigpt.stages.base.build_optimizer", build)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_runs import Fit
 
-from minigpt.cli import MiniGPTCLI
+from minigpt.cli.trainer import MiniGPTCLI
 from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import PackedDataset
-from minigpt.model.lm import PackedLM
-from minigpt.model.optim import learning_rate_factor
-from minigpt.model.saved import load_model
+from minigpt.model.optimizer import learning_rate_factor
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model
 
 pytestmark = pytest.mark.usefixtures("sgd")
 

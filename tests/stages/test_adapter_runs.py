@@ -14,7 +14,7 @@ from tiny_runs import Fit
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.infer.engine import Engine
-from minigpt.model.saved import save_model
+from minigpt.model.pretrained import save_model
 
 
 @pytest.mark.parametrize("stage", ["lora", "dpo"])

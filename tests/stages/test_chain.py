@@ -12,11 +12,11 @@ import tiny_runs
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.pretrained import load_model, save_model
 
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
 OWN = {

@@ -12,7 +12,7 @@ import tiny_runs
 from transformers import AutoTokenizer
 
 from minigpt.__main__ import main
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, TokenizerError

@@ -11,11 +11,12 @@ from tiny_runs import Fit
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minigpt.callbacks.run import SampleText
+from minigpt.accel import compiled_layers as compiled_layers
+from minigpt.accel import cpu_attention as fused
 from minigpt.errors import ConfigError
-from minigpt.model import attention, fused
-from minigpt.model import compiled as compiled_layers
-from minigpt.model.lm import PackedLM
+from minigpt.model import attention
+from minigpt.model.packed_lm import PackedLM
+from minigpt.runs.results import SampleText
 
 COMPILE = "model__init_args__compile_layers"
 
@@ -24,7 +25,7 @@ COMPILE = "model__init_args__compile_layers"
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[PackedLM]:
     """Note which models are to be compiled, and leave them as they are."""
     noted: list[PackedLM] = []
-    monkeypatch.setattr("minigpt.modules.base.compile_model", lambda lm, *_: noted.append(lm))
+    monkeypatch.setattr("minigpt.stages.base.compile_model", lambda lm, *_: noted.append(lm))
     return noted
 
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import Fit
 
-from minigpt.model.build import reproducible_init, resize_vocabulary
-from minigpt.modules.base import BaseModule
+from minigpt.model.architecture import reproducible_init, resize_vocabulary
+from minigpt.stages.base import BaseModule
 
 
 @pytest.fixture

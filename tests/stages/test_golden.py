@@ -37,7 +37,7 @@ def test_losses_are_those_kept(
     request: pytest.FixtureRequest,
 ) -> None:
     # Muon iterates in bf16 where that is fast, which is another number.
-    monkeypatch.setattr("minigpt.model.optim.fast_bf16", lambda device: False)
+    monkeypatch.setattr("minigpt.model.optimizer.fast_bf16", lambda device: False)
     start = {} if stage == "pretrain" else {"model__init_args__init_from": str(world / "pretrain")}
     fit(stage, trainer__max_steps=8, **start, **CHANGES[stage])
     losses = tiny_runs.metrics(tmp_path / "run")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_runs import Fit, metrics
 
-from minigpt.callbacks.checkpoints import STATE
 from minigpt.errors import ConfigError
-from minigpt.model.saved import load_model
+from minigpt.model.pretrained import load_model
+from minigpt.runs.checkpoints import STATE
 
 GROW = "model__init_args__grow"
 

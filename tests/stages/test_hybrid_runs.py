@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.infer.engine import Engine, Reply
-from minigpt.model.saved import save_model
+from minigpt.model.pretrained import save_model
 
 
 def test_a_hybrid_trains_by_rows_and_answers_its_sample_prompts(

@@ -13,8 +13,8 @@ from tiny_runs import Fit
 
 from minigpt.data.datamodule import PackedDataset
 from minigpt.errors import ConfigError
-from minigpt.model.lm import PackedLM
-from minigpt.model.saved import load_model
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model
 
 SCHEDULE = {"name": "cosine", "warmup": 0, "floor": 0.1}
 EPOCHS: dict[str, Any] = {

@@ -15,9 +15,9 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from tiny_runs import Fit
 
 from minigpt.errors import ConfigError, TrainingError
-from minigpt.model.saved import load_model
-from minigpt.modules.base import Step
-from minigpt.modules.sft import SFTModule
+from minigpt.model.pretrained import load_model
+from minigpt.stages.base import Step
+from minigpt.stages.sft import SFTModule
 
 Scaler = Callable[[float], None]
 
@@ -107,7 +107,7 @@ def test_fp16_takes_the_steps_of_fp32(
 def test_fp16_leaves_a_step_out_whose_loss_jumps(
     name: str, fit: Fit, fp16: Scaler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("minigpt.modules.guard.LossWatch.jumps", lambda *_: True)
+    monkeypatch.setattr("minigpt.stages.guard.LossWatch.jumps", lambda *_: True)
     fp16(2.0**12)
     changes = {"model__init_args__optimizer": optimizer(name)}
     cli = fit("sft", model__init_args__spike={"action": "skip"}, **changes)

@@ -16,12 +16,12 @@ import tiny_runs
 import torch
 from tiny_runs import Fit
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 from minigpt.data.datamodule import PackedDataset
 from minigpt.errors import ConfigError
-from minigpt.model.lm import PackedLM
-from minigpt.model.saved import load_model
-from minigpt.modules.dpo import DPOModule
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model
+from minigpt.stages.dpo import DPOModule
 
 LORA = {"r": 4, "dropout": 0.0}
 
@@ -102,7 +102,7 @@ def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minigpt.modules.reference.np.save", full)
+    monkeypatch.setattr("minigpt.stages.reference.np.save", full)
     cache = {"data__init_args__cache_dir": str(tmp_path / "cache")}
     fit("dpo", "run", **cache, model__init_args__reference="precomputed")
     assert len(tiny_runs.metrics(tmp_path / "run")) == 3

@@ -11,11 +11,11 @@ import tiny
 import tiny_runs
 from tiny_runs import Fit
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.infer.engine import Engine
-from minigpt.model.saved import load_config, save_model
+from minigpt.model.pretrained import load_config, save_model
 
 LONG: dict[str, Any] = {
     "data__init_args__max_length": 256,

@@ -13,11 +13,11 @@ import tiny_runs
 import torch
 from tiny_runs import RUN, Fit
 
-from minigpt.cli import run
+from minigpt.cli.trainer import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
 from minigpt.infer.batch import Batch
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.saved import load_model
+from minigpt.model.pretrained import load_model
 
 KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "hf/model.safetensors")
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)

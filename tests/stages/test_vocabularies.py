@@ -19,7 +19,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import DataError, ModelError
 from minigpt.evaluate import likelihood
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.saved import load_config, save_model
+from minigpt.model.pretrained import load_config, save_model
 
 START = "model__init_args__init_from"
 HIGH = 70_000  # an id that 16 bits do not hold

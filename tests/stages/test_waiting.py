@@ -12,7 +12,7 @@ from tiny_runs import Fit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.data.datamodule import JSONLDataModule
-from minigpt.modules.base import BaseModule
+from minigpt.stages.base import BaseModule
 
 
 class Reads(TorchDispatchMode):

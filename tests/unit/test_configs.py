@@ -12,9 +12,9 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from minigpt import cli
 from minigpt.__main__ import main
-from minigpt.model.build import build_native
+from minigpt.cli import trainer as cli
+from minigpt.model.architecture import build_native
 from minigpt.model.parallel import FSDP2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def _stub(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("minigpt.model.optim._cpu_has_bf16", lambda: native)
+    monkeypatch.setattr("minigpt.model.optimizer._cpu_has_bf16", lambda: native)
 
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())

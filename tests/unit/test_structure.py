@@ -22,20 +22,19 @@ STAGE_FILES = ("pretrain", "sft", "dpo", "lora")
 COMMON = {"errors", "files", "machine", "progress"}
 ALLOWED = {
     "data": set(),
-    "model": {"data"},
+    "accel": {"data", "model"},
+    "model": {"data", "accel"},
     "infer": {"data", "model"},
-    "modules": {"data", "model", "infer"},
-    "callbacks": {"data", "model"},
-    "bench": {"data", "model", "infer", "export", "commands", "cli"},
-    "corpus": {"data", "report"},
+    "stages": {"data", "model", "infer", "accel"},
+    "runs": {"data", "model", "accel"},
+    "bench": {"data", "model", "infer", "export", "accel", "cli"},
+    "datatools": {"data", "report"},
     "evaluate": {"data", "model", "infer"},
     "export": {"data", "model", "infer"},
     "report": {"data", "evaluate"},
     "serve": {"data", "infer"},
-    "commands": {"data", "model", "infer", "cli"}
-    | {"corpus", "evaluate", "export", "report", "serve"},
-    "parser": set(),
-    "cli": {"data", "model", "modules", "callbacks", "parser"},
+    "cli": {"data", "model", "infer", "stages", "runs"}
+    | {"datatools", "evaluate", "export", "report", "serve", "bench"},
     "errors": set(),
     "files": set(),
     "machine": set(),
@@ -80,7 +79,7 @@ def test_losses_import_only_torch() -> None:
 
 
 def test_reading_rows_needs_no_libraries() -> None:
-    for name in ("rows", "records", "exam", "prompts", "packing"):
+    for name in ("formats", "records", "exam", "prompts", "packing"):
         outside = {n.split(".")[0] for n in imports(parsed(PACKAGE / "data" / f"{name}.py"))}
         assert outside - sys.stdlib_module_names <= {"minigpt", "numpy"}, name
 
@@ -98,7 +97,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_stages_are_short() -> None:
     for stage in STAGE_FILES:
-        text = (PACKAGE / "modules" / f"{stage}.py").read_text(encoding="utf-8")
+        text = (PACKAGE / "stages" / f"{stage}.py").read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 150, stage
 
 

@@ -23,9 +23,9 @@ from minigpt.data.batch import PackedBatch, collate
 from minigpt.data.datamodule import PackedDataset, Selection
 from minigpt.data.order import PackedOrder, Part
 from minigpt.data.store import Limits, TokenStore, open_store
-from minigpt.model.lm import PackedLM
 from minigpt.model.losses import dpo
-from minigpt.model.saved import load_model
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model
 
 KINDS: dict[str, Any] = {"pretrain": "text", "sft": "chat", "dpo": "preference", "lora": "chat"}
 

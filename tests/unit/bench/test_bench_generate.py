@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 
 from minigpt.bench import measure
-from minigpt.model.optim import fast_bf16
+from minigpt.model.optimizer import fast_bf16
 
 Minigpt = Callable[..., Any]
 SHORT = ("--tokens", "3", "--repeats", "1")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigpt.commands.tokenizer import train_to
+from minigpt.cli.tokenizer import train_to
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import END_OF_TEXT, PAD, SPECIAL_TOKENS, TURN_END
 from minigpt.errors import ConfigError, DataError, TokenizerError

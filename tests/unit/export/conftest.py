@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.model.saved import save_model
+from minigpt.model.pretrained import save_model
 
 Saved = Callable[..., Path]
 

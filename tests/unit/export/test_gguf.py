@@ -31,7 +31,7 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.export import DTYPES, check, gguf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.saved import save_model
+from minigpt.model.pretrained import save_model
 
 Minigpt = Callable[..., Any]
 Saved = Callable[..., Path]

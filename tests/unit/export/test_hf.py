@@ -28,9 +28,9 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.export import gguf, hf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.model.build import fit_vocabulary
+from minigpt.model.architecture import fit_vocabulary
 from minigpt.model.lora import Lora, add_adapter, save_adapter
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.pretrained import load_model, save_model
 
 Minigpt = Callable[..., Any]
 IDS = torch.arange(40)[None]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from minigpt.data import tokenizer as tokenizers
 from minigpt.infer.engine import Engine
 from minigpt.infer.native import Native
-from minigpt.model.saved import save_model
+from minigpt.model.pretrained import save_model
 
 LENGTH = 200  # angles that are off grow with the position
 

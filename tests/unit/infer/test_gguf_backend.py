@@ -29,7 +29,7 @@ from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.gguf import CONTEXT, Gguf, find_gguf
 from minigpt.infer.sampling import filtered
-from minigpt.model.saved import find_model
+from minigpt.model.pretrained import find_model
 
 Minigpt = Callable[..., Any]
 PROMPTS = ("the cat", "a dog 你好", "sat on\n", "", "<|im_end|>x")

@@ -30,9 +30,9 @@ from minigpt.export.card import Card
 from minigpt.export.hf import export_hf
 from minigpt.infer.engine import Engine
 from minigpt.infer.native import is_native
-from minigpt.model.build import fit_vocabulary
+from minigpt.model.architecture import fit_vocabulary
 from minigpt.model.lora import Lora, add_adapter, load_adapter, save_adapter
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.pretrained import load_model, save_model
 
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),

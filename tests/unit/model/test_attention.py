@@ -20,7 +20,7 @@ from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.model import attention
 from minigpt.model.attention import PACKED, attention_of, kernel_applies, packed_attention
-from minigpt.model.lm import PackedLM
+from minigpt.model.packed_lm import PackedLM
 
 MODELS = {family: tiny.model(family) for family in tiny.FAMILIES}
 LAYOUTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.model.generation import generation_config
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.pretrained import load_model, save_model
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from minigpt.errors import ConfigError
 from minigpt.model.growth import Growth, awake, check_growth, put_to_sleep
-from minigpt.model.lm import PackedLM
+from minigpt.model.packed_lm import PackedLM
 
 ALONE = SingleDeviceStrategy(torch.device("cpu"))
 PATIENT = DDPStrategy(find_unused_parameters=True)

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.engine import Engine
-from minigpt.model.build import checkpoint_activations, fit_vocabulary
-from minigpt.model.lm import PackedLM
+from minigpt.model.architecture import checkpoint_activations, fit_vocabulary
 from minigpt.model.lora import (
     BASE,
     Lora,
@@ -27,8 +26,9 @@ from minigpt.model.lora import (
     merge,
     save_adapter,
 )
-from minigpt.model.optim import OptimizerOptions, build_optimizer
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.optimizer import OptimizerOptions, build_optimizer
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model, save_model
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 TARGETS = {

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from minigpt.errors import ConfigError
-from minigpt.model.optim import OptimizerOptions, build_optimizer
+from minigpt.model.optimizer import OptimizerOptions, build_optimizer
 from minigpt.model.parallel import FSDP1, FSDP2, check_strategy, sharding
 
 

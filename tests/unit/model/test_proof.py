@@ -21,8 +21,8 @@ from minigpt.model.attention import PACKED, attention_of
 from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct, checked, conduct_of
 from minigpt.model.forward import plain
-from minigpt.model.lm import PackedLM
-from minigpt.model.saved import load_model, save_model
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model, save_model
 from minigpt.model.shrink import shrunk, tiny_models
 
 

@@ -16,10 +16,10 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.native import is_native
-from minigpt.model.lm import PackedLM
 from minigpt.model.lora import Lora, add_adapter, save_adapter
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_config, load_model, save_model
 from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
-from minigpt.model.saved import load_config, load_model, save_model
 
 LENGTH = 16  # positions before scaling
 KINDS = ("linear", "dynamic", "yarn")

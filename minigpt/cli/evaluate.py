@@ -1,0 +1,114 @@
+"""`minigpt evaluate`: measure one or several models on files, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt.cli.options import CommandParser, add_sampling, positive, sampling, writing
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.evaluate.scores import Results
+
+KINDS = {
+    "text": "bits per byte of {text} rows or a .txt file",
+    "choices": "multiple choice: {prompt | messages, choices, answer} rows",
+    "pairs": "minimal pairs: {good, bad} rows",
+    "exam": "exams: {messages, answer} rows; the model must reply",
+    "preferences": "preference pairs: accuracy, margin, KL to --reference, length bias",
+    "prompts": "prompts to complete: repetition, loops, length of the replies",
+    "lm_eval": "task files (YAML) of lm-evaluation-harness, run offline",
+}
+EXAMPLES = """examples:
+  minigpt evaluate --model outputs/pretrain outputs/sft --text data/pretrain_val.jsonl
+  minigpt evaluate --model outputs/sft --choices data/eval/choices.jsonl \\
+    --pairs data/eval/pairs.jsonl --exam data/exam/*.jsonl --json scores.json --html scores.html
+  minigpt evaluate --model outputs/dpo --reference outputs/sft --preferences data/dpo_val.jsonl
+  minigpt evaluate --model outputs/sft --lm-eval data/eval/choices.yaml
+"""
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, measure, and print the table."""
+    parser = CommandParser(
+        prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
+    )
+    parser.add_argument("--model", nargs="+", required=True, help="run directories, HF directories")
+    for kind, what in KINDS.items():
+        names = {f"--{kind.replace('_', '-')}", f"--{kind}"}
+        parser.add_argument(*sorted(names), nargs="+", default=[], metavar="FILE", help=what)
+    parser.add_argument("--reference", help="model that --preferences are compared with")
+    parser.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
+    parser.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
+    add_sampling(parser, max_new_tokens=64, temperature=0.0)
+    parser.add_argument("--json", type=Path, help="write all scores")
+    parser.add_argument("--html", type=Path, help="write a page with tables and charts")
+    chosen = parser.parse_args(args)
+    if chosen.reference and not chosen.preferences:
+        raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
+    if len(set(chosen.model)) < len(chosen.model):
+        raise ConfigError("--model names the same model twice.")
+    results: dict[str, Results] = {}
+    try:
+        measure(chosen, results)
+    finally:  # what was measured before an error or Ctrl-C is told, too
+        if results:
+            from minigpt.evaluate.suite import lines
+
+            print("\n".join(lines(results)), flush=True)
+
+
+def measure(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Run every test on every model, one model in memory at a time, beside the reference.
+
+    Each score is added to the results, and written, as it is there.
+    """
+    if chosen.lm_eval:  # before anything reads them
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+            os.environ.setdefault(name, "1")
+    from minigpt.cli.trainer import quiet
+    from minigpt.evaluate.suite import Settings, prepare
+    from minigpt.infer.engine import Engine
+    from minigpt.progress import shown
+
+    quiet()
+    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling(chosen))
+    tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
+    for model in chosen.model:
+        engine = Engine.load(model)
+        for name, test in tests.items():
+            with shown(f"{model}: {name}"):
+                scores = test(engine)
+            results.setdefault(model, {})[name] = scores
+            write(chosen, results)
+
+
+def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Write the files asked for."""
+    from minigpt.files import write_json, write_text
+
+    if chosen.json:
+        models = {
+            model: {
+                test: {name: score.plain() for name, score in scores.items()}
+                for test, scores in tests.items()
+            }
+            for model, tests in results.items()
+        }
+        with writing(chosen.json):
+            write_json(chosen.json, {"models": models})
+    if chosen.html:
+        with writing(chosen.html):
+            write_text(chosen.html, html(results))
+
+
+def html(results: dict[str, Results]) -> str:
+    """Return a page: of each test a table, and the main share as bars."""
+    from minigpt.report.build import Document, add_scores
+    from minigpt.report.page import page
+
+    add_scores(document := Document(), results)
+    return page("Evaluation", "".join(document.html))

@@ -1,0 +1,100 @@
+"""`minigpt export`: a model for other engines, checked against the run's."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minigpt.cli.options import CommandParser, add_model, check_room, run_name, writing
+from minigpt.errors import ConfigError
+from minigpt.export import DTYPES
+
+EXAMPLES = """examples:
+  minigpt export hf --model outputs/sft --output_dir exports/sft --license apache-2.0
+  minigpt export hf --model outputs/lora --output_dir exports/merged
+  minigpt export hf --model outputs/lora --output_dir exports/adapter --keep_adapter
+  minigpt export gguf --model outputs/sft --output_dir exports/sft-gguf --dtype q8_0
+  minigpt export gguf --model outputs/sft --output sft.gguf
+"""
+# What an export writes, and so what a later one may replace.
+WRITTEN = (
+    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "base.json", "README.md"),
+    *("special_tokens_map.json", "chat_template.jinja", "*.gguf", "Modelfile"),
+)
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, export and print the numbers of the check."""
+    parser = CommandParser(
+        prog="minigpt export",
+        description="Export a model for other engines and check that it does the same.",
+        epilog=EXAMPLES,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    hf = kinds.add_parser("hf", help="a transformers directory or a peft adapter", epilog=EXAMPLES)
+    gguf = kinds.add_parser("gguf", help="a file for llama.cpp and Ollama", epilog=EXAMPLES)
+    for kind in (hf, gguf):
+        add_model(kind)
+        kind.add_argument("--name", help="of the model (by default the run's)")
+        kind.add_argument("--license", help="of the model, such as apache-2.0")
+        kind.add_argument("--results", nargs="+", default=(), help="JSON files for the model card")
+        kind.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    hf.add_argument("--output_dir", required=True, help="directory to write")
+    hf.add_argument("--keep_adapter", action="store_true", help="the adapter alone, not merged")
+    hf.add_argument("--base_model_name", help="hub id of the kept adapter's base")
+    place = gguf.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output_dir", help="directory for GGUF, Modelfile and model card")
+    place.add_argument("--output", help="file to write, ending in .gguf")
+    gguf.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (f16)")
+    gguf.add_argument(
+        "--accept_differences",
+        action="store_true",
+        help="keep a file by which llama.cpp gives other results, and say so in the model card",
+    )
+    chosen = parser.parse_args(args)
+    if chosen.kind == "hf" and chosen.base_model_name and not chosen.keep_adapter:
+        hf.error("--base_model_name goes with --keep_adapter")
+    if chosen.kind == "gguf" and (chosen.output_dir is None) != str(chosen.output).endswith(
+        ".gguf"
+    ):
+        gguf.error("--output names a file ending in .gguf, --output_dir a directory")
+    if chosen.output_dir is None:
+        for option in ("results", "accept_differences"):
+            if getattr(chosen, option):
+                gguf.error(f"--{option} goes with --output_dir, which has a model card")
+    for name, value in export(chosen).items():
+        print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def export(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Export; return the numbers of the check.
+
+    Raises:
+        ConfigError: when the place is taken or cannot be written to.
+    """
+    place = Path(chosen.output_dir or chosen.output)
+    source = Path(chosen.adapter or chosen.model)
+    for model in filter(None, (chosen.model, chosen.adapter)):
+        if place.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
+            raise ConfigError(f"{place} holds the model itself. Export it to another place.")
+    check_room(place, "an export", WRITTEN, chosen.overwrite)
+    from minigpt.cli.trainer import quiet
+    from minigpt.export.card import Card
+    from minigpt.export.gguf import export_gguf
+    from minigpt.export.hf import export_hf
+    from minigpt.files import clear_partials
+    from minigpt.progress import shown
+
+    quiet()
+    card = Card(chosen.name or run_name(source), str(source), chosen.license, chosen.results)
+    clear_partials(place)
+    with writing(place), shown(f"exporting {chosen.model}"):
+        if chosen.kind == "gguf":
+            options = (chosen.dtype, chosen.adapter, chosen.accept_differences)
+            numbers = export_gguf(chosen.model, place, card, *options)
+        else:
+            kept = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
+            numbers = export_hf(chosen.model, place, card, *kept)
+    print(f"exported to {place}")
+    return numbers

@@ -1,0 +1,105 @@
+"""`minigpt serve`: an OpenAI-compatible API and a web chat."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+from minigpt.cli.options import CommandParser, add_weights, positive, run_name
+from minigpt.errors import ConfigError
+
+EXAMPLES = """examples:
+  minigpt serve outputs/sft
+  minigpt serve outputs/pretrain outputs/sft outputs/dpo outputs/lora
+  minigpt serve small=outputs/sft --port 9000 --slots 16 --max_context 1024
+  MINIGPT_API_KEY=$(openssl rand -hex 32) minigpt serve outputs/sft --host 0.0.0.0
+"""
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, load the models and serve until a signal comes."""
+    parser = CommandParser(
+        prog="minigpt serve",
+        description="Serve models: an OpenAI-compatible API under /v1, a web chat at /. "
+        "MINIGPT_API_KEY sets the key that clients must send.",
+        epilog=EXAMPLES,
+    )
+    told = "run directory, HF directory or hub id; the name is the directory's by default"
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=told)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
+    for name, default, told in (
+        ("slots", 8, "answers written at once, per model"),
+        ("max_queue", 256, "answers that may wait, per model"),
+        ("max_context", 4096, "tokens of a prompt and its answer; at most what the model takes"),
+        ("max_body", 2**20, "longest request in bytes"),
+        ("timeout", 600, "seconds that an answer may take"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{told} ({default})")
+    add_weights(parser)
+    chosen = parser.parse_args(args)
+    key = os.environ.get("MINIGPT_API_KEY", "").strip() or None
+    places = named(chosen.models)
+    with listen(chosen.host, chosen.port, key) as listener:
+        serve(chosen, places, key, listener)
+
+
+def named(models: list[str]) -> dict[str, str]:
+    """Return the models' places by the names under which they are served."""
+    places: dict[str, str] = {}
+    for model in models:
+        name, mark, place = model.partition("=")
+        if not mark:
+            name, place = (run_name(model) if Path(model).exists() else model), model
+        if not name or not place or name in places:
+            raise ConfigError(f"Every model needs a name of its own: give NAME=MODEL for {model}.")
+        places[name] = place
+    return places
+
+
+def listen(host: str, port: int, key: str | None) -> socket.socket:
+    """Return a socket that listens; one that others can reach needs a key."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: a port is a number from 0 to 65535.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        loopback = str(address[0]).startswith("127.") or address[0] == "::1"
+        if not loopback and key is None:
+            raise ConfigError(
+                f"--host {host} can be reached by others, so it needs a key: set MINIGPT_API_KEY, "
+                "for example to the output of: openssl rand -hex 32"
+            )
+        return socket.create_server((str(address[0]), port), family=family)
+    except (OSError, UnicodeError) as error:
+        words = f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
+        raise ConfigError(words) from error
+
+
+def serve(
+    chosen: argparse.Namespace, places: dict[str, str], key: str | None, listener: socket.socket
+) -> None:
+    """Load the models and serve them until SIGTERM; Ctrl-C raises."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'minigpt[serve]'") from error
+    from minigpt.cli.trainer import quiet
+    from minigpt.infer.engine import Engine
+    from minigpt.serve.app import create_app
+    from minigpt.serve.network import run
+    from minigpt.serve.worker import Worker
+
+    quiet()
+    engines = {name: Engine.load(place, weights=chosen.weights) for name, place in places.items()}
+    for engine in engines.values():
+        engine.context = min(engine.context, chosen.max_context)
+    worker = Worker(engines, chosen.slots, chosen.max_queue)
+    app = create_app(worker, key, chosen.max_body, chosen.timeout)
+    host, port = listener.getsockname()[:2]
+    place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"Serving {', '.join(engines)} at {place} (Ctrl-C stops)", flush=True)
+    run(app, worker, listener)

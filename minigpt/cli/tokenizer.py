@@ -1,0 +1,79 @@
+"""`minigpt tokenizer train`: a byte-level BPE from JSONL."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.cli.options import CommandParser, check_room, positive, writing
+from minigpt.data import tokenizer as tokenizers
+from minigpt.files import whole_directory
+
+log = logging.getLogger(__name__)
+
+MEASURED = 2000  # rows whose characters per token are reported
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+}
+
+EXAMPLES = """examples:
+  minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
+  minigpt tokenizer train --data_file a.jsonl b.jsonl --output_dir tok --vocab_size 6400
+"""
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line and train."""
+    parser = CommandParser(
+        prog="minigpt tokenizer", description="Train a tokenizer on JSONL.", epilog=EXAMPLES
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    train = actions.add_parser("train", help="train a byte-level BPE", epilog=EXAMPLES)
+    train.add_argument("--data_file", nargs="+", required=True, help="JSONL files")
+    train.add_argument("--output_dir", required=True, help="where to save it")
+    train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
+    train.add_argument("--data_limit", type=positive, help="use only the first rows")
+    train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    chosen = parser.parse_args(args)
+    train_to(
+        Path(chosen.output_dir),
+        chosen.data_file,
+        chosen.vocab_size,
+        chosen.data_limit,
+        chosen.overwrite,
+    )
+
+
+def train_to(
+    directory: Path,
+    files: list[str],
+    vocab_size: int,
+    limit: int | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Train a tokenizer, save it, and return its characters per token on the text.
+
+    Raises:
+        ConfigError: when the directory holds one already and `overwrite` is false.
+    """
+    check_room(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
+    trained = tokenizers.train(files, vocab_size, limit)
+    with writing(directory), whole_directory(directory) as partial:
+        tokenizers.save(trained, partial)
+    ratio = characters_per_token(
+        trained, files, MEASURED if limit is None else min(limit, MEASURED)
+    )
+    log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
+    return ratio
+
+
+def characters_per_token(
+    tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
+) -> float:
+    """Return how many characters a token stands for, over the first rows."""
+    texts = list(tokenizers.corpus(files, rows))
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return sum(map(len, texts)) / max(1, sum(len(e.ids) for e in encoded))

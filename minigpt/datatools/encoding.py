@@ -1,0 +1,98 @@
+"""Files that are not plain UTF-8: told apart, and copied so that training can read them."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from minigpt.data.formats import open_data
+from minigpt.datatools.flat import CONTROL_BYTES
+from minigpt.errors import DataError
+
+_BLOCK = 1 << 20
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_COMMON = 0.9  # share of characters that belong to GB2312 in text that is really GBK
+
+Add = Callable[[DataError], None]
+
+
+def readable(path: Path, copy: Path, add: Add) -> Path:
+    """Return `path`, or `copy` as a mended UTF-8 copy with the same lines if it needs one.
+
+    Mended are the encoding (GBK, GB18030, UTF-16), a byte order mark, and control characters;
+    each is reported to `add` with its line. Damaged files are returned as they are.
+    """
+    try:
+        with open_data(path) as stream:
+            if all(map(_is_sound, _blocks(stream))):
+                return path
+        with open_data(path) as stream, copy.open("wb") as out:
+            for line, data in enumerate(_utf8_lines(path, stream, add), 1):
+                out.write(_mended(path, line, data, add))
+    except (OSError, EOFError, zlib.error, UnicodeError):
+        return path
+    return copy
+
+
+def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    while block := stream.read(_BLOCK):
+        yield block + stream.readline()
+
+
+def _is_sound(block: bytes) -> bool:
+    if block.startswith(codecs.BOM_UTF8) or len(block.translate(None, CONTROL_BYTES)) < len(block):
+        return False
+    try:
+        return block.isascii() or bool(block.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _utf8_lines(path: Path, stream: IO[bytes], add: Add) -> Iterator[bytes]:
+    first = next(iter(stream), b"")
+    stream.seek(0)
+    if not first.startswith(_UTF16):
+        yield from stream
+        return
+    add(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))
+    with io.TextIOWrapper(stream, "utf-16", newline="\n") as lines:
+        yield from (line.encode() for line in lines)
+
+
+def _mended(path: Path, line: int, data: bytes, add: Add) -> bytes:
+    if line == 1 and data.startswith(codecs.BOM_UTF8):
+        data = data.removeprefix(codecs.BOM_UTF8)
+        add(finding(path, line, "bom", "the file starts with a byte order mark"))
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        if (text := _gbk(data)) is None:
+            return data
+        data = text.encode()
+        add(finding(path, line, "encoding", "the line is GBK, not UTF-8"))
+    plain = data.translate(None, CONTROL_BYTES)
+    if len(plain) < len(data):
+        add(finding(path, line, "control_character", "holds control characters"))
+    return plain
+
+
+def _gbk(data: bytes) -> str | None:
+    """Decode GBK; text in other encodings decodes too, but to characters that nobody uses."""
+    try:
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    foreign = [char for char in text if not char.isascii()]
+    common = "".join(foreign).encode("gb2312", "ignore").decode("gb2312")
+    return text if len(common) >= _COMMON * len(foreign) else None
+
+
+def finding(
+    path: Path, line: int | None, reason: str, problem: str, remedy: str = "Use --fix."
+) -> DataError:
+    """Return a finding, which has the form of the error that training would give."""
+    return DataError(problem, path=str(path), line=line, remedy=remedy, reason=reason)

@@ -1,0 +1,280 @@
+"""Fetch named public corpora as JSONL: licence first, resumed, verified, converted.
+
+Hub files come through `huggingface_hub`, which honours HF_ENDPOINT; others through plain
+HTTPS. Files are verified against the checksum that the host states. Raw GitHub files have
+none: the SHA-256 of what came is written down beside the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minigpt import progress
+from minigpt.data.formats import iter_rows
+from minigpt.data.records import Kind, parse_row
+from minigpt.data.tokenizer import SPECIAL_TOKENS
+from minigpt.errors import ConfigError, DataError
+from minigpt.files import whole_file, write_json
+
+Rows = Iterator[dict[str, Any]]
+
+HUB, MODELSCOPE = "https://huggingface.co", "https://modelscope.cn"
+GITHUB = "https://raw.githubusercontent.com"
+_TIMEOUT, _BLOCK = 30, 1 << 20
+_MARKS = re.compile(r"(?:\s*(?:<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>))+\s*")
+
+
+def _as_is(path: Path) -> Rows:
+    for _, row in iter_rows(path):
+        yield row if isinstance(row, dict) else {}
+
+
+def _marked(path: Path) -> Rows:
+    """Texts whose pieces another tokenizer's control tokens part."""
+    for row in _as_is(path):
+        yield {"text": _MARKS.sub("\n", str(row.get("text", ""))).strip()}
+
+
+def _stories(path: Path) -> Rows:
+    """Plain text whose documents end with a line <|endoftext|>."""
+    lines: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.strip() == "<|endoftext|>":
+                yield {"text": "".join(lines).strip()}
+                lines = []
+            else:
+                lines.append(line)
+    yield {"text": "".join(lines).strip()}
+
+
+def _poems(path: Path) -> Rows:
+    """Poems as title (of a ci, its tune), author and lines."""
+    for row in _as_is(path):
+        head = (row.get("title") or row.get("rhythmic"), row.get("author"))
+        yield {
+            "text": "\n".join(str(part) for part in (*head, *(row.get("paragraphs") or ())) if part)
+        }
+
+
+def _instructions(path: Path) -> Rows:
+    for row in _as_is(path):
+        yield {key: row.get(key, "") for key in ("instruction", "input", "output")}
+
+
+class Home(NamedTuple):
+    """Where corpora live: the repository on the hub or GitHub, and its licence as stated."""
+
+    repository: str
+    licence: str
+    github: bool = False
+    modelscope: str = ""  # the repository there, if it has one
+
+    @property
+    def page(self) -> str:
+        """The address of its own page."""
+        return ("https://github.com/" if self.github else f"{HUB}/datasets/") + self.repository
+
+
+class Corpus(NamedTuple):
+    """A public corpus: what it is, the kind of its rows, its files, and how they become rows."""
+
+    about: str
+    kind: Kind
+    home: Home
+    files: tuple[str, ...]
+    convert: Callable[[Path], Rows] = _as_is
+
+
+_MINIMIND = Home(
+    "jingyaogong/minimind_dataset",
+    "Apache-2.0 and CC-BY-NC-2.0; gathered from other sets, whose terms apply as well",
+    modelscope="gongjy/minimind_dataset",
+)
+_STORIES = Home("roneneldan/TinyStories", "CDLA-Sharing-1.0")
+_POETRY = Home("chinese-poetry/chinese-poetry", "MIT; the poems are in the public domain", True)
+_MEDICAL = Home("shibing624/medical", "Apache-2.0; meant for research, not medical advice")
+_TANG = tuple(f"全唐诗/poet.tang.{number}.json" for number in range(0, 58_000, 1000))
+_CI = tuple(f"宋词/ci.song.{number}.json" for number in range(0, 22_000, 1000))
+_TRAIN, _VAL = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
+_ZH, _ZH_VAL = "finetune/train_zh_0.json", "finetune/valid_zh_0.json"
+
+CORPORA = {
+    "minimind-pretrain": Corpus(
+        "Chinese texts, 1.2 GB", "text", _MINIMIND, ("pretrain_t2t_mini.jsonl",), _marked
+    ),
+    "minimind-sft": Corpus("Chinese chats, 1.7 GB", "chat", _MINIMIND, ("sft_t2t_mini.jsonl",)),
+    "minimind-dpo": Corpus("preference pairs, 54 MB", "preference", _MINIMIND, ("dpo.jsonl",)),
+    "minimind-medical": Corpus(
+        "Chinese medical chats, 34 MB", "chat", _MINIMIND, ("lora_medical.jsonl",)
+    ),
+    "tinystories": Corpus(
+        "stories in simple English, 2.2 GB", "text", _STORIES, (_TRAIN,), _stories
+    ),
+    "tinystories-val": Corpus("the same, held out, 22 MB", "text", _STORIES, (_VAL,), _stories),
+    "tang-poems": Corpus("57,000 poems, traditional characters", "text", _POETRY, _TANG, _poems),
+    "song-ci": Corpus("21,000 ci", "text", _POETRY, _CI, _poems),
+    "medical-zh": Corpus("1.95 million Chinese questions", "chat", _MEDICAL, (_ZH,), _instructions),
+    "medical-zh-val": Corpus(
+        "the same, held out, 500 rows", "chat", _MEDICAL, (_ZH_VAL,), _instructions
+    ),
+}
+
+
+def fetch(
+    name: str,
+    directory: Path,
+    modelscope: bool = False,
+    limit: int | None = None,
+    files: tuple[str, ...] = (),
+) -> tuple[Path, int, Counter[str]]:
+    """Fetch a corpus; return the JSONL file, its rows, and rows left out by reason.
+
+    Args:
+        name: a key of `CORPORA`.
+        directory: gets NAME.jsonl, NAME.source.json and the downloads.
+        modelscope: take the files from ModelScope instead of the hub.
+        limit: stop after so many rows.
+        files: other files of the same repository.
+
+    Raises:
+        ConfigError: when the corpus is there already, or a file cannot be fetched.
+        DataError: when what came is not what the host's checksum or the format says.
+    """
+    corpus, out = CORPORA[name], directory / f"{name}.jsonl"
+    if modelscope and not corpus.home.modelscope:
+        raise ConfigError(f"{name} is not on ModelScope. Leave out --source modelscope.")
+    if out.exists():
+        raise ConfigError(f"{out} exists already. Remove it, or choose another --output_dir.")
+    sources: dict[str, Any] = {}
+    skipped: Counter[str] = Counter()
+
+    def every() -> Rows:
+        for file in files or corpus.files:
+            path, sources[file] = _download(corpus.home, file, directory / ".downloads", modelscope)
+            with progress.shown(f"converting {file}"):
+                yield from corpus.convert(path)
+
+    good = islice(_usable(every(), corpus.kind, skipped), limit)
+    with whole_file(out) as partial:
+        with partial.open("w", encoding="utf-8") as lines:
+            written = sum(bool(lines.write(json.dumps(r, ensure_ascii=False) + "\n")) for r in good)
+        if not written:
+            raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
+        home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
+        write_json(directory / f"{name}.source.json", home | {"rows": written, "skipped": skipped})
+    return out, written, skipped
+
+
+def _usable(rows: Rows, kind: Kind, skipped: Counter[str]) -> Rows:
+    """Yield the rows that training can use, and count the others by reason."""
+    for row in rows:
+        try:
+            parse_row(row, kind, SPECIAL_TOKENS)
+        except DataError as error:
+            skipped[error.reason] += 1
+        else:
+            yield row
+
+
+def _download(
+    home: Home, file: str, directory: Path, modelscope: bool
+) -> tuple[Path, dict[str, str]]:
+    """Return a verified file and where it came from."""
+    quoted = urllib.parse.quote(file)
+    try:
+        if modelscope:
+            url = f"{MODELSCOPE}/datasets/{home.modelscope}/resolve/master/{quoted}"
+            url, path, revision, stated = _from_web(url, directory / home.modelscope / file)
+        elif home.github:
+            url = f"{GITHUB}/{home.repository}/master/{quoted}"
+            url, path, revision, stated = _from_web(url, directory / home.repository / file)
+        else:
+            url, path, revision, stated = _from_hub(
+                home.repository, file, directory / home.repository
+            )
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ConfigError(
+            f"Cannot fetch {file} of {home.repository}: {error}. Run the command again to go on "
+            "where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file by hand. "
+            f"If it is there no more, name another with --file: they are listed at {home.page}."
+        ) from error
+    found = _checksums(path)
+    if stated not in ("", *found):
+        path.unlink()
+        problem = f"its checksum is {found[0]}, but the host says {stated}"
+        raise DataError(problem, path=path, remedy="It was removed; run the command again.")
+    return path, {"url": url, "revision": revision, "sha256": found[0]}
+
+
+def _checksums(path: Path) -> tuple[str, str]:
+    """Return a file's SHA-256 and, as hosts state it for small files, git's SHA-1 of it."""
+    sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            sha256.update(block)
+            git.update(block)
+    return sha256.hexdigest(), git.hexdigest()
+
+
+def _from_hub(repository: str, file: str, directory: Path) -> tuple[str, Path, str, str]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    url = hf_hub_url(repository, file, repo_type="dataset")
+    place: Any = {"repo_id": repository, "filename": file, "repo_type": "dataset"}
+    try:
+        stated = get_hf_file_metadata(url)
+        revision, etag = stated.commit_hash or "main", stated.etag or ""
+        path = Path(hf_hub_download(**place, revision=revision, local_dir=directory))
+    except Exception as error:  # of whichever HTTP library the hub's client is built on
+        raise ConnectionError(f"{url}: {error}") from error
+    return url, path, revision, etag if len(etag) in (40, 64) else ""
+
+
+def _from_web(url: str, path: Path) -> tuple[str, Path, str, str]:
+    """Download a file; what an earlier attempt left is gone on with if it is the same version."""
+    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".etag")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    etag = tag.read_text() if tag.exists() else ""
+    if path.exists() and tag.exists():
+        return url, path, "master", _sha256(etag)
+    headers = {"User-Agent": "minigpt", "Accept-Encoding": "identity"}
+    if etag and part.exists():
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        opened = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or "Range" not in headers:
+            raise
+        part.unlink()  # it was whole already, or is longer than the file
+        return _from_web(url, path)
+    with opened as answer:
+        etag, length = answer.headers.get("ETag") or "", answer.headers.get("Content-Length")
+        tag.write_text(etag)
+        with part.open("ab" if answer.status == 206 else "wb") as file:
+            came = 0
+            with progress.shown(f"fetching {path.name}"):
+                while block := answer.read(_BLOCK):
+                    came += file.write(block)
+                    progress.step(came, int(length or 0))
+    if length not in (None, str(came)):
+        raise ConnectionError(f"the connection broke after {came} of {length} bytes")
+    part.replace(path)
+    return url, path, "master", _sha256(etag)
+
+
+def _sha256(etag: str) -> str:
+    """Return the SHA-256 that an ETag states, or "" if it is of another kind."""
+    return etag.strip('"') if re.fullmatch('"?[0-9a-f]{64}"?', etag) else ""

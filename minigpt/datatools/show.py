@@ -1,0 +1,128 @@
+"""Show what the model is trained on: each token of rows, and whether it is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data.chat import refused_texts
+from minigpt.data.formats import scan_rows
+from minigpt.data.records import BadRows, Kind, Record, Source, parse_row
+from minigpt.data.store import Encoded, Encoder, Limits
+from minigpt.datatools.check import guess_kind
+from minigpt.errors import DataError
+from minigpt.report.page import escape
+
+STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
+LOST = "\ufffd"  # what a part of a character decodes to
+CSS = """<style>
+figure { margin-top: 1rem; }
+.tokens { white-space: pre-wrap; font: .9rem/1.9 ui-monospace, monospace; }
+.t { border-bottom: 2px solid var(--c2); }
+.t { background: color-mix(in srgb, var(--c2) 34%, transparent); }
+.t.o { background: color-mix(in srgb, var(--c2) 16%, transparent); }
+.m { color: var(--soft); }
+.m.o { background: color-mix(in srgb, var(--soft) 14%, transparent); }
+</style>
+<p class="soft">What is underlined is trained on, the rest only read. Each shade is one token.</p>
+"""
+
+
+class Segment(NamedTuple):
+    """A sample, or a part of a preference: its place, and (text, is a target) for each token."""
+
+    heading: str
+    tokens: list[tuple[str, bool]]
+
+
+def segments(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: Kind | None = None,
+    max_length: int = 512,
+    start: int = 1,
+    rows: int = 3,
+) -> Iterator[Segment]:
+    """Yield the segments that training makes of the first `rows` rows from line `start` on.
+
+    Raises:
+        DataError: for a bad row.
+    """
+    kind = kind or guess_kind(path)
+    encoder, bad = Encoder(kind, tokenizer, Limits(max_length=max_length)), BadRows()
+    records = _records(path, kind, start, refused_texts(tokenizer, kind))
+    wanted = list(islice(records, rows))
+    for sample, source in encoder.encode(wanted, bad):
+        for part, ids, targets in _parts(sample, kind):
+            counts = f"{len(ids)} tokens, {sum(targets)} trained on"
+            tokens = list(_pieces(tokenizer, ids, targets))
+            yield Segment(f"{path}:{source.line}{part}: {counts}", tokens)
+
+
+def _records(
+    path: Path, kind: Kind, start: int, special: Sequence[str]
+) -> Iterator[tuple[Record, Source]]:
+    """Read the rows from a line on, whatever stands before it."""
+    for line, row in scan_rows(path):
+        if line >= start:
+            try:
+                yield parse_row(row, kind, special), Source(path, line)
+            except DataError as error:
+                raise error.at(path, line) from None
+
+
+def _parts(sample: Encoded, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
+    if kind == "preference":
+        yield " prompt", sample.prompt, [False] * len(sample.prompt)
+        yield " chosen", sample.first, [True] * len(sample.first)
+        yield " rejected", sample.second, [True] * len(sample.second)
+    else:
+        targets = sample.targets or [True] * len(sample.first)
+        yield "", sample.first, [False, *targets[1:]]  # nothing predicts the first token
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], targets: list[bool]
+) -> Iterator[tuple[str, bool]]:
+    """Yield tokens as text; those that share a character come together."""
+    decode, held = tokenizer.backend_tokenizer.decode, 0
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[held:end], skip_special_tokens=False)
+        if not text.endswith(LOST) or end - held >= 4 or end == len(ids):
+            yield text, targets[end - 1]
+            held = end
+
+
+def coloured(segment: Segment) -> Text:
+    """Return a segment for a terminal with colours."""
+    line = Text()
+    for number, (text, target) in enumerate(segment.tokens):
+        line.append(text.replace("\n", "↵\n"), STYLES[target][number % 2])
+    return line
+
+
+def plain(segment: Segment) -> str:
+    """Return a segment for a terminal without colours: targets stand in ⟦ ⟧."""
+    text, before = "", False
+    for piece, target in (*segment.tokens, ("", False)):
+        text += ("⟦" if target else "⟧") * (target != before) + piece
+        before = target
+    return text
+
+
+def html(parts: list[Segment]) -> str:
+    """Return segments as the body of an HTML page."""
+    body = CSS
+    for heading, tokens in parts:
+        body += f'<figure><figcaption>{escape(heading)}</figcaption><div class="tokens">'
+        for number, (text, target) in enumerate(tokens):
+            kind = ("t" if target else "m") + " o" * (number % 2)
+            shown = escape(text.replace("\n", "↵\n"))
+            body += f'<span class="{kind}">{shown}</span>'
+        body += "</div></figure>\n"
+    return body

@@ -1,0 +1,141 @@
+"""Direct preference optimisation against a frozen reference model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minigpt.data.batch import PackedBatch
+from minigpt.errors import ConfigError
+from minigpt.model.architecture import embedding_rows, resize_vocabulary
+from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.pretrained import load_model
+from minigpt.model.rope import scale
+from minigpt.stages.base import BaseModule, Step
+from minigpt.stages.reference import digest_of, scores_of
+
+
+class DPOModule(BaseModule):
+    """Make chosen answers likelier than rejected ones, relative to the reference.
+
+    The reference is the model as the run started. Under LoRA it is the model with the
+    adapter off, so no copy is kept. (A run that starts from an adapter merges it first, so
+    the adapter that is switched off here is always this run's own.)
+
+    Args:
+        beta: strength of the pull towards the reference.
+        loss: sigmoid (DPO); cdpo or robust (labels that may be wrong); hinge (SLiC); ipo or
+            sigmoid_norm (by the mean over an answer's tokens). Formulas: `losses.dpo`.
+        label_smoothing: the share of wrong labels, for cdpo and robust.
+        reference: `model` keeps the frozen model; `precomputed` computes its log-probs of
+            all pairs once, keeps them with the token stores, and lets it go.
+        kwargs: see `BaseModule`.
+    """
+
+    keeps_base = True
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss: PreferenceLoss = "sigmoid",
+        label_smoothing: float = 0.0,
+        reference: Literal["model", "precomputed"] = "model",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):
+            raise ConfigError(
+                f"model.label_smoothing belongs to loss: {' or '.join(SMOOTHED)} and lies in "
+                f"0..0.5; got {label_smoothing} with loss: {loss}."
+            )
+        if not beta > 0:
+            raise ConfigError(f"model.beta must be above 0, but is {beta}.")
+        self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
+        self.reference = reference
+        self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
+        self._known: dict[tuple[str, int], Tensor] = {}
+
+    def before_adapter(self, lm: PackedLM) -> None:
+        """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
+        if self.reference == "precomputed" and self.trained is None:
+            self._digest = digest_of(lm, str(self.trainer.precision))
+        if self.lora is None and self.trained is None:
+            self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+
+    def on_fit_start(self) -> None:
+        """Use the reference up before training, if asked to."""
+        super().on_fit_start()
+        if self.reference == "precomputed":
+            self.precompute()
+
+    def on_validation_start(self) -> None:
+        """Load the reference where a trained run is only validated."""
+        if self.trained is not None and not self._frozen:
+            assert self.init_from is not None
+            start = load_model(self.init_from)
+            resize_vocabulary(start, embedding_rows(self.model.hf))
+            if self.rope_scaling is not None:
+                scale(start, self.rope_scaling)
+            frozen = PackedLM(start)
+            self._frozen.append(frozen.requires_grad_(False).eval())
+
+    def on_test_start(self) -> None:
+        """Load the reference also where the held-out pairs are the test."""
+        self.on_validation_start()
+
+    def packed_models(self) -> list[PackedLM]:
+        """Return the model and its reference."""
+        return [self.model, *(lm.to(self.device) for lm in self._frozen)]
+
+    def precompute(self) -> None:
+        """Learn the reference's log-probs of all pairs, then let the frozen copy go."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        known: dict[tuple[str, int], Tensor] = {}
+        for store in data.stores():
+            share = self.trainer.strategy.broadcast
+            scores = torch.from_numpy(scores_of(store, data, self._digest, self._score, share))
+            sources = ((str(store.source), line) for line in store.samples["line"].tolist())
+            known.update(zip(sources, scores.to(self.device), strict=True))
+        self._known = known
+        self._frozen.clear()
+
+    def _score(self, batch: PackedBatch) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():  # as in a step
+            return self.reference_logprobs(batch.to(self.device))
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Return the reference's summed log-prob of each answer, [2P]."""
+        if self._known:
+            return torch.stack([self._known[source] for source in batch.sources]).flatten()
+        if self._frozen:
+            return self._frozen[0].to(self.device)(batch, per_answer=True)  # type: ignore[no-any-return]
+        training = self.model.training
+        self.model.eval()
+        with self.peft[0].disable_adapter():
+            scores: Tensor = self.model(batch, per_answer=True)
+        self.model.train(training)
+        return scores
+
+    def step(self, batch: PackedBatch) -> Step:
+        """Return the summed DPO loss of all pairs, and the sums behind its metrics."""
+        learns = len(batch.labels) > 0  # else the batch only keeps processes in step
+        policy = self.model(batch, per_answer=True)
+        reference = self.reference_logprobs(batch)
+        lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)
+        pairs = dpo(policy, reference, lengths, self.beta, self.loss, self.label_smoothing)
+        weight = float(learns)
+        margins = pairs.chosen_rewards - pairs.rejected_rewards
+        sums: dict[str, Tensor | float] = {
+            "rewards/chosen": pairs.chosen_rewards.sum(),
+            "rewards/rejected": pairs.rejected_rewards.sum(),
+            "rewards/margin": margins.sum(),
+            "rewards/accuracy": (margins > 0).sum(),
+            "logps/chosen": policy[0::2].sum(),
+            "logps/rejected": policy[1::2].sum(),
+        }
+        return Step(pairs.losses.sum() * weight, len(margins) * learns, sums)

@@ -1,0 +1,94 @@
+"""The reference's log-probs of preference pairs: computed once for each store, and kept in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minigpt.data.batch import PackedBatch
+from minigpt.data.datamodule import JSONLDataModule, PackedDataset, Selection
+from minigpt.data.order import PackedOrder, Part
+from minigpt.data.store import TokenStore
+from minigpt.files import whole_file
+from minigpt.model.packed_lm import PackedLM
+from minigpt.model.parallel import gathered
+
+log = logging.getLogger(__name__)
+
+Scores = NDArray[np.float32]  # [S, 2] summed log-probs of the chosen and the rejected answers
+
+
+def digest_of(lm: PackedLM, precision: str) -> str:
+    """Return a digest of all that decides a model's log-probs of given tokens."""
+    known = lm.hf.config.to_dict()
+    parts = {"precision": precision, **{k: v for k, v in known.items() if not k.startswith("_")}}
+    total = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, weight in sorted(lm.state_dict().items()):
+        total.update(name.encode())
+        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:20]
+
+
+def scores_of(
+    store: TokenStore,
+    data: JSONLDataModule,
+    model: str,
+    logprobs: Callable[[PackedBatch], Tensor],
+    broadcast: Callable[[Any], Any],
+) -> Scores:
+    """Return the log-probs of all pairs of a store, from disk where they lie there already.
+
+    The first process decides and reads; computing is shared among all processes.
+
+    Args:
+        store: the pairs; its name stands for its content, the tokenizer and the limits.
+        data: says which process this is, and how much goes into a micro-batch.
+        model: the reference's digest.
+        logprobs: from a batch to the reference's log-probs [2P].
+        broadcast: hands the first process's value to all.
+    """
+    path = store.path / f"reference-{model}.npy"
+    rank, world = data.place
+    kept: Scores | None = broadcast(_read(path, len(store)) if rank == 0 else None)
+    if kept is not None:
+        log.info("The reference's log-probs are in %s.", path)
+        return kept
+    whole = Selection(store)
+    order = PackedOrder(
+        [whole.lengths], [Part(len(store), len(store))], data.tokens_per_batch, None
+    )
+    mine: list[tuple[int, list[float]]] = []
+    for batch in PackedDataset(order, [whole], 0, 0, rank, world):
+        pairs = logprobs(batch).view(-1, 2).float().tolist()
+        if len(batch.labels):  # else the batch only keeps processes in step
+            mine += zip((line for _, line in batch.sources), pairs, strict=True)
+    found = dict(gathered(mine))
+    scores = np.array([found[line] for line in store.samples["line"].tolist()], np.float32)
+    if rank == 0:
+        _write(path, scores)
+    return scores
+
+
+def _read(path: Path, pairs: int) -> Scores | None:
+    try:
+        kept: Scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or damaged: it is computed anew
+        return None
+    return kept if kept.shape == (pairs, 2) and kept.dtype == np.float32 else None
+
+
+def _write(path: Path, scores: Scores) -> None:
+    try:
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.save(file, scores)
+    except OSError as error:  # a run can do without: the next one computes them again
+        log.warning("The reference's log-probs cannot be kept in %s: %s", path, error.strerror)
