@@ -30,7 +30,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def tree() -> list[str]:
     """Return the paths of the tree in docs/architecture.md."""
-    drawn = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## The tree\n\n```\n")[2]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("## The tree\n\n```\n")[2]
     above: list[str] = []
     paths = []
     for line in drawn.partition("```")[0].splitlines():
