@@ -4,8 +4,7 @@
 
 The plain loop (minigpt/bench/baseline.py) trains for --seconds once for each learning rate, which
 falls to 0 along a cosine over that time; its best held-out loss counts. Then `minigpt fit` gets a
---share'th of the time: as many steps as it makes in it, by short runs before. For --grow_share of
-its steps only the first --grow_layers layers train.
+--share'th of the time: as many steps as it makes in it, by a short run before.
 """
 
 from __future__ import annotations
@@ -57,19 +56,14 @@ def theirs(chosen: argparse.Namespace, work: Work, val: Path) -> dict[float, Res
     return runs
 
 
-def fit(
-    chosen: argparse.Namespace, work: Work, name: str, steps: int, few: int, val: str | None
-) -> Result:
-    """Run `minigpt fit`, the first `few` steps with few layers; return its summary with the
-    seconds that training took.
-    """
+def fit(chosen: argparse.Namespace, work: Work, name: str, steps: int, val: str | None) -> Result:
+    """Run `minigpt fit`; return its summary with the seconds that training took."""
     made: Any = config(work, "model", work.place / name, seed=0)
     made["model"]["init_args"] |= {
         "optimizer": {"name": chosen.optimizer, "lr": chosen.lr, "adamw_lr": chosen.adamw_lr},
         "schedule": {"name": "wsd", "decay": chosen.decay},
         "tokenizer": made["model"]["init_args"].pop("init_from"),
         "architecture": architecture(chosen.size),
-        "grow": {"layers": chosen.grow_layers, "steps": few} if few else None,
         "compile_layers": False,  # the seconds that are reported would leave that out
     }
     made["data"]["init_args"] |= {"val": val, "tokens_per_batch": chosen.tokens_per_batch}
@@ -84,14 +78,9 @@ def fit(
 
 def ours(chosen: argparse.Namespace, work: Work) -> Result:
     """Train for the share of the time."""
-    step = fit(chosen, work, "short", MEASURED, 0, None)["train_s"] / MEASURED
-    share = chosen.grow_share if chosen.grow_layers else 0.0
-    if share:
-        shallow = fit(chosen, work, "shallow", MEASURED + 1, MEASURED, None)["train_s"] - step
-        step = share * shallow / MEASURED + (1 - share) * step
+    step = fit(chosen, work, "short", MEASURED, None)["train_s"] / MEASURED
     steps = max(2, round(chosen.seconds / chosen.share / step))
-    few = min(round(share * steps), steps - 1)
-    return fit(chosen, work, "long", steps, few, str(Path(chosen.val).resolve()))
+    return fit(chosen, work, "long", steps, str(Path(chosen.val).resolve()))
 
 
 def measure(chosen: argparse.Namespace, place: Path) -> Result:
@@ -134,8 +123,6 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="ours; with muon, of its matrices")
     parser.add_argument("--adamw_lr", type=float, default=1e-2, help="with muon, of the rest")
     parser.add_argument("--decay", type=float, default=0.8, help="share of our steps that fall")
-    parser.add_argument("--grow_layers", type=int, default=1, help="ours that train first (0: all)")
-    parser.add_argument("--grow_share", type=float, default=0.9, help="of our steps, that they do")
     parser.add_argument("--tokens_per_batch", type=int, default=1024, help="of our step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks of the plain loop's step")

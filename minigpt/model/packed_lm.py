@@ -89,7 +89,7 @@ class PackedLM(nn.Module):
             return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
         hidden = forward.hidden_states(self.hf, batch, self.conduct.packed)
         head: Any = self.hf.get_output_embeddings()
-        if not self.ends_early or len(hidden) > len(batch.labels):  # the last layer may be asleep
+        if not self.ends_early:
             hidden = hidden.index_select(0, batch.predict_at)
         if not per_answer:
             return linear_cross_entropy(hidden, head.weight, head.bias, batch.labels, self.softmax)

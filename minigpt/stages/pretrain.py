@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
 from minigpt.model.architecture import Architecture, build_native, check_sizes, native_config
-from minigpt.model.growth import Growth, awake, check_growth, put_to_sleep
 from minigpt.stages.base import BaseModule, Step, bits_per_byte
 
 
@@ -20,7 +18,6 @@ class PretrainModule(BaseModule):
     Args:
         architecture: sizes of the native model; refused beside `init_from` where they differ from
             that model's.
-        grow: train the first layers alone for a while (from random weights only).
         kwargs: see `BaseModule`.
     """
 
@@ -30,7 +27,6 @@ class PretrainModule(BaseModule):
     def __init__(
         self,
         architecture: Architecture = Architecture(),  # noqa: B008  (frozen)
-        grow: Growth | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -38,25 +34,13 @@ class PretrainModule(BaseModule):
             raise ConfigError(
                 "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
             )
-        if grow is not None and self.init_from is not None:
-            raise ConfigError(
-                "model.init_args.grow starts from random weights: leave it or init_from out."
-            )
-        if grow is not None and grow.layers >= architecture.layers:
-            raise ConfigError(
-                f"grow.layers is {grow.layers}, but the model has {architecture.layers} layers: "
-                "start with fewer, or leave grow out."
-            )
-        self.architecture, self.grow = architecture, grow
+        self.architecture = architecture
 
     def build(self) -> PreTrainedModel:
         """Return a native model with random weights, or the model to go on from."""
         if self.trained or self.init_from:
             return super().build()
-        model = build_native(self.architecture, self.tokenizer)
-        if self.grow:
-            put_to_sleep(model, self.grow)
-        return self.scaled(model)
+        return self.scaled(build_native(self.architecture, self.tokenizer))
 
     def first_config(self) -> PreTrainedConfig:
         """Return the native model's config, or that of the model to go on from."""
@@ -66,19 +50,6 @@ class PretrainModule(BaseModule):
                 check_sizes(self.architecture, config)
             return config
         return native_config(self.architecture, self.tokenizer)
-
-    def configure_optimizers(self) -> Any:
-        """See whether the model will grow, then as in every stage."""
-        if self.grow:
-            check_growth(self.grow, self.total_steps(), self.trainer.strategy)
-        return super().configure_optimizers()
-
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Compute with the layers that are awake."""
-        if self.grow is None:
-            return super().training_step(batch, batch_idx)
-        with awake(self.model.hf, self.grow, self.trainer.global_step):
-            return super().training_step(batch, batch_idx)
 
     def step(self, batch: PackedBatch) -> Step:
         """Return the summed cross-entropy of all next tokens, in nats."""

@@ -26,12 +26,9 @@ HERE = Path(__file__).parent
 FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
 STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp2": FSDP2}
 JOBS = [(stage, "sgd") for stage in tiny_runs.STAGES] + [("pretrain", "muon"), ("lora", "muon")]
-JOBS += [("pretrain", "grow")]
 REWARDS = ("chosen", "rejected", "margin", "accuracy")
 RESUMED = [("pretrain", "muon"), ("lora", "muon"), ("dpo", "sgd")]
-ALL = [
-    (*made, name) for made in JOBS for name in STRATEGIES if (made[1], name) != ("grow", "fsdp2")
-]
+ALL = [(*made, name) for made in JOBS for name in STRATEGIES]
 
 
 def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[str, Any]:
@@ -51,10 +48,6 @@ def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[st
     )
     if kind == "muon":
         made["model"]["init_args"]["optimizer"] = {"name": "muon", "lr": 0.02}
-    if kind == "grow":
-        made["model"]["init_args"]["grow"] = {"layers": 1, "steps": 2}
-        if made["trainer"].get("strategy"):
-            made["trainer"]["strategy"] = "ddp_find_unused_parameters_true"
     if stage == "lora":
         made["model"]["init_args"]["lora"] = {"dropout": 0.0}
     return {"args": tiny_runs.arguments("fit", made), "sgd": kind != "muon"}

@@ -30,10 +30,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "dpo-lora": {"model__init_args__lora": LORA},
 }
 ONE_MOMENT: dict[str, dict[str, Any]] = {
-    "pretrain-grow": {  # goes on at step 4, with layers that have no moments yet
-        "model__init_args__architecture__dropout": 0.2,
-        "model__init_args__grow": {"layers": 1, "steps": 5},
-    },
     "dpo-precomputed": {"model__init_args__init_from": "gpt2", **PRECOMPUTED},
     "dpo-lora-precomputed": {"model__init_args__lora": LORA, **PRECOMPUTED},
     "lora-compiled": {

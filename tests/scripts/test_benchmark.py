@@ -212,7 +212,7 @@ def test_time_to_loss(
     work += ["--size", str(tmp_path / "tiny.yaml")]
     work += ["--seconds", "2", "--share", "4", "--baseline_lrs", "1e-2", "1e-3", "--decay", "0.25"]
     work += ["--tokens_per_batch", "128", "--max_length", "64", "--rows", "40", "--lr", "2e-2"]
-    work += ["--optimizer", "muon", "--grow_layers", "1", "--grow_share", "0.75"]
+    work += ["--optimizer", "muon"]
     work += ["--batch_size", "2", "--adamw_lr", "3e-3", "--precision", "fp32"]
     module.main([*files, *work, "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
@@ -222,17 +222,11 @@ def test_time_to_loss(
     assert report["data"] == "pretrain.jsonl"
     assert report["reached"] == str(report["loss"] <= report["baseline_loss"])
     assert report["times_sooner"] == pytest.approx(2.0 / report["seconds"])
-    short, shallow, long = configs
+    short, long = configs
     assert (short["trainer"]["max_steps"], short["data"]["init_args"]["val"]) == (10, None)
-    assert (short["model"]["init_args"]["grow"], shallow["trainer"]["max_steps"]) == (None, 11)
-    assert shallow["model"]["init_args"]["grow"] == {"layers": 1, "steps": 10}
     assert not any(made["model"]["init_args"]["compile_layers"] for made in configs)
     steps = report["runs"]["minigpt"]["steps"]
     assert long["trainer"]["max_steps"] == steps
-    assert long["model"]["init_args"]["grow"] == {
-        "layers": 1,
-        "steps": min(round(0.75 * steps), steps - 1),
-    }
     optimizer = {"name": "muon", "lr": 0.02, "adamw_lr": 0.003}
     assert long["model"]["init_args"]["optimizer"] == optimizer
     assert "times_sooner" in capsys.readouterr().out

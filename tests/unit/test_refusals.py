@@ -247,8 +247,8 @@ def test_no_config(minigpt: Minigpt, verb: str) -> None:
 
 
 def test_half_of_an_option(fit: Minigpt) -> None:
-    said = fit("pretrain", "--model.init_args.grow.layers", "1")
-    told(said, "model.grow: steps must be given, too")
+    said = fit("pretrain", "--model.init_args.rope_scaling.factor", "2")
+    told(said, "model.rope_scaling: type must be given, too")
 
 
 BAD_NUMBERS = [
