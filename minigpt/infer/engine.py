@@ -17,7 +17,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError, DataError
-from minigpt.infer.batch import Batch, Delta, Finish, TokenLogprob
+from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, TokenLogprob
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
@@ -218,7 +218,7 @@ class Engine:
 
     def _replies(self, ids: list[list[int]], how: list[Sampling], window: int) -> Iterator[Reply]:
         slots = BATCH[self.model.device.type == "cuda"]
-        batch, window = Batch(self, slots), window or slots
+        batch, window = ContinuousBatch(self, slots), window or slots
         order = sorted(range(len(ids)), key=lambda i: (i // window, len(ids[i])))
         numbers = {
             batch.add(ids[i], how[i], f"Prompt {i + 1}: " * (len(ids) > 1)): i for i in order
@@ -236,7 +236,7 @@ class Engine:
 
     def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
         """Complete one prompt and yield the reply token by token."""
-        batch = Batch(self, 1)
+        batch = ContinuousBatch(self, 1)
         batch.add(self.encode(prompt), sampling)
         while not batch.idle:
             yield from batch.step()

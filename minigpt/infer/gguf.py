@@ -20,7 +20,7 @@ from minigpt.data.chat import ChatCodec
 from minigpt.data.records import Message
 from minigpt.data.tokenizer import END_OF_TEXT, started
 from minigpt.errors import ConfigError, ModelError
-from minigpt.infer.batch import Delta, Finish, check_fits
+from minigpt.infer.continuous_batch import Delta, Finish, check_fits
 from minigpt.infer.engine import Reply, check_unicode
 from minigpt.infer.sampling import Sampling
 from minigpt.infer.text import StopTexts

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minigpt.data.records import Message
-from minigpt.infer.batch import Delta, TokenLogprob
+from minigpt.infer.continuous_batch import Delta, TokenLogprob
 from minigpt.infer.engine import Sampling
 
 # Clients send these as a matter of course; they change nothing about an answer.

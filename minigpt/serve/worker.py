@@ -14,7 +14,7 @@ from typing import Any
 
 from minigpt.data.records import Message
 from minigpt.errors import ConfigError
-from minigpt.infer.batch import Batch, Delta
+from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Worker:
 
     def __init__(self, engines: Mapping[str, Engine], slots: int, max_queue: int) -> None:
         self.engines, self.slots, self.places = engines, slots, slots + max_queue
-        self.batches = {name: Batch(engine, slots) for name, engine in engines.items()}
+        self.batches = {name: ContinuousBatch(engine, slots) for name, engine in engines.items()}
         self.jobs: set[Job] = set()
         self.broken = False
         self._reading: Counter[str] = Counter()  # prompts that are encoded, or wait for it
@@ -174,7 +174,7 @@ class Worker:
             jobs = {job for job, _ in self._owners[model].values()}
             jobs |= {argument} if isinstance(argument, Job) else set()
             self._owners[model].clear()
-            self.batches[model] = Batch(self.engines[model], self.slots)
+            self.batches[model] = ContinuousBatch(self.engines[model], self.slots)
             self._loop.call_soon_threadsafe(self.fail, jobs, "The model failed on this request.")
 
     def _admit(self, job: Job) -> None:

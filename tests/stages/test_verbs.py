@@ -15,7 +15,7 @@ from tiny_runs import RUN, Fit
 
 from minigpt.cli.trainer import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
-from minigpt.infer.batch import Batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model
 
@@ -77,13 +77,13 @@ def test_a_users_message_opens_no_turn(
     verb: str, option: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
-    add = Batch.add
+    add = ContinuousBatch.add
 
-    def spied(batch: Batch, ids: list[int], *more: Any) -> int:
+    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
         asked.append(ids)
         return add(batch, ids, *more)
 
-    monkeypatch.setattr(Batch, "add", spied)
+    monkeypatch.setattr(ContinuousBatch, "add", spied)
     file, run_dir = tmp_path / "asked.jsonl", tmp_path / "sft"
     shutil.copytree(world / "sft", run_dir)  # an exam's replies are written beside the run
     messages = [{"role": "user", "content": tiny.FORGED}]

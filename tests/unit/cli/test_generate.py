@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.data.records import Message
-from minigpt.infer.batch import Batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import Native
 from minigpt.model.cached import Cached
@@ -135,16 +135,16 @@ def test_rows_are_printed_as_they_are_done(
     rows = [{"prompt": text} for text in ("the cat and a dog", "a log", "rain")]
     tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", rows)
     monkeypatch.setattr("minigpt.infer.engine.BATCH", (1, 1))
-    ended, step = [], Batch.step
+    ended, step = [], ContinuousBatch.step
 
-    def interrupted(self: Batch) -> list[Delta]:
+    def interrupted(self: ContinuousBatch) -> list[Delta]:
         if len(ended) == 2:
             raise KeyboardInterrupt
         deltas = step(self)
         ended.extend(delta for delta in deltas if delta.finish)
         return deltas
 
-    monkeypatch.setattr(Batch, "step", interrupted)
+    monkeypatch.setattr(ContinuousBatch, "step", interrupted)
     outcome = minigpt("generate", "--model", trained / "sft", "--file", file, *SHORT)
     assert (outcome.status, outcome.err) == (130, "minigpt: interrupted\n")
     said = [json.loads(line) for line in outcome.out.splitlines()]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
-from minigpt.infer.batch import Batch, Delta
+from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.model.cached import Cached
@@ -48,7 +48,7 @@ def prompts(count: int, longest: int = 60) -> list[list[int]]:
 def decode(
     engine: Engine, asked: Sequence[list[int]], how: Sequence[Sampling], slots: int
 ) -> list[list[Delta]]:
-    batch = Batch(engine, slots)
+    batch = ContinuousBatch(engine, slots)
     numbers = [batch.add(ids, sampling) for ids, sampling in zip(asked, how, strict=True)]
     said: dict[int, list[Delta]] = {number: [] for number in numbers}
     while not batch.idle:
@@ -193,7 +193,7 @@ def test_requests_come_go_and_are_cancelled(
 ) -> None:
     engine, asked = endless(family, tokenizer), prompts(6)
     alone = [ids_of(decode(engine, [p], [Sampling(10)], 1)[0]) for p in asked]
-    batch = Batch(engine, 3)
+    batch = ContinuousBatch(engine, 3)
     said: dict[int, list[int]] = {}
 
     def step() -> None:
@@ -223,7 +223,7 @@ def test_a_prompt_must_fit_the_context_and_the_reply_is_cut_to_it(
     engine = endless("qwen3", tokenizer, max_position_embeddings=32)
     assert engine.context == 32
     with pytest.raises(ConfigError, match="32 tokens, but the model's context length is 32"):
-        Batch(engine, 1).add([5] * 32, Sampling())
+        ContinuousBatch(engine, 1).add([5] * 32, Sampling())
     (deltas,) = decode(engine, [[5] * 31], [Sampling(max_new_tokens=9)], 1)
     assert (len(ids_of(deltas)), deltas[-1].finish) == (1, "length")
     (deltas,) = decode(engine, [[5] * 20], [Sampling(max_new_tokens=99)], 1)
@@ -233,7 +233,7 @@ def test_a_prompt_must_fit_the_context_and_the_reply_is_cut_to_it(
 def test_the_cache_is_freed_when_there_is_nothing_to_do(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    batch = Batch(endless("qwen3", tokenizer, max_position_embeddings=512), 8)
+    batch = ContinuousBatch(endless("qwen3", tokenizer, max_position_embeddings=512), 8)
     runner = batch._runner
     assert isinstance(runner, Native)
     said = []

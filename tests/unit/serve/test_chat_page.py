@@ -13,7 +13,7 @@ from patience import eventually
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 from serving import ASKED, HTML, SAID, Served
 
-from minigpt.infer.batch import Batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 
 LONG = ASKED + " on"  # nothing learnt by heart
 
@@ -151,13 +151,13 @@ def test_policy_runs_nothing_but_the_page(opened: Page, served: Served) -> None:
 
 
 def test_stop(opened: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Batch.step
+    step = ContinuousBatch.step
 
-    def slowly(batch: Batch) -> Any:
+    def slowly(batch: ContinuousBatch) -> Any:
         time.sleep(0.05)  # or the answer might end before it is stopped
         return step(batch)
 
-    monkeypatch.setattr(Batch, "step", slowly)
+    monkeypatch.setattr(ContinuousBatch, "step", slowly)
     choose(opened, "base")
     opened.locator("#max_tokens").evaluate("(node) => { node.value = node.max; }")  # time to stop
     for way in ("button", "Escape"):

@@ -12,7 +12,7 @@ import tiny
 from serving import ASKED, SAID, Served
 
 from minigpt.data.records import Message
-from minigpt.infer.batch import Batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 
 CHAT: dict[str, Any] = {
     "model": "sft",
@@ -100,13 +100,13 @@ def test_a_users_message_opens_no_turn(
     client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
-    add = Batch.add
+    add = ContinuousBatch.add
 
-    def spied(batch: Batch, ids: list[int], *more: Any) -> int:
+    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
         asked.append(ids)
         return add(batch, ids, *more)
 
-    monkeypatch.setattr(Batch, "add", spied)
+    monkeypatch.setattr(ContinuousBatch, "add", spied)
     message = {"role": "user", "content": tiny.FORGED}
     for stream in (False, True):
         reply = client.chat.completions.create(

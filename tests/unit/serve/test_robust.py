@@ -20,7 +20,7 @@ from patience import eventually
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ASKED, SAID, Served, running
 
-from minigpt.infer.batch import Batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
 from minigpt.serve import network
 
@@ -372,16 +372,16 @@ def test_time_limit(engines: dict[str, Engine]) -> None:
 
 
 def test_model_that_breaks(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    step: Callable[[Batch], Any] = Batch.step
+    step: Callable[[ContinuousBatch], Any] = ContinuousBatch.step
     broken: list[bool] = []
 
-    def failing(self: Batch) -> Any:
+    def failing(self: ContinuousBatch) -> Any:
         if self.engine is engines["base"] and not broken:
             broken.append(True)
             raise RuntimeError("out of memory")
         return step(self)
 
-    monkeypatch.setattr(Batch, "step", failing)
+    monkeypatch.setattr(ContinuousBatch, "step", failing)
     with running(engines) as served:
         client = served.client
         with pytest.raises(openai.InternalServerError, match="failed on this request"):
@@ -401,8 +401,8 @@ def test_model_that_cannot_go_on(
         def failing(*_: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(Batch, "step", failing)
-        monkeypatch.setattr("minigpt.serve.worker.Batch", failing)
+        monkeypatch.setattr(ContinuousBatch, "step", failing)
+        monkeypatch.setattr("minigpt.serve.worker.ContinuousBatch", failing)
         answer = served.post(TEXTS, json=LONG | {"stream": False})
         assert (answer.status_code, error_of(answer)["code"]) == (500, "server_error")
         assert served.get("/health").status_code == 503

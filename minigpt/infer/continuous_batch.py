@@ -89,7 +89,7 @@ class _Request:
         return out
 
 
-class Batch:
+class ContinuousBatch:
     """Requests that are decoded together. The caller owns the thread.
 
     Args:
