@@ -73,7 +73,7 @@ def answer(chosen: argparse.Namespace) -> None:
 
 def reply(engine: Any, sampling: Any, turns: list[tuple[str, str]]) -> str:
     """Answer a chat, or continue the last text where the model knows no chats."""
-    from minigpt.data.records import Message
+    from minigpt.data.formats import Message
 
     messages = tuple(Message(role, text) for role, text in turns)
     asked = messages if engine.codec is not None else turns[-1][1]

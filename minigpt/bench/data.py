@@ -14,7 +14,7 @@ from typing import Any
 from minigpt.bench.measure import Result, alternate, middle, publish, spawn, surroundings
 from minigpt.cli.options import CommandParser, positive
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.records import BadRows, Text, read_records
+from minigpt.data.formats import BadRows, Text, read_records
 from minigpt.machine import peak_memory
 
 EXAMPLES = """examples:

@@ -25,7 +25,7 @@ from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.files import write_text
 
 if TYPE_CHECKING:
-    from minigpt.data.records import Message
+    from minigpt.data.formats import Message
     from minigpt.infer.engine import Engine, Sampling
     from minigpt.infer.gguf import Gguf
 
@@ -106,7 +106,7 @@ class Chat:
 
     def answer(self, line: str) -> None:
         """Answer a message; one without an answer is not kept."""
-        from minigpt.data.records import Message
+        from minigpt.data.formats import Message
 
         self.question, self.answered = line, False
         asked = [*self.history, Message("user", line)]
@@ -123,7 +123,7 @@ class Chat:
         self.tell(f"\n[{tokens} tokens, {end}]")
 
     def _sent(self, turns: list[Message]) -> list[Message]:
-        from minigpt.data.records import Message
+        from minigpt.data.formats import Message
 
         return [Message("system", self.system_text), *turns] if self.system_text else turns
 
@@ -162,9 +162,8 @@ class Chat:
 
     def load(self, rest: str) -> None:
         """!load FILE: go on with a dialogue that was saved."""
-        from minigpt.data.formats import iter_rows
-        from minigpt.data.records import Chat as Saved
-        from minigpt.data.records import parse_row
+        from minigpt.data.formats import Chat as Saved
+        from minigpt.data.formats import iter_rows, parse_row
 
         if not rest:
             raise ConfigError("Give a file: !load FILE")

@@ -74,7 +74,7 @@ def read_prompt(file: str | None) -> str:
 
 def asked(chosen: argparse.Namespace, content: Any) -> Any:
     """Return a prompt as the engine takes it: a text to continue, or a chat to answer."""
-    from minigpt.data.records import Message
+    from minigpt.data.formats import Message
 
     if isinstance(content, str):
         if chosen.text:

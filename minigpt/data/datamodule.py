@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.exam import Item, load_exam
-from minigpt.data.order import PackedOrder, Part
-from minigpt.data.packing import histogram
+from minigpt.data.formats import Kind
+from minigpt.data.order import PackedOrder, Part, histogram
 from minigpt.data.prompts import Prompt, load_prompts
-from minigpt.data.records import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids, id_count
-from minigpt.data.workers import leave_signals
 from minigpt.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -438,3 +440,19 @@ class DPODataModule(JSONLDataModule):
     """Rows of preferences: a prompt, a chosen and a rejected answer."""
 
     kind: ClassVar[Kind] = "preference"
+
+
+def leave_signals(_: int) -> None:
+    """Leave it to the main process to stop: it still needs this worker for the current step."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # only there a process learns who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def end_when_told(main: int) -> None:
+    """End at a SIGTERM of the main process; others send it to the whole group."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt.data.formats import iter_rows
-from minigpt.data.records import Message, parse_prompt
+from minigpt.data.formats import Message, iter_rows, parse_prompt
 from minigpt.errors import DataError
 
 PUNCTUATION = ".,;:!?…。，；：！？、\"'“”‘’ \n\t"

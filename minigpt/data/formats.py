@@ -1,6 +1,12 @@
-"""Rows of data files: JSONL, or one JSON array, plain or gzipped, each with its line.
+"""Rows of data files become records: typed, validated, and traced to file and line.
 
-Whatever a file holds, the outcome is decoded JSON values or a `DataError`.
+The one reader of rows, for training and for every tool. A file is JSONL or one JSON array, plain
+or gzipped. Whatever a file or a row holds, the outcome is records or a `DataError`.
+
+    read_records   files → records; bad rows stop the reading, or are counted
+    parse_row      decoded row → record
+    scan_rows      file → decoded rows
+    open_data      file → bytes
 """
 
 from __future__ import annotations
@@ -11,23 +17,457 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from minigpt import progress
 from minigpt.errors import DataError
 
+Kind = Literal["text", "chat", "preference"]
+
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation")
+# The key of the prompt and, where the messages do not hold it already, that of the answer.
+_CHAT_KEYS = {"messages": "", "conversations": "", "instruction": "output", "prompt": "completion"}
+# 'prompt' comes first: preference sets often carry the whole chosen chat as 'messages' as well.
+_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
+_ACCEPTED = {
+    "text": "{text}",
+    "chat": "{messages} or {conversations}, {instruction, input, output}, {prompt, completion}",
+    "preference": "{chosen, rejected} as whole conversations, or as answers together with "
+    "{prompt}, {messages}, {conversations} or {instruction, input}",
+    "prompt": "{prompt}, {messages} or {conversations}, {instruction, input}",
+}
+_READERS = {"chosen": "preference rows, for DPO", "text": "text rows, for pretraining"}
+_READERS |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
+_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+# Fields that say more of a row or of a message than its text does.
+ROW_FIELDS = frozenset(("functions", "label", "tools", "weight"))
+MESSAGE_FIELDS = frozenset(("function_call", "reasoning_content", "tool_calls", "train", "weight"))
+_UNUSED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset(), frozenset()),
+    "chat": (ROW_FIELDS, MESSAGE_FIELDS - {"train", "weight"}),
+    "preference": (ROW_FIELDS, MESSAGE_FIELDS),
+}
+_NOTHING: tuple[object, ...] = (None, "", [], {})  # values of fields that say nothing
 _REMEDIES = {
+    "answer_role": "Give each answer as a string or as one assistant message.",
     "bad_gzip": "Copy or compress it again.",
     "bad_json": "Each line must hold one JSON object (JSONL), or the whole file one JSON array.",
+    "empty": "Fill it, or leave the row out.",
+    "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
     "missing_file": "Check the name; relative paths start at the current directory.",
+    "no_assistant": "Add the answer, or leave the row out.",
     "no_rows": "Give a file with one JSON object on each line.",
+    "no_targets": "Leave the row out, or give an answer that is to be learnt weight 1.",
+    "part_type": "Leave out rows with images, sound or calls: models here read text alone.",
+    "prompt_end": "Leave out what follows the last user message.",
+    "prompt_mismatch": "Without a prompt of its own, the row's is what its answers begin with.",
+    "role_order": "One system message may come first; then user and assistant alternate.",
+    "special_token": "Remove it: an answer must not be able to start or end a turn.",
+    "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
+    "tool_role": "Leave out conversations with tool calls.",
+    "unknown_role": f"Known are {', '.join(ROLES)}.",
     "unreadable": "Name a file that can be read, or the files in a directory.",
+    "weight": "An answer is learnt (weight 1, train true) or only read (weight 0, train false).",
+    "wrong_type": "Write it as that, or leave the row out.",
 }
+_CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 _DECODER = json.JSONDecoder()
-_BUFFER = 1 << 17
+_BUFFER = 1 << 17  # bytes read at a time
+
+_Row = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user or assistant.
+        content: its text.
+        train: whether an answer of a chat is trained on; else it is only read.
+    """
+
+    role: str
+    content: str
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document to pretrain on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One conversation with at least one assistant turn to train on."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt that ends with a user message, a better answer and a worse one."""
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a record was read: the file and its 1-based line, or item of a JSON array."""
+
+    path: Path
+    line: int
+
+
+Record = Text | Chat | Preference
+_Turn = tuple[str, Message]  # with the field that a wrong role is reported at
+
+
+@dataclass(slots=True)
+class BadRows:
+    """What becomes of rows that cannot be used, and the counts of those left out.
+
+    Args:
+        policy: "error" stops at the first one; "skip" leaves them out and counts them.
+        max_share: the share of skipped rows above which reading stops all the same.
+    """
+
+    policy: Literal["error", "skip"] = "error"
+    max_share: float = 0.05
+    seen: int = field(default=0, init=False)  # rows, good and bad, of all reads with this object
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+    first: dict[str, str] = field(default_factory=dict, init=False)
+    unused: set[str] = field(default_factory=set, init=False)  # see `unused_fields`
+
+    def handle(self, error: DataError) -> None:
+        """Count a bad row, or raise its error when the policy is "error".
+
+        Raises:
+            DataError: `error` itself.
+        """
+        if self.policy == "error":
+            raise error
+        self.counts[error.reason] += 1
+        self.first.setdefault(error.reason, f"{error.path}:{error.line}")
+
+    def check(self, total: int) -> None:
+        """Refuse to go on when too large a share of `total` rows was skipped.
+
+        Raises:
+            DataError: the share is above `max_share`.
+        """
+        if self.counts.total() > self.max_share * total:
+            problem = f"{self.summary()}; that is more than {self.max_share:.1%} of {total} rows"
+            raise _error("too_many_bad_rows", None, problem)
+
+    def summary(self) -> str:
+        """Return the counts by reason with their first places in one line, "" if all are 0."""
+        common = self.counts.most_common()
+        reasons = ", ".join(f"{count} {why} (first {self.first[why]})" for why, count in common)
+        return f"skipped {self.counts.total()} bad rows: {reasons}" if common else ""
+
+
+def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Record:
+    """Turn a decoded JSON row into a record, whose text or answers hold no special token.
+
+    What system and user say may hold them: it is encoded so that they stay text.
+
+    Raises:
+        DataError: the row does not fit; it names the field, and the caller adds the place.
+    """
+    parser, row = _Parser(special_tokens, kind), _object(row)
+    if kind != "text":
+        return parser.chat(row) if kind == "chat" else parser.preference(row)
+    if "text" not in row:
+        raise _missing(row, kind)
+    return Text(parser.said(row["text"], "text"))
+
+
+def unused_fields(row: object, kind: Kind) -> set[str]:
+    """Return the fields of a decoded row that carry meaning, but are not used in training."""
+    of_rows, of_messages = _UNUSED[kind]
+    if not isinstance(row, dict) or not of_messages:
+        return set()
+    found = {name for name in of_rows & row.keys() if row[name] not in _NOTHING}
+    for value in row.values():
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, dict) and (named := of_messages & message.keys()):
+                found.update(name for name in named if message[name] not in _NOTHING)
+    return found
+
+
+def unused_problem(fields: Iterable[str]) -> str:
+    """Return what is said of a file with fields that are not used."""
+    return f"its rows have {', '.join(sorted(fields))}, of which training makes no use"
+
+
+def parse_prompt(row: object) -> tuple[Message, ...] | str:
+    """Turn a decoded JSON row into messages to answer, or a string to complete.
+
+    A string comes from ``{"prompt": str}`` alone; next to a ``"system"`` it is a user message.
+
+    Raises:
+        DataError: the row does not fit; it names the field, and the caller adds the place.
+    """
+    parser, row = _Parser(), _object(row)
+    if isinstance(row.get("prompt"), str) and not row.get("system"):
+        return parser.string(row["prompt"], "prompt")
+    if (key := _first_key(row)) is None:
+        raise _missing(row, "prompt")
+    return _messages(parser.head(row, key), prompt=True)
+
+
+def read_records(
+    paths: Sequence[str | Path],
+    kind: Kind,
+    bad: BadRows,
+    limit: int | None = None,
+    special_tokens: Sequence[str] = (),
+) -> Iterator[tuple[Record, Source]]:
+    """Stream the records of the files, one file after the other, at most `limit` in all.
+
+    Raises:
+        DataError: a file cannot be read or holds no rows, no row of all files can be used, or
+            `bad` does not let a row pass.
+    """
+    good = 0
+    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path))
+    for source, line, row in rows:
+        if limit is not None and good >= limit:
+            break
+        bad.seen += 1
+        try:
+            record = parse_row(row, kind, special_tokens)
+            bad.unused |= unused_fields(row, kind)
+        except DataError as error:
+            bad.handle(error.at(source, line))
+            if bad.seen >= _CHECK_AFTER:
+                bad.check(bad.seen)
+        else:
+            good += 1
+            yield record, Source(source, line)
+    bad.check(bad.seen)
+    if not good and limit != 0:
+        raise _error("no_rows", None, f"no {kind} row can be used; {bad.summary() or 'no files'}")
+
+
+class _Parser:
+    """Reads rows; every string that gets into a record passes through `string`."""
+
+    def __init__(self, special_tokens: Sequence[str] = (), kind: Kind | None = None) -> None:
+        self.special_tokens, self.kind = special_tokens, kind
+
+    def chat(self, row: _Row) -> Chat:
+        for key, answer in _CHAT_KEYS.items():
+            if row.get(key) is not None and (not answer or row.get(answer) is not None):
+                break
+        else:
+            raise _missing(row, "chat")
+        turns = self.head(row, key)
+        if answer:
+            _messages(turns, prompt=True)
+            turns += self.turns(row[answer], answer, "assistant")
+        elif turns[-1][1].role == "user" and "chosen" in row:
+            raise _missing(row, "chat")  # the answers are outside the messages
+        messages = _messages(turns, prompt=False)
+        if not any(message.train for message in messages if message.role == "assistant"):
+            raise _error("no_targets", answer or key, "no answer is to be learnt")
+        return Chat(messages)
+
+    def preference(self, row: _Row) -> Preference:
+        if row.get("chosen") is None or row.get("rejected") is None:
+            raise _missing(row, "preference")
+        chosen = self.turns(row["chosen"], "chosen", "assistant")
+        rejected = self.turns(row["rejected"], "rejected", "assistant")
+        if (key := _first_key(row)) is None and len(chosen) == 1:
+            raise _missing(row, "preference")
+        prompt = _messages(self.head(row, key) + ([] if key else chosen[:-1]), prompt=True)
+        good, worse = _answer(chosen, prompt), _answer(rejected, prompt)
+        if good == worse:
+            raise _error("same_answers", "rejected", "the answer equals 'chosen'")
+        return Preference(prompt, good, worse)
+
+    def head(self, row: _Row, key: str | None) -> list[_Turn]:
+        """Read the row's own system message, if it has one, and what is under `key`."""
+        system = self.string(row.get("system") or "", "system", blank=True)
+        turns = [("system", Message("system", system))] if system.strip() else []
+        if key == "instruction":
+            return turns + self.alpaca(row)
+        role = "user" if key == "prompt" else ""
+        return turns + self.turns(row[key], key, role) if key else turns
+
+    def alpaca(self, row: _Row) -> list[_Turn]:
+        history = row.get("history") or []
+        if not isinstance(history, list):
+            raise _wrong_type(history, "a list", "history")
+        turns = []
+        for i, pair in enumerate(history):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise _wrong_type(pair, "a list of a question and an answer", f"history[{i}]")
+            turns += self.turns(pair[0], f"history[{i}][0]", "user")
+            turns += self.turns(pair[1], f"history[{i}][1]", "assistant")
+        parts = (self.string(row.get(k) or "", k, blank=True) for k in ("instruction", "input"))
+        content = "\n".join(part for part in parts if part.strip())
+        return turns + self.turns(content, "instruction", "user")
+
+    def turns(self, value: object, place: str, role: str) -> list[_Turn]:
+        """Read messages, a single one, or the plain string of one whose `role` is known."""
+        if role and isinstance(value, str):
+            return [(place, Message(role, self.content(value, place, role)))]
+        if isinstance(value, dict):
+            return [self.message(value, place)]
+        if not isinstance(value, list):
+            raise _wrong_type(value, "a string or a list" if role else "a list of messages", place)
+        turns = [self.message(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        if turns and not turns[0][1].content.strip():
+            del turns[0]  # an empty system message, as exports write where there is none
+        if not turns:
+            raise _error("no_messages", place, "holds no messages")
+        return turns
+
+    def message(self, value: object, place: str) -> _Turn:
+        if not isinstance(value, dict):
+            raise _wrong_type(value, "a message object", place)
+        role_key = "role" if "role" in value else "from"
+        content_key = "content" if "content" in value else "value"
+        if role_key not in value or content_key not in value:
+            problem = (
+                f"a message needs {{role, content}} or {{from, value}}; it has {list(value)!r:.99}"
+            )
+            raise _error("missing_key", place, problem)
+        message_place, content_place = place, f"{place}.{content_key}"
+        place, role = f"{place}.{role_key}", value[role_key]
+        if not isinstance(role, str):
+            raise _wrong_type(role, "a string", place)
+        if role not in ROLES:
+            reason = "tool_role" if role in _TOOL_ROLES else "unknown_role"
+            raise _error(reason, place, f"role {role!r:.40} is not supported")
+        content = _joined(value[content_key], content_place)
+        content = self.content(content, content_place, ROLES[role])
+        learnt = self.kind == "chat" and ROLES[role] == "assistant"
+        train = not learnt or _is_trained(value, message_place)
+        return place, Message(ROLES[role], content, train)
+
+    def content(self, value: object, place: str, role: str) -> str:
+        if role == "assistant":
+            return self.said(value, place)
+        return self.string(value, place, blank=role == "system")
+
+    def said(self, value: object, place: str) -> str:
+        """Read what the model is trained to say."""
+        text = self.string(value, place)
+        for token in self.special_tokens:
+            if token and token in text:
+                raise _error("special_token", place, f"holds the special token {token!r}")
+        return text
+
+    def string(self, value: object, place: str, *, blank: bool = False) -> str:
+        if not isinstance(value, str):
+            raise _wrong_type(value, "a string", place)
+        if not blank and (not value or value.isspace()):
+            raise _error("empty", place, "is empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            problem = f"character {error.start + 1} is a lone surrogate, half of a character"
+            raise _error("lone_surrogate", place, problem) from None
+        return value
+
+
+def _error(reason: str, place: str | None, problem: str, remedy: str | None = None) -> DataError:
+    remedy = remedy or _REMEDIES.get(reason)
+    return DataError(problem, field=place, remedy=remedy, reason=reason)
+
+
+def _wrong_type(value: object, wanted: str, place: str | None) -> DataError:
+    given = _TYPES.get(type(value), "a number")
+    return _error("wrong_type", place, f"must be {wanted}, not {given}")
+
+
+def _joined(content: object, place: str) -> object:
+    """Return what a message says where it comes as a list of parts, all of them text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise _wrong_type(part, "a part with a type", f"{place}[{i}]")
+        if part.get("type") != "text":
+            problem = f"parts of type {part.get('type')!r:.40} are not supported"
+            raise _error("part_type", f"{place}[{i}].type", problem)
+        if not isinstance(part.get("text"), str):
+            raise _wrong_type(part.get("text"), "a string", f"{place}[{i}].text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _is_trained(message: _Row, place: str) -> bool:
+    """Whether an answer is to be learnt: null stands for no field, as in columns of tables."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise _error("weight", f"{place}.weight", f"must be 0 or 1, not {weight!r:.40}")
+    if train is not None and not isinstance(train, bool):
+        raise _error("weight", f"{place}.train", f"must be true or false, not {train!r:.40}")
+    return weight != 0 and train is not False
+
+
+def _object(row: object) -> _Row:
+    if isinstance(row, DataError):  # what `scan_rows` yields for a line that is not JSON
+        raise row
+    if not isinstance(row, dict):
+        raise _wrong_type(row, "a JSON object", None)
+    return row
+
+
+def _first_key(row: _Row) -> str | None:
+    return next((key for key in _PROMPT_KEYS if row.get(key) is not None), None)
+
+
+def _missing(row: _Row, kind: str) -> DataError:
+    reader = next((reader for key, reader in _READERS.items() if key in row), kind)
+    hint = "" if reader.startswith(kind) else f"This looks like {reader}. "
+    remedy = f"{hint}Accepted are {_ACCEPTED[kind]}."
+    return _error("missing_key", None, f"not a {kind} row: its keys are {list(row)!r:.200}", remedy)
+
+
+def _messages(turns: Sequence[_Turn], *, prompt: bool) -> tuple[Message, ...]:
+    """Check the order of the roles and, of a prompt, that the user has the last word."""
+    body = turns[1:] if turns and turns[0][1].role == "system" else turns
+    for (place, message), expected in zip(body, cycle(("user", "assistant")), strict=False):
+        if message.role != expected:
+            problem = f"the role is {message.role!r} where {expected!r} must come"
+            raise _error("role_order", place, problem)
+    place = turns[-1][0]
+    if not body:
+        raise _error("no_messages", place, "there are no messages but the system's")
+    if prompt and body[-1][1].role != "user":
+        raise _error("prompt_end", place, "a prompt must end with a user message")
+    if not prompt and len(body) == 1:
+        raise _error("no_assistant", place, "there is no assistant message to learn from")
+    return tuple(message for _, message in turns)
+
+
+def _answer(turns: Sequence[_Turn], prompt: tuple[Message, ...]) -> Message:
+    *before, answer = (message for _, message in turns)
+    unsaid = prompt[1:] if prompt[0].role == "system" else prompt
+    if before and tuple(before) not in (prompt, unsaid):
+        problem = "must be one answer, alone or after exactly the messages of the prompt"
+        raise _error("prompt_mismatch", turns[0][0].partition("[")[0], problem)
+    if answer.role != "assistant":
+        raise _error("answer_role", turns[-1][0], "the answer must be an assistant message")
+    return answer
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -54,10 +494,10 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
     except DataError as error:
         raise error.at(path, error.line) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _error("bad_gzip", f"cut off or damaged gzip data: {error}").at(path) from None
+        raise _error("bad_gzip", None, f"cut off or damaged gzip data: {error}").at(path) from None
     except OSError as error:
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise _error(reason, f"cannot be read: {error.strerror}").at(path) from None
+        raise _error(reason, None, f"cannot be read: {error.strerror}").at(path) from None
 
 
 class _Told(io.FileIO):
@@ -80,10 +520,6 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 
 
-def _error(reason: str, problem: str) -> DataError:
-    return DataError(problem, remedy=_REMEDIES[reason], reason=reason)
-
-
 def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
     rows = 0
     for line, data in enumerate(stream, 1):
@@ -98,7 +534,7 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
             rows += 1
             yield line, _decode(data, line)
     if not rows:
-        raise _error("no_rows", "the file holds no rows")
+        raise _error("no_rows", None, "the file holds no rows")
 
 
 def _decode(data: bytes, line: int) -> Any:

@@ -1,45 +1,28 @@
-"""Order: which sample comes when. A pure function of (seed, epoch, position).
+"""Order: which sample comes when, and which samples share a micro-batch.
 
-Nothing is remembered between calls, so a run resumes at any micro-batch, and the same
-order is dealt out to any number of processes.
+The order is a pure function of (seed, epoch, position): nothing is remembered between calls, so
+a run resumes at any micro-batch, and the same order is dealt out to any number of processes.
+
+Packing is a pure function of lengths. Micro-batches are filled evenly instead of one after the
+other: the longest sample left goes to the emptiest bin (longest-processing-time-first, Graham
+1969). Nothing is padded, so a bin may stay a little under its budget; in return all micro-batches
+take the same time and each sees the same mix of lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.data.packing import pack
+from minigpt.errors import DataError
 
 ROUNDS = 4
-
-
-def shuffle(index: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Map indices below `size` to their places in a pseudo-random permutation.
-
-    A Feistel network on the next power of four with cycle walking (Black and Rogaway 2002):
-    any part of the permutation is computed without holding the rest.
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64)
-
-    def network(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = x >> np.uint64(half), x & mask
-        for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return (left << np.uint64(half)) | right
-
-    out = network(index.astype(np.uint64))
-    while (outside := out >= np.uint64(size)).any():
-        out[outside] = network(out[outside])
-    return out.astype(np.int64)
+GRAIN = 16  # lengths this close count as equal, so that chance decides which ones meet
 
 
 @dataclass(frozen=True)
@@ -123,3 +106,86 @@ class PackedOrder:
                 place[turn == t] = shuffle(place[turn == t], share.size, self._seed(t, number + 1))
             inside[mine] = place
         return part, inside
+
+
+def shuffle(index: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Map indices below `size` to their places in a pseudo-random permutation.
+
+    A Feistel network on the next power of four with cycle walking (Black and Rogaway 2002):
+    any part of the permutation is computed without holding the rest.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64)
+
+    def network(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> np.uint64(half), x & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << np.uint64(half)) | right
+
+    out = network(index.astype(np.uint64))
+    while (outside := out >= np.uint64(size)).any():
+        out[outside] = network(out[outside])
+    return out.astype(np.int64)
+
+
+def pack(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> list[list[int]]:
+    """Group samples into bins of at most `budget` tokens.
+
+    Args:
+        lengths: [S] tokens of each sample, each in 1..budget.
+        budget: tokens of a micro-batch.
+        rng: decides among samples of about the same length and the order of the bins.
+
+    Returns:
+        Bins of indices into `lengths`; each index is in exactly one bin.
+
+    Raises:
+        DataError: when a sample is longer than the budget.
+    """
+    if len(lengths) and int(lengths.max()) > budget:
+        raise DataError(
+            f"a sample of {int(lengths.max())} tokens is longer than a micro-batch of {budget}",
+            field="tokens_per_batch",
+            remedy="Raise tokens_per_batch or lower max_length.",
+            reason="oversize",
+        )
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(-(lengths[order] // GRAIN), kind="stable")]
+    bins: list[list[int]] = [[] for _ in range(-(-int(lengths.sum()) // budget))]
+    emptiest = [(0, index) for index in range(len(bins))]
+    for sample in order.tolist():
+        size = int(lengths[sample])
+        filled, index = emptiest[0] if emptiest else (budget, 0)
+        if filled + size > budget:
+            bins.append([])
+            heapq.heappush(emptiest, (size, len(bins) - 1))
+            bins[-1].append(sample)
+        else:
+            heapq.heapreplace(emptiest, (filled + size, index))
+            bins[index].append(sample)
+    return [bins[i] for i in rng.permutation(len(bins)).tolist() if bins[i]]
+
+
+def utilisation(lengths: NDArray[np.int64], bins: list[list[int]], budget: int) -> float:
+    """Return the share of the micro-batches' budget that tokens fill, 0..1."""
+    return float(lengths.sum()) / (len(bins) * budget) if bins else 1.0
+
+
+def histogram(lengths: Iterable[NDArray[np.int64]]) -> list[tuple[str, int]]:
+    """Return how many samples have how many tokens: (range, count), ranges by half powers of 2.
+
+    Args:
+        lengths: of the samples, in as many arrays as it takes to hold only some of them.
+    """
+    edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for some in lengths:
+        counts += np.histogram(some, edges)[0]
+    used = np.flatnonzero(counts)
+    labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
+    bars = list(zip(labels, counts.tolist(), strict=True))
+    return bars[used[0] : used[-1] + 1] if len(used) else []

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec, Planned, Units, View, refused_texts
-from minigpt.data.records import (
+from minigpt.data.formats import (
     BadRows,
     Chat,
     Kind,

@@ -20,13 +20,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
-from minigpt.data.formats import open_data, scan_rows
-from minigpt.data.records import (
+from minigpt.data.formats import (
     BadRows,
     Kind,
     Message,
     Source,
+    open_data,
     read_records,
+    scan_rows,
     unused_fields,
     unused_problem,
 )

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt import progress
-from minigpt.data.formats import iter_rows
-from minigpt.data.records import Kind, parse_row
+from minigpt.data.formats import Kind, iter_rows, parse_row
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import whole_file, write_json

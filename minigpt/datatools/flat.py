@@ -14,7 +14,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
-from minigpt.data.records import (
+from minigpt.data.formats import (
     MESSAGE_FIELDS,
     ROLES,
     ROW_FIELDS,

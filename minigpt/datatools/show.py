@@ -11,8 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
-from minigpt.data.formats import scan_rows
-from minigpt.data.records import BadRows, Kind, Record, Source, parse_row
+from minigpt.data.formats import BadRows, Kind, Record, Source, parse_row, scan_rows
 from minigpt.data.store import Encoded, Encoder, Limits
 from minigpt.datatools.check import guess_kind
 from minigpt.errors import DataError

@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.data.formats import scan_rows
-from minigpt.data.packing import histogram, pack, utilisation
-from minigpt.data.records import BadRows, Kind, Source, read_records
+from minigpt.data.formats import BadRows, Kind, Source, read_records, scan_rows
+from minigpt.data.order import histogram, pack, utilisation
 from minigpt.data.store import Encoder, Limits
 from minigpt.datatools.check import guess_kind
 from minigpt.datatools.duplicates import tables

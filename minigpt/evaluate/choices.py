@@ -8,8 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minigpt.data.formats import iter_rows
-from minigpt.data.records import Message, Text, parse_prompt, parse_row
+from minigpt.data.formats import Message, Text, iter_rows, parse_prompt, parse_row
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluate.likelihood import Pair, continuation, score
 from minigpt.evaluate.scores import Score, share

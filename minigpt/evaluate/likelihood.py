@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.records import BadRows, Kind, Record, Source, parse_row, read_records
+from minigpt.data.formats import BadRows, Kind, Record, Source, parse_row, read_records
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import check_ids, special_texts, token_bytes
 from minigpt.errors import DataError

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minigpt.data.chat import refused_texts
-from minigpt.data.records import BadRows, read_records
+from minigpt.data.formats import BadRows, read_records
 from minigpt.errors import ModelError
 from minigpt.evaluate.likelihood import batches, log_softmax, of_labels, samples
 from minigpt.evaluate.scores import Score, share

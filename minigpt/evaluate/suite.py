@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from minigpt.data.exam import Item, load_exam
+from minigpt.data.formats import BadRows, read_records
 from minigpt.data.prompts import load_prompts
-from minigpt.data.records import BadRows, read_records
 from minigpt.errors import ConfigError
 from minigpt.evaluate import choices, harness, health, likelihood, preferences
 from minigpt.evaluate.scores import Results, Score, share, tables

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from tokenizers import decoders, pre_tokenizers
 from torch import Tensor
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.data.tokenizer import special_texts
 from minigpt.errors import ModelError
 from minigpt.infer.engine import Engine, Sampling

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.ends import turn_end
+from minigpt.data.chat import turn_end
 from minigpt.data.tokenizer import QWEN2_PATTERN
 from minigpt.errors import ConfigError
 from minigpt.export.card import Card

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minigpt import progress
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, DataError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, TokenLogprob
 from minigpt.infer.native import Native, Weights, is_native

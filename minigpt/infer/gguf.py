@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt import progress
 from minigpt.data.chat import ChatCodec
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.data.tokenizer import END_OF_TEXT, started
 from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import Delta, Finish, check_fits

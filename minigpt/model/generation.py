@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from minigpt.data.ends import end_tokens
+from minigpt.data.chat import end_tokens
 
 # Other fields are valid or not by these, so they are set first.
 FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")

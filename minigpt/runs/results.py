@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.files import told_when_unwritable, write_json, write_text
 from minigpt.machine import machine, peak_memory
 from minigpt.model.parallel import gathered

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import Delta, TokenLogprob
 from minigpt.infer.engine import Sampling
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import ConfigError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import refused_texts
+from minigpt.data.formats import BadRows, Chat, Kind, Text, read_records
 from minigpt.data.order import PackedOrder, Part
-from minigpt.data.records import BadRows, Chat, Kind, Text, read_records
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.errors import DataError
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model, save_model
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from minigpt.__main__ import main
 from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, TokenizerError
 from minigpt.export import check
 from minigpt.infer.engine import Engine

@@ -79,7 +79,7 @@ def test_losses_import_only_torch() -> None:
 
 
 def test_reading_rows_needs_no_libraries() -> None:
-    for name in ("formats", "records", "exam", "prompts", "packing"):
+    for name in ("formats", "exam", "prompts", "order"):
         outside = {n.split(".")[0] for n in imports(parsed(PACKAGE / "data" / f"{name}.py"))}
         assert outside - sys.stdlib_module_names <= {"minigpt", "numpy"}, name
 

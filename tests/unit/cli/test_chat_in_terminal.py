@@ -21,7 +21,7 @@ import pytest
 import tiny
 from patience import eventually, limit
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.engine import Delta, Engine, Sampling
 
 Minigpt = Callable[..., Any]

@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import Native

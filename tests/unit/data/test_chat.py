@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import templates
 import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.chat import ChatCodec, View, install_template
-from minigpt.data.records import Message
-from minigpt.data.template import has_generation_marks
-from minigpt.data.tokenizer import CHAT_TEMPLATE, TURN_END, TURN_START
+from minigpt.data.chat import (
+    ChatCodec,
+    View,
+    end_tokens,
+    has_generation_marks,
+    install_template,
+    turn_end,
+)
+from minigpt.data.formats import Message
+from minigpt.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, TURN_START
 from minigpt.errors import DataError, TokenizerError
 
 # No marks, trims contents, and ends a turn without a line break.
@@ -109,9 +116,9 @@ def test_targets_of_templates(
     assert ids[: len(view.ids)] == view.ids
 
 
-CONTENTS = st.text(alphabet=" \n\tab1。，春👩\u0301<|>", min_size=1, max_size=8) | st.text(
-    min_size=1
-)
+CONTENTS = (
+    st.text(alphabet=" \n\tab1。，春👩\u0301<|>", min_size=1, max_size=8) | st.text(min_size=1)
+).filter(lambda text: "<|im_" not in text)  # plain templates let users write control tokens
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED, LLAMA], ids=["ours", "un", "llama"])
@@ -230,3 +237,300 @@ def test_a_template_whose_tokens_would_get_ids_of_others(tmp_path: Path) -> None
 )
 def test_has_generation_marks(template: str | None, expected: bool) -> None:
     assert has_generation_marks(template) is expected
+
+
+LOOP = "{% for m in messages %}"
+# Another end than eos, and eos behind the whole chat, as Phi-3's.
+PHI = (
+    LOOP + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (
+    LOOP + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# An answer is ended by the next turn alone.
+GLM = (
+    LOOP + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PLAIN = LOOP + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_CHATS = "{{ raise_exception('no chats') }}"
+# The mark takes in what follows the end token, or stops before it.
+WIDE = CHAT_TEMPLATE.replace("+ '<|im_end|>' -}}{%- end", "+ '<|im_end|>\n' -}}{%- end")
+NARROW = CHAT_TEMPLATE.replace(
+    "{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
+    "{{- message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+)
+ADDED = ["<|end|>", "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>"]
+
+TWO_TURNS = [
+    Message(role, content)
+    for role, content in (("user", "1"), ("assistant", "A"), ("user", "2"), ("assistant", "B"))
+]
+
+
+@pytest.fixture(scope="module")
+def many(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens of several families."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": ADDED})
+    made.eos_token = END_OF_TEXT
+    return made
+
+
+ENDS = {
+    CHAT_TEMPLATE: TURN_END,
+    WIDE: TURN_END,
+    NARROW: TURN_END,
+    PHI: "<|end|>",
+    GEMMA: "<end_of_turn>",
+    MISTRAL: END_OF_TEXT,
+    GLM: "<|user|>",
+    PLAIN: None,
+    NO_CHATS: None,
+    None: None,
+}
+ENDS_NAMED = ["ours", "wide", "narrow", "phi", "gemma", "mistral", "glm", "plain", "refusing"]
+
+
+@pytest.mark.parametrize(("template", "expected"), ENDS.items(), ids=[*ENDS_NAMED, "none"])
+def test_the_token_that_ends_a_turn(
+    many: PreTrainedTokenizerFast, template: str | None, expected: str | None
+) -> None:
+    changed = copy.deepcopy(many)
+    changed.chat_template = template
+    assert turn_end(changed) == expected
+    ends = set(filter(None, (expected, END_OF_TEXT, TURN_END)))
+    assert end_tokens(changed) == sorted(map(changed.convert_tokens_to_ids, ends))
+
+
+def test_the_models_own_ends_are_added(many: PreTrainedTokenizerFast) -> None:
+    usual, own = end_tokens(many), many.convert_tokens_to_ids("<end_of_turn>")
+    assert end_tokens(many, own) == sorted({*usual, own})
+    assert end_tokens(many, [own, 7]) == sorted({*usual, own, 7})
+    assert end_tokens(many, [len(many), -1, own]) == sorted({*usual, own})  # no such tokens
+    assert end_tokens(many, usual[0]) == usual
+
+
+def test_tokens_that_are_not_special_end_turns_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens(["<|done|>", "\n\n"])
+    made.eos_token = END_OF_TEXT
+    made.chat_template = LOOP + "{{ m.role }}:{{ m.content }}\n\n<|done|>{% endfor %}"
+    assert turn_end(made) == "<|done|>"
+    assert made.convert_tokens_to_ids("<|done|>") in end_tokens(made)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (WIDE, ["A<|im_end|>", "B<|im_end|>"]),
+        (NARROW, ["A<|im_end|>", "B<|im_end|>"]),
+        (GEMMA, ["A<end_of_turn>", "B<end_of_turn>"]),
+        (MISTRAL, [" A<|endoftext|>", " B<|endoftext|>"]),
+    ],
+    ids=["wide", "narrow", "gemma", "mistral"],
+)
+def test_a_target_ends_with_the_first_end_token(
+    many: PreTrainedTokenizerFast, template: str, expected: list[str]
+) -> None:
+    turns = with_template(many, template).template.turns(TWO_TURNS)
+    assert [piece.text for turn in turns for piece in turn.answer if piece.target] == expected
+
+
+def test_what_a_template_writes_behind_the_end_is_not_learnt(
+    many: PreTrainedTokenizerFast,
+) -> None:
+    (turn,) = with_template(many, PHI).template.turns(TWO_TURNS[:2])
+    assert turn.answer == [("A<|end|>", True)]
+
+
+KINDS = ("bytes", *templates.KINDS)
+NAMES = tuple(templates.TEMPLATES)
+CHATS = {
+    "one turn": [("user", "What is 12 plus 30?"), ("assistant", "It is 42.")],
+    "turns": [
+        ("user", "hi"),
+        ("assistant", "the cat"),
+        ("user", " what is\n\nit? "),
+        ("assistant", "春眠 ok"),
+        ("user", "end"),
+        ("assistant", "is it the end"),
+    ],
+    "system": [
+        ("system", "be kind"),
+        ("user", "1+1?"),
+        ("assistant", "2"),
+        ("user", "ok"),
+        ("assistant", "the end"),
+    ],
+    "spaces": [("user", "a"), ("assistant", "\n b"), ("user", "\nc"), ("assistant", " d\n")],
+    "reasoning": [
+        ("user", "hi"),
+        ("assistant", "<think>\nthe user\n</think>\n\nok"),
+        ("user", "what"),
+        ("assistant", "<think>it is</think>12"),
+    ],
+}
+
+
+def messages(name: str) -> list[Message]:
+    return [Message(role, content) for role, content in CHATS[name]]
+
+
+def plain(chat: list[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in chat]
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def answers(codec: ChatCodec, view: View) -> list[tuple[list[int], list[int]]]:
+    """The targets of a sample, each with all that comes before it."""
+    found, start = [], 0
+    for end in range(1, len(view.ids) + 1):
+        if view.targets[end - 1] and (end == len(view.ids) or not view.targets[end]):
+            start = end - next(n for n in range(1, end + 1) if not view.targets[end - 1 - n])
+            found.append((view.ids[:start], view.ids[start:end]))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("marks", [False, True], ids=["unmarked", "marked"])
+def test_training_is_what_inference_sends_and_expects(
+    tokenizer: PreTrainedTokenizerFast, kind: str, name: str, marks: bool
+) -> None:
+    made = templates.tokenizer(kind, name, marks, tokenizer)
+    codec = ChatCodec(made)
+    end = codec.template.turn_end
+    for chat in (messages(which) for which in CHATS):
+        if name == "gemma2" and chat[0].role == "system":
+            with pytest.raises(DataError, match="System role not supported"):
+                codec.chat(chat)
+            continue
+        asked = [(i, m) for i, m in enumerate(chat) if m.role == "assistant"]
+        learnt = [answer for view in views(codec, chat) for answer in answers(codec, view)]
+        assert len(learnt) == len(asked)
+        for (index, message), (sent, said) in zip(asked, learnt, strict=True):
+            by_transformers = made.apply_chat_template(
+                plain(chat[:index]), add_generation_prompt=True, return_dict=False
+            )
+            assert sent == by_transformers == codec.encode_prompt(chat[:index])
+            text = made.decode(said, skip_special_tokens=False)
+            assert text.endswith(end)
+            assert said[-1] == made.convert_tokens_to_ids(end)
+            assert said.count(said[-1]) == 1
+            content = message.content.removeprefix("<think>" if name == "r1-opened" else "")
+            assert squeezed(text.removesuffix(end)).endswith(squeezed(content))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_chat_has_the_ids_of_apply_chat_template(
+    tokenizer: PreTrainedTokenizerFast, kind: str, name: str
+) -> None:
+    made = templates.tokenizer(kind, name, False, tokenizer)
+    chat = messages("one turn")
+    (view,) = views(ChatCodec(made), chat)
+    whole = made.apply_chat_template(plain(chat), return_dict=False)
+    if name == "r1-opened":  # whose history lacks the reasoning that its prompt opens
+        assert squeezed(made.decode(view.ids)).endswith("<think></think>Itis42.<eos>")
+    elif name == "plain":  # whose history lacks the token that ends a reply
+        assert (made.decode(view.ids[:-1]), view.ids[-1]) == (
+            made.decode(whole).removesuffix("\n"),
+            made.eos_token_id,
+        )
+    elif name == "glm":
+        assert view.ids == [*whole, made.convert_tokens_to_ids("<|user|>")]
+    else:
+        assert view.ids == whole[: len(view.ids)]
+        assert made.decode(whole[len(view.ids) :]).strip() in ("", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_share_a_sample_where_a_prompt_goes_on_from_the_last(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    codec = ChatCodec(templates.tokenizer("bytes", name, False, tokenizer))
+    samples = views(codec, messages("turns"))
+    apart = name in ("qwen3", "r1-opened", "plain")
+    assert len(samples) == (3 if apart else 1)
+
+
+def test_qwen3_drops_reasoning_of_earlier_turns_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = templates.tokenizer("bytes", "qwen3", True, tokenizer)
+    first, second = views(ChatCodec(made), messages("reasoning"))
+    assert made.decode(first.ids).endswith("<think>\nthe user\n</think>\n\nok<|im_end|>")
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+    assert made.decode(second.ids).startswith(head)
+    assert made.decode(second.ids).endswith("<think>\nit is\n</think>\n\n12<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["r1", "r1-opened"])
+def test_r1_learns_the_reasoning_that_its_template_drops(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    made = templates.tokenizer("bytes", name, False, tokenizer)
+    first, second = views(ChatCodec(made), messages("reasoning"))
+    assert made.decode(first.ids) == (
+        "<bos><|User|>hi<|Assistant|><think>\nthe user\n</think>\n\nok<eos>"
+    )
+    history = "<bos><|User|>hi<|Assistant|>\n\nok<eos><|User|>what<|Assistant|>"
+    said = "<think>\nit is</think>12<eos>" if "opened" in name else "<think>it is</think>12<eos>"
+    assert made.decode(second.ids) == history + said
+
+
+def test_mistral_tells_the_systems_text_with_the_last_question(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    made = templates.tokenizer("first", "mistral", False, tokenizer)
+    first, second = views(ChatCodec(made), messages("system"))
+    assert made.decode(first.ids) == "<s>[INST] be kind\n\n1+1?[/INST] 2</s>"
+    said = "<s>[INST] 1+1?[/INST] 2</s>[INST] be kind\n\nok[/INST] the end</s>"
+    assert made.decode(second.ids) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_users_say_forges_no_turn(
+    tokenizer: PreTrainedTokenizerFast, kind: str, name: str
+) -> None:
+    made = templates.tokenizer(kind, name, False, tokenizer)
+    codec = ChatCodec(made)
+    tokens = [t.content for t in made.added_tokens_decoder.values() if t.content.strip()]
+    special = set(made.all_special_ids) | set(made.convert_tokens_to_ids(tokens))
+    written = [t for t in codec.encode_prompt([Message("user", "x")]) if t in special]
+    for token in tokens:
+        if token not in codec.template.control:
+            assert token in templates.NOT_SPECIAL  # and the template does not write it
+            continue
+        for text in (token, f"a{token}b", f"{token}\n{token[:-1]}{token}{token[1:]}"):
+            ids = codec.encode_prompt([Message("user", text)])
+            assert [t for t in ids if t in special] == written
+            said = "".join(made.decode(ids, skip_special_tokens=False).split())
+            assert "".join(text.split()) in said
+            (view,) = views(codec, [Message("user", text), Message("assistant", "ok")])
+            assert view.ids[: len(ids)] == ids
+            assert [t for t in view.ids[: len(ids)] if t in special] == written
+
+
+def test_what_systems_say_forges_no_turn_and_assistants_keep_their_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    codec = ChatCodec(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = [Message("system", "<|im_end|>"), Message("user", "a<|im_end|>")]
+    assert codec.encode_prompt(chat).count(end) == 2  # those of the template
+    chat += [Message("assistant", "b<|im_end|>c"), Message("user", "d")]
+    assert codec.encode_prompt(chat).count(end) == 5
+    found = codec.encode_answers(chat[:2], ["yes", "no<|im_end|>"])
+    assert found[0] == codec.encode_prompt(chat[:2])
+    assert [tokenizer.decode(ids) for ids in found[1]] == ["yes", "no<|im_end|>"]

@@ -19,8 +19,8 @@ from minigpt.data.datamodule import (
     SFTDataModule,
 )
 from minigpt.data.exam import Item
+from minigpt.data.formats import Message
 from minigpt.data.prompts import Prompt
-from minigpt.data.records import Message
 from minigpt.errors import ConfigError, DataError
 
 # Workers are forked, which newer Pythons warn of where there are threads.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minigpt.data.exam import Item, is_right, load_exam, normalise
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import DataError
 
 ASKED = [{"role": "user", "content": "q"}]

@@ -1,13 +1,31 @@
 from __future__ import annotations
 
 import gzip
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minigpt.data.formats import iter_rows
-from minigpt.data.records import BadRows, Source, Text, read_records
+from minigpt.data.formats import (
+    BadRows,
+    Chat,
+    Kind,
+    Message,
+    Preference,
+    Record,
+    Source,
+    Text,
+    iter_rows,
+    parse_prompt,
+    parse_row,
+    read_records,
+    unused_fields,
+)
 from minigpt.errors import DataError
 
 
@@ -86,3 +104,522 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         list(iter_rows(tmp_path))
     with pytest.raises(DataError, match="gzip"):
         list(iter_rows(write(tmp_path / "plain.gz", LINES)))
+
+
+KINDS: tuple[Kind, ...] = ("text", "chat", "preference")
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def bot(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def said(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    """Rows of alternating user and assistant messages."""
+    roles = ("user", "assistant") * len(turns)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + messages
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+U, A = user("u"), bot("a")
+PAIR = Preference((U,), bot("a"), bot("b"))
+SYSTEM_PAIR = Preference((system("s"), U), bot("a"), bot("b"))
+
+GOOD: list[tuple[Kind, dict[str, object], Record]] = [
+    ("text", {"text": "春眠", "id": 7}, Text("春眠")),
+    ("text", {"text": " kept \n", "score": float("nan")}, Text(" kept \n")),
+    # conversations
+    ("chat", {"messages": said("u", "a")}, Chat((U, A))),
+    ("chat", {"conversations": said("u", "a")}, Chat((U, A))),
+    ("chat", {"messages": said("u", "a", "v")}, Chat((U, A, user("v")))),
+    ("chat", {"messages": said("u", "a", system="s")}, Chat((system("s"), U, A))),
+    ("chat", {"messages": said("u", "a", system="")}, Chat((U, A))),
+    ("chat", {"system": "s", "messages": said("u", "a")}, Chat((system("s"), U, A))),
+    ("chat", {"system": "", "messages": said("u", "a", system="s")}, Chat((system("s"), U, A))),
+    ("chat", {"messages": None, "conversations": said("u", "a")}, Chat((U, A))),
+    (
+        "chat",
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+        Chat((U, A)),
+    ),
+    (
+        "chat",
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "user", "value": "u"},
+                {"from": "assistant", "value": "a"},
+            ]
+        },
+        Chat((system("s"), U, A)),
+    ),
+    # an SFT split of a preference set
+    ("chat", {"messages": said("u", "a"), "chosen": "a", "rejected": "b"}, Chat((U, A))),
+    # alpaca
+    ("chat", {"instruction": "u", "input": "", "output": "a"}, Chat((U, A))),
+    ("chat", {"instruction": "u", "output": "a", "history": []}, Chat((U, A))),
+    ("chat", {"instruction": "u", "input": "v", "output": "a"}, Chat((user("u\nv"), A))),
+    ("chat", {"instruction": "", "input": "v", "output": "a"}, Chat((user("v"), A))),
+    (
+        "chat",
+        {
+            "instruction": "u",
+            "input": None,
+            "output": "a",
+            "system": "s",
+            "history": [["q", "b"], ["r", "c"]],
+        },
+        Chat((system("s"), user("q"), bot("b"), user("r"), bot("c"), U, A)),
+    ),
+    # prompt and completion
+    ("chat", {"prompt": "u", "completion": "a"}, Chat((U, A))),
+    ("chat", {"prompt": said("u"), "completion": [answer("a")]}, Chat((U, A))),
+    ("chat", {"prompt": said("u"), "completion": "a", "system": "s"}, Chat((system("s"), U, A))),
+    # preferences
+    ("preference", {"chosen": said("u", "a"), "rejected": said("u", "b")}, PAIR),
+    (
+        "preference",
+        {"chosen": said("u", "a", "v", "x"), "rejected": said("u", "a", "v", "y")},
+        Preference((U, A, user("v")), bot("x"), bot("y")),
+    ),
+    (
+        "preference",  # split on messages, never on the characters that answers share
+        {"chosen": said("u", "yes"), "rejected": said("u", "yesterday")},
+        Preference((U,), bot("yes"), bot("yesterday")),
+    ),
+    ("preference", {"prompt": "u", "chosen": "a", "rejected": "b"}, PAIR),
+    ("preference", {"prompt": said("u"), "chosen": answer("a"), "rejected": [answer("b")]}, PAIR),
+    ("preference", {"prompt": "u", "chosen": said("u", "a"), "rejected": said("u", "b")}, PAIR),
+    (
+        "preference",  # the whole chosen chat comes along as 'messages'
+        {
+            "prompt": "u",
+            "messages": said("u", "a"),
+            "chosen": said("u", "a"),
+            "rejected": said("u", "b"),
+        },
+        PAIR,
+    ),
+    (
+        "preference",
+        {
+            "prompt": said("u", system="s"),
+            "chosen": said("u", "a", system="s"),
+            "rejected": said("u", "b"),
+        },
+        SYSTEM_PAIR,
+    ),
+    ("preference", {"system": "s", "prompt": "u", "chosen": "a", "rejected": "b"}, SYSTEM_PAIR),
+    (
+        "preference",
+        {
+            "conversations": [{"from": "human", "value": "u"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        PAIR,
+    ),
+    ("preference", {"messages": said("u"), "chosen": "a", "rejected": answer("b")}, PAIR),
+    (
+        "preference",
+        {"instruction": "u", "input": "v", "chosen": "a", "rejected": "b"},
+        Preference((user("u\nv"),), bot("a"), bot("b")),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "train"),
+    [
+        ({"weight": 0}, False),
+        ({"train": False}, False),
+        ({"weight": 1, "train": False}, False),
+        ({"weight": 1}, True),
+        ({"weight": 1.0, "train": True}, True),
+        ({"weight": None, "train": None}, True),
+    ],
+)
+def test_an_answer_may_be_only_read(fields: dict[str, object], train: bool) -> None:
+    messages = said("u", "a", "v", "b")
+    row = {"messages": [messages[0], {**messages[1], **fields}, *messages[2:]]}
+    record = parse_row(row, "chat", SPECIAL)
+    assert record == Chat((U, Message("assistant", "a", train), user("v"), bot("b")))
+
+
+def test_content_in_parts_of_text_is_joined() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    assert parse_row({"messages": messages}, "chat") == Chat((user("a b"), bot("b")))
+    assert parse_prompt({"messages": messages[:1]}) == (user("a b"),)
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "fields"),
+    [
+        (
+            "chat",
+            {"messages": [answer("a") | {"tool_calls": CALLS, "reasoning_content": "r"}]},
+            {"tool_calls", "reasoning_content"},
+        ),
+        ("chat", {"messages": said("u", "a"), "tools": CALLS}, {"tools"}),
+        ("chat", {"prompt": "u", "completion": "a", "label": False}, {"label"}),
+        ("chat", {"messages": [{"weight": 0, "train": False, "name": "n"}], "id": 1}, set()),
+        ("chat", {"messages": [{"tool_calls": []}], "tools": None, "label": ""}, set()),
+        (
+            "preference",
+            {"chosen": [{"weight": 0}], "rejected": {"train": False}},
+            {"train", "weight"},
+        ),
+        ("text", {"text": "a", "label": 1, "messages": [{"tool_calls": CALLS}]}, set()),
+    ],
+)
+def test_fields_that_training_does_not_use(kind: Kind, row: object, fields: set[str]) -> None:
+    assert unused_fields(row, kind) == fields
+
+
+@pytest.mark.parametrize(("kind", "row", "expected"), GOOD)
+def test_good_row(kind: Kind, row: dict[str, object], expected: Record) -> None:
+    assert parse_row(row, kind, SPECIAL) == expected
+
+
+def chat(*messages: object) -> dict[str, object]:
+    return {"messages": list(messages)}
+
+
+def pair(chosen: object, rejected: object, **more: object) -> dict[str, object]:
+    return {"chosen": chosen, "rejected": rejected, **more}
+
+
+UM, AM = said("u", "a")
+# kind, row, reason, field, a fragment of the message
+BAD: list[tuple[Kind, object, str, str | None, str]] = [
+    ("text", ["text"], "wrong_type", None, "a JSON object, not a list"),
+    ("text", None, "wrong_type", None, "not null"),
+    ("text", {}, "missing_key", None, "{text}"),
+    ("text", {"txt": 1, "\ud800": 2}, "missing_key", None, "['txt', '\\ud800']"),
+    ("text", {"messages": []}, "missing_key", None, "looks like chat rows, for SFT"),
+    ("text", {"chosen": "a", "prompt": "p"}, "missing_key", None, "preference rows, for DPO"),
+    ("text", {"text": 3.5}, "wrong_type", "text", "must be a string, not a number"),
+    ("text", {"text": None}, "wrong_type", "text", "not null"),
+    ("text", {"text": " \n\u3000"}, "empty", "text", "is empty"),
+    ("text", {"text": "a\ud800"}, "lone_surrogate", "text", "character 2 is a lone surrogate"),
+    ("text", {"text": "a<|im_end|>"}, "special_token", "text", "'<|im_end|>'"),
+    ("chat", {"text": "t"}, "missing_key", None, "looks like text rows, for pretraining"),
+    ("chat", {"instruction": "u"}, "missing_key", None, "{instruction, input, output}"),
+    ("chat", {"messages": None}, "missing_key", None, "['messages']"),
+    ("chat", pair("a", "b", messages=[UM]), "missing_key", None, "preference rows, for DPO"),
+    ("chat", {"messages": "hi"}, "wrong_type", "messages", "a list of messages, not a string"),
+    ("chat", {"messages": []}, "no_messages", "messages", "holds no messages"),
+    ("chat", chat(UM, 1), "wrong_type", "messages[1]", "a message object, not a number"),
+    ("chat", chat({"role": "user"}), "missing_key", "messages[0]", "it has ['role']"),
+    ("chat", chat({"role": 1, "content": ""}), "wrong_type", "messages[0].role", "a string"),
+    ("chat", chat({"role": "bot", "content": ""}), "unknown_role", "messages[0].role", "'bot'"),
+    (
+        "chat",
+        chat(UM, {"role": "tool", "content": "x"}),
+        "tool_role",
+        "messages[1].role",
+        "Leave out conversations with tool calls",
+    ),
+    (
+        "chat",
+        chat({"role": "user", "content": [{"type": "text"}]}),
+        "wrong_type",
+        "messages[0].content[0].text",
+        "must be a string, not null",
+    ),
+    (
+        "chat",
+        chat({"role": "user", "content": ["a"]}),
+        "wrong_type",
+        "messages[0].content[0]",
+        "must be a part with a type, not a string",
+    ),
+    ("chat", chat({"role": "user", "content": []}), "empty", "messages[0].content", "is empty"),
+    (
+        "chat",
+        chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}),
+        "part_type",
+        "messages[0].content[1].type",
+        "'image' are not supported. Leave out rows with images",
+    ),
+    *(
+        ("chat", chat(UM, {**AM, name: value}), "weight", f"messages[1].{name}", "must be")
+        for name, values in (("weight", (2, 0.5, -1, True, "0")), ("train", (0, 1, "false")))
+        for value in values
+    ),
+    ("chat", chat(UM, {**AM, "weight": 0}), "no_targets", "messages", "no answer is to be learnt"),
+    (
+        "chat",
+        {"prompt": "u", "completion": {**AM, "train": False}},
+        "no_targets",
+        "completion",
+        "Leave the row out",
+    ),
+    (
+        "chat",
+        {"conversations": [{"from": "human", "value": " "}]},
+        "empty",
+        "conversations[0].value",
+        "is empty",
+    ),
+    ("chat", chat(UM, {**AM, "content": ""}), "empty", "messages[1].content", "is empty"),
+    ("chat", chat(AM), "role_order", "messages[0].role", "'assistant' where 'user'"),
+    ("chat", chat(UM, UM, AM), "role_order", "messages[1].role", "'user' where 'assistant'"),
+    (
+        "chat",
+        chat(UM, {"role": "system", "content": "s"}),
+        "role_order",
+        "messages[1].role",
+        "One system message may come first",
+    ),
+    (
+        "chat",
+        {"system": "s", "messages": said("u", "a", system="s")},
+        "role_order",
+        "messages[0].role",
+        "One system message may come first",
+    ),
+    ("chat", chat(UM), "no_assistant", "messages[0].role", "no assistant message"),
+    ("chat", {"messages": said(system="s")}, "no_messages", "messages[0].role", "no messages"),
+    ("chat", {"instruction": "", "output": "a"}, "empty", "instruction", "is empty"),
+    ("chat", {"instruction": "u", "output": ""}, "empty", "output", "is empty"),
+    ("chat", {"instruction": "u", "input": 3, "output": "a"}, "wrong_type", "input", "a number"),
+    (
+        "chat",
+        {"instruction": "u", "output": "a", "history": "x"},
+        "wrong_type",
+        "history",
+        "a list, not a string",
+    ),
+    (
+        "chat",
+        {"instruction": "u", "output": "a", "history": [["q", "b"], ["q"]]},
+        "wrong_type",
+        "history[1]",
+        "a question and an answer",
+    ),
+    (
+        "chat",
+        {"instruction": "u", "output": "a", "history": [["q", None]]},
+        "wrong_type",
+        "history[0][1]",
+        "a string or a list, not null",
+    ),
+    ("chat", {"prompt": [UM, AM], "completion": "a"}, "prompt_end", "prompt[1].role", "user"),
+    ("chat", {"prompt": "u", "completion": [UM]}, "role_order", "completion[0].role", "'user'"),
+    ("chat", {"system": 1, "messages": [UM, AM]}, "wrong_type", "system", "a number"),
+    (
+        "chat",
+        {"instruction": "u", "output": "<|im_start|>user"},
+        "special_token",
+        "output",
+        "must not be able to start or end a turn",
+    ),
+    ("chat", chat(UM, {**AM, "content": "\udfff"}), "lone_surrogate", "messages[1].content", ""),
+    ("preference", {"chosen": "a"}, "missing_key", None, "{chosen, rejected}"),
+    ("preference", pair("a", "b"), "missing_key", None, "{prompt}"),
+    ("preference", pair("a", None, prompt="u"), "missing_key", None, "'rejected'"),
+    ("preference", pair("a", "a", prompt="u"), "same_answers", "rejected", "equals 'chosen'"),
+    ("preference", pair([UM, AM], [UM, AM]), "same_answers", "rejected", "equals 'chosen'"),
+    (
+        "preference",
+        pair(said("u", "a"), said("v", "b")),
+        "prompt_mismatch",
+        "rejected",
+        "exactly the messages of the prompt",
+    ),
+    (
+        "preference",
+        pair(said("u", "a"), said("u", "b", "v", "c")),
+        "prompt_mismatch",
+        "rejected",
+        "one answer",
+    ),
+    (
+        "preference",
+        pair(said("x", "a"), said("u", "b"), prompt="u"),
+        "prompt_mismatch",
+        "chosen",
+        "one answer",
+    ),
+    ("preference", pair("a", "b", prompt=[UM, AM]), "prompt_end", "prompt[1].role", "user"),
+    ("preference", pair([UM], "b", prompt="u"), "answer_role", "chosen[0].role", "assistant"),
+    ("preference", pair("a", " ", prompt="u"), "empty", "rejected", "is empty"),
+    ("preference", pair("a", 1, prompt="u"), "wrong_type", "rejected", "a string or a list"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "reason", "field", "fragment"), BAD)
+def test_bad_row(kind: Kind, row: object, reason: str, field: str | None, fragment: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_row(row, kind, SPECIAL)
+    error = caught.value.at("rows.jsonl", 3)
+    assert (error.reason, error.field) == (reason, field)
+    assert fragment in str(error)
+    assert str(error).startswith("rows.jsonl:3:")
+    str(error).encode()
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "once"}, "once"),
+        ({"prompt": "u", "system": "s"}, (system("s"), U)),
+        ({"prompt": said("u")}, (U,)),
+        ({"messages": said("u", "a", "v")}, (U, A, user("v"))),
+        ({"conversations": [{"from": "human", "value": "u"}], "system": "s"}, (system("s"), U)),
+        ({"instruction": "u", "input": "v"}, (user("u\nv"),)),
+        ({"instruction": "u", "output": "a"}, (U,)),
+    ],
+)
+def test_good_prompt(row: object, expected: object) -> None:
+    assert parse_prompt(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "field"),
+    [
+        ("once", "wrong_type", None),
+        ({"text": "t"}, "missing_key", None),
+        ({"prompt": ""}, "empty", "prompt"),
+        ({"messages": said("u", "a")}, "prompt_end", "messages[1].role"),
+    ],
+)
+def test_bad_prompt(row: object, reason: str, field: str | None) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_prompt(row)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+def test_bad_row_has_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", LINES + b'{"text": ""}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:3:text: is empty") as caught:
+        list(read_records([path], "text", BadRows()))
+    assert (caught.value.path, caught.value.line) == (path, 3)
+
+
+def test_skipped_rows_are_counted(tmp_path: Path) -> None:
+    bad = BadRows("skip", max_share=0.9)
+    first = write(tmp_path / "a.jsonl", LINES + b'{"text": ""}\n{"text": \n{"text": " "}\n')
+    second = write(tmp_path / "b.jsonl", b"[1]".join([LINES, b"\n\xff\n"]) + LINES)
+    lines = [source.line for _, source in read_records([first, second], "text", bad)]
+    assert lines == [1, 2, 1, 2, 5, 6]
+    assert bad.counts == {"empty": 2, "bad_json": 1, "wrong_type": 1, "bad_utf8": 1}
+    assert bad.first["empty"] == f"{first}:3"
+    assert bad.summary().startswith(f"skipped 5 bad rows: 2 empty (first {first}:3), 1 bad_json")
+    assert "\n" not in bad.summary()
+    assert BadRows("skip").summary() == ""
+
+
+def test_too_many_skipped_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES * 9 + b"{}\n")
+    assert len(list(read_records([path], "text", BadRows("skip", max_share=0.06)))) == 18
+    with pytest.raises(DataError, match=r"1 missing_key \(first .*a\.jsonl:19\).* 5\.0%") as caught:
+        list(read_records([path], "text", BadRows("skip")))
+    assert caught.value.reason == "too_many_bad_rows"
+
+
+def test_too_many_skipped_rows_stop_a_long_read_early(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES * 400 + b"{}\n" * 100_000)
+    bad = BadRows("skip")
+    with pytest.raises(DataError, match="more than 5"):
+        list(read_records([path], "text", bad))
+    assert bad.seen == 1000
+
+
+def test_no_files() -> None:
+    with pytest.raises(DataError, match="no files"):
+        list(read_records([], "text", BadRows()))
+
+
+def test_no_good_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"{}\n{}\n")
+    with pytest.raises(DataError, match="no chat row can be used; skipped 2"):
+        list(read_records([path], "chat", BadRows("skip", max_share=1)))
+
+
+def test_limit_counts_records_of_all_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"{}\n" + LINES)
+    bad = BadRows("skip", max_share=0.5)
+    assert len(list(read_records([path, path], "text", bad, limit=3))) == 3
+    assert list(read_records([path], "text", BadRows(), limit=0)) == []
+
+
+def test_special_tokens_are_refused_where_they_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "<|im_end|>"}\n')
+    assert len(list(read_records([path], "text", BadRows()))) == 1
+    with pytest.raises(DataError, match="special token"):
+        list(read_records([path], "text", BadRows(), special_tokens=SPECIAL))
+
+
+CHAT_KEYS = ["messages", "conversations", "role", "content", "from", "value", "system"]
+PAIR_KEYS = ["prompt", "completion", "chosen", "rejected"]
+KEYS = ["text", "instruction", "input", "output", "history", *CHAT_KEYS, *PAIR_KEYS]
+ROLES = ["system", "user", "assistant", "human", "gpt", "tool"]
+STRINGS = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(["\ud800", *ROLES])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | STRINGS
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": STRINGS})
+JSON = st.recursive(
+    SCALARS | MESSAGES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | STRINGS, inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+ROWS = st.dictionaries(st.sampled_from(KEYS), JSON | st.lists(MESSAGES, max_size=4), max_size=6)
+
+
+@given(JSON | ROWS)
+def test_any_value_is_a_record_or_a_data_error(row: object) -> None:
+    for kind in KINDS:
+        try:
+            record = parse_row(row, kind, SPECIAL)
+        except DataError as error:
+            str(error).encode()
+        else:
+            assert type(record) is {"text": Text, "chat": Chat, "preference": Preference}[kind]
+            repr(record).encode()
+    try:
+        assert parse_prompt(row)
+    except DataError as error:
+        str(error).encode()
+
+
+LINE = ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20)
+FILES = st.lists(LINE, max_size=5).map(b"\n".join)
+
+
+@given(FILES | FILES.map(gzip.compress) | FILES.map(lambda data: gzip.compress(data)[:-4]))
+def test_any_file_is_records_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "any.jsonl", data)
+    for kind in KINDS:
+        for bad in (BadRows(), BadRows("skip", max_share=1)):
+            try:
+                assert list(read_records([path], kind, bad))
+            except DataError as error:
+                str(error).encode()
+
+
+def test_import_is_light() -> None:
+    code = "import sys, minigpt.data.formats; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

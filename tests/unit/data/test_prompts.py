@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from minigpt.data.formats import Message
 from minigpt.data.prompts import Prompt, load_prompts
-from minigpt.data.records import Message
 from minigpt.errors import DataError
 
 

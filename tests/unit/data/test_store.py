@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.data import store as stores
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
-from minigpt.data.records import BadRows, Kind, Message, Source, Text
+from minigpt.data.formats import BadRows, Kind, Message, Source, Text
 from minigpt.data.store import Encoder, Limits, TokenStore, open_store
 from minigpt.errors import DataError
 

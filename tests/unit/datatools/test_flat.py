@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minigpt.data.records import Kind, parse_row
+from minigpt.data.formats import Kind, parse_row
 from minigpt.datatools import flat as quick
 from minigpt.datatools.check import Checker, Findings
 from minigpt.datatools.flat import batches, flat_of, parse, record_of

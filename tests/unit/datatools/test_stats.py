@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.packing import pack, utilisation
+from minigpt.data.order import pack, utilisation
 from minigpt.data.store import Limits, open_store
 from minigpt.datatools.stats import languages, measure
 

@@ -26,7 +26,7 @@ from tokenizers import (
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export import DTYPES, check, gguf
 from minigpt.export.card import Card

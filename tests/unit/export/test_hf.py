@@ -22,7 +22,7 @@ from transformers import (
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.data.tokenizer import load as load_tokenizer
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export import gguf, hf

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.exam import Item
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.examine import shares, sit
 

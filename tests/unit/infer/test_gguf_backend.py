@@ -22,7 +22,7 @@ import torch
 from patience import limit
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, DataError, ModelError
 from minigpt.export import gguf
 from minigpt.export.card import Card

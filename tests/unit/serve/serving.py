@@ -17,7 +17,7 @@ import tiny
 import torch
 from patience import eventually, limit
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.engine import Engine
 from minigpt.serve.app import create_app
 from minigpt.serve.network import Server

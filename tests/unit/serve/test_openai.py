@@ -11,7 +11,7 @@ import pytest
 import tiny
 from serving import ASKED, SAID, Served
 
-from minigpt.data.records import Message
+from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import ContinuousBatch
 
 CHAT: dict[str, Any] = {
