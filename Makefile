@@ -47,7 +47,7 @@ check: $(STAMP) ## Check format, lint and types, and instantiate every config
 	$(PY) -m pytest tests/unit/test_configs.py
 
 bench: $(STAMP) ## Measure speed and memory, and write docs/benchmarks.md (DATA=DIR, FORCE=1)
-	$(PY) scripts/benchmark.py $(if $(DATA),--data_dir "$(DATA)") $(if $(FORCE),--force)
+	$(PY) scripts/bench/all.py $(if $(DATA),--data_dir "$(DATA)") $(if $(FORCE),--force)
 
 format: $(STAMP) ## Format the code and fix what the linter can fix
 	$(PY) -m ruff format .

@@ -30,7 +30,6 @@ COMMANDS = {
     "export": "write a model for transformers, peft, llama.cpp and Ollama",
     "serve": "serve models: an OpenAI-compatible API and a web chat",
     "report": "write a page about runs",
-    "bench": "measure speed and memory against plain loops",
 }
 
 HELP = """usage: minigpt <verb> [options]

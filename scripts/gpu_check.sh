@@ -84,20 +84,20 @@ bench() {
   local sizes=(--size 125m --max-length 1024 --batch-size 96 --repeats 1)
   [[ $QUICK ]] && sizes=(--size 26m --max-length 64 --batch-size 2 --repeats 1 --seconds 1 --steps 2)
   line "benchmark: pretrain ${sizes[*]}" \
-    "$PYTHON" -m minigpt bench train --stage pretrain --data data/pretrain.jsonl "${sizes[@]}"
+    "$PYTHON" scripts/bench/train.py --stage pretrain --data data/pretrain.jsonl "${sizes[@]}"
 }
 
-unit=tests/unit/model stages=tests/stages distributed=tests/distributed
-tests "kernels equal fp32" "$unit/test_attention.py $unit/test_lm.py" "$unit/test_attention.py"
+unit=tests/unit stages=tests/stages distributed=tests/distributed
+tests "kernels equal fp32" "$unit/model/test_attention.py $unit/model/test_packed_lm.py" "$unit/model/test_attention.py"
 tests "the stages' losses are the CPU's" \
   "$stages/test_gpu.py::test_losses_are_those_of_the_cpu $stages/test_gpu.py::test_bf16_trains_alike" \
   "$stages/test_golden.py"
 tests "fp16's gradient norm is fp32's" \
   "$stages/test_gpu.py::test_fp16_measures_the_gradients_of_fp32" \
   "$stages/test_precision.py::test_fp16_takes_the_steps_of_fp32"
-tests "starts and grown vocabularies are the CPU's" \
+tests "starts and added vocabulary rows are the CPU's" \
   "$stages/test_equal_starts.py" "$stages/test_equal_starts.py"
-tests "no new graph after the compiler's warm-up" "$unit/test_compiled.py" \
+tests "no new graph after the compiler's warm-up" "$unit/accel/test_compiled_layers.py" \
   "$stages/test_compiled_runs.py::test_no_graph_is_new_after_the_first_step"
 tests "exact resume with deterministic kernels" \
   "$stages/test_gpu.py::test_a_deterministic_run_goes_on_exactly" \

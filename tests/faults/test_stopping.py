@@ -305,11 +305,11 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 SPAWNING = """
-from minigpt.bench.measure import spawn
-from minigpt.__main__ import ended_whole
-with ended_whole():
-    spawn(["sleeper"], "it")
+import sys
+from measure import run, spawn
+sys.exit(run(lambda arguments: spawn(["-m", "sleeper"], "it"), []))
 """
 
 
@@ -359,7 +359,7 @@ def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None
         f"pathlib.Path({str(note)!r}).write_text(f'{{os.getpid()}} sleeps')\n"
         "time.sleep(1e6)\n"
     )
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = os.pathsep.join([str(tmp_path), str(BENCH), os.environ.get("PYTHONPATH", "")])
     benchmark = subprocess.Popen(
         [sys.executable, "-c", SPAWNING], env=os.environ | {"PYTHONPATH": path}
     )
@@ -376,7 +376,7 @@ def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
     architecture = tiny_runs.ARCHITECTURE | {"max_positions": 256}
     size.write_text(json.dumps({"model": {"init_args": {"architecture": architecture}}}))
     options = ["--size", str(size), "--tokens", "3", "--repeats", "100000"]
-    benchmark = subprocess.Popen([sys.executable, "-m", "minigpt", "bench", "generate", *options])
+    benchmark = subprocess.Popen([sys.executable, str(BENCH / "generate.py"), *options])
     children = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children")
     running = eventually(
         lambda: [p for p in children.read_text().split() if b"xllamacpp" in told(p, "maps")]

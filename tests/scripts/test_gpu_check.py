@@ -64,7 +64,7 @@ def test_arguments(tmp_path: Path) -> None:
 def test_every_test_that_it_names_is_there() -> None:
     text = SCRIPT.read_text()
     folders = dict(re.findall(r"(unit|stages|distributed)=(\S+)", text))
-    named = re.findall(r"\$(unit|stages|distributed)/(test_\w+\.py)(?:::(\w+))?", text)
+    named = re.findall(r"\$(unit|stages|distributed)/([\w/]*test_\w+\.py)(?:::(\w+))?", text)
     assert len(named) > 10
     for folder, file, function in named:
         source = (ROOT / folders[folder] / file).read_text()

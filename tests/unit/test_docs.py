@@ -55,6 +55,6 @@ def test_both_readmes_show_every_verb_and_guide() -> None:
     for name in ("README.md", "README.zh.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         verbs = set(re.findall(r"minigpt +([a-z]+) ", text))
-        assert {*TRAINER_VERBS, *COMMANDS} - verbs <= {"validate", "bench"}
+        assert {*TRAINER_VERBS, *COMMANDS} - verbs <= {"validate"}
         guides = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")} - {"docs/log.md"}
         assert [guide for guide in sorted(guides) if guide not in text] == []

@@ -2,7 +2,7 @@
 
 Samples are padded to the batch's longest (pretraining: joined and cut into blocks, so without
 padding); SDPA, autocast, fused AdamW, cross-entropy on all logits; for DPO a live reference, with
-chosen and rejected answers in one padded batch. `python -m minigpt.bench.baseline JOB RESULT`.
+chosen and rejected answers in one padded batch. `train.py` runs it as `baseline.py CONFIG RESULT`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from minigpt.data.store import TokenStore
 from minigpt.machine import peak_memory
 
 IGNORED = -100  # labels that transformers leaves out of its loss
-LEAST = 3  # steps to measure, however long they take: two batches may hold more or less padding
+MIN_STEPS = 3  # steps to measure, however long they take: two batches may hold more or less padding
 Row = tuple[list[int], list[int]]  # token ids and labels
 
 
 @dataclass(frozen=True)
-class Job:
+class LoopConfig:
     """What to train, as read from JSON.
 
     Args:
@@ -46,7 +46,7 @@ class Job:
         tokens_per_batch: of our own step, whose order of texts is taken over (pretrain).
         precision: bf16-mixed or 32-true. device: cpu or cuda.
         steps: after which to stop; the first step is not counted.
-        seconds: after which to stop, but not before `LEAST` steps.
+        seconds: after which to stop, but not before `MIN_STEPS` steps.
         lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`, and
             all steps count.
         rank: of the adapter (lora).
@@ -68,60 +68,62 @@ class Job:
     rank: int = 16
 
 
-def samples(store: TokenStore, order: Any) -> Iterator[tuple[Row, ...]]:
+def samples(store: TokenStore, order: Iterable[int]) -> Iterator[tuple[Row, ...]]:
     """Yield a text or chat as one row, a preference as two: prompt + chosen, prompt + rejected."""
-    for at in order:
-        start, _, *lengths = store.samples[at].tolist()
+    for index in order:
+        start, _, *lengths = store.samples[index].tolist()
         prompt, first, second = lengths
         ids = store.tokens[start : start + sum(lengths)].tolist()
-        kept = store.targets[start : start + len(ids)] if store.targets is not None else None
-        labels = [i if kept is None or kept[n] else IGNORED for n, i in enumerate(ids)]
-        ignored, border = [IGNORED] * prompt, prompt + first
+        mask = store.targets[start : start + len(ids)] if store.targets is not None else None
+        labels = [i if mask is None or mask[n] else IGNORED for n, i in enumerate(ids)]
+        ignored = [IGNORED] * prompt
+        border = prompt + first
         rows = [(ids[:border], ignored + labels[prompt:border])]
         if second:
             rows.append((ids[:prompt] + ids[border:], ignored + labels[border:]))
         yield tuple(rows)
 
 
-def blocks(job: Job, store: TokenStore, epoch: int) -> Iterator[tuple[Row, ...]]:
+def blocks(config: LoopConfig, store: TokenStore, epoch: int) -> Iterator[tuple[Row, ...]]:
     """Yield all texts one after the other, in our own order, in blocks of `max_length` tokens."""
-    whole = [Part(len(store), len(store))]
-    order = PackedOrder([store.lengths], whole, job.tokens_per_batch, job.seed)
+    order = PackedOrder(
+        [store.lengths], [Part(len(store), len(store))], config.tokens_per_batch, config.seed
+    )
     left: list[int] = []
     for members in order.batches(epoch):
         for ((ids, _),) in samples(store, [sample for _, sample in members]):
             left += ids
-        while len(left) >= job.max_length:
-            yield ((left[: job.max_length], left[: job.max_length]),)
-            left = left[job.max_length :]
+        while len(left) >= config.max_length:
+            yield ((left[: config.max_length], left[: config.max_length]),)
+            left = left[config.max_length :]
 
 
 def collate(rows: list[Row], device: str) -> dict[str, Tensor]:
     """Pad to the longest; each [B, L]."""
     longest = max(len(ids) for ids, _ in rows)
-    made = {
+    columns = {
         "input_ids": [ids + [0] * (longest - len(ids)) for ids, _ in rows],
         "labels": [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows],
     }
     if any(len(ids) < longest for ids, _ in rows):
-        made["attention_mask"] = [[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows]
-    return {name: torch.tensor(value).to(device) for name, value in made.items()}
+        columns["attention_mask"] = [[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows]
+    return {name: torch.tensor(value).to(device) for name, value in columns.items()}
 
 
-def batches(job: Job, store: TokenStore) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+def batches(config: LoopConfig, store: TokenStore) -> Iterator[tuple[dict[str, Tensor], int, int]]:
     """Yield shuffled batches for ever, with their own tokens and how many samples they hold."""
-    rng = np.random.default_rng(job.seed)
+    rng = np.random.default_rng(config.seed)
     waiting: list[tuple[Row, ...]] = []
     for epoch in itertools.count():
         shuffled = samples(store, rng.permutation(len(store)))
-        for sample in blocks(job, store, epoch) if job.stage == "pretrain" else shuffled:
+        for sample in blocks(config, store, epoch) if config.stage == "pretrain" else shuffled:
             waiting.append(sample)
-            if len(waiting) == job.batch_size:
+            if len(waiting) == config.batch_size:
                 rows = [row for rows in zip(*waiting, strict=True) for row in rows]
                 useful = sum(len(ids) for ids, _ in rows)
-                if job.stage == "dpo":  # its prompt is in the data once
+                if config.stage == "dpo":  # its prompt is in the data once
                     useful -= sum(labels.count(IGNORED) for _, labels in rows) // 2
-                yield collate(rows, job.device), useful, len(waiting)
+                yield collate(rows, config.device), useful, len(waiting)
                 waiting = []
 
 
@@ -146,69 +148,76 @@ def loss_of(model: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
     return -logsigmoid(chosen - rejected).mean()
 
 
-def load(job: Job) -> Any:
+def load(config: LoopConfig) -> Any:
     """Return the model, with an adapter for lora."""
     model: Any = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=torch.float32, attn_implementation="sdpa"
+        config.model, dtype=torch.float32, attn_implementation="sdpa"
     )
-    if job.stage == "lora":
+    if config.stage == "lora":
         from peft import LoraConfig, get_peft_model
 
-        adapter = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear")
+        adapter = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear")
         model = get_peft_model(model, adapter)
-    return model.to(job.device).train()
+    return model.to(config.device).train()
 
 
-def train(job: Job) -> dict[str, float]:
+def train(config: LoopConfig) -> dict[str, float]:
     """Train until the steps or the seconds are over; return what it took."""
-    model = load(job)
-    reference = copy.deepcopy(model).eval() if job.stage == "dpo" else None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr, betas=(0.9, 0.95), fused=True)
-    dtype = torch.float16 if job.precision == "16-mixed" else torch.bfloat16
-    half = torch.autocast(job.device, dtype, enabled=job.precision.endswith("mixed"))
-    scaler = torch.amp.GradScaler(job.device, enabled=dtype == torch.float16)
-    count, tokens, pairs, passed, started = 0, 0, 0, 0.0, time.perf_counter()
-    for batch, useful, rows in batches(job, TokenStore(Path(job.stores[0]), Path())):
+    model = load(config)
+    reference = copy.deepcopy(model).eval() if config.stage == "dpo" else None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    dtype = torch.float16 if config.precision == "16-mixed" else torch.bfloat16
+    half = torch.autocast(config.device, dtype, enabled=config.precision.endswith("mixed"))
+    scaler = torch.amp.GradScaler(config.device, enabled=dtype == torch.float16)
+    count = tokens = counted_samples = 0
+    elapsed = 0.0
+    started = time.perf_counter()
+    for batch, useful, rows in batches(config, TokenStore(Path(config.stores[0]), Path())):
         with half:
             loss = loss_of(model, reference, batch)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if job.decay:
-            share = min(1.0, passed / job.seconds)
-            now = job.lr * min(1.0, (count + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
-            optimizer.param_groups[0]["lr"] = now
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if config.decay:
+            share = min(1.0, elapsed / config.seconds)
+            warmup = min(1.0, (count + 1) / 20)
+            decay = 0.5 * (1 + math.cos(math.pi * share))
+            optimizer.param_groups[0]["lr"] = config.lr * warmup * decay
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         last = loss.item()  # waits for the device
         count += 1
-        if count == 1 and not job.decay:  # warm up
+        if count == 1 and not config.decay:  # warm up
             started = time.perf_counter()
             continue
-        tokens, pairs, passed = tokens + useful, pairs + rows, time.perf_counter() - started
-        enough = passed >= job.seconds and (job.decay or count > LEAST)
-        if enough or count > job.steps:
+        tokens += useful
+        counted_samples += rows
+        elapsed = time.perf_counter() - started
+        enough = elapsed >= config.seconds and (config.decay or count > MIN_STEPS)
+        if enough or count > config.steps:
             break
-    done = {"tokens": tokens, "samples": pairs, "seconds": passed, "loss": last}
-    done |= {"steps": count - (not job.decay), **peak_memory()}
-    return done | ({"held_out": held_out(job, model)} if job.stores[1] else {})
+    result = {"tokens": tokens, "samples": counted_samples, "seconds": elapsed, "loss": last}
+    result |= {"steps": count - (not config.decay), **peak_memory()}
+    return result | ({"held_out": held_out(config, model)} if config.stores[1] else {})
 
 
 @torch.no_grad()
-def held_out(job: Job, model: Any) -> float:
+def held_out(config: LoopConfig, model: Any) -> float:
     """Return the mean loss over all tokens of the held-out texts, in nats."""
-    store = TokenStore(Path(str(job.stores[1])), Path())
+    store = TokenStore(Path(str(config.stores[1])), Path())
     rows = [row for sample in samples(store, range(len(store))) for row in sample]
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for start in range(0, len(rows), 32):
-        batch = collate(rows[start : start + 32], job.device)
+        batch = collate(rows[start : start + 32], config.device)
         targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total, count = total + float(loss_of(model.eval(), None, batch)) * targets, count + targets
+        total += float(loss_of(model.eval(), None, batch)) * targets
+        count += targets
     return total / count
 
 
 if __name__ == "__main__":
-    done = train(Job(**json.loads(Path(sys.argv[1]).read_text())))
-    Path(sys.argv[2]).write_text(json.dumps(done))
+    result = train(LoopConfig(**json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(json.dumps(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from test_baseline import job, store_of
-
-from minigpt.bench import train
-from minigpt.bench.train import figures
+import train
+from test_baseline import loop, store_of
+from train import figures
 
 CODE = """
 import json, sys
-from minigpt.bench.peer import Job, train
-jobs = json.load(open(sys.argv[1]))
-json.dump([train(Job(**job)) for job in jobs], open(sys.argv[2], "w"))
+from peer import LoopConfig, train
+configs = json.load(open(sys.argv[1]))
+json.dump([train(LoopConfig(**config)) for config in configs], open(sys.argv[2], "w"))
 """
 
 
@@ -35,14 +35,17 @@ def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path)
     }
     blocks = -(-tokens["pretrain"] // 16)
     sizes = {stage: len(store) for stage, store in stores.items()} | {"pretrain": blocks}
-    jobs = [
-        job(trained, stage, batch_size=size, max_length=16 if stage == "pretrain" else 64, steps=3)
+    configs = [
+        loop(trained, stage, batch_size=size, max_length=16 if stage == "pretrain" else 64, steps=3)
         for stage, size in sizes.items()
     ]
-    file, result = tmp_path / "jobs.json", tmp_path / "results.json"
-    file.write_text(json.dumps([asdict(made) for made in jobs]))
+    file, result = tmp_path / "configs.json", tmp_path / "results.json"
+    file.write_text(json.dumps([asdict(config) for config in configs]))
     command = [sys.executable, "-c", CODE, str(file), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    scripts = str(Path(train.__file__).parent)
+    path = os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     results = dict(zip(sizes, json.loads(result.read_text()), strict=True))
     for stage, whole in tokens.items():
@@ -53,8 +56,8 @@ def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path)
 
 
 def test_its_figures_stand_beside_the_others() -> None:
-    chosen = Namespace(stage="sft")
-    work = Namespace(chosen=chosen, matrices=1, attention=1, precision="32-true", device="cpu")
+    args = Namespace(stage="sft")
+    work = Namespace(args=args, matrices=1, attention=1, precision="32-true", device="cpu")
     arm = {"useful_tokens_per_s": 10.0, "first_step_s": 1.0, "peak_rss_mb": 1}
     arms = {name: [arm] for name in ("minigpt", "baseline", "start")}
     slow = [arm | {"useful_tokens_per_s": 4.0}]

@@ -1,4 +1,4 @@
-"""`minigpt bench generate`: tokens per second of decoding, against transformers' `generate`."""
+"""Tokens per second of decoding, against transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import random
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,23 +15,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minigpt.bench.measure import architecture, publish, spawn
+from llama_cpp_arm import PROMPT, rate_of
+from measure import HERE, architecture, publish, run, spawn
+
 from minigpt.cli.options import CommandParser, positive
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
-  minigpt bench generate
-  minigpt bench generate --model outputs/sft --tokens 256 --json generate.json
+  python scripts/bench/generate.py
+  python scripts/bench/generate.py --model outputs/sft --tokens 256 --json generate.json
 """
 VOCABULARY = 6400  # of a model with random weights
 PROMPTS = 32  # of the batch, 8 to 160 tokens long
-PROMPT = "x" * 32  # alone
 
 
-def main(args: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse the command line, measure, print and write the result."""
     parser = CommandParser(
-        prog="minigpt bench generate",
+        prog="scripts/bench/generate.py",
         description="Measure decoding against transformers' generate, the arms in turn.",
         epilog=EXAMPLES,
     )
@@ -41,11 +41,11 @@ def main(args: list[str]) -> None:
     parser.add_argument("--tokens", type=positive, default=128, help="of each reply (128)")
     parser.add_argument("--repeats", type=positive, default=5, help="of each arm (5)")
     parser.add_argument("--json", help="where to write the result")
-    chosen = parser.parse_args(args)
-    publish(measure(chosen), chosen.json)
+    args = parser.parse_args(arguments)
+    publish(measure(args), args.json)
 
 
-def measure(chosen: Namespace) -> dict[str, Any]:
+def measure(args: Namespace) -> dict[str, Any]:
     """Run all arms in turn; return the median rates [tokens/s] and their ratios."""
     import torch
 
@@ -54,16 +54,16 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     from minigpt.model.optimizer import fast_bf16
 
     quiet()
-    model, tokenizer = load(chosen)
-    arms = arms_of(model, tokenizer, chosen, "fp32")
+    model, tokenizer = load(args)
+    arms = arms_of(model, tokenizer, args, "fp32")
     half = copy.deepcopy(model)
     cast_weights(half, torch.bfloat16)
-    arms |= arms_of(half, tokenizer, chosen, "bf16")
+    arms |= arms_of(half, tokenizer, args, "bf16")
     with ExitStack() as stack:
-        gguf, said = gguf_arm(model, tokenizer, chosen, stack)
+        gguf, outcome = gguf_arm(model, tokenizer, args, stack)
         arms |= gguf
         # In turn, so that a busy machine meets all alike; the first time warms up.
-        runs = [{n: arm() for n, arm in arms.items()} for _ in range(1 + chosen.repeats)][1:]
+        runs = [{n: arm() for n, arm in arms.items()} for _ in range(1 + args.repeats)][1:]
     rate = {name: round(median(run[name] for run in runs), 1) for name in arms}
     pairs = {
         "ratio_fp32": ("fp32", "transformers_fp32"),
@@ -77,62 +77,62 @@ def measure(chosen: Namespace) -> dict[str, Any]:
         **{f"{name}_tokens_per_s": value for name, value in rate.items()},
         **ratios,
         "bf16": "in hardware" if fast_bf16(torch.device("cpu")) else "emulated by this CPU",
-        "gguf": said,
+        "gguf": outcome,
         "parameters": model.num_parameters(),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def timed(work: Callable[[], int]) -> float:
-    """Return the rate [tokens/s] of what returns how many tokens it made."""
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
-
-
 def arms_of(
-    model: Any, tokenizer: Any, chosen: Namespace, dtype: str
+    model: Any, tokenizer: Any, args: Namespace, dtype: str
 ) -> dict[str, Callable[[], float]]:
     """Return what is measured in a dtype; each arm returns its rate [tokens/s]."""
     import torch
 
     from minigpt.infer.engine import Engine, Sampling
 
-    engine, how = Engine(model, tokenizer), Sampling(chosen.tokens)
+    engine = Engine(model, tokenizer)
+    sampling = Sampling(args.tokens)
     engine.ends = set()  # random weights may end a reply at once
     letters = random.Random(0)
     prompts = ["x" * letters.randint(8, 160) for _ in range(PROMPTS)]
 
     def stream(engine: Engine) -> int:
-        return sum(len(delta.ids) for delta in engine.stream(PROMPT, how))
+        return sum(len(delta.ids) for delta in engine.stream(PROMPT, sampling))
 
     def transformers() -> int:
         ids = torch.tensor([engine.encode(PROMPT)])
-        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-        out = model.generate(ids, **given, max_new_tokens=chosen.tokens, do_sample=False)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=0,
+            max_new_tokens=args.tokens,
+            do_sample=False,
+        )
         return int(out.shape[1] - ids.shape[1])
 
     def complete(*groups: list[str]) -> int:
-        return sum(len(reply.ids) for group in groups for reply in engine.complete(group, how))
+        return sum(len(reply.ids) for group in groups for reply in engine.complete(group, sampling))
 
     arms = {f"transformers_{dtype}": transformers, dtype: lambda: stream(engine)}
     if dtype == "fp32":
-        small = Engine(model, tokenizer, int8=True)
-        small.ends = set()
-        arms["int8"] = lambda: stream(small)
-        alone = [[one] for one in prompts]
-        arms["one_by_one_fp32"] = lambda: complete(*alone)
+        int8 = Engine(model, tokenizer, int8=True)
+        int8.ends = set()
+        arms["int8"] = lambda: stream(int8)
+        single = [[prompt] for prompt in prompts]
+        arms["one_by_one_fp32"] = lambda: complete(*single)
         arms["batch_fp32"] = lambda: complete(prompts)
-    return {name: partial(timed, arm) for name, arm in arms.items()}
+    return {name: partial(rate_of, arm) for name, arm in arms.items()}
 
 
 def gguf_arm(
-    model: Any, tokenizer: Any, chosen: Namespace, stack: ExitStack
+    model: Any, tokenizer: Any, args: Namespace, stack: ExitStack
 ) -> tuple[dict[str, Callable[[], float]], str]:
     """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one.
 
-    It has processes of its own: where the threads of llama.cpp are, those of torch no longer
-    wait awake for their next product.
+    It runs in other processes: where the threads of llama.cpp are, those of torch no longer
+    wait awake for their next matmul.
     """
     if not all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
         return {}, "not measured; it needs: pip install 'minigpt[gguf]'"
@@ -147,28 +147,17 @@ def gguf_arm(
         return {}, f"not measured: {error}"
     file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
     write(Engine(model, tokenizer), file, "q8_0", pre, Card("bench", "bench"))
-    rate = file.with_name("rate")
+    rate_file = file.with_name("rate")
 
     def arm() -> float:
-        spawn(["minigpt.bench.generate", str(file), str(chosen.tokens), str(rate)], "llama.cpp")
-        return float(rate.read_text())
+        script = str(HERE / "llama_cpp_arm.py")
+        spawn([script, str(file), str(args.tokens), str(rate_file)], "llama.cpp")
+        return float(rate_file.read_text())
 
     return {"gguf_q8_0": arm}, "measured"
 
 
-def gguf_stream(file: Path, tokens: int) -> float:
-    """Let llama.cpp go on with the prompt, once unmeasured; return its rate [tokens/s]."""
-    from minigpt.infer.engine import Sampling
-    from minigpt.infer.gguf import Gguf
-
-    engine = Gguf(file)
-    engine.endless = True
-    for _ in range(2):
-        rate = timed(lambda: len(engine.complete([PROMPT], Sampling(tokens))[0].ids))
-    return rate
-
-
-def load(chosen: Namespace) -> tuple[Any, Any]:
+def load(args: Namespace) -> tuple[Any, Any]:
     """Return the model on the CPU and its tokenizer: one saved, or a size with random weights.
 
     Raises:
@@ -178,12 +167,12 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
     from minigpt.model.architecture import Architecture, build_native
     from minigpt.model.pretrained import load_model, tokenizer_place
 
-    if chosen.model:
-        model: Any = load_model(chosen.model, "sdpa").eval()
-        tokenizer = tokenizers.load(tokenizer_place(chosen.model))
+    if args.model:
+        model: Any = load_model(args.model, "sdpa").eval()
+        tokenizer = tokenizers.load(tokenizer_place(args.model))
     else:
         tokenizer = bytes_only()
-        sizes: Any = architecture(chosen.size)
+        sizes: Any = architecture(args.size)
         model = build_native(Architecture(**sizes), tokenizer)
         model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
         model.config._attn_implementation = "sdpa"
@@ -208,5 +197,5 @@ def bytes_only() -> Any:
     return wrap(bpe)
 
 
-if __name__ == "__main__":  # llama.cpp's process
-    Path(sys.argv[3]).write_text(str(gguf_stream(Path(sys.argv[1]), int(sys.argv[2]))))
+if __name__ == "__main__":
+    sys.exit(run(main))

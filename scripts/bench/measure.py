@@ -1,4 +1,4 @@
-"""What all benchmarks share: processes of their own, peaks, medians."""
+"""What all benchmarks share: exit statuses, processes for each arm, peaks, medians."""
 
 from __future__ import annotations
 
@@ -17,18 +17,34 @@ from typing import Any
 
 import yaml
 
+from minigpt.__main__ import ended_whole
 from minigpt.cli.options import writing
-from minigpt.errors import ConfigError, MiniGPTError
+from minigpt.errors import INTERRUPTED, ConfigError, MiniGPTError
 from minigpt.files import write_json
 from minigpt.machine import machine
 
+HERE = Path(__file__).resolve().parent
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
 DENSE_PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 MATMUL = 2048  # rows and columns of the matrices on a CPU
-MATMUL_SECONDS = 4.0  # after which no further product is begun: emulated bf16 takes minutes
+MATMUL_SECONDS = 4.0  # after which no further matmul is begun: emulated bf16 takes minutes
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
 HALVES = {"bf16-mixed": "bf16", "16-mixed": "fp16"}  # what is multiplied in half precision
+
+
+def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
+    """Run a benchmark as a verb is run: errors in one paragraph; return the exit status."""
+    try:
+        with ended_whole():
+            main(sys.argv[1:] if arguments is None else arguments)
+    except MiniGPTError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 def architecture(size: str) -> dict[str, Any]:
@@ -37,7 +53,7 @@ def architecture(size: str) -> dict[str, Any]:
     Raises:
         ConfigError: when there is none of that name.
     """
-    named = Path(__file__).resolve().parents[2] / "configs" / "size" / f"{size}.yaml"
+    named = HERE.parents[1] / "configs" / "size" / f"{size}.yaml"
     path = named if named.is_file() else Path(size)
     if not path.is_file():
         raise ConfigError(f"--size {size}: neither {named} nor {path} is a file. Try 26m.")
@@ -47,27 +63,31 @@ def architecture(size: str) -> dict[str, Any]:
 
 def threads() -> int:
     """Return how many threads a benchmark's processes use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit():
-        return int(given)
+    number = os.environ.get("OMP_NUM_THREADS", "")
+    if number.isdigit():
+        return int(number)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return allowed or 1
 
 
-def spawn(args: list[str], what: str) -> float:
-    """Run `python -m ...` in a process of its own; return when it was started (Unix time).
+def spawn(arguments: list[str], title: str) -> float:
+    """Run Python in another process; return when it was started (Unix time).
+
+    Args:
+        arguments: a script, or "-m" and a module, with its arguments.
+        title: names the process in the error.
 
     Raises:
-        MiniGPTError: with the end of what it said, when it fails.
+        MiniGPTError: with the last line of its output, when it fails.
     """
     number = str(threads())
     env = os.environ | {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}
     started = time.time()
-    done = subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True)
-    if done.returncode:
-        nothing = "killed, perhaps for want of memory" if done.returncode == -9 else "nothing"
-        said = (done.stderr.strip() or done.stdout.strip() or nothing).splitlines()[-1]
-        raise MiniGPTError(f"{what} ended with status {done.returncode}: {said}")
+    process = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+    if status := process.returncode:
+        silent = "killed, perhaps for want of memory" if status == -9 else "no output"
+        output = process.stderr.strip() or process.stdout.strip() or silent
+        raise MiniGPTError(f"{title} ended with status {status}: {output.splitlines()[-1]}")
     return started
 
 
@@ -77,18 +97,19 @@ def alternate(arms: Mapping[str, Callable[[int], Result]], repeats: int) -> dict
     for repeat in range(repeats):
         for name, arm in arms.items():
             results[name].append(arm(repeat))
-            told = {k: round(v, 1) for k, v in results[name][-1].items() if isinstance(v, float)}
-            print(f"{name}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
+            result = results[name][-1]
+            figures = {k: round(v, 1) for k, v in result.items() if isinstance(v, float)}
+            print(f"{name}, {repeat + 1} of {repeats}: {figures}", file=sys.stderr, flush=True)
     return results
 
 
-def middle(results: list[Result], name: str) -> float:
+def median_of(results: list[Result], name: str) -> float:
     """Return a figure's median over the repeats."""
     return float(median(result[name] for result in results))
 
 
 def matmul_peak(precision: str, device: str) -> float:
-    """Return the best rate of a large matrix product, in FLOP/s.
+    """Return the best rate of a large matmul, in FLOP/s.
 
     Args:
         precision: Lightning's name; what is multiplied in half precision is measured in that.
@@ -101,7 +122,8 @@ def matmul_peak(precision: str, device: str) -> float:
     dtype = dtypes.get(HALVES.get(precision, ""), torch.float32)
     size = MATMUL if device == "cpu" else 4 * MATMUL
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best, begun = 0.0, time.perf_counter()
+    best = 0.0
+    begun = time.perf_counter()
     for _ in range(8):
         started = time.perf_counter()
         if best and started - begun > MATMUL_SECONDS:
@@ -122,7 +144,7 @@ def dense_peak(device: str) -> float | None:
     return next((peak * 1e12 for part, peak in DENSE_PEAKS.items() if part in name), None)
 
 
-def told(value: float | str) -> str:
+def rounded(value: float | str) -> str:
     """Return a figure with as many digits as say something."""
     if not isinstance(value, float):
         return str(value)
@@ -133,7 +155,7 @@ def publish(report: Result, path: str | None) -> None:
     """Print the figures, and write everything if asked to."""
     for name, value in report.items():
         if isinstance(value, int | float | str):
-            print(f"{name:36} {told(value)}")
+            print(f"{name:36} {rounded(value)}")
     if path:
         with writing(path):
             write_json(Path(path), report)
@@ -141,13 +163,13 @@ def publish(report: Result, path: str | None) -> None:
 
 def surroundings() -> Result:
     """Return machine, versions and date."""
-    found = machine()
+    hardware = machine()
     names = ["torch", "transformers", "peft", "lightning", "tokenizers"]
     names += ["trl"] if find_spec("trl") else []
     return {
         "date": date.today().isoformat(),
-        "system": found["system"],
-        "processor": found["gpu"] or f"{platform.machine()}, {found['processor']}",
+        "system": hardware["system"],
+        "processor": hardware["gpu"] or f"{platform.machine()}, {hardware['processor']}",
         "threads": threads(),
-        "versions": {"python": found["python"], **{name: version(name) for name in names}},
+        "versions": {"python": hardware["python"], **{name: version(name) for name in names}},
     }

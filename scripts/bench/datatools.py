@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"text": "pretrain.jsonl", "chat": "sft.jsonl", "preference": "dpo.jsonl"}
 ARMS = ("check", "check --exam", "stats", "stats --tokenizer")
 CHILD = """
@@ -34,22 +34,23 @@ print(time.process_time() - start, usage.ru_maxrss / 1000, file=sys.stderr)
 """
 
 
-def varied(value: Any, chance: random.Random, size: int) -> Any:
+def varied(value: Any, rng: random.Random, size: int) -> Any:
     """Return a row with a number after each text, and texts repeated up to `size` characters."""
     if isinstance(value, dict):
-        return {k: v if k == "role" else varied(v, chance, size) for k, v in value.items()}
+        return {k: v if k == "role" else varied(v, rng, size) for k, v in value.items()}
     if isinstance(value, list):
-        return [varied(item, chance, size) for item in value]
-    return "\n".join(value for _ in range(1 + size // len(value))) + f" {chance.randrange(10**6)}"
+        return [varied(item, rng, size) for item in value]
+    return "\n".join(value for _ in range(1 + size // len(value))) + f" {rng.randrange(10**6)}"
 
 
 def rows(kind: str, chinese: bool) -> Iterator[bytes]:
     """Yield lines without end: texts of about 1 kB, or chats and preferences as they are."""
-    chance, size = random.Random(0), (300 if chinese else 900) * (kind == "text")
+    rng = random.Random(0)
+    size = (300 if chinese else 900) * (kind == "text")
     lines = (ROOT / "data" / KINDS[kind]).read_text(encoding="utf-8").splitlines()
     pool = [json.loads(line) for line in lines if line.isascii() != chinese]
     while True:
-        row = varied(chance.choice(pool), chance, size)
+        row = varied(rng.choice(pool), rng, size)
         yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
@@ -64,22 +65,23 @@ def write(path: Path, kind: str, chinese: bool, size: float) -> int:
 
 
 def measure(verb: str, path: Path) -> tuple[float, float]:
-    """Return the seconds and the peak megabytes of a verb; its option gets what it needs."""
+    """Return the seconds and the peak megabytes of a verb; its option is given a value."""
     verb, *option = verb.split()
     tokenizer = path.with_name("tokenizer")
     if option == ["--tokenizer"] and not tokenizer.exists():
         from minigpt.cli.tokenizer import train_to
 
         train_to(tokenizer, [str(ROOT / "data" / name) for name in KINDS.values()], 6400)
-    given = {"--tokenizer": [tokenizer], "--exam": sorted((ROOT / "data" / "exam").glob("*.jsonl"))}
-    options = [*option, *(str(file) for name in option for file in given[name])]
+    exams = sorted((ROOT / "data" / "exam").glob("*.jsonl"))
+    values = {"--tokenizer": [tokenizer], "--exam": exams}
+    options = [*option, *(str(file) for name in option for file in values[name])]
     command = [sys.executable, "-c", CHILD, verb, str(path), *options]
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    seconds, peak = map(float, done.stderr.splitlines()[-1].split())
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    seconds, peak = map(float, process.stderr.splitlines()[-1].split())
     return seconds, peak
 
 
@@ -88,18 +90,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=float, nargs="+", default=[10.0], help="sizes (10)")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts (3)")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     print(f"{'rows':22} {'MB':>6} {'B/row':>6}", *(f"  {arm:>18}" for arm in ARMS))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "rows.jsonl")
         for kind in KINDS:
             for language in ("English", "Chinese"):
-                for size in chosen.mb:
+                for size in args.mb:
                     count = write(path, kind, language == "Chinese", size * 1e6)
                     size = path.stat().st_size / 1e6
                     line = f"{kind + ', ' + language:22} {size:6.1f} {size * 1e6 / count:6.0f}"
                     for verb in ARMS:
-                        seconds, peak = min(measure(verb, path) for _ in range(chosen.repeats))
+                        seconds, peak = min(measure(verb, path) for _ in range(args.repeats))
                         line += f"   {size / seconds:5.1f} MB/s {peak:4.0f} MB"
                     print(line, flush=True)
 

@@ -1,4 +1,4 @@
-"""`minigpt bench`: what is measured is what is said."""
+"""The benchmark of training: the report holds what was measured."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import baseline
+import measure
 import pytest
 import tiny_runs
+import train
 import yaml
 
 from minigpt.__main__ import main
-from minigpt.bench import baseline, measure, train
 from minigpt.errors import ConfigError, MiniGPTError
 
-Minigpt = Callable[..., Any]
-jobs: list[Any] = []  # what the arms were told to do
+Bench = Callable[..., Any]
+configs: list[Any] = []  # of the arms that ran
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run the arms in this process, one after the other; return their order."""
     order: list[str] = []
-    jobs.clear()
+    configs.clear()
 
-    def spawn(args: list[str], what: str) -> float:
-        order.append(args[0])
-        jobs.append(json.loads(Path(args[-1 if args[0] == "minigpt" else 1]).read_text()))
-        if args[0] == "minigpt":
-            assert main(args[1:]) == 0
+    def spawn(arguments: list[str], title: str) -> float:
+        order.append(title)
+        if arguments[0] == "-m":
+            configs.append(json.loads(Path(arguments[-1]).read_text()))
+            assert main(arguments[2:]) == 0
         else:
-            done = baseline.train(baseline.Job(**json.loads(Path(args[1]).read_text())))
-            Path(args[2]).write_text(json.dumps(done))
+            configs.append(json.loads(Path(arguments[1]).read_text()))
+            result = baseline.train(baseline.LoopConfig(**configs[-1]))
+            Path(arguments[2]).write_text(json.dumps(result))
         return 0.0
 
     monkeypatch.setattr(train, "spawn", spawn)
@@ -56,7 +59,7 @@ def size(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_stages(
-    stage: str, trained: Path, tmp_path: Path, here: list[str], size: Path, minigpt: Minigpt
+    stage: str, trained: Path, tmp_path: Path, here: list[str], size: Path, bench: Bench
 ) -> None:
     data = trained / f"{'sft' if stage == 'lora' else stage}.jsonl"
     start = ["--size", size, "--tokenizer", trained / "tokenizer"]
@@ -64,7 +67,7 @@ def test_stages(
         start = ["--model", trained / "sft"]
     options = [*start, "--max_length", 64]
     options += ["--batch_size", 4, "--steps", 2, "--repeats", 2, "--json", tmp_path / "out.json"]
-    done = minigpt("bench", "train", "--stage", stage, "--data", data, *options)
+    done = bench("train", "--stage", stage, "--data", data, *options)
     assert done.status == 0, done.err
     report = json.loads((tmp_path / "out.json").read_text())
     names = ("useful_tokens_per_s", "ratio", "gemm_peak_fraction", "peak_rss_mb", "first_step_s")
@@ -72,8 +75,8 @@ def test_stages(
     for name in (*names, "baseline_useful_tokens_per_s", "baseline_peak_rss_mb"):
         assert report[name] > 0
         assert name in done.out
-    arms = ["minigpt", "minigpt"] if stage == "dpo" else ["minigpt"]
-    assert here == [*2 * [*arms, "minigpt.bench.baseline"], "minigpt"]
+    arms = ["minigpt fit", "minigpt fit"] if stage == "dpo" else ["minigpt fit"]
+    assert here == [*2 * [*arms, "baseline.py"], "minigpt fit"]
     runs = report["runs"]
     assert [*runs.pop("start")[0].values()] == [report["first_step_s"]]
     assert [len(arm) for arm in runs.values()] == [2] * len(runs)
@@ -95,8 +98,8 @@ def test_stages(
     assert report["versions"]["torch"]
 
 
-def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Work:
-    chosen = {
+def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Workload:
+    args = {
         "stage": "pretrain",
         "data": str(trained / "pretrain.jsonl"),
         "rows": 20,
@@ -109,7 +112,7 @@ def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Wor
         "optimizer": "adamw",
         "steps": 2,
     }
-    return train.prepare(Namespace(**{**chosen, "seconds": 1, **changes}), place)
+    return train.prepare(Namespace(**{**args, "seconds": 1, **changes}), place)
 
 
 def test_a_tokenizer_is_trained_unless_given(trained: Path, size: Path, tmp_path: Path) -> None:
@@ -158,14 +161,14 @@ def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_arms_do_as_they_are_told(
-    precision: str, trained: Path, tmp_path: Path, here: list[str], size: Path, minigpt: Minigpt
+    precision: str, trained: Path, tmp_path: Path, here: list[str], size: Path, bench: Bench
 ) -> None:
     options = ["--size", size, "--tokenizer", trained / "tokenizer", "--max-length", 48]
     options += ["--batch-size", 3, "--steps", 5, "--repeats", 1, "--rows", 20, "--seconds", 600]
     options += ["--optimizer", "muon", "--precision", precision, "--json", tmp_path / "out.json"]
-    done = minigpt("bench", "train", "--stage", "sft", "--data", trained / "sft.jsonl", *options)
+    done = bench("train", "--stage", "sft", "--data", trained / "sft.jsonl", *options)
     assert done.status == 0, done.err
-    ours, theirs, start = jobs
+    ours, theirs, start = configs
     lightnings = {"fp32": "32-true", "bf16": "bf16-mixed"}[precision]
     assert ours["trainer"]["precision"] == theirs["precision"] == lightnings
     assert start["trainer"]["max_steps"] == 1
@@ -201,11 +204,11 @@ def test_arms_stand_side_by_side() -> None:
     assert ratio.split()[-2:] == ["2.50x", "1.25x"]
 
 
-def test_named_sizes_and_those_of_a_file(size: Path, minigpt: Minigpt, trained: Path) -> None:
+def test_named_sizes_and_those_of_a_file(size: Path, bench: Bench, trained: Path) -> None:
     assert measure.architecture("26m")["hidden_size"] == 512
     assert measure.architecture(str(size)) == tiny_runs.ARCHITECTURE
     options = ("--data", trained / "sft.jsonl", "--tokenizer", trained / "tokenizer")
-    wrong = minigpt("bench", "train", "--stage", "sft", "--size", "27m", *options)
+    wrong = bench("train", "--stage", "sft", "--size", "27m", *options)
     assert wrong.status == 2
     assert "--size 27m" in wrong.err
 
@@ -216,13 +219,13 @@ def test_a_step_of_ours_has_as_many_tokens_as_theirs() -> None:
     assert train.budget("dpo", 4, 1024, 100.0) == 2048  # no less than one pair may take
 
 
-def test_data(trained: Path, tmp_path: Path, minigpt: Minigpt) -> None:
+def test_data(trained: Path, tmp_path: Path, bench: Bench) -> None:
     """In processes of their own, as users run it."""
     out = tmp_path / "out.json"
     options = ("--sizes", 1, 2, "--repeats", 1, "--max-length", 64, "--json", out)
     tokenizer = ("--tokenizer", trained / "tokenizer")
     file = trained / "pretrain.jsonl"
-    done = minigpt("bench", "data", "--data", file, *tokenizer, *options)
+    done = bench("data", "--data", file, *tokenizer, *options)
     assert done.status == 0, done.err
     report = json.loads(out.read_text())
     (ours,), (theirs,) = report["runs"]["minigpt"], report["runs"]["library"]
@@ -233,24 +236,24 @@ def test_data(trained: Path, tmp_path: Path, minigpt: Minigpt) -> None:
     assert report["peak_rss_mb_at_2_mb"] > 50
 
 
-def test_rows_of_another_kind_are_refused(trained: Path, minigpt: Minigpt) -> None:
+def test_rows_of_another_kind_are_refused(trained: Path, bench: Bench) -> None:
     tokenizer = ("--tokenizer", trained / "tokenizer")
-    wrong = minigpt("bench", "data", "--data", trained / "sft.jsonl", *tokenizer, "--sizes", 1)
+    wrong = bench("data", "--data", trained / "sft.jsonl", *tokenizer, "--sizes", 1)
     assert wrong.status == 2
     assert "sft.jsonl:1: not a text row" in wrong.err
 
 
-def test_help_and_unknown_benchmarks(minigpt: Minigpt) -> None:
-    for args in ((), ("--help",)):
-        assert "minigpt bench train" in minigpt("bench", *args).out
-    assert minigpt("bench", "train", "--help").status == 0
-    wrong = minigpt("bench", "speed")
-    assert (wrong.status, "Known: train, data" in wrong.err) == (2, True)
+@pytest.mark.parametrize("name", ["train", "data", "generate", "time_to_loss"])
+def test_help_shows_how_a_script_is_called(name: str) -> None:
+    script = str(measure.HERE / f"{name}.py")
+    process = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert process.returncode == 0
+    assert f"python scripts/bench/{name}.py --" in process.stdout
 
 
 def test_an_arm_that_fails_says_why() -> None:
     with pytest.raises(MiniGPTError, match=r"The arm ended with status 2: .*Unknown verb: nothing"):
-        measure.spawn(["minigpt", "nothing"], "The arm")
+        measure.spawn(["-m", "minigpt", "nothing"], "The arm")
 
 
 def test_the_peak_of_memory_is_a_process_own() -> None:

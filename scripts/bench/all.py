@@ -1,11 +1,11 @@
 """Run all benchmarks and write docs/benchmarks.md; `make bench` calls it.
 
-    python scripts/benchmark.py                    # the bundled data
-    python scripts/benchmark.py --data_dir DIR     # pretrain, sft, dpo and lora.jsonl of your own
+    python scripts/bench/all.py                    # the bundled data
+    python scripts/bench/all.py --data_dir DIR     # pretrain, sft, dpo and lora.jsonl of your own
 
 Results are kept as JSON in --output_dir, and the page is made from them; what is there
-already is measured anew only with --force. time_to_loss.json, which scripts/time_to_loss.py
-takes an hour for, is told of when it is there.
+already is measured anew only with --force. The page has time_to_loss.json, which time_to_loss.py
+takes an hour for, when it is there.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from minigpt.bench.measure import told
+from measure import HERE, Result, rounded
 
-ROOT = Path(__file__).resolve().parents[1]
-Result = dict[str, Any]
+ROOT = HERE.parents[1]
 # The files are named as in data/; --max-length are those of the figures in the design.
 STAGES = {"pretrain": 512, "sft": 768, "dpo": 1024, "lora": 340}
 UNITS = {"dpo": ("pairs_per_s", "pairs/s")}  # others: tokens
 BUNDLED = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "lora": "lora_medical"}
 NOTES = """Every line comes from one command that measures both sides in turn, each in processes
 of its own, and takes the median. *Useful* tokens are the data's own; padding never counts. The
-plain loop is [baseline.py](../minigpt/bench/baseline.py): transformers (peft for LoRA) with SDPA,
+plain loop is [baseline.py](../scripts/bench/baseline.py): transformers (peft for LoRA) with SDPA,
 autocast where the hardware has bf16, fused AdamW, padded to the longest of a batch (pretraining:
 blocks without padding). Memory is the peak of the whole process."""
 
 
-def minigpt(*args: object) -> None:
-    """Run a verb; what it says goes to the terminal."""
-    subprocess.run([sys.executable, "-m", "minigpt", *map(str, args)], cwd=ROOT, check=True)
+def bench(name: str, *arguments: object) -> None:
+    """Run one benchmark; its output goes to the terminal."""
+    script = str(HERE / f"{name}.py")
+    subprocess.run([sys.executable, script, *map(str, arguments)], cwd=ROOT, check=True)
 
 
 def starts(repeats: int) -> Result:
@@ -46,35 +45,40 @@ def starts(repeats: int) -> Result:
         "fit_help": ["-m", "minigpt", "fit", "--help"],
         "imports": ["-c", "import torch, lightning"],
     }
-    taken: dict[str, list[float]] = {name: [] for name in commands}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             started = time.perf_counter()
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
-            taken[name].append(time.perf_counter() - started)
-    return {f"{name}_s": median(seconds) for name, seconds in taken.items()}
+            seconds[name].append(time.perf_counter() - started)
+    return {f"{name}_s": median(times) for name, times in seconds.items()}
 
 
-def collect(chosen: argparse.Namespace) -> dict[str, Result]:
+def collect(args: argparse.Namespace) -> dict[str, Result]:
     """Measure what is not measured yet; return all results by name."""
-    out = Path(chosen.output_dir).resolve()
+    out = Path(args.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    found = Path(chosen.data_dir).resolve()
-    own = found != ROOT / "data"
-    files = {s: found / f"{s if own else BUNDLED[s]}.jsonl" for s in STAGES}
-    tokenizer = ["--tokenizer", chosen.tokenizer] if chosen.tokenizer else []
-    common = [*tokenizer, "--repeats", chosen.repeats]
+    data = Path(args.data_dir).resolve()
+    names = BUNDLED if is_bundled(data) else {stage: stage for stage in STAGES}
+    files = {stage: data / f"{name}.jsonl" for stage, name in names.items()}
+    tokenizer = ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    common = [*tokenizer, "--repeats", args.repeats]
     for stage, length in STAGES.items():
-        if chosen.force or not (out / f"{stage}.json").exists():
-            options = ["--max-length", length, "--size", chosen.size, "--seconds", chosen.seconds]
-            work = ["--stage", stage, "--data", files[stage], *options, *common]
-            minigpt("bench", "train", *work, "--json", out / f"{stage}.json")
-    if chosen.force or not (out / "data.json").exists():
-        work = ["--data", files["pretrain"], "--sizes", *chosen.sizes, *common]
-        minigpt("bench", "data", *work, "--json", out / "data.json")
-    if chosen.force or not (out / "start.json").exists():
-        (out / "start.json").write_text(json.dumps(starts(chosen.repeats)))
+        if args.force or not (out / f"{stage}.json").exists():
+            options = ["--max-length", length, "--size", args.size, "--seconds", args.seconds]
+            options += ["--stage", stage, "--data", files[stage], *common]
+            bench("train", *options, "--json", out / f"{stage}.json")
+    if args.force or not (out / "data.json").exists():
+        options = ["--data", files["pretrain"], "--sizes", *args.sizes, *common]
+        bench("data", *options, "--json", out / "data.json")
+    if args.force or not (out / "start.json").exists():
+        (out / "start.json").write_text(json.dumps(starts(args.repeats)))
     return {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
+
+
+def is_bundled(data: Path) -> bool:
+    """Whether a folder is the bundled data, whose files have other names."""
+    return data.resolve() == ROOT / "data"
 
 
 def page(results: dict[str, Result], command: str) -> str:
@@ -97,15 +101,15 @@ def training(results: dict[str, Result]) -> list[str]:
         r = results[stage]
         unit, shown = UNITS.get(stage, ("useful_tokens_per_s", "tokens/s"))
         head = f"| {stage} | {r['data']}, {r['max_length']} | {shown} |"
-        theirs = f"{told(r[f'baseline_{unit}'])} |"
+        theirs = f"{rounded(r[f'baseline_{unit}'])} |"
         baseline_memory = r["baseline_peak_rss_mb"]
         rows.append(
-            f"{head} {told(r[unit])} | {theirs} {r['ratio']:.2f}× | {r['peak_rss_mb']:,.0f} of "
+            f"{head} {rounded(r[unit])} | {theirs} {r['ratio']:.2f}× | {r['peak_rss_mb']:,.0f} of "
             f"{baseline_memory:,.0f} | {r['gemm_peak_fraction']:.0%} |"
         )
         if stage == "dpo":
             rows.append(
-                f"| dpo, live reference | the same | {shown} | {told(r[f'live_{unit}'])} | "
+                f"| dpo, live reference | the same | {shown} | {rounded(r[f'live_{unit}'])} | "
                 f"{theirs} {r['ratio_live']:.2f}× | {r['live_peak_rss_mb']:,.0f} of "
                 f"{baseline_memory:,.0f} | |"
             )
@@ -122,21 +126,21 @@ def preparing(r: Result) -> list[str]:
     """Return the lines on tokenising and packing."""
     name = "peak_rss_mb_at_"
     memory = {k.removeprefix(name).removesuffix("_mb"): v for k, v in r.items() if name in k}
-    told = ", ".join(f"{held:,.0f} MB for {size} MB of JSONL" for size, held in memory.items())
+    peaks = ", ".join(f"{peak:,.0f} MB for {size} MB of JSONL" for size, peak in memory.items())
     return [
         f"- JSONL to packed batches: {r['mb_per_s']:.2f} MB/s, which is {r['ratio']:.0%} of what "
         f"the tokenizer library reaches on texts in memory ({r['library_mb_per_s']:.2f} MB/s).",
-        f"- Peak memory: {told}.",
+        f"- Peak memory: {peaks}.",
     ]
 
 
 def sooner(r: Result) -> list[str]:
     """Return the line on how soon a held-out loss is reached."""
-    there = "reached" if r["reached"] == "True" else "did not reach"
+    verb = "reached" if r["reached"] == "True" else "did not reach"
     return [
         f"- The plain loop with AdamW at its best learning rate ({r['baseline_lr']}) came to a "
         f"held-out loss of {r['baseline_loss']:.3f} nats per token on {r['data']} in "
-        f"{r['baseline_s']:.0f} s; `minigpt fit` with {r['optimizer']} {there} it: "
+        f"{r['baseline_s']:.0f} s; `minigpt fit` with {r['optimizer']} {verb} it: "
         f"{r['loss']:.3f} in {r['seconds']:.0f} s, {r['times_sooner']:.1f} times less "
         f"({r['size']}, {r['precision']}, {r['date']})."
     ]
@@ -170,12 +174,11 @@ def main() -> None:
     parser.add_argument("--output_dir", default="outputs/bench", help="where results are kept")
     parser.add_argument("--page", default="docs/benchmarks.md")
     parser.add_argument("--force", action="store_true", help="measure everything anew")
-    chosen = parser.parse_args()
-    results = collect(chosen)
-    own = Path(chosen.data_dir).resolve() != ROOT / "data"
-    made = page(results, "make bench DATA=DIR" if own else "make bench")
-    Path(chosen.page).write_text(made, encoding="utf-8")
-    print(f"The page is {chosen.page}.")
+    args = parser.parse_args()
+    results = collect(args)
+    command = "make bench" if is_bundled(Path(args.data_dir)) else "make bench DATA=DIR"
+    Path(args.page).write_text(page(results, command), encoding="utf-8")
+    print(f"Written to {args.page}.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_data.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "datatools.py"
 
 
 def test_rows_are_of_their_kind_and_do_not_repeat(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_line_for_each_file(
     script = runpy.run_path(str(SCRIPT))
     main = script["main"]
     monkeypatch.setitem(main.__globals__, "measure", lambda verb, path: (0.001, 100))
-    monkeypatch.setattr(sys, "argv", ["bench_data.py", "--mb", "0.01", "0.02"])
+    monkeypatch.setattr(sys, "argv", ["datatools.py", "--mb", "0.01", "0.02"])
     main()
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["rows", "MB", "B/row", *" ".join(script["ARMS"]).split()]

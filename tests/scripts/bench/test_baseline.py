@@ -8,16 +8,16 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import baseline
 import pytest
 import tiny_runs
 import torch
+from baseline import LoopConfig
 from safetensors.torch import load_file
 from torch import nn
+from train import moments, run_baseline
 from transformers import AutoModelForCausalLM
 
-from minigpt.bench import baseline
-from minigpt.bench.baseline import Job
-from minigpt.bench.train import moments
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch, collate
 from minigpt.data.datamodule import PackedDataset, Selection
@@ -36,8 +36,8 @@ def store_of(trained: Path, stage: str) -> TokenStore:
     return open_store(trained / f"{name}.jsonl", KINDS[stage], tokenizer, Limits(64))
 
 
-def job(trained: Path, stage: str, **changes: Any) -> Job:
-    usual: dict[str, Any] = {
+def loop(trained: Path, stage: str, **changes: Any) -> LoopConfig:
+    defaults: dict[str, Any] = {
         "model": str(trained / "pretrain" / "hf"),
         "stores": (str(store_of(trained, stage).path), None),
         "batch_size": 4,
@@ -48,7 +48,7 @@ def job(trained: Path, stage: str, **changes: Any) -> Job:
         "steps": 2,
         "seconds": 60,
     }
-    return Job(stage=stage, **{**usual, **changes})
+    return LoopConfig(stage=stage, **{**defaults, **changes})
 
 
 def packed(store: TokenStore, count: int) -> PackedBatch:
@@ -90,7 +90,7 @@ def test_preference_losses_are_those_of_our_own(trained: Path) -> None:
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_useful_tokens_are_the_datas_own(stage: str, trained: Path) -> None:
     store = store_of(trained, stage)
-    epoch = list(islice(baseline.batches(job(trained, stage), store), len(store) // 4))
+    epoch = list(islice(baseline.batches(loop(trained, stage), store), len(store) // 4))
     assert sum(useful for _, useful, _ in epoch) == store.meta["tokens"]
     assert sum(count for _, _, count in epoch) == len(store)
     shapes = {tuple(batch["input_ids"].shape) for batch, _, _ in epoch}
@@ -101,7 +101,7 @@ def test_useful_tokens_are_the_datas_own(stage: str, trained: Path) -> None:
 
 def test_pretraining_is_not_padded(trained: Path) -> None:
     store = store_of(trained, "pretrain")
-    for batch, useful, _ in islice(baseline.batches(job(trained, "pretrain"), store), 9):
+    for batch, useful, _ in islice(baseline.batches(loop(trained, "pretrain"), store), 9):
         assert batch.keys() == {"input_ids", "labels"}
         assert batch["input_ids"].shape == (4, 16)
         assert useful == 64
@@ -121,7 +121,7 @@ def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
     parts, whole = [Part(len(store), len(store))], Selection(store)
     order = PackedOrder([store.lengths], parts, 128, seed)
     ours = torch.cat([texts(batch) for batch in PackedDataset(order, [whole], 0, 0, 0, 1)])
-    blocks = list(baseline.blocks(job(trained, "pretrain", seed=seed), store, 0))
+    blocks = list(baseline.blocks(loop(trained, "pretrain", seed=seed), store, 0))
     theirs = torch.tensor([ids for ((ids, _),) in blocks]).flatten()
     assert len(theirs) == len(ours) // 16 * 16
     assert torch.equal(theirs, ours[: len(theirs)])
@@ -129,7 +129,7 @@ def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
         [
             batch["input_ids"].flatten()
             for batch, _, _ in islice(
-                baseline.batches(job(trained, "pretrain", seed=seed), store), 5
+                baseline.batches(loop(trained, "pretrain", seed=seed), store), 5
             )
         ]
     )
@@ -137,9 +137,9 @@ def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
 
 
 def test_slow_steps_are_measured_more_than_once(trained: Path) -> None:
-    done = baseline.train(job(trained, "sft", seconds=0, steps=100))
-    assert done["steps"] == baseline.LEAST
-    assert done["samples"] == baseline.LEAST * 4
+    done = baseline.train(loop(trained, "sft", seconds=0, steps=100))
+    assert done["steps"] == baseline.MIN_STEPS
+    assert done["samples"] == baseline.MIN_STEPS * 4
 
 
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
@@ -147,12 +147,12 @@ def test_it_trains(stage: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -
     models: list[nn.Module] = []
     load = baseline.load
 
-    def kept(job: Job) -> Any:
-        models.append(load(job))
+    def recording(config: LoopConfig) -> Any:
+        models.append(load(config))
         return models[0]
 
-    monkeypatch.setattr(baseline, "load", kept)
-    done = baseline.train(job(trained, stage, lr=0.01))
+    monkeypatch.setattr(baseline, "load", recording)
+    done = baseline.train(loop(trained, stage, lr=0.01))
     assert done["seconds"] > 0
     assert done["samples"] == 8  # the first of three steps is not counted
     assert 8 < done["tokens"] < 8 * 3 * 64
@@ -174,13 +174,13 @@ def test_it_trains(stage: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_fp16_takes_the_steps_of_fp32(trained: Path) -> None:
-    wide = baseline.train(job(trained, "sft", lr=0.01))
-    half = baseline.train(job(trained, "sft", lr=0.01, precision="16-mixed"))
+    wide = baseline.train(loop(trained, "sft", lr=0.01))
+    half = baseline.train(loop(trained, "sft", lr=0.01, precision="16-mixed"))
     assert half["loss"] != wide["loss"]
     assert half["loss"] == pytest.approx(wide["loss"], rel=0.01)
 
 
-def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(
+def test_rates_fall_over_the_time_and_the_held_out_loss_is_reported(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count()
@@ -188,20 +188,18 @@ def test_rates_fall_over_the_time_and_the_held_out_loss_is_told(
     tokenizer = tokenizers.load(trained / "tokenizer")
     val = open_store(trained / "pretrain_val.jsonl", "text", tokenizer, Limits(64))
     stores = (str(store_of(trained, "pretrain").path), str(val.path))
-    still = job(trained, "pretrain", stores=stores, decay=True, seconds=1, steps=99, lr=1e-12)
+    still = loop(trained, "pretrain", stores=stores, decay=True, seconds=1, steps=99, lr=1e-12)
     batch = packed(val, len(val))
     expected = PackedLM(load_model(trained / "pretrain"))(batch) / len(batch.labels)
     done = baseline.train(still)
     assert done["held_out"] == pytest.approx(expected.item(), rel=1e-4)
     assert done["samples"] == 4 * 32  # with a time to keep, the first step counts as well
-    assert baseline.train(Job(**{**vars(still), "steps": 30}))["samples"] == 4 * 31
-    learnt = baseline.train(Job(**{**vars(still), "lr": 0.01}))
+    assert baseline.train(LoopConfig(**{**vars(still), "steps": 30}))["samples"] == 4 * 31
+    learnt = baseline.train(LoopConfig(**{**vars(still), "lr": 0.01}))
     assert learnt["held_out"] < done["held_out"] - 0.01
 
 
 def test_it_is_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:
-    from minigpt.bench.train import run_baseline
-
-    done = run_baseline(job(trained, "sft"), tmp_path)
+    done = run_baseline(loop(trained, "sft"), tmp_path)
     assert done["useful_tokens_per_s"] == pytest.approx(done["tokens"] / done["seconds"])
-    assert json.loads((tmp_path / "job.json").read_text())["stage"] == "sft"
+    assert json.loads((tmp_path / "loop.json").read_text())["stage"] == "sft"

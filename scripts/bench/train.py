@@ -1,8 +1,9 @@
-"""`minigpt bench train`: useful tokens per second of a stage against the plain loop."""
+"""Useful tokens per second of a stage of training against the plain loop."""
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -13,29 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from minigpt.bench.baseline import LEAST, Job
-from minigpt.bench.measure import (
+from baseline import MIN_STEPS, LoopConfig
+from measure import (
     HALVES,
+    HERE,
     PRECISIONS,
     Result,
     alternate,
     architecture,
     dense_peak,
     matmul_peak,
-    middle,
+    median_of,
     publish,
+    rounded,
+    run,
     spawn,
     surroundings,
-    told,
 )
+
 from minigpt.cli.options import CommandParser, positive
 from minigpt.data.store import Limits, TokenStore, open_store
 
 EXAMPLES = """examples:
-  minigpt bench train --stage pretrain --data data/pretrain.jsonl
-  minigpt bench train --stage sft --data data/sft.jsonl --max-length 768 --json sft.json
-  minigpt bench train --stage dpo --data data/dpo.jsonl --max-length 1024 --rows 64
+  python scripts/bench/train.py --stage pretrain --data data/pretrain.jsonl
+  python scripts/bench/train.py --stage sft --data data/sft.jsonl --max-length 768 --json sft.json
+  python scripts/bench/train.py --stage dpo --data data/dpo.jsonl --max-length 1024 --rows 64
 """
 # Class of the module and of its data, kind of row, and the rows (pairs, blocks) of a step.
 STAGES: dict[str, tuple[str, str, Any, int]] = {
@@ -46,7 +49,7 @@ STAGES: dict[str, tuple[str, str, Any, int]] = {
 }
 FOREVER = 100_000
 ARMS = {"MiniGPT": "", "live reference": "live_", "plain loop": "baseline_", "TRL": "trl_"}
-SHOWN = {
+TABLE_ROWS = {
     "useful tokens/s": "useful_tokens_per_s",
     "pairs/s": "pairs_per_s",
     "peak memory, MB": "peak_rss_mb",
@@ -54,10 +57,10 @@ SHOWN = {
 }
 
 
-def main(args: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse the command line, measure, print and write the result."""
     parser = CommandParser(
-        prog="minigpt bench train",
+        prog="scripts/bench/train.py",
         description="Measure a stage against a plain transformers loop, in alternating processes.",
         epilog=EXAMPLES,
     )
@@ -75,23 +78,28 @@ def main(args: list[str]) -> None:
     add("--precision", choices=PRECISIONS, help="of all arms; by default what is fast here")
     add("--repeats", type=positive, default=3, help="of each arm (3)")
     add("--steps", type=positive, default=FOREVER, help="steps to measure at most")
-    add("--seconds", type=positive, default=12, help=f"measured in each run (12), or {LEAST} steps")
+    add(
+        "--seconds",
+        type=positive,
+        default=12,
+        help=f"measured in each run (12), or {MIN_STEPS} steps",
+    )
     add("--json", help="where to write the result")
-    chosen = parser.parse_args(args)
-    if chosen.stage == "dpo":  # the first run computes the reference's log-probs of them all
-        chosen.rows = chosen.rows or 64
-    with tempfile.TemporaryDirectory(prefix="minigpt-bench-") as place:
-        report = measure(prepare(chosen, Path(place)))
+    args = parser.parse_args(arguments)
+    if args.stage == "dpo":  # the first run computes the reference's log-probs of them all
+        args.rows = args.rows or 64
+    with tempfile.TemporaryDirectory(prefix="minigpt-bench-") as directory:
+        report = measure(prepare(args, Path(directory)))
     print(table(report))
-    publish(report, chosen.json)
+    publish(report, args.json)
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What all arms train: the start, the rows, and how much a step takes."""
 
-    chosen: Namespace
-    place: Path
+    args: Namespace
+    directory: Path
     start: str
     store: TokenStore
     precision: str
@@ -104,7 +112,7 @@ class Work:
     attention: float
 
 
-def prepare(chosen: Namespace, place: Path) -> Work:
+def prepare(args: Namespace, directory: Path) -> Workload:
     """Make the tokenizer, the model's start and the token store."""
     import torch
 
@@ -115,22 +123,25 @@ def prepare(chosen: Namespace, place: Path) -> Work:
 
     quiet()
     torch.manual_seed(0)
-    _, _, kind, usual = STAGES[chosen.stage]
-    start = str(find_model(chosen.model) if chosen.model else new_model(chosen, place / "start"))
+    _, _, kind, default_size = STAGES[args.stage]
+    start = str(find_model(args.model) if args.model else new_model(args, directory / "start"))
     model = load_model(start)
-    check_length(model.config, chosen.max_length, kind, "--max-length")
-    limits = Limits(chosen.max_length, data_limit=chosen.rows, on_bad_row="skip")
+    check_length(model.config, args.max_length, kind, "--max-length")
+    limits = Limits(args.max_length, data_limit=args.rows, on_bad_row="skip")
     tokenizer = tokenizers.load(start)
-    store = open_store(chosen.data, kind, tokenizer, limits, place / "cache")
+    store = open_store(args.data, kind, tokenizer, limits, directory / "cache")
     mean, square = moments(store)
     linear = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    batch_size = chosen.batch_size or usual
-    return Work(
-        *(chosen, place, start, store),
-        str(choose_precision(PRECISIONS.get(chosen.precision), "auto")),
+    batch_size = args.batch_size or default_size
+    return Workload(
+        args=args,
+        directory=directory,
+        start=start,
+        store=store,
+        precision=str(choose_precision(PRECISIONS.get(args.precision), "auto")),
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
-        tokens_per_batch=budget(chosen.stage, batch_size, chosen.max_length, mean),
+        tokens_per_batch=budget(args.stage, batch_size, args.max_length, mean),
         sample_tokens=mean,
         vocabulary=len(tokenizer),
         matrices=sum(layer.weight.numel() for layer in linear),
@@ -138,17 +149,17 @@ def prepare(chosen: Namespace, place: Path) -> Work:
     )
 
 
-def new_model(chosen: Namespace, directory: Path) -> Path:
+def new_model(args: Namespace, directory: Path) -> Path:
     """Write a model of the size that is asked for, with random weights, and its tokenizer."""
     from minigpt.data import tokenizer as tokenizers
     from minigpt.model.architecture import Architecture, build_native
     from minigpt.model.pretrained import save_model
 
-    if chosen.tokenizer:
-        tokenizer = tokenizers.load(chosen.tokenizer)
+    if args.tokenizer:
+        tokenizer = tokenizers.load(args.tokenizer)
     else:
-        tokenizer = tokenizers.train([chosen.data], chosen.vocabulary)
-    sizes = Architecture(**architecture(chosen.size))
+        tokenizer = tokenizers.train([args.data], args.vocabulary)
+    sizes = Architecture(**architecture(args.size))
     save_model(build_native(sizes, tokenizer), tokenizer, directory)
     return directory
 
@@ -162,8 +173,8 @@ def attention_width(config: Any) -> int:
 
 def moments(store: TokenStore) -> tuple[float, float]:
     """Return a sample's mean tokens, and the mean of its rows' squared lengths, summed."""
-    runs = (np.asarray(store.samples[name], float) for name in ("prompt", "first", "second"))
-    prompt, first, second = runs
+    names = ("prompt", "first", "second")
+    prompt, first, second = (np.asarray(store.samples[name], float) for name in names)
     squares = (prompt + first) ** 2 + np.where(second > 0, (prompt + second) ** 2, 0)
     return float((prompt + first + second).mean()), float(squares.mean())
 
@@ -175,22 +186,22 @@ def budget(stage: str, batch_size: int, max_length: int, mean: float) -> int:
     return max(round(batch_size * mean), max_length * (2 if stage == "dpo" else 1))
 
 
-def measure(work: Work) -> Result:
+def measure(work: Workload) -> Result:
     """Run all arms and return what is reported."""
-    chosen = work.chosen
+    args = work.args
     arms: dict[str, Callable[[int], Result]] = {"minigpt": partial(our_arm, work, "precomputed")}
-    if chosen.stage == "dpo":
+    if args.stage == "dpo":
         arms["live"] = partial(our_arm, work, "model")
-    arms["baseline"] = partial(their_arm, work, "minigpt.bench.baseline")
+    arms["baseline"] = partial(their_arm, work, "baseline")
     if find_spec("trl"):
-        arms["trl"] = partial(their_arm, work, "minigpt.bench.peer")
+        arms["trl"] = partial(their_arm, work, "peer")
     arms["matmul"] = lambda _: {"flops": matmul_peak(work.precision, work.device)}
-    results = alternate(arms, chosen.repeats)
+    results = alternate(arms, args.repeats)
     results["start"] = [our_start(work)]
     names = ("stage", "size", "max_length", "optimizer", "repeats")
     return {
-        **{name: getattr(chosen, name) for name in names},
-        "data": Path(chosen.data).resolve().name,
+        **{name: getattr(args, name) for name in names},
+        "data": Path(args.data).resolve().name,
         "vocabulary": work.vocabulary,
         "samples": len(work.store),
         "batch_size": work.batch_size,
@@ -202,7 +213,7 @@ def measure(work: Work) -> Result:
     }
 
 
-def figures(work: Work, results: dict[str, list[Result]]) -> Result:
+def figures(work: Workload, results: dict[str, list[Result]]) -> Result:
     """Turn the runs into the figures of the report."""
     ours, theirs, live, trl = (
         results.get(name, []) for name in ("minigpt", "baseline", "live", "trl")
@@ -210,26 +221,26 @@ def figures(work: Work, results: dict[str, list[Result]]) -> Result:
     unit = "useful_tokens_per_s"
     peak = max(result["flops"] for result in results["matmul"])
     # A frozen matrix needs no gradient of its own: LoRA takes 4 instead of 6 per weight.
-    factor = 4 if work.chosen.stage == "lora" else 6
-    flops = middle(ours, unit) * (factor * work.matrices + 6 * work.attention)
+    factor = 4 if work.args.stage == "lora" else 6
+    flops = median_of(ours, unit) * (factor * work.matrices + 6 * work.attention)
     report: Result = {
-        "ratio": middle(ours, unit) / middle(theirs, unit),
+        "ratio": median_of(ours, unit) / median_of(theirs, unit),
         "gemm_peak_fraction": flops / peak,
         "gemm_peak_gflops": peak / 1e9,
         "gemm_precision": HALVES.get(work.precision, "fp32"),
-        "first_step_s": middle(results["start"], "first_step_s"),
-        "warm_up_s": middle(ours, "first_step_s"),
+        "first_step_s": median_of(results["start"], "first_step_s"),
+        "warm_up_s": median_of(ours, "first_step_s"),
     }
     if live:
-        report["ratio_live"] = middle(live, unit) / middle(theirs, unit)
+        report["ratio_live"] = median_of(live, unit) / median_of(theirs, unit)
     if trl:
-        report["ratio_trl"] = middle(ours, unit) / middle(trl, unit)
+        report["ratio_trl"] = median_of(ours, unit) / median_of(trl, unit)
     arms = {"": ours, "baseline_": theirs, "live_": live, "trl_": trl}
     for arm, runs in ((arm, runs) for arm, runs in arms.items() if runs):
         for name in [n for n in ours[0] if n == unit or n.startswith("peak_")]:
-            report[arm + name] = middle(runs, name)
+            report[arm + name] = median_of(runs, name)
         if live:  # by the data's mean: the few pairs of a short run may be short or long ones
-            report[f"{arm}pairs_per_s"] = middle(runs, unit) / work.sample_tokens
+            report[f"{arm}pairs_per_s"] = median_of(runs, unit) / work.sample_tokens
     dense = dense_peak(work.device)
     return report | ({"mfu": flops / dense} if dense else {})
 
@@ -245,40 +256,40 @@ def table(report: Result) -> str:
         "",
         " " * 20 + "".join(f"{title:>16}" for title in arms),
     ]
-    for title, name in SHOWN.items():
+    for title, name in TABLE_ROWS.items():
         if name in report:
-            values = (told(report[arm + name]) for arm in arms.values())
+            values = (rounded(report[arm + name]) for arm in arms.values())
             lines.append(f"{title:20}" + "".join(f"{value:>16}" for value in values))
     ratios = [f"{report[r]:.2f}x" for r in ("ratio", "ratio_live") if r in report]
     return "\n".join([*lines, f"{'ratio':20}" + "".join(f"{r:>16}" for r in ratios), ""])
 
 
-def our_arm(work: Work, reference: str, repeat: int) -> Result:
+def our_arm(work: Workload, reference: str, repeat: int) -> Result:
     """Run `minigpt fit` and read its speed from what it logged; the first step warms up."""
-    return fit(work, config(work, reference, work.place / f"run-{reference}-{repeat}", repeat))
+    return fit(work, config(work, reference, work.directory / f"run-{reference}-{repeat}", repeat))
 
 
-def our_start(work: Work) -> Result:
+def our_start(work: Workload) -> Result:
     """Run a single step: so short a run compiles nothing."""
-    made = config(work, "model", work.place / "run-start", 0)
-    made["trainer"] |= {"max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
-    return fit(work, made)
+    options = config(work, "model", work.directory / "run-start", 0)
+    options["trainer"] |= {"max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
+    return fit(work, options)
 
 
-def fit(work: Work, made: Result) -> Result:
+def fit(work: Workload, options: Result) -> Result:
     """Run `minigpt fit`; return what it took, and its speed after the first step."""
-    file = work.place / "fit.yaml"
-    file.write_text(json.dumps(made))  # JSON is YAML
-    started = spawn(["minigpt", "fit", "--config", str(file)], "minigpt fit")
-    run_dir = Path(made["run_dir"])
+    file = work.directory / "fit.yaml"
+    file.write_text(json.dumps(options))  # JSON is YAML
+    started = spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")
+    run_dir = Path(options["run_dir"])
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     first, *steps = [row for row in map(json.loads, lines) if "tokens_seen" in row]
-    done = {"first_step_s": first["time"] - started}
+    result = {"first_step_s": first["time"] - started}
     if not steps:
-        return done
+        return result
     seconds = steps[-1]["time"] - first["time"]
     summary = json.loads((run_dir / "summary.json").read_text())
-    return done | {
+    return result | {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
         "steps": steps[-1]["step"] - first["step"],
         "loss": steps[-1]["train/loss"],
@@ -286,35 +297,35 @@ def fit(work: Work, made: Result) -> Result:
     }
 
 
-def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
+def config(work: Workload, reference: str, run_dir: Path, seed: int) -> Result:
     """Return the config of our arm: the stage as users run it, without validation."""
-    chosen = work.chosen
-    module, data, _, _ = STAGES[chosen.stage]
+    args = work.args
+    module, data, _, _ = STAGES[args.stage]
     start: Result = {
         "init_from": work.start,
-        "optimizer": {"name": chosen.optimizer, "lr": Job.lr},
+        "optimizer": {"name": args.optimizer, "lr": LoopConfig.lr},
     }
-    if chosen.stage == "lora":
-        start["lora"] = {"r": Job.rank, "alpha": 2 * Job.rank, "dropout": 0.0}
-    if chosen.stage == "dpo":
+    if args.stage == "lora":
+        start["lora"] = {"r": LoopConfig.rank, "alpha": 2 * LoopConfig.rank, "dropout": 0.0}
+    if args.stage == "dpo":
         start["reference"] = reference
     rows = {
-        "train": chosen.data,
+        "train": args.data,
         "val_share": 0.0,
-        "max_length": chosen.max_length,
+        "max_length": args.max_length,
         "tokens_per_batch": work.tokens_per_batch,
-        "data_limit": chosen.rows,
+        "data_limit": args.rows,
         "on_bad_row": "skip",
         "seed": seed,
-        "cache_dir": str(work.place / "cache"),
+        "cache_dir": str(work.directory / "cache"),
     }
     # A GPU waits for each step whose numbers are written, so that most are not.
-    every = 5 if work.device == "cuda" and chosen.steps >= 10 else 1
+    every = 5 if work.device == "cuda" and args.steps >= 10 else 1
     trainer = {
-        "max_steps": chosen.steps + 1,
-        "min_steps": 1 + min(LEAST * every, chosen.steps),
+        "max_steps": args.steps + 1,
+        "min_steps": 1 + min(MIN_STEPS * every, args.steps),
         "min_epochs": 0,  # else the time is looked at after a whole epoch only
-        "max_time": {"seconds": chosen.seconds},
+        "max_time": {"seconds": args.seconds},
         "precision": work.precision,
         "accelerator": "gpu" if work.device == "cuda" else "cpu",
         "devices": 1,  # as the plain loop
@@ -330,28 +341,33 @@ def config(work: Work, reference: str, run_dir: Path, seed: int) -> Result:
     }
 
 
-def their_arm(work: Work, module: str, repeat: int) -> Result:
-    """Run the plain loop, or the peer of the same interface."""
-    job = Job(
-        stage=work.chosen.stage,
+def their_arm(work: Workload, script: str, repeat: int) -> Result:
+    """Run the plain loop, or TRL's trainer, which takes the same config."""
+    loop = LoopConfig(
+        stage=work.args.stage,
         model=work.start,
         stores=(str(work.store.path), None),
         batch_size=work.batch_size,
-        max_length=work.chosen.max_length,
+        max_length=work.args.max_length,
         tokens_per_batch=work.tokens_per_batch,
         precision=work.precision,
         device=work.device,
-        steps=work.chosen.steps,
-        seconds=work.chosen.seconds,
+        steps=work.args.steps,
+        seconds=work.args.seconds,
         seed=repeat,
     )
-    return run_baseline(job, work.place, module)
+    return run_baseline(loop, work.directory, script)
 
 
-def run_baseline(job: Job, place: Path, module: str = "minigpt.bench.baseline") -> Result:
-    """Run the plain loop in a process of its own; return its figures with its speed."""
-    file, result = place / "job.json", place / "result.json"
-    file.write_text(json.dumps(asdict(job)))
-    spawn([module, str(file), str(result)], f"python -m {module}")
-    done: Result = json.loads(result.read_text())
-    return done | {"useful_tokens_per_s": done["tokens"] / done["seconds"]}
+def run_baseline(loop: LoopConfig, directory: Path, script: str = "baseline") -> Result:
+    """Run the plain loop in another process; return its figures with its speed."""
+    config_file = directory / "loop.json"
+    result_file = directory / "result.json"
+    config_file.write_text(json.dumps(asdict(loop)))
+    spawn([str(HERE / f"{script}.py"), str(config_file), str(result_file)], f"{script}.py")
+    result: Result = json.loads(result_file.read_text())
+    return result | {"useful_tokens_per_s": result["tokens"] / result["seconds"]}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

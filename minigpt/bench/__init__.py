@@ -1,1 +1,0 @@
-"""Benchmarks: MiniGPT's own commands against the loops and libraries that people would use."""
