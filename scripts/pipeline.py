@@ -104,12 +104,12 @@ def fit(stage: str, configs: str) -> Record:
 
 def examine(engine: Any, *families: str) -> dict[str, float]:
     """Let a model sit exams; return each family's share of right replies."""
-    from minigpt.data.exam import load_exam
+    from minigpt.evaluate.exam import accuracies, load_items, run_eval
     from minigpt.infer.engine import Sampling
-    from minigpt.infer.examine import shares, sit
 
-    items = [item for family in families for item in load_exam(f"data/exam/{family}.jsonl")]
-    return shares(sit(engine, items, Sampling(max_new_tokens=64)))
+    files = [f"data/exam/{family}.jsonl" for family in families]
+    items = [item for file in files for item in load_items(file, "exam")]
+    return accuracies(run_eval(engine, items, Sampling(max_new_tokens=64)))
 
 
 def mean(scores: dict[str, float]) -> float:
@@ -168,13 +168,13 @@ def dpo(configs: str) -> Record:
 
 def lora(configs: str) -> Record:
     """Train an adapter for the domain; check that it can be merged and switched off."""
-    from minigpt.data.exam import load_exam
+    from minigpt.evaluate.exam import load_items
     from minigpt.infer.engine import Sampling
 
     summary = fit("lora", configs)
     merged, beside = load("lora"), load("lora", merged=False)
     scores = examine(merged, *GENERAL, "medical")
-    prompts = [item.messages for item in load_exam("data/exam/medical.jsonl")]
+    prompts = [item.prompt for item in load_items("data/exam/medical.jsonl", "exam")]
     replies = [engine.complete(prompts, Sampling()) for engine in (merged, beside)]
     return {
         "domain_before": json.loads((RECORDS / "sft.json").read_text())["medical"],

@@ -56,9 +56,9 @@ def main(args: list[str]) -> None:
         measure(chosen, results)
     finally:  # what was measured before an error or Ctrl-C is told, too
         if results:
-            from minigpt.evaluate.suite import lines
+            from minigpt.evaluate.suite import format_table
 
-            print("\n".join(lines(results)), flush=True)
+            print(format_table(results), flush=True)
 
 
 def measure(chosen: argparse.Namespace, results: dict[str, Results]) -> None:

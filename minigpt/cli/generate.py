@@ -87,7 +87,7 @@ def asked(chosen: argparse.Namespace, content: Any) -> Any:
 
 def complete_rows(chosen: argparse.Namespace) -> None:
     """Complete the prompts of a JSONL and print its rows with the completions, in their order."""
-    from minigpt.data.prompts import load_prompts
+    from minigpt.data.formats import load_prompts
     from minigpt.progress import shown
 
     prompts, how = load_prompts(chosen.file), sampling(chosen)

@@ -20,10 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.exam import Item, load_exam
-from minigpt.data.formats import Kind
+from minigpt.data.formats import Kind, Prompt, load_prompts
 from minigpt.data.order import PackedOrder, Part, histogram
-from minigpt.data.prompts import Prompt, load_prompts
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids, id_count
 from minigpt.errors import ConfigError, DataError
@@ -333,13 +331,15 @@ class JSONLDataModule(LightningDataModule):
         """Held-out batches, in the files' own order."""
         return PackedLoader(self, training=False) if self.val_order else []
 
-    def test_dataloader(self) -> DataLoader[list[Item]] | PackedLoader:
-        """The exam's items; without an exam, the held-out batches."""
+    def test_dataloader(self) -> DataLoader[list[Any]] | PackedLoader:
+        """The exam's items, which the module reads; without an exam, the held-out batches."""
         if not self.exam:
             if self.val_order is None:
                 raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
             return PackedLoader(self, training=False)
-        return self._deal([item for path in self.exam for item in load_exam(path)])
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return self._deal([item for path in self.exam for item in module.load_exam(path)])
 
     def predict_dataloader(self) -> DataLoader[list[Prompt]]:
         """The prompts to complete.

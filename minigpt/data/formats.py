@@ -5,6 +5,7 @@ or gzipped. Whatever a file or a row holds, the outcome is records or a `DataErr
 
     read_records   files → records; bad rows stop the reading, or are counted
     parse_row      decoded row → record
+    load_prompts   file → prompts to complete
     scan_rows      file → decoded rows
     open_data      file → bytes
 """
@@ -131,6 +132,21 @@ class Source:
     line: int
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the row it came from.
+
+    Attributes:
+        content: plain text to continue, or the messages of a chat to answer.
+        row: the whole row, returned with the completion.
+        number: its position in the file, from 0.
+    """
+
+    content: str | tuple[Message, ...]
+    row: dict[str, Any]
+    number: int
+
+
 Record = Text | Chat | Preference
 _Turn = tuple[str, Message]  # with the field that a wrong role is reported at
 
@@ -227,6 +243,23 @@ def parse_prompt(row: object) -> tuple[Message, ...] | str:
     if (key := _first_key(row)) is None:
         raise _missing(row, "prompt")
     return _messages(parser.head(row, key), prompt=True)
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Read a file of prompts.
+
+    Raises:
+        DataError: for a missing file or a row without a prompt.
+    """
+    prompts: list[Prompt] = []
+    for line, row in iter_rows(path):
+        try:
+            content = parse_prompt(row)
+        except DataError as error:
+            raise error.at(path, line) from None
+        assert isinstance(row, dict)
+        prompts.append(Prompt(content, row, len(prompts)))
+    return prompts
 
 
 def read_records(

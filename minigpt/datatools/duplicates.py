@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.data.exam import fold, load_exam, normalise
+from minigpt.evaluate.exam import fold, load_items, normalise
 
 Hashes = NDArray[np.uint64]
 Owners = NDArray[np.int64]
@@ -147,10 +147,10 @@ class ExamIndex:
     def __init__(self, paths: Sequence[str | Path]) -> None:
         questions, names = [], []
         for path in paths:
-            for item in load_exam(path):
-                said = [m.content for m in item.messages if m.role != "system"]
-                questions += said
-                names += [f"{path} ({item.id})"] * len(said)
+            for item in load_items(path, "exam"):
+                asked = [m.content for m in item.messages if m.role != "system"]
+                questions += asked
+                names += [f"{path} ({item.id})"] * len(asked)
         runs, owner = _runs(*_units(questions), EXAM_UNITS)
         self.runs, first = np.unique(runs, return_index=True)
         self.names = [names[i] for i in owner[first]]

@@ -6,26 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from minigpt.data.exam import Item, load_exam
-from minigpt.data.formats import BadRows, read_records
-from minigpt.data.prompts import load_prompts
+from minigpt.data.formats import BadRows, load_prompts, read_records
 from minigpt.errors import ConfigError
-from minigpt.evaluate import choices, harness, health, likelihood, preferences
+from minigpt.evaluate import choices, exam, harness, health, likelihood, preferences
 from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.infer.examine import sit
 
 Test = Callable[[Engine], dict[str, Score]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tests have in common.
+    """Options of the tests.
 
     Attributes:
-        reference: model that preferences are compared with; `beta` scales its rewards.
+        reference: model that preferences are compared with.
+        beta: scale of the rewards of preferences.
         max_length: tokens of a window of text, and of a preference pair.
-        sampling: how replies are written.
+        sampling: how the tokens of replies are drawn.
     """
 
     reference: str | None = None
@@ -34,17 +32,17 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
 
     @cached_property
-    def known(self) -> Engine | None:
+    def reference_engine(self) -> Engine | None:
         """The reference, loaded once for all models and files."""
         return Engine.load(self.reference) if self.reference else None
 
 
 def prepare(files: Mapping[str, Sequence[str]], settings: Settings) -> dict[str, Test]:
-    """Read the files, so that bad ones are told before a model is loaded.
+    """Read the files, so that bad ones are reported before a model is loaded.
 
     Args:
         files: the files of each kind of test (see `MAKERS`).
-        settings: of all tests.
+        settings: options of the tests.
 
     Returns:
         The name of each test, and what runs it on a model.
@@ -68,19 +66,34 @@ def _text(path: str, settings: Settings) -> Test:
     return partial(likelihood.bits_per_byte, path=path, max_length=settings.max_length)
 
 
-def _choices(path: str, settings: Settings, parse: choices.Parser = choices.choice) -> Test:
-    return partial(choices.choose, items=choices.load(path, parse), source=path)
+def _choices(path: str, settings: Settings) -> Test:
+    return partial(choices.choose, items=exam.load_items(path, "choices"), source=path)
+
+
+def _pairs(path: str, settings: Settings) -> Test:
+    return partial(choices.choose, items=exam.load_items(path, "pairs"), source=path)
 
 
 def _exam(path: str, settings: Settings) -> Test:
-    return partial(examine, items=load_exam(path), sampling=settings.sampling)
+    items = exam.load_items(path, "exam")
+
+    def test(engine: Engine) -> dict[str, Score]:
+        """Return the share of correct replies, and each family's where there are several."""
+        results = exam.run_eval(engine, items, settings.sampling)
+        total = {"right": share([result.correct for result in results])}
+        families = {name: share(correct) for name, correct in exam.by_family(results).items()}
+        return total | families if len(families) > 1 else total
+
+    return test
 
 
 def _preferences(path: str, settings: Settings) -> Test:
     sum(1 for _ in read_records([path], "preference", BadRows()))
 
     def test(engine: Engine) -> dict[str, Score]:
-        return preferences.prefer(engine, path, settings.max_length, settings.known, settings.beta)
+        return preferences.prefer(
+            engine, path, settings.max_length, settings.reference_engine, settings.beta
+        )
 
     return test
 
@@ -97,7 +110,7 @@ def _harness(path: str, settings: Settings) -> Test:
 MAKERS: dict[str, Callable[[str, Settings], Test]] = {
     "text": _text,
     "choices": _choices,
-    "pairs": partial(_choices, parse=choices.pair),
+    "pairs": _pairs,
     "exam": _exam,
     "preferences": _preferences,
     "prompts": _generation,
@@ -105,22 +118,12 @@ MAKERS: dict[str, Callable[[str, Settings], Test]] = {
 }
 
 
-def examine(engine: Engine, items: Sequence[Item], sampling: Sampling) -> dict[str, Score]:
-    """Sit an exam: the share of right replies, and each family's where there are several."""
-    families: dict[str, list[bool]] = {}
-    for one in sit(engine, items, sampling):
-        families.setdefault(one.item.family, []).append(one.right)
-    whole = {"right": share([right for rights in families.values() for right in rights])}
-    parts = {family: share(rights) for family, rights in families.items()}
-    return whole | parts if len(parts) > 1 else whole
-
-
-def lines(results: Mapping[str, Results]) -> list[str]:
-    """Write all results as an aligned table, one column for each model."""
+def format_table(results: Mapping[str, Results]) -> str:
+    """Return all results as an aligned table with one column for each model."""
     cells = [["", *results, "chance", "items"]]
     for test, rows in tables(results).items():
         cells += [[test], *([f"  {name}", *rest] for name, *rest in rows)]
-    whole = [row for row in cells if len(row) > 1]
-    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    full_rows = [row for row in cells if len(row) > 1]
+    widths = [max(map(len, column)) for column in zip(*full_rows, strict=True)]
     padded = (zip(row, widths, strict=False) for row in cells)
-    return ["  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in row).rstrip() for row in padded)

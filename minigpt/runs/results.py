@@ -130,9 +130,9 @@ class RunRecorder(Callback):
                 "answer": one.item.answer,
                 "reply": one.reply,
                 "ended": one.ended,
-                "right": one.right,
+                "right": one.correct,
             }
-            for one in pl_module.judged
+            for one in pl_module.exam_results
         ]
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():

@@ -24,11 +24,10 @@ from minigpt.accel.compiled_layers import compile_model, compiling_pays
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch
 from minigpt.data.chat import install_template
-from minigpt.data.exam import Item
-from minigpt.data.prompts import Prompt
+from minigpt.data.formats import Prompt
 from minigpt.errors import ConfigError
+from minigpt.evaluate.exam import Item, ItemResult, accuracies, load_items, run_eval
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.infer.examine import Judged, shares, sit
 from minigpt.model.architecture import (
     check_same_tokens,
     check_vocabulary,
@@ -403,10 +402,14 @@ class BaseModule(LightningModule, ABC):
             return Engine(self.model.hf, self.tokenizer)
         return self._engine
 
+    def load_exam(self, path: str) -> list[Item]:
+        """Return the items of an exam file, for the DataModule to deal out."""
+        return load_items(path, "exam")
+
     def on_test_epoch_start(self) -> None:
         """Start the exam's sums anew."""
         self.held_out.clear()
-        self.judged: list[Judged] = []
+        self.exam_results: list[ItemResult] = []
 
     def test_step(
         self, batch: PackedBatch | list[Item], batch_idx: int, dataloader_idx: int = 0
@@ -414,15 +417,16 @@ class BaseModule(LightningModule, ABC):
         """Judge the replies to exam items, or add a held-out batch where there is no exam."""
         if isinstance(batch, PackedBatch):
             return self.validation_step(batch, batch_idx)
-        self.judged += sit(self.engine(), batch, self.sampling)
+        self.exam_results += run_eval(self.engine(), batch, self.sampling)
         return None
 
     def on_test_epoch_end(self) -> None:
         """Log each family's share of right replies, or the held-out means."""
         if self.held_out.sums:
             return self.on_validation_epoch_end()
-        self.judged = gathered(self.judged)
-        values = {f"exam/{family}": share for family, share in shares(self.judged).items()}
+        self.exam_results = gathered(self.exam_results)
+        shares = accuracies(self.exam_results)
+        values = {f"exam/{family}": share for family, share in shares.items()}
         self.log_dict(values, rank_zero_only=True)
         return None
 

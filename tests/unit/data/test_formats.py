@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from minigpt.data.formats import (
     Kind,
     Message,
     Preference,
+    Prompt,
     Record,
     Source,
     Text,
     iter_rows,
+    load_prompts,
     parse_prompt,
     parse_row,
     read_records,
@@ -623,3 +626,36 @@ def test_import_is_light() -> None:
     code = "import sys, minigpt.data.formats; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_load_prompts(write: Callable[..., Path]) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "Once ", "id": 5},
+        {"prompt": "q", "system": "s"},
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"instruction": "q", "input": "i", "output": "not sent"},
+    ]
+    user = Message("user", "q")
+    assert load_prompts(write(rows)) == [
+        Prompt("Once ", rows[0], 0),
+        Prompt((Message("system", "s"), user), rows[1], 1),
+        Prompt((user,), rows[2], 2),
+        Prompt((Message("user", "q\ni"),), rows[3], 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "t"},
+        {"prompt": " "},
+        {"prompt": 3},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        ["q"],
+    ],
+)
+def test_a_bad_prompt_is_named(write: Callable[..., Path], row: object) -> None:
+    path = write([{"prompt": "fine"}, row])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
+        load_prompts(path)
+    assert (caught.value.path, caught.value.line) == (path, 2)

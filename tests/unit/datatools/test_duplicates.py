@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_runs import write_jsonl
 
-from minigpt.data.exam import normalise
 from minigpt.datatools.duplicates import EXAM_UNITS, ExamIndex, NearDuplicates, _runs, _units
+from minigpt.evaluate.exam import normalise
 
 
 def shingles(text: str) -> set[str]:

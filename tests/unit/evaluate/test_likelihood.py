@@ -13,10 +13,7 @@ import torch
 from minigpt.data.tokenizer import load
 from minigpt.errors import DataError
 from minigpt.evaluate import likelihood
-from minigpt.evaluate.choices import choice, choose, pair
-from minigpt.evaluate.choices import load as load_items
 from minigpt.evaluate.likelihood import bits_per_byte, continuation, score
-from minigpt.evaluate.scores import Score, share, wilson
 from minigpt.infer.engine import Engine
 
 PAIRS = [([5, 6, 7], [8, 9]), ([3], [4] * 12), ([40, 41], [42]), ([9] * 20, [1, 2, 3])]
@@ -132,68 +129,3 @@ def test_a_text_file_is_one_document_cut_into_windows(places: Path, tmp_path: Pa
     nats = sum(-plainly(model, [ids[i]], ids[i + 1 : i + 4])[0] for i in range(0, len(ids) - 1, 3))
     found = bits_per_byte(model, str(file), 4)
     assert found["loss"].value == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-
-
-CHOICES = [
-    {"prompt": "the cat", "choices": [" sat", " dog on the"], "answer": 1, "family": "a"},
-    {"prompt": "the dog", "choices": [" sat", " log", " cat"], "answer": " cat", "family": "b"},
-    {"messages": [{"role": "user", "content": "the"}], "choices": ["cat", "mat"], "answer": 0},
-]
-
-
-def test_multiple_choice_by_byte_and_by_sum(places: Path, tmp_path: Path) -> None:
-    model = engine(places)
-    file = tmp_path / "c.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
-    items = load_items(str(file), choice)
-    assert [(i.family, i.answer) for i in items] == [("a", 1), ("b", 2), ("c", 0)]
-    per_byte, by_sum = [], []
-    for item in items:
-        start = model.encode(item.prompt)
-        sums = [plainly(model, start, model.encode(c))[0] for c in item.choices]
-        means = [x / len(c.encode()) for x, c in zip(sums, item.choices, strict=True)]
-        by_sum.append(sums.index(max(sums)) == item.answer)
-        per_byte.append(means.index(max(means)) == item.answer)
-    found = choose(model, items, str(file))
-    chance = (1 / 2 + 1 / 3 + 1 / 2) / 3
-    assert found["accuracy"] == share(per_byte, pytest.approx(chance))
-    assert found["accuracy (sum)"] == share(by_sum, pytest.approx(chance))
-    assert found["b"] == share(per_byte[1:2], pytest.approx(1 / 3))
-    assert list(found) == ["accuracy", "accuracy (sum)", "a", "b", "c"]
-
-
-def test_minimal_pairs_are_judged_by_the_whole_text(places: Path, tmp_path: Path) -> None:
-    model = engine(places)
-    rows = [
-        ("the cat sat on the mat", "the cat mat on the sat"),  # alike up to a token
-        ("cat the sat", "the cat sat"),  # different from the first token on
-        ("the cat", "the cat sat"),  # the start of the other
-    ]
-    file = tmp_path / "p.jsonl"
-    made = [{"good": good, "bad": bad} for good, bad in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in made))
-    wanted = []
-    for good, bad in rows:
-        texts = [model.encode(good), model.encode(bad)]
-        start = [] if texts[0][0] == texts[1][0] else model.encode("")
-        first, second = (plainly(model, (start + t)[:1], (start + t)[1:])[0] for t in texts)
-        wanted.append(first > second)
-    assert choose(model, load_items(str(file), pair), str(file)) == {"accuracy": share(wanted, 0.5)}
-
-
-@pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (81, 100), (1, 1), (2.5, 7)])
-def test_wilson_intervals_end_where_the_share_is_1_96_deviations_off(
-    right: float, total: int
-) -> None:
-    low, high = wilson(right, total)
-    assert 0 <= low <= right / total <= high + 1e-9
-    for end in (low, high) if 0 < right < total else (high,) if right == 0 else (low,):
-        off = abs(right / total - end) / math.sqrt(end * (1 - end) / total)
-        assert off == pytest.approx(1.96, abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_scores_are_told_with_their_intervals() -> None:
-    assert str(share([True] * 81 + [False] * 19)) == "81.0% (72.2–87.5)"
-    assert str(Score(1234.567, 3)) == "1235"
-    assert Score(0.5, 3).plain() == {"value": 0.5, "n": 3}

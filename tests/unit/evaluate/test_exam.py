@@ -1,0 +1,184 @@
+"""Exams: their rows, the judge, and replies of models whose turns end in other ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny_runs import write_jsonl
+from torch import Tensor
+from transformers import GenerationConfig
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.formats import Message
+from minigpt.errors import DataError
+from minigpt.evaluate.exam import Item, accuracies, is_correct, load_items, normalise, run_eval
+from minigpt.infer.engine import Engine, Sampling
+
+ASKED = [{"role": "user", "content": "q"}]
+MESSAGES = (Message("user", "q"),)
+
+
+def item(answer: str, choices: tuple[str, ...] = (), avoid: tuple[str, ...] = ()) -> Item:
+    return Item("1", "f", MESSAGES, answer, choices, avoid)
+
+
+EXACT = item("Paris.")
+CHOICE = item("Red", choices=("red", "blue", "Green"))
+WITHIN = item("woman", choices=("man", "woman"))
+STYLE = item("same time", avoid=("Long story", "!"))
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "correct"),
+    [
+        (EXACT, "Paris.", True),
+        (EXACT, " paris! \n", True),
+        (EXACT, "ＰＡＲＩＳ。", True),
+        (EXACT, "It is Paris.", False),
+        (EXACT, "Pari", False),
+        (EXACT, "", False),
+        (item("98"), "９８", True),
+        (item("98"), "980", False),
+        (item("春眠"), "“春眠”。", True),
+        (CHOICE, "It is RED.", True),
+        (CHOICE, "red, red and red", True),
+        (CHOICE, "red or blue", False),
+        (CHOICE, "green", False),
+        (CHOICE, "none of them", False),
+        (WITHIN, "She is a woman.", True),
+        (WITHIN, "a man", False),
+        (WITHIN, "a woman and a man", False),
+        (item("man", choices=("woman", "man")), "a woman", False),
+        (item("man", choices=("woman", "man")), "a man", True),
+        (STYLE, "Go to bed at the Same Time.", True),
+        (STYLE, "Long story: at the same time", False),
+        (STYLE, "at the same time!", False),
+        (STYLE, "at the same time！", False),
+        (STYLE, "go to bed", False),
+    ],
+)
+def test_is_correct(question: Item, reply: str, correct: bool) -> None:
+    assert is_correct(reply, question) is correct
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", ""), (" ...\n", ""), ("A, b!", "a, b"), ("“Straße”", "strasse"), ("①？", "1")],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    write_jsonl(path, rows)
+    return path
+
+
+def test_items_of_an_exam(tmp_path: Path) -> None:
+    rows = [
+        {"id": 7, "family": "f", "messages": ASKED, "answer": "A", "choices": ["a", "b"]},
+        {"instruction": "q", "answer": "a", "avoid": ["x"], "choices": None},
+        {"messages": ASKED, "answer": 1, "choices": ["a", "b"]},
+    ]
+    assert load_items(write(tmp_path / "colours.jsonl", rows), "exam") == [
+        Item("7", "f", MESSAGES, "a", ("a", "b"), ()),
+        Item("2", "colours", MESSAGES, "a", (), ("x",)),
+        Item("3", "colours", MESSAGES, "b", ("a", "b"), ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"answer": "a"}, "not a prompt row"),
+        ({"messages": [], "answer": "a"}, "holds no messages"),
+        ({"messages": ASKED}, "answer: must be a string"),
+        ({"messages": ASKED, "answer": 3}, "answer: must be a string"),
+        ({"prompt": "q", "answer": "a"}, "needs messages"),
+        (
+            {"messages": ASKED, "answer": "z", "choices": ["a", "b"]},
+            "answer: must be one of the choices, or its index from 0; is 'z'",
+        ),
+        ({"messages": ASKED, "answer": "a", "choices": "ab"}, "choices: must be a list of strings"),
+        ({"messages": ASKED, "answer": "a", "avoid": ["x", " "]}, r"avoid\[1\]: is empty"),
+        ("q", "a JSON object"),
+    ],
+)
+def test_a_bad_item_is_named(tmp_path: Path, row: object, problem: str) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": ASKED, "answer": "a"}, row])
+    with pytest.raises(DataError, match=problem) as caught:
+        load_items(path, "exam")
+    assert (caught.value.path, caught.value.line) == (path, 2)
+
+
+END = "<end_of_turn>"
+GEMMA = (
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+class Scripted:
+    """A runner that gives every request the same tokens."""
+
+    joins = False
+
+    def __init__(self, script: Sequence[int], vocabulary: int) -> None:
+        self.script, self.vocabulary, self.said = script, vocabulary, 0
+
+    def admit(self, prompts: Sequence[list[int]]) -> Tensor:
+        self.said = 0
+        return self.step([0] * len(prompts))
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        logits = torch.zeros(len(tokens), self.vocabulary)
+        logits[:, self.script[self.said]] = 9.0
+        self.said += 1
+        return logits
+
+    def drop(self, row: int) -> None:
+        """There is no cache."""
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """A Gemma-like model: eos is another token than the one that ends its turns."""
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer"))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<start_of_turn>", END, "<|observation|>"]}
+    )
+    tokenizer.eos_token, tokenizer.chat_template = tokenizers.END_OF_TEXT, GEMMA
+    model = tiny.model("llama")
+    other = tokenizer.convert_tokens_to_ids("<|observation|>")
+    model.generation_config = GenerationConfig(eos_token_id=[0, other])
+    return Engine(model, tokenizer)
+
+
+def say(engine: Engine, text: str) -> None:
+    """Make the engine say a text, special tokens included, and then go on."""
+    script = engine.tokenizer.encode(text, add_special_tokens=False)
+    runner = Scripted([*script, *engine.tokenizer.encode("cat" * 20)], tiny.VOCABULARY)
+    engine.runner = lambda: runner  # type: ignore[method-assign, assignment, return-value]
+
+
+@pytest.mark.parametrize("end", [END, tokenizers.END_OF_TEXT, "<|observation|>"])
+def test_any_end_token_ends_a_correct_reply(engine: Engine, end: str) -> None:
+    say(engine, f"the mat{end}")
+    items = [Item(str(i), "mats", (Message("user", "where?"),), "the mat") for i in range(3)]
+    assert accuracies(run_eval(engine, items, Sampling(max_new_tokens=12))) == {"mats": 1.0}
+    reply = engine.complete(["where?"], Sampling(max_new_tokens=12))[0]
+    assert (reply.text, reply.finish) == ("the mat", "stop")
+    assert reply.ended_by == engine.tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_reply_that_is_cut_off_is_not_correct(engine: Engine) -> None:
+    say(engine, "the mat")
+    items = [Item("1", "mats", (Message("user", "where?"),), "the mat")]
+    size = len(engine.tokenizer.encode("the mat"))
+    (result,) = run_eval(engine, items, Sampling(max_new_tokens=size))
+    assert (result.reply, result.matches, result.correct) == ("the mat", True, False)
