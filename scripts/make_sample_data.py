@@ -1,13 +1,15 @@
 """Write MiniGPT's bundled sample data: an invented bilingual world for every stage.
 
 The files depend on nothing but the seed: `python scripts/make_sample_data.py` rewrites
-`data/` exactly as it is committed. Standard library only.
+`data/` exactly as it is committed. A file with the same rows as an earlier one is a symbolic link
+to it. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +28,11 @@ STAGES = ("pretrain", "sft", "dpo", "lora_medical")
 def build(seed: int) -> dict[str, list[Row]]:
     """Return the rows of every file, keyed by the path inside the output folder."""
     training = documents(seed, "pretrain", 1.0)
-    known = {row["text"] for row in training}  # some documents are a sentence or two
-    drawn = documents(seed, "pretrain val", 0.04)
+    texts = {row["text"] for row in training}  # some documents are a sentence or two
+    validation = documents(seed, "pretrain val", 0.04)
     files = {
         "pretrain": training,
-        "pretrain_val": [row for row in drawn if row["text"] not in known],
+        "pretrain_val": [row for row in validation if row["text"] not in texts],
         "sft": sft_rows(seed),
         "sft_val": sft_val_rows(seed),
         "dpo": dpo_rows(seed),
@@ -49,11 +51,19 @@ def build(seed: int) -> dict[str, list[Row]]:
     return files
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    """Write one JSON object a line, in UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+def write(files: dict[str, list[Row]], directory: Path) -> None:
+    """Write one JSON object a line, in UTF-8; link files with the rows of an earlier one to it."""
+    written: dict[str, Path] = {}
+    for name, rows in files.items():
+        path = directory / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link that is written to would change another file
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if text in written:
+            path.symlink_to(os.path.relpath(written[text], path.parent))
+        else:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            written[text] = path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of the invented world")
     args = parser.parse_args(argv)
     files = build(args.seed)
-    for name, rows in files.items():
-        write(rows, args.output_dir / f"{name}.jsonl")
+    write(files, args.output_dir)
     print(f"{sum(map(len, files.values()))} rows in {len(files)} files under {args.output_dir}")
 
 
