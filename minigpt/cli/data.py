@@ -118,7 +118,7 @@ def check(chosen: argparse.Namespace) -> None:
 def stats(chosen: argparse.Namespace) -> None:
     """Print the measures of files, and write them as JSON and HTML if asked to."""
     from minigpt.datatools.stats import measure, section, terminal
-    from minigpt.report.page import page
+    from minigpt.page import page
 
     tokenizer = tokenizer_of(chosen)
     options = (chosen.kind, tokenizer, chosen.max_length, chosen.tokens_per_batch)
@@ -140,7 +140,7 @@ def show(chosen: argparse.Namespace) -> None:
     from rich.console import Console
 
     from minigpt.datatools import show
-    from minigpt.report.page import page
+    from minigpt.page import page
 
     if not chosen.tokenizer:
         raise ConfigError("Tokens need --tokenizer: a tokenizer or model directory, or hub id.")

@@ -107,8 +107,8 @@ def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
 
 def html(results: dict[str, Results]) -> str:
     """Return a page: of each test a table, and the main share as bars."""
+    from minigpt.page import page
     from minigpt.report.build import Document, add_scores
-    from minigpt.report.page import page
 
     add_scores(document := Document(), results)
     return page("Evaluation", "".join(document.html))

@@ -15,7 +15,7 @@ from minigpt.data.formats import BadRows, Kind, Record, Source, parse_row, scan_
 from minigpt.data.store import Encoded, Encoder, Limits
 from minigpt.datatools.check import guess_kind
 from minigpt.errors import DataError
-from minigpt.report.page import escape
+from minigpt.page import escape
 
 STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
 LOST = "\ufffd"  # what a part of a character decodes to

@@ -27,7 +27,7 @@ from minigpt.datatools.check import guess_kind
 from minigpt.datatools.duplicates import tables
 from minigpt.datatools.flat import UNTRAINED, Flat, batches, record_of
 from minigpt.errors import DataError
-from minigpt.report.page import bar_chart, charts, escape, number, table
+from minigpt.page import bar_chart, charts, escape, number, table
 
 _TEXTS = 2000  # rows whose characters per token are counted
 _PROMPTS = 100_000  # different prompts that are counted at a time

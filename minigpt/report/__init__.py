@@ -1,1 +1,1 @@
-"""HTML and Markdown reports: pages that need nothing but a browser."""
+"""A report on runs, as HTML and Markdown."""

@@ -12,7 +12,7 @@ import yaml
 from minigpt.errors import ConfigError
 from minigpt.evaluate.scores import Results, Score, share, tables, wilson
 from minigpt.files import write_text
-from minigpt.report.page import Html, bar_chart, charts, escape, line_chart, number, page, table
+from minigpt.page import Html, bar_chart, charts, escape, line_chart, number, page, table
 from minigpt.report.runs import Run, found, is_number, read_run
 
 GENERAL = ("asked_new_wording", "never_asked", "skills")

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "minigpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STAGE_FILES = ("pretrain", "sft", "dpo", "lora")
 # A module may import these parts of the package, besides itself, and those that all may.
-COMMON = {"errors", "files", "machine", "progress"}
+COMMON = {"errors", "files", "machine", "page", "progress"}
 ALLOWED = {
     "data": set(),
     "accel": {"data", "model"},
@@ -37,6 +37,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "machine": set(),
+    "page": set(),
     "progress": set(),
     "__main__": {"cli"},
 }

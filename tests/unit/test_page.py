@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minigpt.report.page import Html, bar_chart, charts, escape, line_chart, page, table, ticks
+from minigpt.page import Html, bar_chart, charts, escape, line_chart, page, table, ticks
 
 
 def drawings(markup: str) -> list[ElementTree.Element]:
