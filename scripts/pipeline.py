@@ -207,6 +207,8 @@ STAGES: dict[str, Callable[[str], Record]] = {
 
 def write_report(records: dict[str, Record]) -> None:
     """Write report.json, report.html and report.md, and print the exam table."""
+    from pipeline_report import add_pipeline
+
     from minigpt.files import write_json
     from minigpt.machine import machine
     from minigpt.report.build import write_report
@@ -217,7 +219,10 @@ def write_report(records: dict[str, Record]) -> None:
     items = {file.stem: len(file.read_bytes().splitlines()) for file in sorted(files)}
     report = {"seconds": seconds, "machine": machine(), "items": items, "stages": records}
     write_json(RECORDS / "report.json", report)
-    print(f"\n{write_report([RECORDS], RECORDS / 'report.html')}")
+    runs = [OUT / name for name in STAGES if (OUT / name / "config.yaml").is_file()]
+    page = RECORDS / "report.html"
+    section = write_report(runs, page, introduce=lambda document: add_pipeline(document, report))
+    print(f"\n{section}")
     print(f"written to {RECORDS}/report.html, report.md and report.json")
 
 

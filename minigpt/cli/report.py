@@ -10,29 +10,32 @@ from minigpt.errors import ConfigError
 EXAMPLES = """examples:
   minigpt report outputs/pretrain
   minigpt report outputs/sft outputs/sft-2 --output compared.html
-  minigpt report outputs/pipeline
   minigpt report outputs/sft --results scores.json
 """
 
 
-def main(args: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse the command line and write the page."""
     parser = CommandParser(
         prog="minigpt report",
         description="Write a page (and Markdown beside it): curves, samples, exams, data, cost.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("runs", nargs="+", help="run directories; outputs/pipeline for all stages")
+    parser.add_argument("runs", nargs="+", help="run directories")
     parser.add_argument("--output", help="the page; by default report.html in the first directory")
-    told = "scores to show as well, as evaluate --json wrote them"
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help=told)
-    chosen = parser.parse_args(args)
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="scores to show as well, as evaluate --json wrote them",
+    )
+    args = parser.parse_args(arguments)
     from minigpt.report.build import write_report
 
-    output = Path(chosen.output or Path(chosen.runs[0]) / "report.html")
+    output = Path(args.output or Path(args.runs[0]) / "report.html")
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
     with writing(output):
-        first = write_report(chosen.runs, output, chosen.results)
-    print(first)
+        print(write_report(args.runs, output, args.results))
     print(f"written to {output} and {output.with_suffix('.md').name}")

@@ -87,9 +87,6 @@ class Card:
         run = Path(self.model)
         if (run / "exam.json").is_file():
             yield "Exam", read_object(run / "exam.json").get("scores")
-        report = run.parent / "pipeline" / "report.json"
-        if report.is_file():
-            yield "Exam of the pipeline", read_object(report).get("stages", {}).get(run.name)
         for file in self.results:
             yield f"Results: {Path(file).stem}", read_object(Path(file))
 

@@ -1,21 +1,20 @@
-"""A report on runs, as HTML and as Markdown from the same parts."""
+"""A report on runs, as HTML and as Markdown from the same sections."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minigpt.errors import ConfigError
-from minigpt.evaluate.scores import Results, Score, share, tables, wilson
+from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.files import write_text
 from minigpt.page import Html, bar_chart, charts, escape, line_chart, number, page, table
-from minigpt.report.runs import Run, found, is_number, read_run
+from minigpt.report.runs import Run, is_number, lookup, read_run
 
-GENERAL = ("asked_new_wording", "never_asked", "skills")
 CURVES = {
     "Loss": ("loss", "nats"),
     "Bits per byte": ("bits_per_byte", "bits"),
@@ -26,21 +25,10 @@ CURVES = {
     "Throughput": ("tokens_per_s", "tokens per second"),
 }
 COUNTS = ("rows", "samples", "tokens", "targets", "cut")
-# Of the pipeline: stage, exam, where the score before lies, where the one after, whose items.
-EXAMS = (
-    ("SFT", "general exam", "sft exam_before", "sft exam_after", GENERAL),
-    *(("", f"  {f.replace('_', ' ')}", "", f"sft families {f}", (f,)) for f in GENERAL),
-    ("DPO", "reward accuracy, held out", "", "dpo reward_accuracy", ("dpo_val",)),
-    ("", "preferred style", "dpo preferred_style_before", "dpo preferred_style_after", ("style",)),
-    ("", "  with the right tip", "dpo right_advice_before", "dpo right_advice_after", ("advice",)),
-    ("", "general exam", "sft exam_after", "dpo exam_after", GENERAL),
-    ("LoRA", "domain exam", "lora domain_before", "lora domain_after", ("medical",)),
-    ("", "general exam", "sft exam_after", "lora exam_after", GENERAL),
-)
 
 
 class Document:
-    """Collects the parts of a report in both formats."""
+    """Collects the sections of a report in both formats."""
 
     def __init__(self) -> None:
         self.html: list[str] = []
@@ -65,10 +53,10 @@ class Document:
         """Add charts, which only the page shows."""
         self.html.append(charts(figures) if figures else "")
 
-    def folded(self, title: str, inside: str) -> None:
-        """Add markup of the page alone, shown at a click."""
+    def folded(self, title: str, body: str) -> None:
+        """Add markup of the HTML page alone, shown at a click."""
         summary = f"<summary>{escape(title)}</summary>"
-        self.html.append(f"<details>{summary}{inside}</details>\n")
+        self.html.append(f"<details>{summary}{body}</details>\n")
 
     def folded_table(
         self, title: str, head: Sequence[str], rows: Sequence[Sequence[object]]
@@ -89,103 +77,53 @@ def _cell(text: str) -> str:
 
 
 def write_report(
-    places: Sequence[str | Path], output: Path, results: Sequence[str | Path] = ()
+    run_dirs: Sequence[str | Path],
+    output: Path,
+    results: Sequence[str | Path] = (),
+    introduce: Callable[[Document], None] | None = None,
 ) -> str:
     """Write `output` (HTML) and the same name with `.md`.
 
     Args:
-        places: run directories, or one with a pipeline's ``report.json``, which brings the
-            runs beside it.
+        run_dirs: run directories.
         output: the page.
         results: files of scores, as ``minigpt evaluate --json`` writes them.
+        introduce: adds sections before those of the runs.
 
     Returns:
-        What the Markdown begins with: the pipeline's results, else the list of runs.
+        The beginning of the Markdown: what `introduce` added, else the list of runs.
 
     Raises:
-        ConfigError: for a place that holds neither.
+        ConfigError: for a directory that holds no run.
     """
-    document, runs, scores = Document(), [], read_scores(results)
-    for place in map(Path, places):
-        if (place / "report.json").is_file():
-            report = _read_json(place / "report.json")
-            _pipeline(document, report)
-            stages = [place.parent / name for name in report.get("stages", {})]
-            runs += [read_run(stage) for stage in stages if (stage / "config.yaml").is_file()]
-        else:
-            runs.append(read_run(place))
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.path)
-    first = "\n".join(document.markdown)
+    document = Document()
+    scores = read_scores(results)
+    if introduce is not None:
+        introduce(document)
+    runs = with_unique_names([read_run(run_dir) for run_dir in run_dirs])
+    beginning = "\n".join(document.markdown)
     if runs:
         _runs(document, runs)
-        first = first or "\n".join(document.markdown)
+        beginning = beginning or "\n".join(document.markdown)
         _curves(document, runs)
         _exams(document, runs)
     add_scores(document, scores)
     if runs:
-        for part in (_samples, _data, _origins):
-            part(document, runs)
+        _samples(document, runs)
+        _data(document, runs)
+        _origins(document, runs)
     write_text(output, page("MiniGPT report", "".join(document.html)))
     write_text(output.with_suffix(".md"), "\n".join(["# MiniGPT report", "", *document.markdown]))
-    return first
+    return beginning
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or not isinstance(value.get("stages", {}), dict):
-            raise ValueError("it holds no report")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is damaged: {error}. Make it again with: make pipeline"
-        ) from error
-    return value
-
-
-def _scored(report: dict[str, Any], path: str, families: Sequence[str]) -> Score | None:
-    value: Any = found(report, f"stages {path}") if path else None
-    if not is_number(value):
-        return None
-    n = sum(found(report, f"items {family}", int) or 0 for family in families)
-    return Score(value, n, *wilson(value * n, n)) if n else Score(value)
-
-
-def _percent(score: Score | None) -> str:
-    if score is None:
-        return ""
-    return str(score) if score.n else f"{100 * score.value:.1f}%"
-
-
-def _pipeline(document: Document, report: dict[str, Any]) -> None:
-    """Add the exam table stage by stage, what was checked, times and machine."""
-    document.heading("Pipeline")
-    bits = [found(report, f"stages pretrain {k}") for k in ("val_bpb_untrained", "val_bpb")]
-    told = [f"{b:.3f}" if is_number(b) else "" for b in bits]
-    rows = [("pretrain", "bits per byte, held out", *told)]
-    steps: dict[str, dict[str, Score]] = {}
-    stage = ""
-    for name, exam, before, after, families in EXAMS:
-        stage = name or stage
-        scores = [_scored(report, path, families) for path in (before, after)]
-        rows.append((name, exam, *map(_percent, scores)))
-        for label, score in zip((f"before {stage}", stage), scores, strict=True):
-            if score and not (label.startswith("before") and exam in steps):
-                steps.setdefault(exam, {})[label] = score
-    document.table(("stage", "exam", "before", "after"), rows)
-    if report.get("items"):
-        document.note("In brackets: 95% intervals (Wilson).")
-    document.figures([bars(exam.strip(), s) for exam, s in steps.items() if len(s) > 1])
-    for key, what in (
-        ("merged_equals_adapter", "Merged adapter gives the same answers"),
-        ("adapter_off_equals_base", "Adapter off equals the base"),
-    ):
-        document.note(f"{what}: {found(report, f'stages lora {key}')}.")
-    document.table(("stage", "seconds"), list((found(report, "seconds", dict) or {}).items()))
-    machine = found(report, "machine", dict) or {}
-    document.note("Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
+def with_unique_names(runs: list[Run]) -> list[Run]:
+    """Name runs by their paths where several have the same name."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
+    return runs
 
 
 def bars(title: str, scores: Mapping[str, Score]) -> Html:
@@ -196,23 +134,23 @@ def bars(title: str, scores: Mapping[str, Score]) -> Html:
         if s.low is not None and s.high is not None
     ]
     values = [(label, round(100 * s.value, 1)) for label, s in scores.items()]
-    whiskers = bounds if len(bounds) == len(values) else ()
-    return bar_chart(title, values, intervals=whiskers, largest=100, unit="%")
+    intervals = bounds if len(bounds) == len(values) else ()
+    return bar_chart(title, values, intervals=intervals, largest=100, unit="%")
 
 
 def _runs(document: Document, runs: Sequence[Run]) -> None:
-    """Add what each run was, cost and reached."""
+    """Add a table of the runs: their stage, cost and held-out losses."""
     document.heading("Runs")
     keys = ("steps", "tokens_seen", "seconds", "useful_tokens_per_s", "peak_rss_mb")
     head = ("run", "stage", "steps", "tokens", "seconds", "tokens/s", "peak MB", "loss", "bpb")
     rows = []
     for run in runs:
         edges = (
-            [found(run.summary, f"{when} val/{metric}") for when in ("before", "final")]
+            [lookup(run.summary, f"{when} val/{metric}") for when in ("before", "final")]
             for metric in ("loss", "bits_per_byte")
         )
-        reached = ["\u00a0→\u00a0".join(number(v) for v in e if is_number(v)) for e in edges]
-        rows.append((run.name, run.stage, *(found(run.summary, k) for k in keys), *reached))
+        losses = ["\u00a0→\u00a0".join(number(v) for v in pair if is_number(v)) for pair in edges]
+        rows.append((run.name, run.stage, *(lookup(run.summary, k) for k in keys), *losses))
     document.table(head, rows)
     document.note("Loss (nats per target) and bits per byte: held out, before → after.")
 
@@ -239,8 +177,8 @@ def _curves(document: Document, runs: Sequence[Run]) -> None:
 
 
 def _exams(document: Document, runs: Sequence[Run]) -> None:
-    """Add the exams that `minigpt test` held, each family with its interval."""
-    taken: dict[str, dict[str, Score]] = {}
+    """Add the exams of `minigpt test`, each family with its interval."""
+    exams: dict[str, dict[str, Score]] = {}
     for run in runs:
         replies = run.exam.get("replies")
         families: dict[str, list[bool]] = {}
@@ -248,13 +186,16 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
             if isinstance(reply, dict):
                 families.setdefault(str(reply.get("family")), []).append(bool(reply.get("right")))
         for family, rights in families.items():
-            taken.setdefault(family, {})[run.name] = share(rights)
-    if taken:
+            exams.setdefault(family, {})[run.name] = share(rights)
+    if exams:
         document.heading("Exams")
-        names = list(dict.fromkeys(name for scores in taken.values() for name in scores))
-        rows = [(f, *(_percent(scores.get(name)) for name in names)) for f, scores in taken.items()]
+        names = list(dict.fromkeys(name for scores in exams.values() for name in scores))
+        rows = [
+            (family, *(str(scores.get(name, "")) for name in names))
+            for family, scores in exams.items()
+        ]
         document.table(("exam", *names), rows)
-        document.figures([bars(family, scores) for family, scores in taken.items()])
+        document.figures([bars(family, scores) for family, scores in exams.items()])
 
 
 def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
@@ -269,8 +210,9 @@ def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
             models = json.loads(Path(file).read_text(encoding="utf-8"))["models"]
             for model, tests in models.items():
                 for test, scores in tests.items():
-                    told = {name: Score(**_numbers(score)) for name, score in scores.items()}
-                    results.setdefault(model, {})[test] = told
+                    results.setdefault(model, {})[test] = {
+                        name: Score(**_numbers(score)) for name, score in scores.items()
+                    }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{file} holds no scores ({type(error).__name__}: {error}). Give a file that "
@@ -291,16 +233,16 @@ def add_scores(document: Document, results: Mapping[str, Results]) -> None:
         document.heading(test)
         document.table(("", *results, "chance", "items"), body)
         for name in (row[0] for row in body):
-            given = {m: s for m, tests in results.items() if (s := tests.get(test, {}).get(name))}
-            if all(score.high is not None for score in given.values()):
-                document.figures([bars(f"{test}: {name}", given)])
+            scores = {m: s for m, tests in results.items() if (s := tests.get(test, {}).get(name))}
+            if all(score.high is not None for score in scores.values()):
+                document.figures([bars(f"{test}: {name}", scores)])
                 break
     if results:
         document.note("Shares with their 95% interval (Wilson).")
 
 
 def _samples(document: Document, runs: Sequence[Run]) -> None:
-    """Add the replies to fixed prompts: the last ones in sight, all of them at a click."""
+    """Add the replies to fixed prompts: the last ones open, all of them at a click."""
     sampled = [run for run in runs if run.samples]
     if sampled:
         document.heading("Samples")
@@ -308,23 +250,26 @@ def _samples(document: Document, runs: Sequence[Run]) -> None:
         last = run.samples[-1][0]
         rows = [(run.name, prompt, reply) for step, prompt, reply in run.samples if step == last]
         document.table(("run", "prompt", f"reply at step {last}"), rows)
-        every = [(str(step), prompt, reply) for step, prompt, reply in run.samples]
-        document.folded_table(f"{run.name}: over time", ("step", "prompt", "reply"), every)
+        samples = [(str(step), prompt, reply) for step, prompt, reply in run.samples]
+        document.folded_table(f"{run.name}: over time", ("step", "prompt", "reply"), samples)
 
 
 def _data(document: Document, runs: Sequence[Run]) -> None:
-    """Add what is known of each file, and how long its samples are."""
+    """Add each data file's counts, and how long its samples are."""
     rows, figures = [], []
     for run in runs:
         for split in ("train", "val"):
-            told = found(run.summary, f"data {split}", list) or []
-            named = {"file": _files(found(run.config, f"data init_args {split}"))}
-            for one in [one for one in told if isinstance(one, dict)] or [named]:
-                counts = [one.get(name) for name in COUNTS]
-                cut, of = one.get("cut"), one.get("rows")
-                over = f"{cut / of:.1%}" if is_number(cut) and is_number(of) and of else None
-                rows.append((run.name, split, one.get("file"), *counts, over))
-                lengths = [b for b in found(one, "lengths", list) or [] if _is_bar(b)]
+            recorded = lookup(run.summary, f"data {split}", list) or []
+            configured = {"file": _files(lookup(run.config, f"data init_args {split}"))}
+            for file in [file for file in recorded if isinstance(file, dict)] or [configured]:
+                counts = [file.get(name) for name in COUNTS]
+                cut = file.get("cut")
+                total = file.get("rows")
+                over = (
+                    f"{cut / total:.1%}" if is_number(cut) and is_number(total) and total else None
+                )
+                rows.append((run.name, split, file.get("file"), *counts, over))
+                lengths = [b for b in lookup(file, "lengths", list) or [] if _is_bar(b)]
                 if lengths:
                     title = f"{run.name} {split}: samples by tokens ({over} of rows were longer)"
                     figures.append(bar_chart(title, lengths))
@@ -348,10 +293,10 @@ def _files(option: object) -> str | None:
 def _origins(document: Document, runs: Sequence[Run]) -> None:
     """Add hardware, versions and configs, and say what could not be read."""
     document.heading("Hardware and versions")
-    told = {run.name: found(run.summary, "machine", dict) or {} for run in runs}
-    keys = list(dict.fromkeys(key for machine in told.values() for key in machine))
+    machines = {run.name: lookup(run.summary, "machine", dict) or {} for run in runs}
+    keys = list(dict.fromkeys(key for machine in machines.values() for key in machine))
     if keys:
-        rows = [(name, *(str(m.get(k, "–")) for k in keys)) for name, m in told.items()]
+        rows = [(name, *(str(m.get(k, "–")) for k in keys)) for name, m in machines.items()]
         document.table(("run", *keys), rows)
     else:
         document.note("The runs did not record them.")

@@ -1,4 +1,4 @@
-"""Read what runs left behind. What is missing or damaged is stated, never guessed."""
+"""Read run directories. What is missing or damaged is stated, never guessed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from minigpt.errors import ConfigError
 
 Value = TypeVar("Value")
-MADE = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
 KINDS = {"Pretrain": "Pretraining", "SFT": "SFT", "DPO": "DPO", "LoRA": "LoRA"}
 
 
@@ -24,7 +24,7 @@ class Run:
     """A run directory.
 
     Attributes:
-        name: how the run is told from the others.
+        name: of the run in the report.
         config, summary, exam: what the files of these names hold.
         metrics: rows of metrics.jsonl.
         samples: (step, prompt, reply) in order.
@@ -43,8 +43,8 @@ class Run:
     @property
     def stage(self) -> str:
         """What kind of training it was."""
-        told = found(self.summary, "stage", str) or found(self.config, "model class_path", str)
-        name = str(told or "unknown").rpartition(".")[2].removesuffix("Module")
+        stage = lookup(self.summary, "stage", str) or lookup(self.config, "model class_path", str)
+        name = (stage or "unknown").rpartition(".")[2].removesuffix("Module")
         return KINDS.get(name, name)
 
     def series(self, metric: str) -> list[tuple[float, float]]:
@@ -72,8 +72,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def found(value: object, path: str, kind: type[Any] = object) -> Any:
-    """Follow a path of keys through what a file held; None where it ends or is no `kind`."""
+def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None:  # type: ignore[assignment]
+    """Follow a path of keys through the content of a file; None where it ends or is no `kind`."""
     for key in path.split():
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, kind) else None
@@ -86,10 +86,10 @@ def read_run(path: str | Path) -> Run:
         ConfigError: when it holds no run at all.
     """
     folder = Path(path)
-    if not any((folder / name).is_file() for name in MADE):
+    if not any((folder / name).is_file() for name in RUN_FILES):
         raise ConfigError(
-            f"There is no run in {folder}: it has none of {', '.join(MADE)}. Name a directory that "
-            "`minigpt fit` wrote, such as outputs/pretrain."
+            f"There is no run in {folder}: it has none of {', '.join(RUN_FILES)}. Name a directory "
+            "that `minigpt fit` wrote, such as outputs/pretrain."
         )
     run = Run(folder, folder.resolve().name)
     run.config = run.read("config.yaml", yaml.safe_load, {})
@@ -120,7 +120,7 @@ def _samples(run: Run) -> list[tuple[int, str, str]]:
     """Read the replies logged as text to TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[tuple[int, str], str] = {}
+    replies: dict[tuple[int, str], str] = {}
     for file in sorted(run.path.glob("events.out.tfevents.*")):
         try:
             events = EventAccumulator(str(file), size_guidance={"tensors": 0, "scalars": 1})
@@ -129,9 +129,9 @@ def _samples(run: Run) -> list[tuple[int, str, str]]:
                 continue
             for event in events.Tensors("samples/text_summary"):
                 text = event.tensor_proto.string_val[0].decode()
-                _, *parts = re.split(r"(?:^|\n\n)\*\*(.+?)\*\*\n\n> ?", text, flags=re.DOTALL)
-                pairs = zip(parts[::2], parts[1::2], strict=True)
-                found |= {(event.step, prompt): reply for prompt, reply in pairs}
+                _, *fields = re.split(r"(?:^|\n\n)\*\*(.+?)\*\*\n\n> ?", text, flags=re.DOTALL)
+                pairs = zip(fields[::2], fields[1::2], strict=True)
+                replies |= {(event.step, prompt): reply for prompt, reply in pairs}
         except Exception as error:  # a damaged event file raises whatever its bytes make it
             run.gaps.append(f"{file.name} is damaged: {type(error).__name__}")
-    return [(step, prompt, reply) for (step, prompt), reply in sorted(found.items())]
+    return [(step, prompt, reply) for (step, prompt), reply in sorted(replies.items())]

@@ -117,6 +117,7 @@ def test_intervals_come_from_the_number_of_items(run: Any, tmp_path: Path) -> No
     assert report["items"] == {"never_asked": 100}
     text = (tmp_path / "outputs/pipeline/report.md").read_text(encoding="utf-8")
     assert "|   never asked |  | 81.0% (72.2–87.5) |" in text
+    assert "<figcaption>general exam" in (tmp_path / "outputs/pipeline/report.html").read_text()
 
 
 def test_the_seconds_are_those_of_the_run_that_made_each_stage(run: Any, tmp_path: Path) -> None:

@@ -26,9 +26,6 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     exam = {"scores": {"exam/skills": 0.9666, "exam/mean": 1}, "replies": [{"id": "a"}]}
     (tmp_path / "sft" / "exam.json").write_text(json.dumps(exam))
     (tmp_path / "bench.json").write_text(json.dumps({"sft": {"ratio": 3.25}, "who": "a|b\nc"}))
-    (tmp_path / "pipeline").mkdir()
-    told = {"stages": {"sft": {"exam_after": 0.98}, "dpo": {"exam_after": 0.5}}}
-    (tmp_path / "pipeline" / "report.json").write_text(json.dumps(told))
     given = ["--model", tmp_path / "sft", "--output_dir", tmp_path / "out", "--name", "Mini"]
     given += ["--license", "apache-2.0", "--results", tmp_path / "bench.json"]
     assert minigpt("export", "hf", *given).status == 0
@@ -41,9 +38,6 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert row in text
     assert text.index("| pretrain | pretrain.jsonl (48 rows) | 3 |") < text.index(row)
     assert "## Exam\n\n| measure | value |\n| --- | --- |\n| exam/skills | 0.9666 |" in text
-    assert "## Exam of the pipeline" in text
-    assert "| exam_after | 0.98 |" in text
-    assert "0.5 |" not in text
     assert "## Results: bench" in text
     assert "| sft.ratio | 3.25 |\n| who | a\\|b c |" in text
     assert "| texts_with_equal_ids | 3000 of 3000 |" in text

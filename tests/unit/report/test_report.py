@@ -117,18 +117,12 @@ def test_one_run_is_reported_in_its_directory(runs: Path, minigpt: Minigpt, tmp_
     assert (tmp_path / "run/report.md").is_file()
 
 
-def test_the_pipeline_brings_its_runs(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "sft", tmp_path / "sft")
-    (tmp_path / "pipeline").mkdir()
-    report = {"stages": {"sft": {"exam_after": 0.5}, "dpo": {"exam_after": 0.4}}, "seconds": {}}
-    report["items"] = {"never_asked": 10}
-    (tmp_path / "pipeline/report.json").write_text(json.dumps(report))
-    first = write_report([tmp_path / "pipeline"], tmp_path / "report.html")
-    assert "| SFT | general exam |  | 50.0% (23.7–76.3) |" in first
-    assert "## Runs" not in first
-    page = (tmp_path / "report.html").read_text()
-    assert page.index("<h2>Pipeline</h2>") < page.index("<h2>SFT: sft</h2>")
-    assert "<figcaption>general exam" in page
+def test_an_introduction_stands_before_the_runs(runs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    beginning = write_report([runs / "sft"], output, introduce=lambda d: d.heading("First"))
+    assert beginning == "## First\n"
+    page = output.read_text()
+    assert page.index("<h2>First</h2>") < page.index("<h2>SFT: sft</h2>")
 
 
 def test_runs_of_the_same_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
@@ -199,7 +193,6 @@ def test_markup_in_a_run_is_text(runs: Path, tmp_path: Path) -> None:
     [
         (("none",), "There is no run in none"),
         ((".",), "minigpt fit"),
-        (("pipeline",), "pipeline/report.json is damaged"),
         (("sft", "--output", "x.txt"), "must end in .html"),
         (("sft", "--output", "file/x.html"), "Cannot write to file/x.html"),
         ((), "the following arguments are required: runs"),
@@ -216,8 +209,6 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sft").symlink_to(runs / "sft")
     (tmp_path / "file").touch()
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline/report.json").write_text("[]")
     outcome = minigpt("report", *args)
     assert outcome.status == 2
     assert told in outcome.err
