@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.infer.sampling import Chooser, Sampling, choose
+from minigpt.infer.sampling import Sampler, Sampling, sample
 from minigpt.infer.text import Pieces, TextStream
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class TokenLogprob:
 
     Attributes:
         token: its text; bytes that are no character are replaced.
-        id: its number.
+        id: its id in the vocabulary.
         logprob: of the token.
-        bytes: what it stands for.
+        bytes: its UTF-8 bytes.
         top: (id, text, log-prob) of the likeliest tokens.
     """
 
@@ -49,8 +49,8 @@ class Delta:
         request: number of the request.
         text: new text; "" while a stop text or an unfinished character is held back.
         ids: new tokens, without the one that ends the reply.
-        logprobs: where they were asked for, of the tokens whose text is certain now; those of a
-            stop text are never told.
+        logprobs: where they were asked for, of the tokens whose text is certain now; without
+            those of a stop text.
         finish: why the reply ended: at an end token or a stop text, or at its longest length.
         ended_by: the end token.
     """
@@ -74,19 +74,25 @@ def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
 
 class _Request:
     def __init__(self, number: int, ids: list[int], sampling: Sampling, engine: Engine) -> None:
-        self.number, self.ids, self.sampling = number, ids, sampling
-        self.chooser = Chooser(sampling, ids)
+        self.number = number
+        self.ids = ids
+        self.sampling = sampling
+        self.sampler = Sampler(sampling, ids)
         self.stream = TextStream(engine.tokenizer, sampling.stop)
-        self.left = min(sampling.max_new_tokens, engine.context - len(ids))
-        self.last = ids[-1]
-        self.held: list[tuple[int, TokenLogprob]] = []  # with the places where they begin
+        self.remaining = min(sampling.max_new_tokens, engine.context - len(ids))
+        self.last_token = ids[-1]
+        self.pending: list[tuple[int, TokenLogprob]] = []  # with the characters before each
 
-    def certain(self, ended: bool) -> list[TokenLogprob]:
-        """Return the log-probs that can be told now; a stop text takes its own along."""
-        every = not self.sampling.stop or (ended and not self.stream.stopped)
-        out = [one for place, one in self.held if every or place < self.stream.passed]
-        self.held = self.held[len(out) :]
-        return out
+    def released_logprobs(self, ended: bool) -> list[TokenLogprob]:
+        """Return the log-probs of tokens whose text is released; a stop text's never are."""
+        all_released = not self.sampling.stop or (ended and not self.stream.stopped)
+        released = [
+            logprob
+            for position, logprob in self.pending
+            if all_released or position < self.stream.released
+        ]
+        self.pending = self.pending[len(released) :]
+        return released
 
 
 class ContinuousBatch:
@@ -98,7 +104,8 @@ class ContinuousBatch:
     """
 
     def __init__(self, engine: Engine, slots: int) -> None:
-        self.engine, self.slots = engine, slots
+        self.engine = engine
+        self.slots = slots
         self._runner = engine.runner()
         self._pieces = Pieces(engine.tokenizer)
         self._rows: list[_Request] = []
@@ -141,70 +148,77 @@ class ContinuousBatch:
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
-        """Decode one token of each active request, and of those that find a slot."""
+        """Decode one token of each active request, and of those that get a slot."""
         if self.idle:
             return []
-        logits = []
-        new = self._admitted()
+        outputs = []
+        new = self._next_requests()
         if self._rows:
-            logits.append(self._runner.step([request.last for request in self._rows]))
+            outputs.append(self._runner.step([request.last_token for request in self._rows]))
         if new:
-            logits.append(self._runner.admit([request.ids for request in new]))
+            outputs.append(self._runner.admit([request.ids for request in new]))
             self._rows += new
-        every = torch.cat(logits) if len(logits) > 1 else logits[0]
-        tokens = choose(every, [request.chooser for request in self._rows])
-        told = self._logprobs(every, tokens)
-        deltas = [self._advance(*given) for given in zip(self._rows, tokens, told, strict=True)]
+        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        tokens = sample(logits, [request.sampler for request in self._rows])
+        logprobs = self._logprobs(logits, tokens)
+        deltas = [
+            self._advance(request, token, logprob)
+            for request, token, logprob in zip(self._rows, tokens, logprobs, strict=True)
+        ]
         for row in reversed(range(len(deltas))):
             if deltas[row].finish is not None:
                 self._drop(row)
         return deltas
 
-    def _admitted(self) -> list[_Request]:
+    def _next_requests(self) -> list[_Request]:
         """Take the requests off the queue that begin now."""
-        room = self.slots - len(self._rows)
-        if not self._runner.joins and len(self._queue) > room < self.slots / 2:
-            return []  # such requests stay apart from the others, so they had better be many
+        free = self.slots - len(self._rows)
+        if not self._runner.joins and len(self._queue) > free < self.slots / 2:
+            return []  # they are computed apart from the others, which pays only for many
         new: list[_Request] = []
-        while self._queue and len(new) < room:
+        while self._queue and len(new) < free:
             if new and sum(len(r.ids) for r in [*new, self._queue[0]]) > PREFILL:
                 break
             new.append(self._queue.popleft())
         return new
 
     def _drop(self, row: int) -> None:
-        """Free a row; the last one takes its place."""
+        """Free a row; the last one moves there."""
         self._runner.drop(row)
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last
 
-    def _advance(self, request: _Request, token: int, told: list[TokenLogprob]) -> Delta:
-        request.last, request.left = token, request.left - 1
+    def _advance(self, request: _Request, token: int, logprobs: list[TokenLogprob]) -> Delta:
+        request.last_token = token
+        request.remaining -= 1
         if token in self.engine.ends:
-            text, told = request.stream.end(), request.certain(True)
-            return Delta(request.number, text, [], told, "stop", token)
-        request.held += [(request.stream.came, one) for one in told]
+            text = request.stream.end()
+            return Delta(
+                request.number, text, [], request.released_logprobs(True), "stop", ended_by=token
+            )
+        request.pending += [(request.stream.decoded, logprob) for logprob in logprobs]
         text = request.stream.add(token)
         finish: Finish | None = None
-        if request.left == 0 and not request.stream.stopped:
-            text, finish = text + request.stream.end(), "length"
+        if request.remaining == 0 and not request.stream.stopped:
+            text += request.stream.end()
+            finish = "length"
         if request.stream.stopped:
             finish = "stop"
-        return Delta(request.number, text, [token], request.certain(finish is not None), finish)
+        released = request.released_logprobs(finish is not None)
+        return Delta(request.number, text, [token], released, finish)
 
     def _logprobs(self, logits: Tensor, tokens: Sequence[int]) -> list[list[TokenLogprob]]:
-        asked = [request.sampling.logprobs for request in self._rows]
+        counts = [request.sampling.logprobs for request in self._rows]
         return [
-            [] if n is None else [self._logprob(row, token, n)]
-            for row, token, n in zip(logits, tokens, asked, strict=True)
+            [] if count is None else [self._logprob(row, token, count)]
+            for row, token, count in zip(logits, tokens, counts, strict=True)
         ]
 
     def _logprob(self, logits: Tensor, token: int, count: int) -> TokenLogprob:
         values = logits.float().log_softmax(-1)
-        text, sizes = self._pieces.text, values.topk(min(count, len(values)))
-        likeliest = zip(sizes.indices.tolist(), sizes.values.tolist(), strict=True)
-        top = [(index, text(index), value) for index, value in likeliest]
-        return TokenLogprob(
-            text(token), token, float(values[token]), self._pieces.bytes(token), top
-        )
+        best = values.topk(min(count, len(values)))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        top = [(index, self._pieces.text(index), value) for index, value in likeliest]
+        text, utf8 = self._pieces.text(token), self._pieces.bytes(token)
+        return TokenLogprob(text, token, float(values[token]), utf8, top)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Delta", "Engine", "Reply", "Sampling", "TokenLogprob"]
 
-BATCH = (32, 128)  # requests that `complete` decodes at once, on a CPU and on a GPU
+SLOTS = {"cpu": 32, "cuda": 128}  # requests that `complete` decodes at once
 
 Precision = Literal["fp32", "bf16", "int8"]
 
@@ -43,11 +43,11 @@ class Reply:
     """A completion.
 
     Attributes:
-        text: what the model said.
-        ids: the same as tokens, and those of a stop text.
+        text: its text, without a stop text.
+        ids: its tokens, with those of a stop text.
         ended_by: the token that ended it; None when a stop text did, or it was cut off.
         finish: "stop", or "length" when it was cut off.
-        logprobs: of the tokens whose text is told, where they were asked for.
+        logprobs: of the tokens of the text, where they were asked for.
     """
 
     text: str
@@ -61,8 +61,8 @@ class Engine:
     """A model with its tokenizer, ready to complete prompts.
 
     Args:
-        model: any causal LM; only its attention function is changed, and put back.
-        tokenizer: the model's own.
+        model: any causal LM; only its attention function is changed, and restored.
+        tokenizer: the one that belongs to the model.
         int8: decode with int8 weights.
 
     Attributes:
@@ -81,7 +81,9 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, int8: bool = False
     ) -> None:
-        self.model, self.tokenizer, self.int8 = model, tokenizer, int8
+        self.model = model
+        self.tokenizer = tokenizer
+        self.int8 = int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
         conduct = checked(model, training=False)
@@ -120,28 +122,29 @@ class Engine:
             adapter: LoRA directory to put on the model.
             tokenizer: by default the one saved with the model.
             merged: add the adapter to the weights, or compute it beside them.
-            weights: what to keep them in.
+            weights: precision of the weights.
             device: by default the GPU where there is one, or else the CPU.
 
         Raises:
             ModelError, TokenizerError: when something is missing or does not fit.
             ConfigError: when the model cannot have such weights.
         """
-        found = find_model(model)
-        if adapter is None and isinstance(found, Path) and (found / ADAPTER).is_file():
-            found, adapter = base_of(found), found
-        base = load_model(found, "sdpa")
+        source = find_model(model)
+        if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
+            adapter = source
+            source = base_of(source)
+        base = load_model(source, "sdpa")
         adapted = None
         if adapter is not None:
-            adapted = load_adapter(base, Path(find_model(adapter)), found)
+            adapted = load_adapter(base, Path(find_model(adapter)), source)
         if adapted is not None and merged:
             base, adapted = merge(adapted), None
         cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
-        own = tokenizers.load(tokenizer or tokenizer_place(adapter or model, found))
-        check_vocabulary(embedding_rows(base), own)
-        engine = cls(base.eval(), own, weights == "int8")
+        loaded = tokenizers.load(tokenizer or tokenizer_place(adapter or model, source))
+        check_vocabulary(embedding_rows(base), loaded)
+        engine = cls(base.eval(), loaded, weights == "int8")
         engine.adapter = adapted
         return engine
 
@@ -185,8 +188,8 @@ class Engine:
 
         Args:
             prompts: texts to continue, or chats to answer.
-            sampling: for all of them, or one for each. Each prompt draws from a generator of
-                its own, so its reply does not depend on the others.
+            sampling: for all of them, or one for each. Each prompt has its own random generator,
+                so its reply does not depend on the others.
 
         Raises:
             ConfigError: for a prompt that fills the model's context.
@@ -197,42 +200,47 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[Message]],
         sampling: Sampling | Sequence[Sampling],
-        window: int = 0,
+        sort_within: int = 0,
     ) -> Iterator[Reply]:
-        """Complete prompts as `complete` does; yield each reply once those before it are there.
+        """Complete prompts as `complete` does; yield each reply after those before it.
 
         Args:
-            prompts, sampling: as `complete` takes them.
-            window: of so many prompts the shortest go first; by default of those that are decoded
-                at once.
+            prompts: texts to continue, or chats to answer.
+            sampling: for all of them, or one for each.
+            sort_within: of so many prompts in a row the shortest begin first; by default of as
+                many as are decoded at once.
         """
         ids = [self.encode(prompt) for prompt in prompts]
-        how = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
+        samplings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         training = self.model.training
         self.model.eval()
         try:
             with attention_of(self.model, self.attention):
-                yield from self._replies(ids, how, window)
+                yield from self._replies(ids, samplings, sort_within)
         finally:
             self.model.train(training)
 
-    def _replies(self, ids: list[list[int]], how: list[Sampling], window: int) -> Iterator[Reply]:
-        slots = BATCH[self.model.device.type == "cuda"]
-        batch, window = ContinuousBatch(self, slots), window or slots
-        order = sorted(range(len(ids)), key=lambda i: (i // window, len(ids[i])))
-        numbers = {
-            batch.add(ids[i], how[i], f"Prompt {i + 1}: " * (len(ids) > 1)): i for i in order
-        }
+    def _replies(
+        self, ids: list[list[int]], samplings: list[Sampling], sort_within: int
+    ) -> Iterator[Reply]:
+        slots = SLOTS.get(self.model.device.type, SLOTS["cpu"])
+        sort_within = sort_within or slots
+        batch = ContinuousBatch(self, slots)
+        prompt_of: dict[int, int] = {}
+        for i in sorted(range(len(ids)), key=lambda i: (i // sort_within, len(ids[i]))):
+            name = f"Prompt {i + 1}: " if len(ids) > 1 else ""
+            prompt_of[batch.add(ids[i], samplings[i], name)] = i
         deltas: list[list[Delta]] = [[] for _ in ids]
-        told = done = 0
+        finished = yielded = 0
         while not batch.idle:
             for delta in batch.step():
-                deltas[numbers[delta.request]].append(delta)
-                done += delta.finish is not None
-            progress.step(done, len(ids))
-            while told < len(ids) and deltas[told] and deltas[told][-1].finish is not None:
-                yield _reply(deltas[told], how[told])
-                deltas[told], told = [], told + 1
+                deltas[prompt_of[delta.request]].append(delta)
+                finished += delta.finish is not None
+            progress.step(finished, len(ids))
+            while yielded < len(ids) and deltas[yielded] and deltas[yielded][-1].finish is not None:
+                yield _reply(deltas[yielded], samplings[yielded])
+                deltas[yielded] = []
+                yielded += 1
 
     def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
         """Complete one prompt and yield the reply token by token."""
@@ -258,10 +266,11 @@ def check_unicode(prompt: str | Sequence[Message]) -> None:
 def _reply(deltas: list[Delta], sampling: Sampling) -> Reply:
     last = deltas[-1]
     assert last.finish is not None
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
     return Reply(
         "".join(delta.text for delta in deltas),
         [token for delta in deltas for token in delta.ids],
         last.ended_by,
         last.finish,
-        None if sampling.logprobs is None else [one for d in deltas for one in d.logprobs],
+        None if sampling.logprobs is None else logprobs,
     )

@@ -26,19 +26,19 @@ from minigpt.infer.sampling import Sampling
 from minigpt.infer.text import StopTexts
 
 CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
-SURE = 1e4  # added to a logit, it leaves no other token a probability
+CERTAIN = 1e4  # added to a logit, it leaves no other token a probability
 ADDED = (3, 4)  # gguf.TokenType of control tokens and of others that are added
 EXACT = (0, 1)  # general.file_type of files in f32 and f16
 
 
-def find_gguf(place: str | Path) -> Path | None:
-    """Return the GGUF file that a path stands for: itself, or the one in an exported directory.
+def find_gguf(model: str | Path) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the one in an exported directory.
 
     Raises:
         ModelError: when there is no such file.
         ConfigError: when the directory holds several.
     """
-    path = Path(place)
+    path = Path(model)
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ModelError(f"There is no file {path}. Make it with: minigpt export gguf")
@@ -53,10 +53,10 @@ def find_gguf(place: str | Path) -> Path | None:
 
 
 class LlamaCpp:
-    """llama.cpp on a GGUF file, asked over a loopback port with a key of its own.
+    """llama.cpp on a GGUF file, asked over a loopback port with a random key.
 
     Args:
-        file: what it loads.
+        file: the GGUF file.
         context: longest sequence, in tokens; what the model was trained on is the limit.
         exact: keep the cache in f32, and do not round to f16 in attention.
 
@@ -68,13 +68,18 @@ class LlamaCpp:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
-        params.warmup, params.verbosity = False, 0  # nothing on the terminal
+        params.model.path = str(file)
+        params.n_ctx = context
+        params.n_parallel = 1
+        params.warmup = False
+        params.verbosity = 0  # nothing on the terminal
         if exact:
-            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            flash = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.flash_attn_type = flash
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+            params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            disabled = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.flash_attn_type = disabled
+        params.cpuparams.n_threads = torch.get_num_threads()
+        params.cpuparams_batch.n_threads = torch.get_num_threads()
         key = secrets.token_hex()
         params.api_keys = [key]
         self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -88,19 +93,21 @@ class LlamaCpp:
         # A server that is dropped before its loop has begun never ends: see that it has.
         self.ask("/completion", prompt=[0], n_predict=1)
 
-    def ask(self, path: str, **body: Any) -> Any:
+    def ask(self, path: str, **body: object) -> dict[str, Any]:
         """Post a request; return the decoded answer."""
         with closing(http.client.HTTPConnection(self.host)) as connection:
             connection.request("POST", path, json.dumps(body), self.headers)
-            return json.loads(connection.getresponse().read())
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
 
-    def complete(self, **body: Any) -> Iterator[Any]:
+    def complete(self, **body: object) -> Iterator[dict[str, Any]]:
         """Ask for a completion; yield it, or its steps. Leaving early ends the request.
 
         Raises:
             ModelError: when llama.cpp refuses the request, or breaks off.
         """
-        body, done = {**body, "return_tokens": True}, False
+        body = {**body, "return_tokens": True}
+        done = False
         with closing(http.client.HTTPConnection(self.host)) as connection:
             connection.request("POST", "/completion", json.dumps(body), self.headers)
             for line in filter(bytes.strip, connection.getresponse()):
@@ -114,33 +121,33 @@ class LlamaCpp:
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts, asked in one row with -1 after each."""
-        row = [part for text in texts for part in (text, -1)]
-        ids = self.ask("/tokenize", content=row, add_special=False, parse_special=True)["tokens"]
-        parts: list[list[int]] = [[]]
-        for token in ids:
+        row = [item for text in texts for item in (text, -1)]
+        answer = self.ask("/tokenize", content=row, add_special=False, parse_special=True)
+        ids_of_texts: list[list[int]] = [[]]
+        for token in answer["tokens"]:
             if token == -1:
-                parts.append([])
+                ids_of_texts.append([])
             else:
-                parts[-1].append(token)
-        return parts[:-1]
+                ids_of_texts[-1].append(token)
+        return ids_of_texts[:-1]
 
     def start(self) -> list[int]:
         """Return the ids that are written before a text, such as BOS."""
-        asked: dict[str, Any] = {"content": "a", "parse_special": True}
-        whole = self.ask("/tokenize", add_special=True, **asked)["tokens"]
-        plain = self.ask("/tokenize", add_special=False, **asked)["tokens"]
-        return list(whole[: len(whole) - len(plain)])
+        options: dict[str, object] = {"content": "a", "parse_special": True}
+        with_start = self.ask("/tokenize", add_special=True, **options)["tokens"]
+        without = self.ask("/tokenize", add_special=False, **options)["tokens"]
+        return list(with_start[: len(with_start) - len(without)])
 
     def ends_with(self, token: int) -> bool:
-        """Whether a token ends a reply: it is made the likeliest, and it is seen what comes."""
-        wanted: dict[str, Any] = {"temperature": 0, "logit_bias": [[token, SURE]]}
-        said = self.ask("/completion", prompt=[0], n_predict=2, **wanted)
-        return str(said["stop_type"]) == "eos"
+        """Whether a token ends a reply: a bias makes it the likeliest, and the reply shows it."""
+        bias = [[token, CERTAIN]]
+        reply = self.ask("/completion", prompt=[0], n_predict=2, temperature=0, logit_bias=bias)
+        return str(reply["stop_type"]) == "eos"
 
     def prompt_of(self, chat: list[dict[str, str]]) -> str:
         """Return the prompt that a chat becomes.
 
-        Where llama.cpp itself writes BOS, it takes the template's own off the rendered text.
+        Where llama.cpp itself writes BOS, it takes the template's BOS off the rendered text.
         """
         prompt = str(self.ask("/apply-template", messages=chat).get("prompt"))
         bos = str(self.ask("/detokenize", tokens=self.start())["content"])
@@ -149,8 +156,8 @@ class LlamaCpp:
     def chat_ids_of(self, chat: list[dict[str, str]]) -> list[int]:
         """Return the ids of the prompt that a chat becomes, as they are asked of the model."""
         prompt = str(self.ask("/apply-template", messages=chat).get("prompt"))
-        asked = self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)
-        return list(asked["tokens"])
+        answer = self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)
+        return list(answer["tokens"])
 
 
 class Gguf:
@@ -173,18 +180,21 @@ class Gguf:
         try:
             import xllamacpp  # noqa: F401
 
-            told = read_fields(file)
+            fields = read_fields(file)
         except ImportError as error:
-            words = f"GGUF files need one more package, {error.name}: pip install 'minigpt[gguf]'"
-            raise ConfigError(words) from error
-        trained = told.get(f"{told.get('general.architecture')}.context_length", CONTEXT)
-        self.tokenizer, self.context = tokenizer_of(told), min(trained, CONTEXT)
+            raise ConfigError(
+                f"GGUF files need one more package, {error.name}: pip install 'minigpt[gguf]'"
+            ) from error
+        longest = fields.get(f"{fields.get('general.architecture')}.context_length", CONTEXT)
+        self.context = min(longest, CONTEXT)
+        self.tokenizer = tokenizer_of(fields)
         self.codec = ChatCodec(self.tokenizer) if self.tokenizer.chat_template else None
-        known = END_OF_TEXT in told.get("tokenizer.ggml.tokens", ())
-        self._nothing = END_OF_TEXT if known else str(self.tokenizer.eos_token)
-        self.start = document_start(told)
-        exact = told.get("general.file_type") in EXACT  # others are rounded much more than f16
-        self.llama, self.endless = LlamaCpp(file, self.context, exact), False
+        has_end = END_OF_TEXT in fields.get("tokenizer.ggml.tokens", ())
+        self._empty_prompt = END_OF_TEXT if has_end else str(self.tokenizer.eos_token)
+        self.start = document_start(fields)
+        exact = fields.get("general.file_type") in EXACT  # others are rounded much more than f16
+        self.llama = LlamaCpp(file, self.context, exact)
+        self.endless = False
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.
@@ -195,7 +205,9 @@ class Gguf:
         """
         check_unicode(prompt)
         if isinstance(prompt, str):
-            ids = [started(self._text_ids(prompt), self.start) or self._text_ids(self._nothing)]
+            ids = [
+                started(self._text_ids(prompt), self.start) or self._text_ids(self._empty_prompt)
+            ]
         elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         else:
@@ -214,22 +226,23 @@ class Gguf:
     def replies(
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
     ) -> Iterator[Reply]:
-        """Complete prompts and yield each reply as it is there."""
+        """Complete prompts and yield each reply as soon as it is finished."""
         ids = [self.encode(prompt) for prompt in prompts]
-        how = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
-        asked = [
-            self._request(one, chosen, f"Prompt {index + 1}: " * (len(ids) > 1))
-            for index, (one, chosen) in enumerate(zip(ids, how, strict=True))
-        ]
-        for done, (body, one) in enumerate(zip(asked, how, strict=True), 1):
-            yield self._reply(body, one.stop)
+        samplings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
+        requests = []
+        for number, (prompt_ids, options) in enumerate(zip(ids, samplings, strict=True), 1):
+            name = f"Prompt {number}: " if len(ids) > 1 else ""
+            requests.append((self._request(prompt_ids, options, name), options.stop))
+        for done, (body, stop) in enumerate(requests, 1):
+            yield self._reply(body, stop)
             progress.step(done, len(ids))
 
     def _reply(self, body: dict[str, Any], stop: Sequence[str]) -> Reply:
-        (said,) = self.llama.complete(**body, stop=stop)
-        ids, kind = said["tokens"], said["stop_type"]
-        ended_by = ids.pop() if kind == "eos" else None
-        return Reply(said["content"], ids, ended_by, "length" if kind == "limit" else "stop")
+        (answer,) = self.llama.complete(**body, stop=stop)
+        ids, stop_type = answer["tokens"], answer["stop_type"]
+        ended_by = ids.pop() if stop_type == "eos" else None
+        finish: Finish = "length" if stop_type == "limit" else "stop"
+        return Reply(answer["content"], ids, ended_by, finish)
 
     def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
         """Complete one prompt and yield the reply as its characters come.
@@ -238,12 +251,15 @@ class Gguf:
             ConfigError: for a prompt that fills the context, or where log-probs are asked for.
         """
         body = self._request(self.encode(prompt), sampling)
-        text, count = StopTexts(sampling.stop), 0
+        text = StopTexts(sampling.stop)
+        count = 0
         silent: list[int] = []  # tokens without a text: the last may be the one that ends
+        step: dict[str, Any] = {}
         for step in self.llama.complete(**body, stream=True):
             if step["stop"] or text.stopped:
                 break
-            ids, count = self._told(step, count), step["tokens_predicted"]
+            ids = self._step_ids(step, count)
+            count = step["tokens_predicted"]
             if step["content"]:
                 yield Delta(0, text.add(step["content"]), silent + ids, [])
             silent = [] if step["content"] else silent + ids
@@ -252,15 +268,15 @@ class Gguf:
         finish: Finish = "stop" if ended or text.stopped else "length"
         yield Delta(0, text.end(), silent, [], finish, ended_by)
 
-    def _told(self, step: dict[str, Any], count: int) -> list[int]:
-        """Return a step's ids; parts of a character are not told, so its text is read again."""
+    def _step_ids(self, step: dict[str, Any], count: int) -> list[int]:
+        """Return a step's ids; where some are missing, inside a character, encode its text."""
         ids: list[int] = step["tokens"]
         if step["tokens_predicted"] - count == len(ids):
             return ids
         return self._text_ids(step["content"])
 
     def _request(self, ids: list[int], sampling: Sampling, name: str = "") -> dict[str, Any]:
-        """Return what asks llama.cpp for tokens as `Chooser` chooses them.
+        """Return what asks llama.cpp for tokens as `Sampler` draws them.
 
         Raises:
             ConfigError: for a prompt that fills the context, or where log-probs are asked for.
@@ -269,7 +285,7 @@ class Gguf:
         if sampling.logprobs is not None:
             raise ConfigError("GGUF files are answered without log-probs. Use the run's own model.")
         greedy = sampling.temperature == 0
-        steps = {  # in Chooser's order; each costs time, so only those that do something
+        steps = {  # in the order of `Sampler`; each costs time, so only those that do something
             "penalties": sampling.repetition_penalty != 1,
             "temperature": not greedy,
             "top_k": greedy or sampling.top_k > 0,
@@ -287,7 +303,7 @@ class Gguf:
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "seed": sampling.seed % (2**32 - 1),  # the last one stands for a random seed
-            "cache_prompt": False,  # a reply must not depend on what was asked before
+            "cache_prompt": False,  # a reply must not depend on earlier requests
             "ignore_eos": self.endless,
         }
 
@@ -304,25 +320,28 @@ def read_fields(file: Path) -> dict[str, Any]:
         reader = GGUFReader(file)
         return {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is no whole GGUF file: {error}. Export it again.") from error
+        raise ModelError(f"{file} is no complete GGUF file: {error}. Export it again.") from error
 
 
-def document_start(told: dict[str, Any]) -> list[int]:
+def document_start(fields: dict[str, Any]) -> list[int]:
     """Return the ids that llama.cpp writes before a text: BOS, where the file says so."""
-    writes = told.get("tokenizer.ggml.add_bos_token", told.get("tokenizer.ggml.model") == "llama")
-    bos = told.get("tokenizer.ggml.bos_token_id")
-    return [bos] if writes and bos is not None else []
+    by_default = fields.get("tokenizer.ggml.model") == "llama"
+    adds_bos = fields.get("tokenizer.ggml.add_bos_token", by_default)
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    return [bos] if adds_bos and bos is not None else []
 
 
-def tokenizer_of(told: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return a GGUF file's chat template and the special tokens it names; it reads no text."""
-    own = {name.removeprefix("tokenizer."): value for name, value in told.items()}
-    ids = {name: own.get(f"ggml.{name}_token_id") for name in ("eos", "bos")}
-    named = {f"{k}_token": own["ggml.tokens"][at] for k, at in ids.items() if at is not None}
-    kinds = zip(own.get("ggml.tokens", ()), own.get("ggml.token_type", ()), strict=False)
-    added = [text for text, kind in kinds if kind in ADDED]
+def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Return a GGUF file's chat template and the special tokens it names; it encodes no text."""
+    tokens = fields.get("tokenizer.ggml.tokens", ())
+    types = fields.get("tokenizer.ggml.token_type", ())
+    added = [text for text, kind in zip(tokens, types, strict=False) if kind in ADDED]
+    special = {}
+    for name in ("eos", "bos"):
+        if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            special[f"{name}_token"] = tokens[index]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=added, **named
+        tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=added, **special
     )
-    tokenizer.chat_template = own.get("chat_template")
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
     return tokenizer

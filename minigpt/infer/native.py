@@ -1,9 +1,9 @@
-"""The fast way to decode: Qwen3 and Llama with fused weights and a cache of slots.
+"""Fast decoding of Qwen3 and Llama models, with fused weights and one cache of slots.
 
-One row times a matrix costs what reading the matrix costs, and all around it is overhead. So
-the matrices are few (q, k and v are one, gate and up another), they lie as the product reads
-them, the norms' weights and attention's scale are multiplied into them, and the cache is written
-in place.
+Multiplying one row by a matrix takes the time of reading the matrix; everything else is overhead.
+So the matrices are few (q, k and v are one, gate and up another), they lie in the order in which
+matmuls read them, the norms' weights and attention's scale are multiplied into them, and the cache
+is written in place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,22 +21,50 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
-ROOM = 64  # positions by which the cache grows at least
-# `_op`, because the operator's Python wrapper takes a fifth of a small product's time.
+GROWTH = 64  # positions by which the cache grows at least
+# `_op`, because the operator's Python wrapper takes a fifth of a small matmul's time.
 INT8_LINEAR: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic._op
 
-ONEDNN: Any = torch.backends.mkldnn
-USE_ONEDNN = ONEDNN.enabled  # read once, for several threads may be decoding
+USE_ONEDNN = bool(torch.backends.mkldnn.enabled)  # read once, for several threads may be decoding
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
 
 
+class _Norm(Protocol):
+    weight: Tensor
+
+
+class _Attention(Protocol):
+    head_dim: int
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: _Norm  # of Qwen3 alone, as k_norm
+    k_norm: _Norm
+
+
+class _Mlp(Protocol):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+class _DecoderLayer(Protocol):
+    self_attn: _Attention
+    mlp: _Mlp
+    input_layernorm: _Norm
+    post_attention_layernorm: _Norm
+
+
 def is_native(model: PreTrainedModel) -> bool:
-    """Whether a model can be decoded here: a plain Qwen3 or Llama with whole weights."""
-    config: Any = model.config
-    if type(model) not in (Qwen3ForCausalLM, LlamaForCausalLM) or config.hidden_act != "silu":
+    """Whether a model can be decoded here: a plain Qwen3 or Llama with unsharded weights."""
+    if type(model) not in (Qwen3ForCausalLM, LlamaForCausalLM):
+        return False
+    config = cast(LlamaConfig, model.config)
+    if config.hidden_act != "silu":
         return False
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -50,45 +78,47 @@ def is_native(model: PreTrainedModel) -> bool:
     )
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a matrix and no more: no bias, no shard of one."""
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is one complete matrix: without a bias, and no shard."""
     if type(layer) is not nn.Linear or layer.bias is not None:
         return False
-    whole = (layer.out_features, layer.in_features)
-    return type(layer.weight) is nn.Parameter and layer.weight.shape == whole
+    shape = (layer.out_features, layer.in_features)
+    return type(layer.weight) is nn.Parameter and layer.weight.shape == shape
 
 
 class Matrix:
-    """A weight [out, in] that rows are multiplied by; with `int8` kept as such as well."""
+    """A weight [out, in] that rows are multiplied by, with an int8 copy where `int8` is set."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, int8: bool) -> None:
         self.packed = _int8(weight) if int8 else None
         # Row times matrix is faster down the columns in fp32, and along the rows in bf16.
-        plain = dtype is torch.float32
-        self.weight = weight.t().contiguous() if plain else weight.to(dtype).t()
-        # MKL multiplies a row in one thread, unless it is given as several parts of the sum.
+        columns = dtype is torch.float32
+        self.weight = weight.t().contiguous() if columns else weight.to(dtype).t()
+        # MKL multiplies a row in one thread, unless it is split into several terms of the sum.
         fewest, size = max(4, torch.get_num_threads()), weight.shape[1]
-        self.parts = next((n for n in range(fewest, size + 1) if size % n == 0), 1)
+        self.splits = next((n for n in range(fewest, size + 1) if size % n == 0), 1)
 
-    def __call__(self, x: Tensor, whole: bool = False) -> Tensor:
-        """Return x @ weight.T; x [T, in]; `whole` asks for the exact weight."""
-        if self.packed is not None and not whole:
+    def __call__(self, x: Tensor, exact: bool = False) -> Tensor:
+        """Return x @ weight.T; x [T, in]; `exact` leaves the int8 copy out."""
+        if self.packed is not None and not exact:
             # 7 bits: without VNNI, full bytes overflow where they are summed in pairs.
             return INT8_LINEAR(x, self.packed, True)
         if len(x) > 1 or x.dtype is not torch.float32 or x.device.type != "cpu":
             return x.mm(self.weight)
-        rows = x.view(self.parts, 1, -1)
-        return rows.bmm(self.weight.view(self.parts, rows.shape[2], -1)).sum(0)
+        rows = x.view(self.splits, 1, -1)
+        return rows.bmm(self.weight.view(self.splits, rows.shape[2], -1)).sum(0)
 
 
-def _int8(weight: Tensor) -> Any:
+def _int8(weight: Tensor) -> object:
+    """Return a weight as the int8 operator takes it, packed."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     values = (weight / scale[:, None]).round().to(torch.int8)
     zero = torch.zeros(len(scale), dtype=torch.long)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*quantized tensor creation functions.*")
-        made = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
-        return torch.ops.quantized.linear_prepack(made, None)
+        quantized = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
+        packed: object = torch.ops.quantized.linear_prepack(quantized, None)
+        return packed
 
 
 @dataclass(frozen=True)
@@ -113,33 +143,36 @@ class Weights:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, int8: bool = False) -> None:
-        config: Any = model.config
-        body: Any = model.base_model
-        head: Any = model.lm_head
-        self.dtype, self.heads = dtype, int(config.num_attention_heads)
-        self.kv = int(config.num_key_value_heads)
-        self.width = int(body.layers[0].self_attn.head_dim)
-        self.rope, self._matrix = body.rotary_emb, partial(Matrix, dtype=dtype, int8=int8)
+        config = cast(LlamaConfig, model.config)
+        body = cast(LlamaForCausalLM, model).model
+        layers = cast(list[_DecoderLayer], list(body.layers))
+        self.dtype = dtype
+        self.heads = config.num_attention_heads
+        self.kv = config.num_key_value_heads or self.heads
+        self.width = layers[0].self_attn.head_dim
+        self.rope = body.rotary_emb
+        self._matrix = partial(Matrix, dtype=dtype, int8=int8)
         # What the norms' epsilon adds to the length of a vector, and of a head's.
         self._floor, self._head_floor = (
             torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
             for size in (config.hidden_size, self.width)
         )
         self.embedding: Tensor = body.embed_tokens.weight.to(dtype)
-        # Rotary pairs, half a head apart, are put side by side: as one complex number each.
+        # Rotary pairs, half a head apart, become neighbours: as one complex number each.
         self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
-        self.layers = [self._layer(layer) for layer in body.layers]
+        self.layers = [self._layer(layer) for layer in layers]
+        head = cast(LlamaForCausalLM, model).lm_head
         self.head = self._matrix(head.weight.float() * self._folded(body.norm.weight))
 
     def _folded(self, norm: Tensor) -> Tensor:
         return norm.float().mul(norm.numel() ** 0.5)  # `unit` gives vectors of length 1
 
-    def _layer(self, layer: Any) -> Layer:
+    def _layer(self, layer: _DecoderLayer) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        turned = [
+        query, key = (
             m.weight.float().unflatten(0, (-1, self.width))[:, self._pairs].flatten(0, 1)
             for m in (attention.q_proj, attention.k_proj)
-        ]
+        )
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).float()
         norm = None
         if hasattr(attention, "q_norm"):
@@ -147,8 +180,8 @@ class Weights:
             rows = [self._folded(n.weight)[self._pairs].expand(count, -1) for n, count in norms]
             norm = torch.cat([rows[0] * self.width**-0.5, rows[1]])
         else:
-            turned[0] *= self.width**-0.5
-        qkv = torch.cat([*turned, attention.v_proj.weight.float()])
+            query *= self.width**-0.5
+        qkv = torch.cat([query, key, attention.v_proj.weight.float()])
         return Layer(
             self._matrix(qkv * self._folded(layer.input_layernorm.weight)),
             norm,
@@ -159,8 +192,8 @@ class Weights:
 
     def rotations(self, length: int) -> Tensor:
         """Return the rotary factors of all positions, complex [length, 1, D / 2]."""
-        places = torch.arange(length, device=self.embedding.device)[None]
-        cos, sin = self.rope(torch.empty(0, device=places.device), places)
+        positions = torch.arange(length, device=self.embedding.device)[None]
+        cos, sin = self.rope(torch.empty(0, device=positions.device), positions)
         half = self.width // 2
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
 
@@ -168,36 +201,37 @@ class Weights:
         """Return RMS-normed vectors over the root of their size: of length 1."""
         return (x / _length(x, self._floor)).to(x.dtype)
 
-    def forward(self, tokens: Tensor, turns: Tensor, attend: Attend, whole: bool) -> Tensor:
+    def forward(self, tokens: Tensor, rotations: Tensor, attend: Attend, exact: bool) -> Tensor:
         """Return the last layer's output [T, hidden] for a row of tokens [T].
 
         Args:
-            tokens: ids; `turns` are their rotary factors [T, 1, D / 2].
-            attend: keeps keys and values, and computes the attention.
-            whole: use exact weights though there are int8 ones.
+            tokens: ids.
+            rotations: their rotary factors [T, 1, D / 2].
+            attend: stores keys and values, and computes the attention.
+            exact: use exact weights though there are int8 ones.
         """
         x = F.embedding(tokens, self.embedding)
-        turned = self.heads + self.kv
+        rotated = self.heads + self.kv
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(self.unit(x), whole).view(len(x), -1, self.width)
-            self._turn(heads.narrow(1, 0, turned), layer.norm, turns)
-            x = layer.out(attend(index, heads), whole).add_(x)
-            gate, up = layer.gate_up(self.unit(x), whole).chunk(2, -1)
-            x = layer.down(F.silu(gate, inplace=True).mul_(up), whole).add_(x)
+            heads = layer.qkv(self.unit(x), exact).view(len(x), -1, self.width)
+            self._rotate(heads.narrow(1, 0, rotated), layer.norm, rotations)
+            x = layer.out(attend(index, heads), exact).add_(x)
+            gate, up = layer.gate_up(self.unit(x), exact).chunk(2, -1)
+            x = layer.down(F.silu(gate, inplace=True).mul_(up), exact).add_(x)
         return x
 
-    def _turn(self, heads: Tensor, norm: Tensor | None, turns: Tensor) -> None:
+    def _rotate(self, heads: Tensor, norm: Tensor | None, rotations: Tensor) -> None:
         """Norm and rotate queries and keys in place."""
-        exact = heads.float()
+        values = heads.float()
         if norm is not None:
-            exact.div_(_length(exact, self._head_floor)).mul_(norm)
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
-        if exact is not heads:
-            heads.copy_(exact)
+            values.div_(_length(values, self._head_floor)).mul_(norm)
+        torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(rotations)
+        if values is not heads:
+            heads.copy_(values)
 
-    def logits(self, x: Tensor, whole: bool) -> Tensor:
+    def logits(self, x: Tensor, exact: bool) -> Tensor:
         """Return logits [T, V] of outputs [T, hidden]."""
-        return self.head(self.unit(x), whole)
+        return self.head(self.unit(x), exact)
 
 
 def _length(x: Tensor, floor: Tensor) -> Tensor:
@@ -215,55 +249,56 @@ class Native:
         weights: the model's.
     """
 
-    joins = True  # a new request is decoded together with those that are there
+    joins = True  # a new request is decoded together with the active ones
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.lengths: list[int] = []
         self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
-        self.turns = weights.rotations(0)
+        self.rotations = weights.rotations(0)
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
-        first, device = len(self.lengths), self.turns.device
+        first, device = len(self.lengths), self.rotations.device
         self.lengths += map(len, prompts)
         self._reserve()
         ends = torch.tensor([0, *map(len, prompts)]).cumsum(0).tolist()
         spans = list(pairwise(ends))
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        places = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-        split = self.weights.heads, self.weights.kv
+        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        n_heads, n_kv = self.weights.heads, self.weights.kv
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             outs = []
             for row, (start, end) in enumerate(spans, first):
-                own = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
-                kept = own[split[0] :].unflatten(0, (2, -1))
-                self.caches[layer][:, row, :, : end - start] = kept
-                q, k, v = (part[None] for part in own.split((*split, split[1])))
+                prompt_heads = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
+                keys_values = prompt_heads[n_heads:].unflatten(0, (2, -1))
+                self.caches[layer][:, row, :, : end - start] = keys_values
+                q, k, v = prompt_heads[None].split((n_heads, n_kv, n_kv), 1)
                 out = sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
                 outs.append(out[0].transpose(0, 1).flatten(1))
             return torch.cat(outs)
 
-        out = self.weights.forward(tokens, self.turns[places], attend, whole=True)
-        return self.weights.logits(out[torch.tensor(ends[1:], device=device) - 1], whole=True)
+        out = self.weights.forward(tokens, self.rotations[positions], attend, exact=True)
+        return self.weights.logits(out[torch.tensor(ends[1:], device=device) - 1], exact=True)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Add a token to each row; return the logits [n, V] that follow."""
-        weights, rows, device = self.weights, len(self.lengths), self.turns.device
-        places = torch.tensor(self.lengths, device=device)
+        weights, rows, device = self.weights, len(self.lengths), self.rotations.device
+        positions = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
         self._reserve()
         longest = max(self.lengths)
         mask = None
         if min(self.lengths) < longest:
-            hidden = torch.arange(longest, device=device) > places[:, None]
+            hidden = torch.arange(longest, device=device) > positions[:, None]
             mask = torch.zeros(hidden.shape, dtype=weights.dtype, device=device)
             mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(weights.kv, 0)[:, None]
-        every = torch.arange(rows, device=device)
-        turns = self.turns[longest - 1 : longest] if rows == 1 else self.turns[places]
+        row_indices = torch.arange(rows, device=device)
+        last = slice(longest - 1, longest)
+        rotations = self.rotations[last] if rows == 1 else self.rotations[positions]
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             cache = self.caches[layer]
@@ -271,49 +306,51 @@ class Native:
             if rows == 1:  # plain indices take a third of the time
                 cache.select(3, longest - 1).select(1, 0).copy_(new[0])
             else:
-                cache[:, every, :, places] = new
+                cache[:, row_indices, :, positions] = new
             # The query heads of a group are as several queries: its keys are read once.
             q = heads.narrow(1, 0, weights.heads).reshape(rows * weights.kv, -1, weights.width)
             keys, values = cache.narrow(3, 0, longest).narrow(1, 0, rows).flatten(1, 2).unbind()
             return _attend(q, keys, values, mask).reshape(rows, -1)
 
-        given = torch.tensor(tokens, device=device)
-        # One row in bf16 takes torch's own products half of oneDNN's time.
-        ONEDNN.enabled = USE_ONEDNN and not (rows == 1 and weights.dtype is torch.bfloat16)
+        ids = torch.tensor(tokens, device=device)
+        # One row in bf16 takes torch's native matmuls half of oneDNN's time.
+        one_row = rows == 1 and weights.dtype is torch.bfloat16
+        torch.backends.mkldnn.enabled = USE_ONEDNN and not one_row  # type: ignore[assignment]
         try:
-            out = weights.forward(given, turns, attend, whole=False)
-            return weights.logits(out, whole=False)
+            out = weights.forward(ids, rotations, attend, exact=False)
+            return weights.logits(out, exact=False)
         finally:
-            ONEDNN.enabled = USE_ONEDNN
+            torch.backends.mkldnn.enabled = USE_ONEDNN  # type: ignore[assignment]
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Free a row; the last one moves there."""
         last = self.lengths.pop()
         if row < (end := len(self.lengths)):
             self.lengths[row] = last
             for cache in self.caches:
                 cache[:, row, :, :last] = cache[:, end, :, :last]
-        if not self.lengths:  # one long request would hold its room for as long as we serve
+        if not self.lengths:  # else one long request would hold its memory for as long as we serve
             self.caches = []
 
     def _reserve(self) -> None:
-        """Make room for the rows as they are now."""
+        """Grow the caches to the rows and their lengths."""
         rows, length = len(self.lengths), max(self.lengths)
-        held_rows, held = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
-        if rows <= held_rows and length <= held:
+        old_rows, old_length = self.caches[0].shape[1:4:2] if self.caches else (0, 0)
+        if rows <= old_rows and length <= old_length:
             return
-        more = held_rows if rows <= held_rows else max(rows, 2 * held_rows)
-        positions = held if length <= held else max(length + ROOM, held * 3 // 2)
-        shape = (2, more, self.weights.kv, positions, self.weights.width)
+        new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        enough = length <= old_length
+        new_length = old_length if enough else max(length + GROWTH, old_length * 3 // 2)
+        shape = (2, new_rows, self.weights.kv, new_length, self.weights.width)
         for index in range(len(self.weights.layers)):
             # Zeros, because what the mask hides is still multiplied, by 0.
-            cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.turns.device)
-            if held:
-                cache[:, :held_rows, :, :held] = self.caches[index]
+            cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.rotations.device)
+            if old_length:
+                cache[:, :old_rows, :, :old_length] = self.caches[index]
             self.caches[index : index + 1] = [cache]
-        if positions > len(self.turns):
-            self.turns = self.weights.rotations(positions)
+        if new_length > len(self.rotations):
+            self.rotations = self.weights.rotations(new_length)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -321,5 +358,5 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     if q.dtype is torch.float32:  # so few queries that a fused kernel's start costs more
         scores = torch.bmm(q, keys.mT) if mask is None else torch.baddbmm(mask, q, keys.mT)
         return torch.bmm(scores.softmax(-1), values)
-    shown = None if mask is None else mask[:, None]
-    return sdpa(q[:, None], keys[:, None], values[:, None], shown, scale=1.0).squeeze(1)
+    by_head = None if mask is None else mask[:, None]
+    return sdpa(q[:, None], keys[:, None], values[:, None], by_head, scale=1.0).squeeze(1)

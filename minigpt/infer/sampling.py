@@ -1,4 +1,4 @@
-"""How tokens are chosen: from the logits of a step to one token per request."""
+"""Sampling: from the logits of a step to one token for each request."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 
-FEW = 1024  # tokens that are tried before all are put in order
+PARTIAL_SORT = 1024  # likeliest tokens that are sorted first, before all are
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when to stop.
+    """How the tokens of a reply are drawn, and when it ends.
 
     Args:
         max_new_tokens: length of the longest reply; what the context has no room for is cut.
         temperature: 0 takes the likeliest token.
-        top_k: choose among so many tokens; 0 for all.
-        top_p: choose among the likeliest tokens that hold this share of the probability.
-        seed: of the request's own random generator.
+        top_k: draw from so many of the likeliest tokens; 0 for all.
+        top_p: draw from the likeliest tokens that hold this share of the probability.
+        seed: of the random generator, of which each request has one.
         min_p: leave out tokens less likely than this share of the likeliest one.
-        repetition_penalty: divides the positive logits of tokens that were already there, prompt
+        repetition_penalty: divides the positive logits of tokens that occurred before, prompt
             included, and multiplies the negative ones; 1 changes nothing.
         stop: texts that end the reply; it holds none of them.
-        logprobs: tell each token's log-prob and those of so many likeliest ones; None for none.
+        logprobs: return each token's log-prob and those of so many likeliest ones; None for none.
     """
 
     max_new_tokens: int = 64
@@ -52,22 +52,22 @@ class Sampling:
             "a stop text must not be empty": all(self.stop),
             "logprobs must be at least 0": self.logprobs is None or self.logprobs >= 0,
         }
-        for rule, kept in rules.items():
-            if not kept:
+        for rule, holds in rules.items():
+            if not holds:
                 value = getattr(self, rule.split()[0], '""')
                 raise ConfigError(f"sampling: {rule}, but is {value}.")
 
     @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is taken as the model has it."""
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, by the model's own logits."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
-class Chooser:
-    """Chooses one request's tokens, with a random generator of its own.
+class Sampler:
+    """Draws the tokens of one request, with its own random generator.
 
     Args:
-        sampling: how.
+        sampling: temperature, filters, penalty and seed.
         prompt: ids that the repetition penalty counts as seen.
     """
 
@@ -76,31 +76,33 @@ class Chooser:
         self.generator = torch.Generator().manual_seed(sampling.seed % 2**63)
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else None
 
-    def choose(self, logits: Tensor) -> int:
+    def sample(self, logits: Tensor) -> int:
         """Return the next token from its logits [V], in fp32 and on the CPU."""
         if self.seen is not None:
             logits = self._penalised(logits, self.seen)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
-            kept = filtered(logits, self.sampling)
+            probabilities = filtered(logits, self.sampling).softmax(-1)
             # In the order of the ids: one of the likeliest logits, off in its last digit, must
             # not change which random number belongs to which token.
-            token = int(torch.multinomial(kept.softmax(-1), 1, generator=self.generator))
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         if self.seen is not None:
             self.seen.add(token)
         return token
 
     def _penalised(self, logits: Tensor, seen: set[int]) -> Tensor:
-        at = torch.tensor(sorted(seen))
-        values, penalty = logits[at], self.sampling.repetition_penalty
-        return logits.index_put((at,), torch.where(values > 0, values / penalty, values * penalty))
+        ids = torch.tensor(sorted(seen))
+        values = logits[ids]
+        penalty = self.sampling.repetition_penalty
+        penalised = torch.where(values > 0, values / penalty, values * penalty)
+        return logits.index_put((ids,), penalised)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return logits [V] over the temperature, with -inf where a token may not be chosen."""
+    """Return logits [V] over the temperature, with -inf where a token may not be drawn."""
     scaled = (logits - logits.max()) / sampling.temperature
-    cut = scaled.new_tensor(-math.inf)  # every filter keeps the tokens from some logit on
+    cut = scaled.new_tensor(-math.inf)  # each filter keeps the tokens from a certain logit on
     if sampling.top_k or sampling.top_p < 1:
         cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)
     if sampling.min_p > 0:
@@ -111,12 +113,12 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
     """Return the least of the logits [V] that top_k and top_p keep.
 
-    A few tokens mostly hold top_p, and to put a whole vocabulary in order takes long.
+    A few tokens mostly hold top_p, and sorting all of a vocabulary takes long.
     """
-    every = top_k >= len(scaled)
-    best = scaled.topk(min(FEW, len(scaled)) if every else top_k).values
-    total = (scaled if every else best).logsumexp(-1)
-    if every and (best - total).exp().sum() <= top_p:
+    without_k = top_k >= len(scaled)
+    best = scaled.topk(min(PARTIAL_SORT, len(scaled)) if without_k else top_k).values
+    total = (scaled if without_k else best).logsumexp(-1)
+    if without_k and (best - total).exp().sum() <= top_p:
         best = scaled.sort(descending=True).values
     if top_p == 1:
         return best[-1]
@@ -124,13 +126,13 @@ def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
     return best[int((before < top_p).sum())]
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Return each request's next token from logits [B, V]."""
     tokens: list[int] = logits.argmax(-1).tolist()
-    if all(chooser.sampling.plain for chooser in choosers):
+    if all(sampler.sampling.greedy for sampler in samplers):
         return tokens
     rows = logits.float().cpu()
     return [
-        token if chooser.sampling.plain else chooser.choose(row)
-        for token, row, chooser in zip(tokens, rows, choosers, strict=True)
+        token if sampler.sampling.greedy else sampler.sample(row)
+        for token, row, sampler in zip(tokens, rows, samplers, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Tokens become text: whole characters only, and nothing that may still be a stop text."""
+"""Tokens become text: complete characters only, and nothing that may still be a stop text."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no cha
 
 
 class StopTexts:
-    """Lets text pass up to a stop text, and holds back what may become one.
+    """Releases text up to a stop text, and holds back what may become one.
 
     Args:
         stop: texts that end the reply.
 
     Attributes:
-        stopped: whether a stop text has come; what passed ends before it.
+        stopped: whether a stop text has come; the released text ends before it.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self.stop, self.stopped, self._held = tuple(stop), False, ""
+        self.stop = tuple(stop)
+        self.stopped = False
+        self._pending = ""
 
     def add(self, text: str) -> str:
         """Take more text; return what is certain now."""
-        self._held += text
-        places = [at for stop in self.stop if (at := self._held.find(stop)) >= 0]
-        if self.stopped or places:
-            out = "" if self.stopped else self._held[: min(places)]
-            self.stopped, self._held = True, ""
-            return out
-        held = max((_overlap(self._held, stop) for stop in self.stop), default=0)
-        cut = len(self._held) - held
-        out, self._held = self._held[:cut], self._held[cut:]
-        return out
+        self._pending += text
+        positions = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
+        if self.stopped or positions:
+            released = "" if self.stopped else self._pending[: min(positions)]
+            self.stopped = True
+            self._pending = ""
+            return released
+        overlap = max((_overlap(self._pending, stop) for stop in self.stop), default=0)
+        end = len(self._pending) - overlap
+        released, self._pending = self._pending[:end], self._pending[end:]
+        return released
 
     def end(self) -> str:
         """Return what was held back, when no more text comes."""
-        out, self._held = self._held, ""
-        return out
+        released, self._pending = self._pending, ""
+        return released
 
 
 class TextStream:
@@ -49,15 +52,18 @@ class TextStream:
         stop: texts that end the reply.
 
     Attributes:
-        came, passed: how many characters have come, and how many of them `add` let out.
+        decoded: characters of the text so far.
+        released: characters of it that `add` has returned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
-        self.backend, self._stops = tokenizer.backend_tokenizer, StopTexts(stop)
-        self.came = self.passed = 0
-        self._ids: list[int] = []  # of the window that is still decoded
-        self._known = 0  # how many of them were there when the window's text was last whole
-        self._taken = 0  # characters of the window's text that were taken
+        self.backend = tokenizer.backend_tokenizer
+        self.decoded = 0
+        self.released = 0
+        self._stops = StopTexts(stop)
+        self._ids: list[int] = []  # the last tokens, which are decoded together
+        self._prefix_ids = 0  # how many of them come before the last complete character
+        self._prefix_chars = 0  # characters of their text that were taken before
 
     @property
     def stopped(self) -> bool:
@@ -68,23 +74,26 @@ class TextStream:
         """Take a token; return the text that is certain now."""
         self._ids.append(token)
         text = self.backend.decode(self._ids)
-        whole = text.rstrip(UNFINISHED)
-        out = self._take(whole)
-        if whole == text:  # the last tokens stay: some decoders write a first token otherwise
-            self._ids = self._ids[self._known :]
-            self._known, self._taken = len(self._ids), len(self.backend.decode(self._ids))
-        return out
+        complete = text.rstrip(UNFINISHED)
+        released = self._take(complete)
+        if complete == text:
+            # The last tokens stay, because some decoders write a first token in another way.
+            self._ids = self._ids[self._prefix_ids :]
+            self._prefix_ids = len(self._ids)
+            self._prefix_chars = len(self.backend.decode(self._ids))
+        return released
 
     def end(self) -> str:
         """Return what was held back, when no more tokens come."""
         return self._take(self.backend.decode(self._ids)) + self._stops.end()
 
     def _take(self, text: str) -> str:
-        new = text[self._taken :]
-        self._taken = max(self._taken, len(text))
-        out = self._stops.add(new)
-        self.came, self.passed = self.came + len(new), self.passed + len(out)
-        return out
+        new = text[self._prefix_chars :]
+        self._prefix_chars = max(self._prefix_chars, len(text))
+        released = self._stops.add(new)
+        self.decoded += len(new)
+        self.released += len(released)
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -94,15 +103,16 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Pieces:
-    """What single tokens of a tokenizer's vocabulary stand for."""
+    """The text and the bytes of single tokens of a vocabulary."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
-        # A byte-level vocabulary writes each byte as a character; these are as they are.
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in shown]
-        letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
-        self._letters = letters if "ByteLevel" in str(self.backend.decoder) else {}
+        # A byte-level vocabulary writes each byte as a character; these stand for themselves.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        bytes_of = {chr(byte): byte for byte in printable}
+        bytes_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+        self._bytes_of = bytes_of if "ByteLevel" in str(self.backend.decoder) else {}
 
     def text(self, token: int) -> str:
         """Return a token's text; bytes that are no character are replaced."""
@@ -110,9 +120,9 @@ class Pieces:
 
     def bytes(self, token: int) -> list[int]:
         """Return the UTF-8 bytes that a token stands for."""
-        written = self.backend.id_to_token(token) or ""
-        if all(char in self._letters for char in written):
-            return [self._letters[char] for char in written]
-        if written.startswith("<0x") and written.endswith(">"):
-            return [int(written[3:-1], 16)]
+        piece = self.backend.id_to_token(token) or ""
+        if all(char in self._bytes_of for char in piece):
+            return [self._bytes_of[char] for char in piece]
+        if piece.startswith("<0x") and piece.endswith(">"):
+            return [int(piece[3:-1], 16)]
         return list(self.text(token).encode())

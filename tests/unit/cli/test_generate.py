@@ -134,7 +134,7 @@ def test_rows_are_printed_as_they_are_done(
 ) -> None:
     rows = [{"prompt": text} for text in ("the cat and a dog", "a log", "rain")]
     tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", rows)
-    monkeypatch.setattr("minigpt.infer.engine.BATCH", (1, 1))
+    monkeypatch.setattr("minigpt.infer.engine.SLOTS", {"cpu": 1})
     ended, step = [], ContinuousBatch.step
 
     def interrupted(self: ContinuousBatch) -> list[Delta]:
@@ -158,7 +158,7 @@ def test_replies_come_in_order_whatever_ends_first(
     prompts = ["the cat " * n for n in (9, 1, 5, 2, 7)]
     how = [Sampling(n) for n in (1, 9, 2, 6, 3)]
     wanted = engine.complete(prompts, how)
-    monkeypatch.setattr("minigpt.infer.engine.BATCH", (2, 2))
+    monkeypatch.setattr("minigpt.infer.engine.SLOTS", {"cpu": 2})
     assert list(engine.replies(prompts, how)) == wanted
     assert not engine.complete([], Sampling())
 

@@ -269,7 +269,7 @@ def test_what_a_path_stands_for(exported: Path, trained: Path, tmp_path: Path) -
 @pytest.mark.parametrize("size", [0, 3, 20, 3000, -2000])
 def test_damaged_files(exported: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "bad.gguf").write_bytes((exported / "sft-f32.gguf").read_bytes()[:size])
-    with pytest.raises(ModelError, match=r"bad.gguf is no whole GGUF file: .*Export it again"):
+    with pytest.raises(ModelError, match=r"bad.gguf is no complete GGUF file: .*Export it again"):
         Gguf(tmp_path / "bad.gguf")
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from minigpt.errors import ConfigError
-from minigpt.infer.sampling import FEW, Chooser, Sampling, choose, filtered
+from minigpt.infer.sampling import PARTIAL_SORT, Sampler, Sampling, filtered, sample
 
 
 @given(
@@ -41,14 +41,14 @@ def test_filters_are_those_of_transformers(
 
 
 def ordered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
-    """Return how many of 5,000 logits were put in order to choose a token."""
+    """Return how many of 5,000 logits were sorted to draw a token."""
     sizes = [0]
     topk, sort = torch.Tensor.topk, torch.Tensor.sort
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "topk", lambda x, k: sizes.append(k) or topk(x, k))
         patch.setattr(torch.Tensor, "sort", lambda x, **k: sizes.append(len(x)) or sort(x, **k))
         logits = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
-        Chooser(Sampling(1, changes.pop("temperature", 1.0), **changes), []).choose(logits)
+        Sampler(Sampling(1, changes.pop("temperature", 1.0), **changes), []).sample(logits)
     return max(sizes)
 
 
@@ -56,7 +56,7 @@ def test_no_more_tokens_are_put_in_order_than_needed(monkeypatch: pytest.MonkeyP
     assert ordered(monkeypatch) == 0
     assert ordered(monkeypatch, min_p=0.1) == 0
     assert ordered(monkeypatch, top_k=7, top_p=0.9) == 7
-    assert ordered(monkeypatch, top_p=0.5) == FEW
+    assert ordered(monkeypatch, top_p=0.5) == PARTIAL_SORT
     assert ordered(monkeypatch, top_p=0.9, temperature=9.0) == 5000
 
 
@@ -71,20 +71,20 @@ def test_few_tokens_cut_where_all_would(seed: int, top_p: float) -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    chooser = Chooser(Sampling(1, temperature=1.0), [])
-    counts = torch.bincount(torch.tensor([chooser.choose(logits) for _ in range(4000)]))
+    sampler = Sampler(Sampling(1, temperature=1.0), [])
+    counts = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(4000)]))
     torch.testing.assert_close(counts / 4000, logits.softmax(-1), atol=0.03, rtol=0)
 
 
 def test_a_tiny_temperature_is_greedy_and_a_seed_may_be_any_number() -> None:
     logits = torch.tensor([1e3, 1e3 - 1e-2, -1e3])
-    assert Chooser(Sampling(1, temperature=1e-38, seed=-(2**70)), []).choose(logits) == 0
+    assert Sampler(Sampling(1, temperature=1e-38, seed=-(2**70)), []).sample(logits) == 0
 
 
 def test_each_row_is_chosen_its_own_way() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9], [0.0, 5.0, 4.9]])
     how = (Sampling(), Sampling(repetition_penalty=2.0))
-    assert choose(logits, [Chooser(sampling, [1]) for sampling in how]) == [1, 2]
+    assert sample(logits, [Sampler(sampling, [1]) for sampling in how]) == [1, 2]
 
 
 @pytest.mark.parametrize(
