@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from minigpt.data.formats import watch_reads
+
 _open: list[Callable[[float, float], None]] = []
 
 
@@ -13,20 +15,29 @@ _open: list[Callable[[float, float], None]] = []
 def shown(what: str, printing: bool = False) -> Iterator[None]:
     """Show a bar while the work inside lasts, and leave no trace of it.
 
+    Reading data files moves it by itself; other work calls `step`.
+
     Args:
-        what: is done.
-        printing: the work prints as it goes; on a terminal that is progress enough.
+        what: the work, in words.
+        printing: whether the work prints as it goes; on a terminal that is progress enough.
     """
     if _open or not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
         yield
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     with Progress(
-        *(*columns, Elapsed()),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # what is printed meanwhile may go into a file
@@ -35,7 +46,8 @@ def shown(what: str, printing: bool = False) -> Iterator[None]:
         task = bar.add_task(what, total=None)
         _open.append(lambda done, total: bar.update(task, completed=done, total=total))
         try:
-            yield
+            with watch_reads(step):
+                yield
         finally:
             _open.pop()
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.cli.options import CommandParser, check_room, positive, writing
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.formats import BadRows, read_records, texts_of
 from minigpt.files import whole_directory
+from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
 
 MEASURED = 2000  # rows whose characters per token are reported
 TOKENIZER_FILES = {
-    *("tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
 }
 
 EXAMPLES = """examples:
@@ -37,13 +43,13 @@ def main(args: list[str]) -> None:
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
     train.add_argument("--data_limit", type=positive, help="use only the first rows")
     train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    chosen = parser.parse_args(args)
+    options = parser.parse_args(args)
     train_to(
-        Path(chosen.output_dir),
-        chosen.data_file,
-        chosen.vocab_size,
-        chosen.data_limit,
-        chosen.overwrite,
+        Path(options.output_dir),
+        options.data_file,
+        options.vocab_size,
+        options.data_limit,
+        options.overwrite,
     )
 
 
@@ -60,13 +66,19 @@ def train_to(
         ConfigError: when the directory holds one already and `overwrite` is false.
     """
     check_room(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
-    trained = tokenizers.train(files, vocab_size, limit)
+    with ExitStack() as merging:
+
+        def texts() -> Iterator[str]:
+            with shown("reading texts"):
+                yield from tokenizers.training_texts(files, limit)
+            merging.enter_context(shown("merging tokens"))
+
+        tokenizer = tokenizers.train_on(texts(), vocab_size)
     with writing(directory), whole_directory(directory) as partial:
-        tokenizers.save(trained, partial)
-    ratio = characters_per_token(
-        trained, files, MEASURED if limit is None else min(limit, MEASURED)
-    )
-    log.info("%d tokens, %.2f characters per token: %s", len(trained), ratio, directory)
+        tokenizers.save(tokenizer, partial)
+    rows = MEASURED if limit is None else min(limit, MEASURED)
+    ratio = characters_per_token(tokenizer, files, rows)
+    log.info("%d tokens, %.2f characters per token: %s", len(tokenizer), ratio, directory)
     return ratio
 
 
@@ -74,6 +86,7 @@ def characters_per_token(
     tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
 ) -> float:
     """Return how many characters a token stands for, over the first rows."""
-    texts = list(tokenizers.corpus(files, rows))
+    records = read_records(files, None, BadRows("skip"), rows)
+    texts = [text for record, _ in records for text in texts_of(record)]
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return sum(map(len, texts)) / max(1, sum(len(e.ids) for e in encoded))

@@ -19,15 +19,17 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from minigpt import progress
 from minigpt.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Kind = Literal["text", "chat", "preference"]
 
@@ -45,18 +47,18 @@ _ACCEPTED = {
     "{prompt}, {messages}, {conversations} or {instruction, input}",
     "prompt": "{prompt}, {messages} or {conversations}, {instruction, input}",
 }
-_READERS = {"chosen": "preference rows, for DPO", "text": "text rows, for pretraining"}
-_READERS |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
+_LOOKS_LIKE = {"chosen": "preference rows, for DPO", "text": "text rows, for pretraining"}
+_LOOKS_LIKE |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 # Fields that say more of a row or of a message than its text does.
-ROW_FIELDS = frozenset(("functions", "label", "tools", "weight"))
-MESSAGE_FIELDS = frozenset(("function_call", "reasoning_content", "tool_calls", "train", "weight"))
+_ROW_FIELDS = frozenset(("functions", "label", "tools", "weight"))
+_MESSAGE_FIELDS = frozenset(("function_call", "reasoning_content", "tool_calls", "train", "weight"))
 _UNUSED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset(), frozenset()),
-    "chat": (ROW_FIELDS, MESSAGE_FIELDS - {"train", "weight"}),
-    "preference": (ROW_FIELDS, MESSAGE_FIELDS),
+    "chat": (_ROW_FIELDS, _MESSAGE_FIELDS - {"train", "weight"}),
+    "preference": (_ROW_FIELDS, _MESSAGE_FIELDS),
 }
-_NOTHING: tuple[object, ...] = (None, "", [], {})  # values of fields that say nothing
+_EMPTY_VALUES: tuple[object, ...] = (None, "", [], {})
 _REMEDIES = {
     "answer_role": "Give each answer as a string or as one assistant message.",
     "bad_gzip": "Copy or compress it again.",
@@ -82,12 +84,13 @@ _REMEDIES = {
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 _DECODER = json.JSONDecoder()
 _BUFFER = 1 << 17  # bytes read at a time
+_PEEKED = 100  # rows that are looked at to guess a file's kind
 
 _Row = Mapping[str, object]
+_watchers: list[Callable[[int, int], None]] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One turn of a conversation.
 
     Attributes:
@@ -101,22 +104,19 @@ class Message:
     train: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """One document to pretrain on."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(NamedTuple):
     """One conversation with at least one assistant turn to train on."""
 
     messages: tuple[Message, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Preference:
+class Preference(NamedTuple):
     """A prompt that ends with a user message, a better answer and a worse one."""
 
     prompt: tuple[Message, ...]
@@ -124,8 +124,7 @@ class Preference:
     rejected: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a record was read: the file and its 1-based line, or item of a JSON array."""
 
     path: Path
@@ -195,38 +194,66 @@ class BadRows:
         return f"skipped {self.counts.total()} bad rows: {reasons}" if common else ""
 
 
+def read_records(
+    paths: Sequence[str | Path],
+    kind: Kind | None,
+    bad: BadRows,
+    limit: int | None = None,
+    special_tokens: Sequence[str] = (),
+) -> Iterator[tuple[Record, Source]]:
+    """Stream the records of the files, one file after the other, at most `limit` in all.
+
+    Args:
+        paths: the files.
+        kind: of all rows; None reads each row as the kind that its fields tell.
+        bad: decides what becomes of bad rows, and counts them.
+        limit: of records.
+        special_tokens: see `parse_row`.
+
+    Raises:
+        DataError: a file cannot be read or holds no rows, no row of all files can be used, or
+            `bad` does not let a row pass.
+    """
+    good = 0
+    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path))
+    for source, line, row in rows:
+        if limit is not None and good >= limit:
+            break
+        bad.seen += 1
+        row_kind = kind or kind_of(row)
+        try:
+            record = parse_row(row, row_kind, special_tokens)
+        except DataError as error:
+            bad.handle(error.at(source, line))
+            if bad.seen >= _CHECK_AFTER:
+                bad.check(bad.seen)
+        else:
+            bad.unused |= unused_fields(row, row_kind)
+            good += 1
+            yield record, Source(source, line)
+    bad.check(bad.seen)
+    if not good and limit != 0:
+        problem = f"no {kind or 'data'} row can be used; {bad.summary() or 'no files'}"
+        raise _error("no_rows", None, problem)
+
+
 def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Record:
     """Turn a decoded JSON row into a record, whose text or answers hold no special token.
 
     What system and user say may hold them: it is encoded so that they stay text.
 
     Raises:
-        DataError: the row does not fit; it names the field, and the caller adds the place.
+        DataError: the row does not fit; it names the field, and the caller adds file and line.
     """
-    parser, row = _Parser(special_tokens, kind), _object(row)
-    if kind != "text":
-        return parser.chat(row) if kind == "chat" else parser.preference(row)
+    parser = _RowParser(special_tokens, kind)
+    row = _object(row)
+    if kind == "chat":
+        return parser.chat(row)
+    if kind == "preference":
+        return parser.preference(row)
     if "text" not in row:
         raise _missing(row, kind)
-    return Text(parser.said(row["text"], "text"))
-
-
-def unused_fields(row: object, kind: Kind) -> set[str]:
-    """Return the fields of a decoded row that carry meaning, but are not used in training."""
-    of_rows, of_messages = _UNUSED[kind]
-    if not isinstance(row, dict) or not of_messages:
-        return set()
-    found = {name for name in of_rows & row.keys() if row[name] not in _NOTHING}
-    for value in row.values():
-        for message in value if isinstance(value, list) else [value]:
-            if isinstance(message, dict) and (named := of_messages & message.keys()):
-                found.update(name for name in named if message[name] not in _NOTHING)
-    return found
-
-
-def unused_problem(fields: Iterable[str]) -> str:
-    """Return what is said of a file with fields that are not used."""
-    return f"its rows have {', '.join(sorted(fields))}, of which training makes no use"
+    return Text(parser.text(row["text"], "text", "assistant"))
 
 
 def parse_prompt(row: object) -> tuple[Message, ...] | str:
@@ -235,14 +262,16 @@ def parse_prompt(row: object) -> tuple[Message, ...] | str:
     A string comes from ``{"prompt": str}`` alone; next to a ``"system"`` it is a user message.
 
     Raises:
-        DataError: the row does not fit; it names the field, and the caller adds the place.
+        DataError: the row does not fit; it names the field, and the caller adds file and line.
     """
-    parser, row = _Parser(), _object(row)
+    parser = _RowParser()
+    row = _object(row)
     if isinstance(row.get("prompt"), str) and not row.get("system"):
-        return parser.string(row["prompt"], "prompt")
-    if (key := _first_key(row)) is None:
+        return parser.text(row["prompt"], "prompt", "user")
+    key = _prompt_key(row)
+    if key is None:
         raise _missing(row, "prompt")
-    return _messages(parser.head(row, key), prompt=True)
+    return _messages(parser.opening(row, key), prompt=True)
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
@@ -262,45 +291,62 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def read_records(
-    paths: Sequence[str | Path],
-    kind: Kind,
-    bad: BadRows,
-    limit: int | None = None,
-    special_tokens: Sequence[str] = (),
-) -> Iterator[tuple[Record, Source]]:
-    """Stream the records of the files, one file after the other, at most `limit` in all.
-
-    Raises:
-        DataError: a file cannot be read or holds no rows, no row of all files can be used, or
-            `bad` does not let a row pass.
-    """
-    good = 0
-    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path))
-    for source, line, row in rows:
-        if limit is not None and good >= limit:
-            break
-        bad.seen += 1
-        try:
-            record = parse_row(row, kind, special_tokens)
-            bad.unused |= unused_fields(row, kind)
-        except DataError as error:
-            bad.handle(error.at(source, line))
-            if bad.seen >= _CHECK_AFTER:
-                bad.check(bad.seen)
-        else:
-            good += 1
-            yield record, Source(source, line)
-    bad.check(bad.seen)
-    if not good and limit != 0:
-        raise _error("no_rows", None, f"no {kind} row can be used; {bad.summary() or 'no files'}")
+def kind_of(row: object) -> Kind:
+    """Tell a decoded row's kind by its fields; "chat" is the default."""
+    if not isinstance(row, dict):
+        return "chat"
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return "preference"
+    return "text" if "text" in row and "messages" not in row else "chat"
 
 
-class _Parser:
-    """Reads rows; every string that gets into a record passes through `string`."""
+def guess_kind(path: Path) -> Kind:
+    """Tell a file's kind by its first object; "chat" is the default."""
+    rows = (row for _, row in islice(scan_rows(path), _PEEKED))
+    return kind_of(next((row for row in rows if isinstance(row, dict)), None))
+
+
+def texts_of(record: Record) -> tuple[str, ...]:
+    """Return the text of a document, or of each message of a chat or preference."""
+    if isinstance(record, Text):
+        return (record.text,)
+    return tuple([message.content for message in messages_of(record)])
+
+
+def messages_of(record: Chat | Preference) -> tuple[Message, ...]:
+    """Return the messages of a chat, or a preference's prompt and then both answers."""
+    if isinstance(record, Chat):
+        return record.messages
+    return (*record.prompt, record.chosen, record.rejected)
+
+
+def unused_fields(row: object, kind: Kind) -> set[str]:
+    """Return the fields of a good row that carry meaning, but are not used in training."""
+    of_rows, of_messages = _UNUSED[kind]
+    if not isinstance(row, dict) or not of_messages:
+        return set()
+    named = {name for name in of_rows & row.keys() if row[name] not in _EMPTY_VALUES}
+    for value in row.values():
+        if isinstance(value, str):
+            continue
+        for message in value if isinstance(value, list) else (value,):
+            if isinstance(message, dict) and len(message) > 2:  # more than role and content
+                fields = of_messages & message.keys()
+                named.update(name for name in fields if message[name] not in _EMPTY_VALUES)
+    return named
+
+
+def unused_problem(fields: Iterable[str]) -> str:
+    """Return what is said of a file with fields that are not used."""
+    return f"its rows have {', '.join(sorted(fields))}, of which training makes no use"
+
+
+class _RowParser:
+    """Reads rows; every string that gets into a record passes through `fault`."""
 
     def __init__(self, special_tokens: Sequence[str] = (), kind: Kind | None = None) -> None:
-        self.special_tokens, self.kind = special_tokens, kind
+        self.special_tokens = special_tokens
+        self.kind = kind
 
     def chat(self, row: _Row) -> Chat:
         for key, answer in _CHAT_KEYS.items():
@@ -308,34 +354,41 @@ class _Parser:
                 break
         else:
             raise _missing(row, "chat")
-        turns = self.head(row, key)
+        turns = self.opening(row, key)
         if answer:
             _messages(turns, prompt=True)
             turns += self.turns(row[answer], answer, "assistant")
         elif turns[-1][1].role == "user" and "chosen" in row:
             raise _missing(row, "chat")  # the answers are outside the messages
         messages = _messages(turns, prompt=False)
-        if not any(message.train for message in messages if message.role == "assistant"):
-            raise _error("no_targets", answer or key, "no answer is to be learnt")
-        return Chat(messages)
+        for message in messages:
+            if message.role == "assistant" and message.train:
+                return Chat(messages)
+        raise _error("no_targets", answer or key, "no answer is to be learnt")
 
     def preference(self, row: _Row) -> Preference:
         if row.get("chosen") is None or row.get("rejected") is None:
             raise _missing(row, "preference")
         chosen = self.turns(row["chosen"], "chosen", "assistant")
         rejected = self.turns(row["rejected"], "rejected", "assistant")
-        if (key := _first_key(row)) is None and len(chosen) == 1:
+        key = _prompt_key(row)
+        if key is None and len(chosen) == 1:
             raise _missing(row, "preference")
-        prompt = _messages(self.head(row, key) + ([] if key else chosen[:-1]), prompt=True)
-        good, worse = _answer(chosen, prompt), _answer(rejected, prompt)
-        if good == worse:
+        opening = self.opening(row, key)
+        prompt = _messages(opening if key else opening + chosen[:-1], prompt=True)
+        better = _answer(chosen, prompt)
+        worse = _answer(rejected, prompt)
+        if better == worse:
             raise _error("same_answers", "rejected", "the answer equals 'chosen'")
-        return Preference(prompt, good, worse)
+        return Preference(prompt, better, worse)
 
-    def head(self, row: _Row, key: str | None) -> list[_Turn]:
+    def opening(self, row: _Row, key: str | None) -> list[_Turn]:
         """Read the row's own system message, if it has one, and what is under `key`."""
-        system = self.string(row.get("system") or "", "system", blank=True)
-        turns = [("system", Message("system", system))] if system.strip() else []
+        turns: list[_Turn] = []
+        if row.get("system"):
+            system = self.text(row["system"], "system", "system")
+            if system.strip():
+                turns.append(("system", Message("system", system)))
         if key == "instruction":
             return turns + self.alpaca(row)
         role = "user" if key == "prompt" else ""
@@ -351,108 +404,116 @@ class _Parser:
                 raise _wrong_type(pair, "a list of a question and an answer", f"history[{i}]")
             turns += self.turns(pair[0], f"history[{i}][0]", "user")
             turns += self.turns(pair[1], f"history[{i}][1]", "assistant")
-        parts = (self.string(row.get(k) or "", k, blank=True) for k in ("instruction", "input"))
+        parts = [self.text(row.get(k) or "", k, "system") for k in ("instruction", "input")]
         content = "\n".join(part for part in parts if part.strip())
         return turns + self.turns(content, "instruction", "user")
 
-    def turns(self, value: object, place: str, role: str) -> list[_Turn]:
-        """Read messages, a single one, or the plain string of one whose `role` is known."""
+    def turns(self, value: object, field: str, role: str) -> list[_Turn]:
+        """Read messages, a single one, or a plain string if that has a `role`."""
         if role and isinstance(value, str):
-            return [(place, Message(role, self.content(value, place, role)))]
+            return [(field, Message(role, self.text(value, field, role)))]
         if isinstance(value, dict):
-            return [self.message(value, place)]
+            return [self.message(value, field)]
         if not isinstance(value, list):
-            raise _wrong_type(value, "a string or a list" if role else "a list of messages", place)
-        turns = [self.message(item, f"{place}[{i}]") for i, item in enumerate(value)]
+            raise _wrong_type(value, "a string or a list" if role else "a list of messages", field)
+        turns = [self.message(item, f"{field}[{i}]") for i, item in enumerate(value)]
         if turns and not turns[0][1].content.strip():
             del turns[0]  # an empty system message, as exports write where there is none
         if not turns:
-            raise _error("no_messages", place, "holds no messages")
+            raise _error("no_messages", field, "holds no messages")
         return turns
 
-    def message(self, value: object, place: str) -> _Turn:
+    def message(self, value: object, field: str) -> _Turn:
         if not isinstance(value, dict):
-            raise _wrong_type(value, "a message object", place)
+            raise _wrong_type(value, "a message object", field)
         role_key = "role" if "role" in value else "from"
         content_key = "content" if "content" in value else "value"
         if role_key not in value or content_key not in value:
             problem = (
                 f"a message needs {{role, content}} or {{from, value}}; it has {list(value)!r:.99}"
             )
-            raise _error("missing_key", place, problem)
-        message_place, content_place = place, f"{place}.{content_key}"
-        place, role = f"{place}.{role_key}", value[role_key]
-        if not isinstance(role, str):
-            raise _wrong_type(role, "a string", place)
-        if role not in ROLES:
-            reason = "tool_role" if role in _TOOL_ROLES else "unknown_role"
-            raise _error(reason, place, f"role {role!r:.40} is not supported")
-        content = _joined(value[content_key], content_place)
-        content = self.content(content, content_place, ROLES[role])
-        learnt = self.kind == "chat" and ROLES[role] == "assistant"
-        train = not learnt or _is_trained(value, message_place)
-        return place, Message(ROLES[role], content, train)
+            raise _error("missing_key", field, problem)
+        role = value[role_key]
+        role = ROLES.get(role) if isinstance(role, str) else None
+        if role is None:
+            raise _bad_role(value[role_key], f"{field}.{role_key}")
+        content = value[content_key]
+        if isinstance(content, list):
+            content = _joined_parts(content, f"{field}.{content_key}")
+        fault = self.fault(content, role)
+        if fault:
+            raise _error(fault[0], f"{field}.{content_key}", fault[1])
+        if len(value) == 2 or role != "assistant" or self.kind != "chat":
+            return f"{field}.{role_key}", Message(role, content)
+        return f"{field}.{role_key}", Message(role, content, _is_trained(value, field))
 
-    def content(self, value: object, place: str, role: str) -> str:
-        if role == "assistant":
-            return self.said(value, place)
-        return self.string(value, place, blank=role == "system")
+    def text(self, value: object, field: str, role: str) -> str:
+        fault = self.fault(value, role)
+        if fault:
+            raise _error(fault[0], field, fault[1])
+        return cast(str, value)
 
-    def said(self, value: object, place: str) -> str:
-        """Read what the model is trained to say."""
-        text = self.string(value, place)
-        for token in self.special_tokens:
-            if token and token in text:
-                raise _error("special_token", place, f"holds the special token {token!r}")
-        return text
-
-    def string(self, value: object, place: str, *, blank: bool = False) -> str:
+    def fault(self, value: object, role: str) -> tuple[str, str] | None:
+        """Return what is wrong with a text that a role says: the reason and the problem."""
         if not isinstance(value, str):
-            raise _wrong_type(value, "a string", place)
-        if not blank and (not value or value.isspace()):
-            raise _error("empty", place, "is empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            problem = f"character {error.start + 1} is a lone surrogate, half of a character"
-            raise _error("lone_surrogate", place, problem) from None
-        return value
+            return "wrong_type", _type_problem(value, "a string")
+        if role != "system" and (not value or value.isspace()):
+            return "empty", "is empty"
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                problem = f"character {error.start + 1} is a lone surrogate, half of a character"
+                return "lone_surrogate", problem
+        if role == "assistant":  # what the model is trained to say
+            for token in self.special_tokens:
+                if token and token in value:
+                    return "special_token", f"holds the special token {token!r}"
+        return None
 
 
-def _error(reason: str, place: str | None, problem: str, remedy: str | None = None) -> DataError:
+def _error(reason: str, field: str | None, problem: str, remedy: str | None = None) -> DataError:
     remedy = remedy or _REMEDIES.get(reason)
-    return DataError(problem, field=place, remedy=remedy, reason=reason)
+    return DataError(problem, field=field, remedy=remedy, reason=reason)
 
 
-def _wrong_type(value: object, wanted: str, place: str | None) -> DataError:
-    given = _TYPES.get(type(value), "a number")
-    return _error("wrong_type", place, f"must be {wanted}, not {given}")
+def _wrong_type(value: object, expected: str, field: str | None) -> DataError:
+    return _error("wrong_type", field, _type_problem(value, expected))
 
 
-def _joined(content: object, place: str) -> object:
+def _type_problem(value: object, expected: str) -> str:
+    return f"must be {expected}, not {_TYPES.get(type(value), 'a number')}"
+
+
+def _bad_role(value: object, field: str) -> DataError:
+    if not isinstance(value, str):
+        return _wrong_type(value, "a string", field)
+    reason = "tool_role" if value in _TOOL_ROLES else "unknown_role"
+    return _error(reason, field, f"role {value!r:.40} is not supported")
+
+
+def _joined_parts(content: list[object], field: str) -> str:
     """Return what a message says where it comes as a list of parts, all of them text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
+    texts: list[str] = []
     for i, part in enumerate(content):
         if not isinstance(part, dict):
-            raise _wrong_type(part, "a part with a type", f"{place}[{i}]")
+            raise _wrong_type(part, "a part with a type", f"{field}[{i}]")
         if part.get("type") != "text":
             problem = f"parts of type {part.get('type')!r:.40} are not supported"
-            raise _error("part_type", f"{place}[{i}].type", problem)
+            raise _error("part_type", f"{field}[{i}].type", problem)
         if not isinstance(part.get("text"), str):
-            raise _wrong_type(part.get("text"), "a string", f"{place}[{i}].text")
+            raise _wrong_type(part.get("text"), "a string", f"{field}[{i}].text")
         texts.append(part["text"])
     return "".join(texts)
 
 
-def _is_trained(message: _Row, place: str) -> bool:
+def _is_trained(message: _Row, field: str) -> bool:
     """Whether an answer is to be learnt: null stands for no field, as in columns of tables."""
     weight, train = message.get("weight"), message.get("train")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise _error("weight", f"{place}.weight", f"must be 0 or 1, not {weight!r:.40}")
+        raise _error("weight", f"{field}.weight", f"must be 0 or 1, not {weight!r:.40}")
     if train is not None and not isinstance(train, bool):
-        raise _error("weight", f"{place}.train", f"must be true or false, not {train!r:.40}")
+        raise _error("weight", f"{field}.train", f"must be true or false, not {train!r:.40}")
     return weight != 0 and train is not False
 
 
@@ -464,13 +525,13 @@ def _object(row: object) -> _Row:
     return row
 
 
-def _first_key(row: _Row) -> str | None:
+def _prompt_key(row: _Row) -> str | None:
     return next((key for key in _PROMPT_KEYS if row.get(key) is not None), None)
 
 
 def _missing(row: _Row, kind: str) -> DataError:
-    reader = next((reader for key, reader in _READERS.items() if key in row), kind)
-    hint = "" if reader.startswith(kind) else f"This looks like {reader}. "
+    likely = next((rows for key, rows in _LOOKS_LIKE.items() if key in row), kind)
+    hint = "" if likely.startswith(kind) else f"This looks like {likely}. "
     remedy = f"{hint}Accepted are {_ACCEPTED[kind]}."
     return _error("missing_key", None, f"not a {kind} row: its keys are {list(row)!r:.200}", remedy)
 
@@ -478,24 +539,24 @@ def _missing(row: _Row, kind: str) -> DataError:
 def _messages(turns: Sequence[_Turn], *, prompt: bool) -> tuple[Message, ...]:
     """Check the order of the roles and, of a prompt, that the user has the last word."""
     body = turns[1:] if turns and turns[0][1].role == "system" else turns
-    for (place, message), expected in zip(body, cycle(("user", "assistant")), strict=False):
+    for (role_field, message), expected in zip(body, cycle(("user", "assistant")), strict=False):
         if message.role != expected:
             problem = f"the role is {message.role!r} where {expected!r} must come"
-            raise _error("role_order", place, problem)
-    place = turns[-1][0]
+            raise _error("role_order", role_field, problem)
+    field = turns[-1][0]
     if not body:
-        raise _error("no_messages", place, "there are no messages but the system's")
+        raise _error("no_messages", field, "there are no messages but the system's")
     if prompt and body[-1][1].role != "user":
-        raise _error("prompt_end", place, "a prompt must end with a user message")
+        raise _error("prompt_end", field, "a prompt must end with a user message")
     if not prompt and len(body) == 1:
-        raise _error("no_assistant", place, "there is no assistant message to learn from")
+        raise _error("no_assistant", field, "there is no assistant message to learn from")
     return tuple(message for _, message in turns)
 
 
 def _answer(turns: Sequence[_Turn], prompt: tuple[Message, ...]) -> Message:
     *before, answer = (message for _, message in turns)
-    unsaid = prompt[1:] if prompt[0].role == "system" else prompt
-    if before and tuple(before) not in (prompt, unsaid):
+    without_system = prompt[1:] if prompt[0].role == "system" else prompt
+    if before and tuple(before) not in (prompt, without_system):
         problem = "must be one answer, alone or after exactly the messages of the prompt"
         raise _error("prompt_mismatch", turns[0][0].partition("[")[0], problem)
     if answer.role != "assistant":
@@ -533,22 +594,33 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise _error(reason, None, f"cannot be read: {error.strerror}").at(path) from None
 
 
-class _Told(io.FileIO):
-    """A file that tells how much of it has been read."""
+@contextmanager
+def watch_reads(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Report, while inside, how many bytes of a data file have been read, and its size."""
+    _watchers.append(report)
+    try:
+        yield
+    finally:
+        _watchers.pop()
 
-    done = 0  # a pipe cannot be asked where it is
 
-    def readinto(self, buffer: Any) -> int | None:
-        read = super().readinto(buffer)
-        self.done += read or 0
-        progress.step(self.done, os.fstat(self.fileno()).st_size)
-        return read
+class _WatchedFile(io.FileIO):
+    """A file that reports each read to the last of `_watchers`."""
+
+    bytes_read = 0  # counted here, because a pipe has no position
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        count = super().readinto(buffer)
+        self.bytes_read += count or 0
+        if _watchers:
+            _watchers[-1](self.bytes_read, os.fstat(self.fileno()).st_size)
+        return count
 
 
 @contextmanager
 def open_data(path: Path) -> Iterator[IO[bytes]]:
     """Open a plain or gzipped file."""
-    with io.BufferedReader(_Told(path), _BUFFER) as raw:
+    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
         zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
         yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 
@@ -559,8 +631,8 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
         data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
         if not rows and data.lstrip().startswith(b"["):
             items = _decode(data + stream.read(), line)
-            if isinstance(items, DataError):
-                raise items
+            if not isinstance(items, list):
+                raise cast(DataError, items)
             rows = len(items)
             yield from enumerate(items, 1)
         elif data.strip():
@@ -570,7 +642,7 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
         raise _error("no_rows", None, "the file holds no rows")
 
 
-def _decode(data: bytes, line: int) -> Any:
+def _decode(data: bytes, line: int) -> object:
     """Decode JSON that starts at `line` of its file; return the error if it cannot be."""
     reason, remedy = "bad_json", _REMEDIES["bad_json"]
     try:
@@ -578,8 +650,8 @@ def _decode(data: bytes, line: int) -> Any:
         if text.startswith("{"):  # `loads` takes half as long again
             value, end = _DECODER.raw_decode(text)
             if end == len(text):
-                return value
-        return json.loads(text)
+                return cast(object, value)
+        return cast(object, json.loads(text))
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         byte = error.start - data.rfind(b"\n", 0, error.start)

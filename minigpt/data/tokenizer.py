@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigpt.data.formats import iter_rows
+from minigpt.data.formats import BadRows, read_records, texts_of
 from minigpt.errors import ConfigError, DataError, TokenizerError
-from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -53,64 +50,42 @@ CHAT_TEMPLATE = (
 )
 
 
-def strings_of(value: object) -> Iterator[str]:
-    """Yield every string in a row, whatever its form; keys and roles are not text."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings_of(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key not in ("role", "from", "id", "source", "family"):
-                yield from strings_of(item)
+def training_texts(files: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
+    """Yield the texts of JSONL files of any kind of row; at most `limit` rows in all.
 
-
-def corpus(files: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
-    """Yield the texts of JSONL files, one row at a time; at most `limit` rows in all.
+    Bad rows are left out and counted in the log, like those that training skips.
 
     Raises:
-        DataError: for a row that is no object, holds no text or holds a lone surrogate.
+        DataError: for a file that cannot be read, or when too many rows are bad.
     """
-    rows = 0
-    for file in files:
-        for line, row in iter_rows(file):
-            if rows == limit:
-                return
-            rows += 1
-            texts = list(strings_of(row))
-            if not isinstance(row, dict) or not texts:
-                raise DataError(
-                    "the row holds no text",
-                    path=file,
-                    line=line,
-                    remedy='Give each line as {"text": "..."} or as a chat.',
-                )
-            try:
-                "".join(texts).encode()
-            except UnicodeEncodeError:
-                raise DataError(
-                    "the text holds a lone surrogate, which is not valid Unicode",
-                    path=file,
-                    line=line,
-                    remedy="Remove the row or the \\ud800-\\udfff escape in it.",
-                ) from None
-            yield from texts
+    bad = BadRows("skip")
+    for record, _ in read_records(files, None, bad, limit):
+        yield from texts_of(record)
+    if summary := bad.summary():
+        log.warning("%s", summary)
 
 
 def train(
     files: Sequence[str | Path], vocab_size: int, limit: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of at most `vocab_size` tokens on JSONL files, streaming.
-
-    Args:
-        files: JSONL files of any accepted kind of row.
-        vocab_size: tokens in all, the 256 bytes and the special tokens included.
-        limit: use only the first rows.
+    """Train a byte-level BPE on JSONL files of any accepted kind of row; see `train_on`.
 
     Raises:
         TokenizerError: when `vocab_size` cannot hold the bytes and the special tokens.
         DataError: for unreadable files or rows.
+    """
+    return train_on(training_texts(files, limit), vocab_size)
+
+
+def train_on(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of at most `vocab_size` tokens on a stream of texts.
+
+    Args:
+        texts: what to train on; only counts of its words are held in memory.
+        vocab_size: tokens in all, the 256 bytes and the special tokens included.
+
+    Raises:
+        TokenizerError: when `vocab_size` cannot hold the bytes and the special tokens.
     """
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -134,14 +109,7 @@ def train(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with ExitStack() as later:
-
-        def texts() -> Iterator[str]:
-            with shown("reading texts"):
-                yield from corpus(files, limit)
-            later.enter_context(shown("merging tokens"))
-
-        bpe.train_from_iterator(texts(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() < vocab_size:
         log.warning(
             "The text gave %d tokens, fewer than the %d asked for: it is small.",
@@ -194,10 +162,13 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
 
 
 def _choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str | None) -> None:
-    own = tokenizer.chat_template
-    named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        named: dict[str, str] = template
+    else:
+        named = {"default": template} if template else {}
     if wanted is None or wanted in named:
-        tokenizer.chat_template = named.get(wanted or "default", own)
+        tokenizer.chat_template = named.get(wanted or "default", template)
         return
     try:
         tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
@@ -224,8 +195,9 @@ def document_end(tokenizer: PreTrainedTokenizerFast) -> int:
     Raises:
         TokenizerError: when the tokenizer has neither.
     """
-    known = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
-    end = known if known is not None else tokenizer.eos_token_id
+    end = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        end = tokenizer.eos_token_id
     if end is None:
         raise TokenizerError("The tokenizer has no end-of-text token; set its eos_token.")
     return int(end)
@@ -288,5 +260,5 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[int]:
             return 1
         return len(token.replace("▁", " ").encode())
 
-    tokens: Any = tokenizer.convert_ids_to_tokens(list(range(id_count(tokenizer))))
-    return [size(index, token) for index, token in enumerate(tokens)]
+    ids = list(range(id_count(tokenizer)))
+    return [size(index, token) for index, token in enumerate(tokenizer.convert_ids_to_tokens(ids))]

@@ -11,9 +11,9 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,30 +24,42 @@ from minigpt.data.formats import (
     BadRows,
     Kind,
     Message,
+    Preference,
+    Record,
     Source,
+    Text,
+    guess_kind,
     open_data,
+    parse_row,
     read_records,
     scan_rows,
+    texts_of,
     unused_fields,
     unused_problem,
 )
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
-from minigpt.datatools.encoding import finding, readable
-from minigpt.datatools.flat import CONTROL, Batch, Flat, batches, flat_of, parse, record_of
+from minigpt.datatools.encoding import CONTROL, finding, has_odd_characters, readable
 from minigpt.errors import DataError
 from minigpt.files import whole_file
 
 # Training takes these rows as they are; all other findings are errors.
 HINTS = {
-    *("bom", "control_character", "replacement_character", "duplicate", "near_duplicate"),
-    *("near_validation", "same_prompt", "cut", "unused_fields"),
+    "bom",
+    "control_character",
+    "cut",
+    "duplicate",
+    "near_duplicate",
+    "near_validation",
+    "replacement_character",
+    "same_prompt",
+    "unused_fields",
 }
-_STAY = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
-_PEEKED = 100  # rows that are looked at to guess a file's kind
-_TRIED = 8  # short rows of a batch that are tokenised as well
-_STRAY = re.compile(f"[{CONTROL}]")
+_MENDABLE = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
+_BLOCK_ROWS = 300  # examined together; more of them would keep the garbage collector busy
+_ALWAYS_TOKENISED = 8  # rows of a block that are tokenised even if they are short
+_CONTROL = re.compile(f"[{CONTROL}]")
 _REMEDIES = {
     "control_character": "Use --fix.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
@@ -61,21 +73,21 @@ _REMEDIES = {
     "unused_fields": "Nothing needs to be done where the text alone is to be learnt.",
 }
 
-Good = list[tuple[int, Flat]]  # rows with their lines
+Records = list[tuple[int, Record]]  # good rows with their lines
 
 
 @dataclass(slots=True)
 class Findings(BadRows):
-    """The problems found: all are counted, and the first of each reason and file kept.
+    """The problems found: all are counted, and the first of each reason and file listed.
 
     Attributes:
-        limit: how many are kept.
-        kept: the problems, as the errors that training would give.
+        limit: how many of each reason and file are listed.
+        listed: the problems, as the errors that training would give.
         dropped: per file, the lines that a mended copy leaves out, some of them twice.
     """
 
     limit: int = 20
-    kept: list[DataError] = field(default_factory=list, init=False)
+    listed: list[DataError] = field(default_factory=list, init=False)
     by_file: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
@@ -83,13 +95,13 @@ class Findings(BadRows):
         """Take in a problem."""
         if self.count(error.reason, str(error.path), error.line):
             error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
-            self.kept.append(error.at(str(error.path), error.line))
+            self.listed.append(error.at(str(error.path), error.line))
 
     def count(self, reason: str, path: str, line: int | None) -> bool:
-        """Count a problem and return whether it is to be kept."""
+        """Count a problem and return whether it is to be listed."""
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
-        if reason not in _STAY:
+        if reason not in _MENDABLE:
             self.dropped.setdefault(path, array("I")).append(line or 0)
         return self.by_file[path, reason] <= self.limit
 
@@ -98,30 +110,20 @@ class Findings(BadRows):
         return sum(count for reason, count in self.counts.items() if reason not in HINTS)
 
     def as_dict(self) -> dict[str, object]:
-        """Return the counts and the kept problems as plain values."""
+        """Return the counts and the listed problems as plain values."""
         names = ("path", "line", "field", "reason", "problem", "remedy")
-        kept = [{name: getattr(error, name) for name in names} for error in self.kept]
-        return {"errors": self.errors(), "counts": self.counts, "problems": kept}
+        listed = [{name: getattr(error, name) for name in names} for error in self.listed]
+        return {"errors": self.errors(), "counts": self.counts, "problems": listed}
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each kept problem, by place, and for each count."""
-        for error in sorted(self.kept, key=lambda e: (str(e.path), e.line or 0)):
+        """Yield a line for each listed problem, by file and line, and for each count."""
+        for error in sorted(self.listed, key=lambda e: (str(e.path), e.line or 0)):
             yield f"{'hint' if error.reason in HINTS else 'error'}: {error} [{error.reason}]"
         for (path, reason), count in sorted(self.by_file.items()):
             if count > self.limit:
                 yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
         for reason, count in self.counts.most_common():
             yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
-
-
-def guess_kind(path: Path) -> Kind:
-    """Tell a file's kind by the keys of its first object; "chat" is the default."""
-    for _, row in islice(scan_rows(path), _PEEKED):
-        if isinstance(row, dict):
-            if row.get("chosen") is not None and row.get("rejected") is not None:
-                return "preference"
-            return "text" if "text" in row and "messages" not in row else "chat"
-    return "chat"
 
 
 class Checker:
@@ -152,61 +154,67 @@ class Checker:
         max_length: int = 512,
         near: float | None = None,
     ) -> None:
-        self.findings, self.scratch, self.kind, self.rows = findings, scratch, kind, 0
-        self.tokenizer, self.limits = tokenizer, Limits(max_length=max_length)
-        self.special: Sequence[str] = SPECIAL_TOKENS
+        self.findings = findings
+        self.scratch = scratch
+        self.kind = kind
+        self.rows = 0
+        self.tokenizer = tokenizer
+        self.limits = Limits(max_length=max_length)
+        self.special_tokens: Sequence[str] = SPECIAL_TOKENS
         self.exam = ExamIndex(exams) if exams else None
-        self.near, self.similar = NearDuplicates() if near else None, near or 0.0
-        self.hashes, self.lines = array("q"), array("I")  # of all good rows
-        self.starts: list[tuple[int, Path]] = []  # the first good row of each file
-        self.places: dict[int, str] = {}  # of validation rows and prompts, by hash
+        self.near = NearDuplicates() if near else None
+        self.similarity = near or 0.0
+        self.hashes = array("q")  # of all good rows, of validation files first
+        self.lines = array("I")  # of the same rows
+        self.file_starts: list[tuple[int, Path]] = []  # the number of each file's first good row
+        self.validation: dict[int, str] = {}  # file and line of rows and prompts, by hash
         self.copies: dict[Path, Path] = {}
-        self.mended: dict[Path, array[int]] = {}  # lines
+        self.mended_lines: dict[Path, array[int]] = {}
         for path in map(Path, validation):
             self._read_validation(path)
-        self.compared = len(self.hashes)  # rows before this one belong to validation files
+        self.validation_rows = len(self.hashes)
 
     def check(self, path: Path) -> None:
         """Check one file."""
         copy = self.scratch / f"{len(self.copies)}.jsonl"
-        self.starts.append((len(self.hashes), path))
+        self.file_starts.append((len(self.hashes), path))
         self.copies[path] = copy = readable(path, copy, self.findings.handle)
-        self.mended[path] = array("I")
-        unused: set[str] = set()
+        self.mended_lines[path] = array("I")
         try:
-            kind = self.kind or guess_kind(copy)
-            encoder = None
-            if self.tokenizer:
-                self.special = refused_texts(self.tokenizer, kind)
-            if self.tokenizer and kind != "text":  # of a text, every part is a target
-                encoder = Encoder(kind, self.tokenizer, self.limits)
-            for rows in batches(scan_rows(copy), kind, self.special):
-                self.rows += len(rows.lines)
-                for number, row in rows.special.items():
-                    if isinstance(rows.flats[number], tuple):
-                        unused |= unused_fields(row, kind)
-                batch = list(self._good(rows, path, kind))
-                self._keep(batch)
-                self._compare(path, batch)
-                if encoder:
-                    self._encode(encoder, path, batch, kind)
-            if encoder and encoder.cut:
-                self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
+            self._check_rows(path, copy, self.kind or guess_kind(copy))
         except DataError as error:
             self.findings.handle(error.at(path, error.line))
-        if unused:
-            self._add("unused_fields", unused_problem(unused), path)
+        if self.findings.unused:
+            self._add("unused_fields", unused_problem(self.findings.unused), path)
+            self.findings.unused = set()
+
+    def _check_rows(self, path: Path, copy: Path, kind: Kind) -> None:
+        encoder = None
+        if self.tokenizer:
+            self.special_tokens = refused_texts(self.tokenizer, kind)
+            if kind != "text":  # of a text, every part is a target
+                encoder = Encoder(kind, self.tokenizer, self.limits)
+        for rows in _blocks(scan_rows(copy)):
+            self.rows += len(rows)
+            records = list(self._good(rows, path, kind))
+            self._remember(records)
+            self._compare(path, records)
+            if encoder:
+                self._encode(encoder, path, records)
+        if encoder and encoder.cut:
+            self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
-        known = set()
+        duplicates = set()
         for row, other in self._duplicates():
             self._add_pair("duplicate", "the row is the same as", row, other)
             if self.near:
-                known.add(row)
-        for row, other in self.near.pairs(self.similar) if self.near else ():
-            if row >= self.compared and row not in known:
-                reason = "near_validation" if other < self.compared else "near_duplicate"
+                duplicates.add(row)
+        for row, other in self.near.pairs(self.similarity) if self.near else ():
+            if row >= self.validation_rows and row not in duplicates:
+                validation = other < self.validation_rows
+                reason = "near_validation" if validation else "near_duplicate"
                 self._add_pair(reason, "the row is nearly", row, other)
 
     def write_fixed(self, path: Path, out: Path) -> int:
@@ -215,8 +223,9 @@ class Checker:
         Raises:
             DataError: when the file cannot be read to its end, or no row is good.
         """
-        dropped, written = set(self.findings.dropped.get(str(path), ())), 0
-        mended = set(self.mended[path])
+        dropped = set(self.findings.dropped.get(str(path), ()))
+        mended = set(self.mended_lines[path])
+        written = 0
         with whole_file(out) as partial, partial.open("wb") as file:
             try:
                 for line, row in _raw_rows(self.copies[path]):
@@ -233,90 +242,102 @@ class Checker:
 
     def _duplicates(self) -> Iterator[tuple[int, int]]:
         """Yield each row that repeats an earlier one, by numbers: (row, the first of them)."""
-        ordered = np.sort(np.asarray(self.hashes)[self.compared :])
+        ordered = np.sort(np.asarray(self.hashes)[self.validation_rows :])
         repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         del ordered
         first = dict.fromkeys(repeated.tolist(), -1)
         for row, value in enumerate(self.hashes):
-            if row >= self.compared and (other := first.get(value, row)) < row:
+            if row >= self.validation_rows and (other := first.get(value, row)) < row:
                 if other >= 0:
                     yield row, other
                 else:
                     first[value] = row
 
-    def _good(self, rows: Batch, path: Path, kind: Kind) -> Iterator[tuple[int, Flat]]:
-        for number, (line, flat) in enumerate(zip(rows.lines, rows.flats, strict=True)):
-            if number in rows.special and isinstance(flat, tuple):
-                flat = self._mended(rows.special[number], flat, path, line, kind)
-            if isinstance(flat, DataError):
-                self.findings.handle(flat.at(path, line))
+    def _good(
+        self, rows: list[tuple[int, object]], path: Path, kind: Kind
+    ) -> Iterator[tuple[int, Record]]:
+        """Yield the records of good rows with their lines, and report the bad ones."""
+        records: list[tuple[int, object, Record]] = []
+        for line, row in rows:
+            try:
+                records.append((line, row, parse_row(row, kind, self.special_tokens)))
+            except DataError as error:
+                self.findings.handle(error.at(path, line))
+            else:
+                self.findings.unused |= unused_fields(row, kind)
+        texts = chain.from_iterable(texts_of(record) for _, _, record in records)
+        odd = has_odd_characters("\n".join(texts))
+        for line, row, record in records:
+            try:
+                good = self._mended(row, record, path, line, kind) if odd else record
+            except DataError as error:
+                self.findings.handle(error.at(path, line))
                 continue
-            if self.places:
-                self._look_up(flat, path, line)
-            yield line, flat
+            if self.validation:
+                self._look_up(good, path, line)
+            yield line, good
 
-    def _keep(self, rows: Good) -> None:
-        self.lines.extend([line for line, _ in rows])
-        self.hashes.extend([hash(flat) for _, flat in rows])
+    def _remember(self, records: Records) -> None:
+        self.lines.extend([line for line, _ in records])
+        self.hashes.extend([hash(record) for _, record in records])
 
-    def _mended(
-        self, row: object, flat: Flat, path: Path, line: int, kind: Kind
-    ) -> Flat | DataError:
+    def _mended(self, row: object, record: Record, path: Path, line: int, kind: Kind) -> Record:
         """Report odd characters, and read the row without those that can go."""
-        text = "\n".join(flat[1::2])
+        text = "\n".join(texts_of(record))
         if "\ufffd" in text:
             self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
-        if not _STRAY.search(text):
-            return flat
-        self.mended[path].append(line)
+        if not _CONTROL.search(text):
+            return record
+        self.mended_lines[path].append(line)
         self._add("control_character", "holds control characters", path, line)
-        return parse(_without_control(row), kind, self.special)
+        return parse_row(_without_control(row), kind, self.special_tokens)
 
     def _read_validation(self, path: Path) -> None:
         """Remember where the rows and prompts of a validation file are."""
-        self.starts.append((len(self.hashes), path))
-        bad, kind = BadRows("skip", 1.0), self.kind or guess_kind(path)
-        records = read_records([path], kind, bad)
-        batch = [(source.line, flat_of(record)) for record, source in records]
-        self._keep(batch)
-        for line, flat in batch:
-            for part in filter(None, (flat, _prompt(flat))):
-                self.places.setdefault(hash(part), f"{path}:{line}")
-        self._add_near(batch)
+        self.file_starts.append((len(self.hashes), path))
+        bad = BadRows("skip", 1.0)
+        rows = read_records([path], self.kind or guess_kind(path), bad)
+        records = [(source.line, record) for record, source in rows]
+        self._remember(records)
+        for line, record in records:
+            self.validation.setdefault(hash(record), f"{path}:{line}")
+            if prompt := _prompt_hash(record):
+                self.validation.setdefault(prompt, f"{path}:{line}")
+        self._add_near(records)
 
-    def _look_up(self, flat: Flat, path: Path, line: int) -> None:
-        if place := self.places.get(hash(flat)):
-            self._add("validation", f"the row is in the validation data, too: {place}", path, line)
-        elif (prompt := _prompt(flat)) and (place := self.places.get(hash(prompt))):
-            self._add("same_prompt", f"the validation data have this prompt: {place}", path, line)
+    def _look_up(self, record: Record, path: Path, line: int) -> None:
+        if source := self.validation.get(hash(record)):
+            self._add("validation", f"the row is in the validation data, too: {source}", path, line)
+        elif source := self.validation.get(_prompt_hash(record)):
+            self._add("same_prompt", f"the validation data have this prompt: {source}", path, line)
 
-    def _compare(self, path: Path, batch: Good) -> None:
-        self._add_near(batch)
+    def _compare(self, path: Path, records: Records) -> None:
+        self._add_near(records)
         if self.exam:
-            leaked = self.exam.hits([text for _, flat in batch for text in flat[1::2]])
-            lines = [line for line, flat in batch for _ in flat[1::2]] if leaked else []
-            for line, item in {lines[i]: item for i, item in leaked.items()}.items():
+            texts = [(line, text) for line, record in records for text in texts_of(record)]
+            leaked = self.exam.hits([text for _, text in texts])
+            for line, item in {texts[i][0]: item for i, item in leaked.items()}.items():
                 self._add("exam", f"holds a question of the exam {item}", path, line)
 
-    def _add_near(self, batch: Good) -> None:
+    def _add_near(self, records: Records) -> None:
         if self.near:
-            numbers = range(len(self.hashes) - len(batch), len(self.hashes))
-            self.near.add(["\n".join(flat[1::2]) for _, flat in batch], numbers)
+            numbers = range(len(self.hashes) - len(records), len(self.hashes))
+            self.near.add(["\n".join(texts_of(record)) for _, record in records], numbers)
 
-    def _encode(self, encoder: Encoder, path: Path, batch: Good, kind: Kind) -> None:
+    def _encode(self, encoder: Encoder, path: Path, records: Records) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
         A byte is at least the text of one token, so most rows need not be tokenised.
         """
         assert encoder.codec is not None
         frame = len(encoder.codec.encode_prompt((Message("user", "a"),)))  # around each message
-        some = []
-        for number, (line, flat) in enumerate(batch):
-            texts = flat[1::2]
+        tokenised = []
+        for number, (line, record) in enumerate(records):
+            texts = texts_of(record)
             longest = len("".join(texts).encode()) + frame * (len(texts) + 1)
-            if number < _TRIED or longest > self.limits.max_length:
-                some.append((record_of(flat, kind), Source(path, line)))
-        for _ in encoder.encode(some, self.findings):
+            if number < _ALWAYS_TOKENISED or longest > self.limits.max_length:
+                tokenised.append((record, Source(path, line)))
+        for _ in encoder.encode(tokenised, self.findings):
             pass
 
     def _add(self, reason: str, problem: str, path: Path, line: int | None = None) -> None:
@@ -325,23 +346,41 @@ class Checker:
     def _add_pair(self, reason: str, problem: str, row: int, other: int) -> None:
         path, line = self._at(row)
         if self.findings.count(reason, str(path), line):
-            problem = "{} {}:{}".format(problem, *self._at(other))
-            self.findings.kept.append(finding(path, line, reason, problem, _REMEDIES[reason]))
+            other_path, other_line = self._at(other)
+            problem = f"{problem} {other_path}:{other_line}"
+            self.findings.listed.append(finding(path, line, reason, problem, _REMEDIES[reason]))
 
     def _at(self, row: int) -> tuple[Path, int]:
-        path = next(path for start, path in reversed(self.starts) if start <= row)
+        path = next(path for start, path in reversed(self.file_starts) if start <= row)
         return path, self.lines[row]
 
 
-def _prompt(flat: Flat) -> tuple[Flat, ...]:
-    """Return the messages before the last answer, in a tuple that equals no row; or nothing."""
-    prompt = flat[: -4 if flat[-4::2] == ("assistant", "assistant") else -2]
-    return (prompt,) if prompt else ()
+def _blocks(rows: Iterable[tuple[int, object]]) -> Iterator[list[tuple[int, object]]]:
+    """Yield all rows, some hundreds at a time, and raise what `rows` raises after the last."""
+    block: list[tuple[int, object]] = []
+    try:
+        for row in rows:
+            block.append(row)
+            if len(block) == _BLOCK_ROWS:
+                yield block
+                block = []
+    except DataError:
+        yield block
+        raise
+    yield block
+
+
+def _prompt_hash(record: Record) -> int:
+    """Return a hash of the messages before the last answer, which no row has; 0 for a text."""
+    if isinstance(record, Text):
+        return 0
+    prompt = record.prompt if isinstance(record, Preference) else record.messages[:-1]
+    return hash(("prompt", prompt))
 
 
 def _without_control(value: object) -> object:
     if isinstance(value, str):
-        return _STRAY.sub("", value)
+        return _CONTROL.sub("", value)
     if isinstance(value, list):
         return [_without_control(item) for item in value]
     if isinstance(value, dict):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from minigpt.data.formats import open_data
-from minigpt.datatools.flat import CONTROL_BYTES
 from minigpt.errors import DataError
 
+CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"  # of a pattern [...]
+CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
 _BLOCK = 1 << 20
+_C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COMMON = 0.9  # share of characters that belong to GB2312 in text that is really GBK
 
@@ -89,6 +92,14 @@ def _gbk(data: bytes) -> str | None:
     foreign = [char for char in text if not char.isascii()]
     common = "".join(foreign).encode("gb2312", "ignore").decode("gb2312")
     return text if len(common) >= _COMMON * len(foreign) else None
+
+
+def has_odd_characters(text: str) -> bool:
+    """Tell quickly whether a text holds control characters, byte order marks or U+FFFD."""
+    data = text.encode()
+    if len(data.translate(None, CONTROL_BYTES)) < len(data) or _C1.search(data):
+        return True
+    return any(character in text for character in "\ufffd\ufeff\ufffe\uffff")
 
 
 def finding(

@@ -11,9 +11,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
-from minigpt.data.formats import BadRows, Kind, Record, Source, parse_row, scan_rows
+from minigpt.data.formats import BadRows, Kind, Record, Source, guess_kind, parse_row, scan_rows
 from minigpt.data.store import Encoded, Encoder, Limits
-from minigpt.datatools.check import guess_kind
 from minigpt.errors import DataError
 from minigpt.page import escape
 

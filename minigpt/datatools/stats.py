@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from operator import eq, gt
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.data.formats import BadRows, Kind, Source, read_records, scan_rows
+from minigpt.data.formats import (
+    BadRows,
+    Kind,
+    Preference,
+    Record,
+    Source,
+    Text,
+    guess_kind,
+    messages_of,
+    read_records,
+    texts_of,
+)
 from minigpt.data.order import histogram, pack, utilisation
 from minigpt.data.store import Encoder, Limits
-from minigpt.datatools.check import guess_kind
 from minigpt.datatools.duplicates import tables
-from minigpt.datatools.flat import UNTRAINED, Flat, batches, record_of
 from minigpt.errors import DataError
 from minigpt.page import bar_chart, charts, escape, number, table
 
@@ -40,15 +49,16 @@ _SCRIPTS = (  # what most of a row's letters belong to, and where these lie in U
     ("Cyrillic", ((0x400, 0x530),)),
     ("Arabic", ((0x600, 0x780),)),
 )
-_BIAS = ("chosen_longer", "equally_long", "chosen_characters", "rejected_characters")
 _LETTERS = 3  # of Latin script that weigh as much as one Chinese character
 _LATIN = re.compile("[A-Za-z]")
+_BLOCK_ROWS = 300  # measured together
+# Where the texts of a row hold the prompt, and how many of its characters are compared.
 _PROMPT: dict[Kind, tuple[int, int]] = {
     "text": (-1, 80),
-    "chat": (-3, 200),
-    "preference": (-5, 200),
-}  # its place and length
-_ROLE: dict[Kind, str] = {"chat": "assistant", "preference": "user"}
+    "chat": (-2, 200),
+    "preference": (-3, 200),
+}
+_TURN_ROLE: dict[Kind, str] = {"chat": "assistant", "preference": "user"}
 
 
 @cache
@@ -74,36 +84,42 @@ def languages(texts: Sequence[str]) -> Counter[str]:
     counts[:, 1:] *= _LETTERS
     counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
     most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
-    found = np.bincount(most, minlength=kinds)
-    found[[0, -1]] += (latin, len(plain) - latin)
-    return Counter({name: n for name, n in zip(names, found.tolist(), strict=True) if n})
+    totals = np.bincount(most, minlength=kinds)
+    totals[0] += latin
+    totals[-1] += len(plain) - latin
+    return Counter({name: n for name, n in zip(names, totals.tolist(), strict=True) if n})
 
 
-class _Tokens:
-    """Counts the tokens of rows, whole and as training cuts them."""
+class _TokenCounts:
+    """Counts the tokens of rows, uncut and as training cuts them."""
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-        self.kind, self.max_length, self.backend = kind, max_length, tokenizer.backend_tokenizer
-        self.whole = Encoder(kind, tokenizer, Limits(max_length=1 << 30))
-        self.cut = Encoder(kind, tokenizer, Limits(max_length=max_length))
-        self.lengths, self.packed = array("q"), array("q")
-        self.texts = self.text_tokens = 0
+        self.max_length = max_length
+        self.backend = tokenizer.backend_tokenizer
+        self.uncut_encoder = Encoder(kind, tokenizer, Limits(max_length=1 << 30))
+        self.cut_encoder = Encoder(kind, tokenizer, Limits(max_length=max_length))
+        self.lengths = array("q")  # of rows, to the end of the longer answer
+        self.packed_lengths = array("q")  # of samples as they are packed
+        self.characters = 0  # of the texts that `text_tokens` counts
+        self.text_tokens = 0
 
-    def add(self, flats: Sequence[Flat]) -> None:
-        bad, source = BadRows("skip", 1.0), Source(Path(), 0)
-        rows = [(record_of(flat, self.kind), source) for flat in flats]
-        for sample, _ in self.whole.encode(rows, bad):
+    def add(self, records: Sequence[Record]) -> None:
+        bad = BadRows("skip", 1.0)
+        rows = [(record, Source(Path(), 0)) for record in records]
+        for sample, _ in self.uncut_encoder.encode(rows, bad):
             longest = max(len(sample.first), len(sample.second))
             self.lengths.append(len(sample.prompt) + longest)
-        for sample, _ in self.cut.encode(rows, bad):
-            self.packed.append(len(sample.prompt) + len(sample.first) + len(sample.second))
-        texts = [text for flat in flats[:_TEXTS] for text in flat[1::2]]
+        for sample, _ in self.cut_encoder.encode(rows, bad):
+            length = len(sample.prompt) + len(sample.first) + len(sample.second)
+            self.packed_lengths.append(length)
+        texts = [text for record in records[:_TEXTS] for text in texts_of(record)]
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        self.texts += sum(map(len, texts))
+        self.characters += sum(map(len, texts))
         self.text_tokens += sum(len(e.ids) for e in encoded)
 
     def report(self, tokens_per_batch: int) -> dict[str, Any]:
-        lengths, packed = np.array(self.lengths), np.array(self.packed)
+        lengths = np.array(self.lengths)
+        packed = np.array(self.packed_lengths)
         limit = self.max_length
         if not len(packed):
             raise DataError(f"no row leaves a token to train on in {limit}", reason="no_targets")
@@ -117,7 +133,7 @@ class _Tokens:
             "max_length": limit,
             "over_max_length": float((lengths > limit).mean()),
             "histogram": histogram([lengths]),
-            "characters_per_token": self.texts / max(1, self.text_tokens),
+            "characters_per_token": self.characters / max(1, self.text_tokens),
             "packing_efficiency": utilisation(packed, bins, budget),
             "padding_efficiency": float(np.minimum(lengths, limit).mean() / limit),
         }
@@ -145,67 +161,92 @@ def measure(
         DataError: when the file cannot be read or no row can be used.
     """
     kind = kind or guess_kind(path)
-    bad, chance, bias = Counter[str](), random.Random(0), Counter[str]()
-    tokens = _Tokens(kind, tokenizer, max_length) if tokenizer else None
-    turns, found, prompts = Counter[int](), Counter[str](), Counter[str]()
-    kept: list[Flat] = []
-    rows = length = 0
-    for batch in batches(scan_rows(path), kind):
-        flats = [flat for flat in batch.flats if isinstance(flat, tuple)]
-        bad.update([error.reason for error in batch.flats if isinstance(error, DataError)])
-        texts = ["\n".join(flat[1::2]) for flat in flats]
-        place, end = _PROMPT[kind]
-        prompts.update([flat[place][:end] for flat in flats])
-        if role := _ROLE.get(kind):
-            turns.update([flat[::2].count(role) + flat[::2].count(UNTRAINED) for flat in flats])
-        if kind == "preference":
-            _add_bias(bias, flats)
-        length += sum(map(len, texts))
-        found += languages(texts)
-        if len(prompts) > _PROMPTS:
-            again = Counter({text: n for text, n in prompts.items() if n > 1})
-            prompts = Counter(dict(again.most_common(_PROMPTS // 2)))
-        if tokens and sample is None:
-            tokens.add(flats)
-        elif tokens and sample:
-            _sample(kept, flats, rows, sample, chance)
-        rows += len(flats)
-    if not rows:
-        next(read_records([path], kind, BadRows("skip", 1.0)))  # raises the error that says so
-    if tokens and kept:
-        tokens.add(kept)
+    rows = _Rows(kind)
+    counts = _TokenCounts(kind, tokenizer, max_length) if tokenizer else None
+    reservoir = _Reservoir(sample or 0)
+    bad = BadRows("skip", 1.0)
+    records = (record for record, _ in read_records([path], kind, bad))
+    while block := list(islice(records, _BLOCK_ROWS)):
+        rows.add(block)
+        if counts and sample is None:
+            counts.add(block)
+        elif counts:
+            reservoir.add(block)
+    if counts and reservoir.records:
+        counts.add(reservoir.records)
     return {
         "file": str(path),
         "kind": kind,
         "bytes": path.stat().st_size,
-        "rows": rows,
-        "bad_rows": dict(bad),
-        "characters": length,
-        "turns": {str(n): count for n, count in sorted(turns.items())},
-        "languages": {name: count / rows for name, count in found.most_common()},
-        "repeated": [(text, n) for text, n in prompts.most_common(_TOP) if n > 1],
-        "length_bias": {key: bias[key] / rows for key in _BIAS} if kind == "preference" else None,
-        "tokens": tokens.report(tokens_per_batch) if tokens else None,
+        "rows": rows.count,
+        "bad_rows": dict(bad.counts),
+        **rows.report(),
+        "tokens": counts.report(tokens_per_batch) if counts else None,
     }
 
 
-def _add_bias(bias: Counter[str], pairs: list[Flat]) -> None:
-    """Count which of each pair's answers is the longer one, by their characters."""
-    chosen, rejected = [len(flat[-3]) for flat in pairs], [len(flat[-1]) for flat in pairs]
-    longer, equal = (sum(map(than, chosen, rejected)) for than in (gt, eq))
-    counts = (longer, equal, sum(chosen), sum(rejected))
-    bias.update(dict(zip(_BIAS, counts, strict=True)))
+class _Rows:
+    """Measures rows by their texts."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.count = self.characters = 0
+        self.turns = Counter[int]()
+        self.languages = Counter[str]()
+        self.prompts = Counter[str]()
+        self.length_bias = Counter[str]()
+
+    def add(self, records: Sequence[Record]) -> None:
+        rows = [texts_of(record) for record in records]
+        texts = ["\n".join(row) for row in rows]
+        self.count += len(records)
+        self.characters += sum(map(len, texts))
+        self.languages += languages(texts)
+        index, length = _PROMPT[self.kind]
+        self.prompts.update([row[index][:length] for row in rows])
+        if len(self.prompts) > _PROMPTS:
+            repeated = Counter({text: n for text, n in self.prompts.items() if n > 1})
+            self.prompts = Counter(dict(repeated.most_common(_PROMPTS // 2)))
+        chats = [record for record in records if not isinstance(record, Text)]
+        role = _TURN_ROLE.get(self.kind)
+        self.turns.update([sum(m.role == role for m in messages_of(chat)) for chat in chats])
+        pairs = [record for record in records if isinstance(record, Preference)]
+        self._add_length_bias([(len(p.chosen.content), len(p.rejected.content)) for p in pairs])
+
+    def _add_length_bias(self, lengths: Sequence[tuple[int, int]]) -> None:
+        """Count which of each pair's answers is the longer one, by their characters."""
+        self.length_bias["chosen_longer"] += sum(chosen > rejected for chosen, rejected in lengths)
+        self.length_bias["equally_long"] += sum(chosen == rejected for chosen, rejected in lengths)
+        self.length_bias["chosen_characters"] += sum(chosen for chosen, _ in lengths)
+        self.length_bias["rejected_characters"] += sum(rejected for _, rejected in lengths)
+
+    def report(self) -> dict[str, Any]:
+        bias = {name: total / self.count for name, total in self.length_bias.items()}
+        return {
+            "characters": self.characters,
+            "turns": {str(n): count for n, count in sorted(self.turns.items())},
+            "languages": {name: n / self.count for name, n in self.languages.most_common()},
+            "repeated": [(text, n) for text, n in self.prompts.most_common(_TOP) if n > 1],
+            "length_bias": bias if self.kind == "preference" else None,
+        }
 
 
-def _sample(
-    kept: list[Flat], batch: list[Flat], before: int, size: int, chance: random.Random
-) -> None:
-    """Keep a fair sample of all rows so far (reservoir sampling)."""
-    for seen, row in enumerate(batch, before + 1):
-        if seen <= size:
-            kept.append(row)
-        elif (place := int(chance.random() * seen)) < size:
-            kept[place] = row
+class _Reservoir:
+    """A fair sample of all records so far (reservoir sampling)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.seen = 0
+        self.records: list[Record] = []
+        self.random = random.Random(0)
+
+    def add(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.seen += 1
+            if self.seen <= self.size:
+                self.records.append(record)
+            elif (index := int(self.random.random() * self.seen)) < self.size:
+                self.records[index] = record
 
 
 def facts(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -94,13 +94,15 @@ def test_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, text: str, expected: 
     assert [text[start:end] for _, (start, end) in pieces] == expected
 
 
-def test_all_strings_of_a_row_are_text_but_roles_are_not(write) -> None:
+def test_rows_of_every_kind_are_text(write) -> None:
+    said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
     rows = [
         {"text": "one", "id": "x"},
-        {"messages": [{"role": "user", "content": "two"}], "source": "y"},
-        {"conversations": [{"from": "human", "value": "three"}], "n": 4},
+        {"messages": said, "source": "y"},
+        {"prompt": "four", "chosen": "five", "rejected": "six"},
     ]
-    assert list(tokenizers.corpus([write(rows)])) == ["one", "two", "three"]
+    texts = tokenizers.training_texts([write(rows)])
+    assert list(texts) == ["one", "two", "three", "four", "five", "six"]
 
 
 @pytest.mark.parametrize(
@@ -108,23 +110,17 @@ def test_all_strings_of_a_row_are_text_but_roles_are_not(write) -> None:
 )
 def test_files_are_read_in_turn_up_to_the_limit(write, limit: int | None, expected: str) -> None:
     files = [write([{"text": a}, {"text": b}], f"{a}.jsonl") for a, b in ("ab", "cd")]
-    assert "".join(tokenizers.corpus(files, limit)) == expected
+    assert "".join(tokenizers.training_texts(files, limit)) == expected
 
 
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"text": "a\ud800"}, "lone surrogate"),
-        ({"messages": [{"role": "user", "content": "\udfff"}]}, "lone surrogate"),
-        ({"n": 1}, "holds no text"),
-        (["text"], "holds no text"),
-    ],
-)
-def test_a_bad_row_is_named(write, row: object, problem: str) -> None:
-    path = write([{"text": "fine"}, row])
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{problem}") as caught:
+def test_bad_rows_are_left_out_and_named(write, caplog: pytest.LogCaptureFixture) -> None:
+    fine = [{"text": "fine"}]
+    path = write([*fine * 38, {"text": "a\ud800"}, {"n": 1}])
+    assert list(tokenizers.training_texts([path])) == ["fine"] * 38
+    assert f"skipped 2 bad rows: 1 lone_surrogate (first {path}:39)" in caplog.text
+    path = write([*fine, {"text": "a\ud800"}])
+    with pytest.raises(DataError, match=r"lone_surrogate \(first .*rows\.jsonl:2\)"):
         tokenizers.train([path], 300)
-    assert (caught.value.path, caught.value.line) == (path, 2)
 
 
 def test_the_command_makes_a_directory_that_transformers_loads(
@@ -140,7 +136,7 @@ def test_the_command_makes_a_directory_that_transformers_loads(
     assert (loaded.eos_token, loaded.pad_token) == (TURN_END, PAD)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    texts = list(tokenizers.corpus([corpus_file]))
+    texts = list(tokenizers.training_texts([corpus_file]))
     assert ratio == pytest.approx(
         sum(map(len, texts)) / sum(len(ids(loaded, text)) for text in texts)
     )

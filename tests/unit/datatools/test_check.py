@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
 from minigpt.datatools.check import Checker, Findings
-from minigpt.datatools.flat import CONTROL_BYTES
+from minigpt.datatools.encoding import CONTROL_BYTES
 from minigpt.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
