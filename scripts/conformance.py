@@ -23,11 +23,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minigpt.data.batch import collate
-from minigpt.model import conformance, forward, shrink
-from minigpt.model.attention import attention_of
+from minigpt.model import conformance, shrink
 from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct
-from minigpt.model.packed_lm import PackedLM
+from minigpt.model.packed_lm import PackedLM, forward_rows, use_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -104,8 +103,8 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
     error: Exception = ValueError("its smallest size is too large")
     for model in shrink.tiny_models(config):
         try:
-            with torch.no_grad(), attention_of(model, "eager"):
-                forward.plain(model, torch.arange(shrink.SPECIAL, 2 * shrink.SPECIAL)[None])
+            with torch.no_grad(), use_attention(model, "eager"):
+                forward_rows(model, torch.arange(shrink.SPECIAL, 2 * shrink.SPECIAL)[None])
         except Exception as caught:
             error = caught
         else:
@@ -129,13 +128,13 @@ def decoding_differs(model: PreTrainedModel, conduct: Conduct) -> bool:
     """Whether prompts decoded together give other logits than each text gives alone."""
     samples = conformance._samples(model)
     texts = [sample.ids[: 23 - 5 * at].tolist() for at, sample in enumerate(samples)]
-    with attention_of(model, conduct.decoding):
+    with use_attention(model, conduct.decoding):
         runner = Cached(model, conduct.way)
         logits = [runner.admit([text[:-STEPS] for text in texts])]
         logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
     ours = torch.stack(logits, 1)  # [texts, steps + 1, V]
-    with attention_of(model, "eager"):
-        own = [forward.plain(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts]
+    with use_attention(model, "eager"):
+        own = [forward_rows(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts]
     return not conformance.close(ours, torch.stack(own))
 
 

@@ -11,21 +11,20 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minigpt.data.batch import TILE, PackedBatch, Sample, collate
-from minigpt.model import losses
-from minigpt.model.architecture import count_parameters
-from minigpt.model.attention import kernel_applies
-from minigpt.model.packed_lm import PackedLM
-from minigpt.model.rope import max_positions
+from minigpt.accel import PackedModel
+from minigpt.accel.gpu_attention import kernel_applies
+from minigpt.accel.linear_loss import softmax_
+from minigpt.data.batch import TILE, AttentionPlan, PackedBatch, Sample, collate
 
 log = logging.getLogger(__name__)
 
@@ -37,27 +36,30 @@ TEXT, PAIR = 3 * TILE, (31, 13, 17)
 # Operations from which on compiling for half a minute pays: about five minutes of training.
 WORTHWHILE = {"cpu": 1e14, "cuda": 1e17}
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-def compiling_pays(module: Any) -> bool:
-    """Whether a module's run is long enough, and of a kind that gains from compiling.
 
-    fp32 steps on a CPU gain 2% (docs/log.md); hooks that gather shards, or compute activations
-    again, would break compiled layers apart.
+def pays(trainer: Trainer, model: nn.Module, batches: int) -> bool:
+    """Whether a run is long enough, and of a kind that gains from compiling.
+
+    fp32 steps on a CPU gain 2% (docs/log.md); hooks that gather shards would break compiled layers
+    apart. Arguments as for `accel.compiling_pays`.
     """
-    trainer = module.trainer
-    whole = not isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     half = str(trainer.precision).startswith(("bf16", "16"))
-    if not (whole and half) or module.activation_checkpointing:
+    if sharded or not half:
         return False
-    batches = module.total_steps() * trainer.accumulate_grad_batches
-    parameters, _ = count_parameters(module.model)
-    operations = 6 * parameters * trainer.datamodule.tokens_per_batch * batches
-    return bool(operations > WORTHWHILE.get(trainer.strategy.root_device.type, math.inf))
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens: int = trainer.datamodule.tokens_per_batch  # type: ignore[attr-defined]
+    operations = 6 * parameters * tokens * batches
+    return operations > WORTHWHILE.get(trainer.strategy.root_device.type, math.inf)
 
 
 def compile_model(
-    lm: PackedLM,
+    lm: PackedModel,
     tokens: int,
+    positions: int,
     precision: Callable[[], AbstractContextManager[None]],
     pairs: bool = False,
 ) -> None:
@@ -67,35 +69,39 @@ def compile_model(
     that a run that goes on has the kernels that it had before.
 
     Where compiling fails, in whatever way, the model goes on as it is, which is told in a line.
-
-    Args:
-        lm: the model.
-        tokens: of a micro-batch.
-        precision: gives what a step's forward pass runs in.
-        pairs: batches hold preferences.
+    Arguments as for `accel.compile_model`.
     """
     # Else DDP cuts a layer that it finds not compiled yet at the borders of its buckets.
     torch._dynamo.config.optimize_ddp = False
-    state = _Fallback()
+    fallback = _Fallback()
     for layer in lm.hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what all families build layers from
-            layer.forward = _for_packed(layer.forward, state, tokens // 2)
-    lm.softmax = state.guarded(losses.softmax_)
+            layer.forward = _for_packed(layer.forward, fallback, tokens // 2)
+    if lm.linear_head is not None:
+        lm.linear_head.softmax = fallback.guarded(softmax_)
     with precision():
-        on_gpu = kernel_applies(next(lm.parameters()))
+        on_gpu = kernel_applies(lm.hf.device, _autocast_dtype(lm.hf))
     try:
-        limit = max_positions(lm.hf.config)
-        for batch in _first_batches(tokens, pairs, limit)[: None if on_gpu else 1]:
+        for batch in _first_batches(tokens, pairs, positions)[: None if on_gpu else 1]:
             _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
-        state.fail(error)
+        fallback.fail(error)
 
 
-def _first_batches(tokens: int, pairs: bool, limit: int) -> list[PackedBatch]:
-    """Return a batch of each kind that kernels on a GPU have ways of their own for: of rows of
-    several lengths, of full ones before a shorter one, of full ones alone.
+def _autocast_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type in which a model's matmuls are computed."""
+    weight = next(model.parameters())
+    device = weight.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
+
+
+def _first_batches(tokens: int, pairs: bool, positions: int) -> list[PackedBatch]:
+    """Return a batch of each kind that is computed by other kernels on a GPU: of rows of several
+    lengths, of full ones before a shorter one, of full ones alone.
     """
-    prompt, first, second = PAIR if pairs else (0, min(TEXT, max(TILE, limit // TILE * TILE)), 0)
+    longest = max(TILE, positions // TILE * TILE)
+    prompt, first, second = PAIR if pairs else (0, min(TEXT, longest), 0)
     ids = np.zeros(prompt + first + second, np.int64)
     targets = None if pairs else np.arange(first) > 3
     sample = Sample(ids, prompt, first, second, targets, ("", 0))
@@ -106,16 +112,16 @@ def _first_batches(tokens: int, pairs: bool, limit: int) -> list[PackedBatch]:
 
 
 def _warm_up(
-    lm: PackedLM,
+    lm: PackedModel,
     batch: PackedBatch,
     precision: Callable[[], AbstractContextManager[None]],
     pairs: bool,
 ) -> None:
-    weights = [p for p in lm.parameters() if p.requires_grad]
-    fork, grads = torch.random.fork_rng(), torch.set_grad_enabled(bool(weights))
-    with fork, grads:  # dropout draws as if this had not been
+    weights = [p for p in lm.hf.parameters() if p.requires_grad]
+    # Dropout draws afterwards as if this had not been.
+    with torch.random.fork_rng(), torch.set_grad_enabled(bool(weights)):
         with precision():
-            loss = lm(batch.to(next(lm.parameters()).device), per_answer=pairs).sum()
+            loss = lm(batch.to(next(lm.hf.parameters()).device), per_answer=pairs).sum()
         if weights:
             torch.autograd.grad(loss, weights, allow_unused=True)
 
@@ -132,11 +138,11 @@ class _Fallback:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         log.warning("Not compiled, which only costs speed: %s", first)
 
-    def guarded(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self, plain: Callable[P, T]) -> Callable[P, T]:
         """Return a function compiled, or as it is once compiling has failed."""
         compiled = torch.compile(plain, dynamic=True)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if not self.failed:
                 try:
                     return compiled(*args, **kwargs)
@@ -148,17 +154,18 @@ class _Fallback:
 
 
 def _for_packed(
-    plain: Callable[..., Tensor], state: _Fallback, least: int
-) -> Callable[..., Tensor]:
-    compiled = state.guarded(plain)
+    plain: Callable[Concatenate[Tensor, P], T], fallback: _Fallback, least: int
+) -> Callable[Concatenate[Tensor, P], T]:
+    """Return a layer's forward, compiled for packed batches of at least so many tokens."""
+    compiled = fallback.guarded(plain)
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         plan = kwargs.get("plan")
         # The compiler sums up to 4,096 numbers by other kernels than more, and makes some for no
         # target and for one: an epoch's last batch, which may be short, is not worth the wait.
-        # A single token behind full rows would be taken for a kind of its own, too.
+        # A single token behind full rows would be taken for a kind by itself, too.
         usual = (
-            plan is not None
+            isinstance(plan, AttentionPlan)
             and len(plan.predict_at) > 1
             and hidden.shape[1] >= least
             and hidden.shape[1] - plan.full * plan.longest != 1

@@ -42,7 +42,7 @@ class _Heads(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """What both ways of the kernel get."""
+    """What the forward and the backward pass of the kernel get."""
 
     _fields_ = (
         *((name, _Heads) for name in ("q", "k", "v")),
@@ -59,9 +59,9 @@ def available() -> bool:
     return _library() is not None
 
 
-def applies(q: Tensor, dropout: float) -> bool:
-    """Whether the kernel computes this attention: bf16 on such a CPU, without dropout."""
-    fits = q.dtype == torch.bfloat16 and not dropout and q.shape[-1] % 16 == 0
+def applies(q: Tensor) -> bool:
+    """Whether the kernel computes the attention of such queries: bf16 on such a CPU."""
+    fits = q.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0
     return fits and q.device.type == "cpu" and available()
 
 
@@ -97,12 +97,12 @@ def _forward(
 
 
 @torch.library.custom_op(f"{NAME}_backward", mutates_args=(), device_types="cpu")
-def _backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, saved: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     grad = _dense(grad)
-    q, k, v = (x.new_empty(x.shape) for x in kept[:3])
-    places = [ctypes.byref(_Heads.of(x)) for x in (grad, q, k, v)]
-    _loaded().backward(ctypes.byref(_call(kept, scaling)), *places)
-    return q, k, v
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in saved[:3])
+    heads = [ctypes.byref(_Heads.of(x)) for x in (grad, grad_q, grad_k, grad_v)]
+    _loaded().backward(ctypes.byref(_call(saved, scaling)), *heads)
+    return grad_q, grad_k, grad_v
 
 
 @_forward.register_fake
@@ -111,20 +111,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scaling: float) -> tuple[T
 
 
 @_backward.register_fake
-def _(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in kept[:3])
+def _(grad: Tensor, saved: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in saved[:3])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, spans, ctx.scaling = inputs
     ctx.save_for_backward(*tensors, output[1], spans)
 
 
-def _go_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, list(ctx.saved_tensors), ctx.scaling), None, None
 
 
-_forward.register_autograd(_go_back, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and even else x.contiguous()
 
 
-def _call(kept: list[Tensor], scaling: float) -> _Call:
-    q, k, v, lse, spans = kept
+def _call(inputs: list[Tensor], scaling: float) -> _Call:
+    q, k, v, lse, spans = inputs
     heads = (_Heads.of(x) for x in (q, k, v))
     shape = (len(spans) // 4, q.shape[1], k.shape[1], q.shape[2])
     threads = torch.get_num_threads()
@@ -165,9 +165,9 @@ def _build() -> Path:
     """Return the compiled kernel, from the cache if it is there."""
     command = [os.environ.get("CXX", "g++"), *FLAGS]
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()
-    kept = cache_dir() / "kernels" / f"attention-{digest[:16]}.so"
-    if not kept.exists():
-        with whole_file(kept) as partial:
-            built = [*command, str(SOURCE), "-o", str(partial)]
-            subprocess.run(built, check=True, capture_output=True, text=True)
-    return kept
+    library = cache_dir() / "kernels" / f"attention-{digest[:16]}.so"
+    if not library.exists():
+        with whole_file(library) as partial:
+            command += [str(SOURCE), "-o", str(partial)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+    return library

@@ -21,10 +21,9 @@ from minigpt.data.tokenizer import check_ids, special_texts, token_bytes
 from minigpt.errors import DataError
 from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
-from minigpt.model import forward
-from minigpt.model.attention import attention_of
 from minigpt.model.conformance import checked
 from minigpt.model.losses import sum_by
+from minigpt.model.packed_lm import target_logits, use_attention
 from minigpt.model.rope import max_positions, shared_limit
 
 TOKENS = 4096  # of a packed batch, at most
@@ -70,8 +69,8 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
 def log_softmax(engine: Engine, batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [N, V], fp32, that a model gives at the batch's targets."""
     conduct = checked(engine.model, training=True)
-    with attention_of(engine.model, conduct.training):
-        return forward.logits(engine.model, batch, conduct.packed).float().log_softmax(-1)
+    with use_attention(engine.model, conduct.training):
+        return target_logits(engine.model, batch, conduct.packed).float().log_softmax(-1)
 
 
 def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:

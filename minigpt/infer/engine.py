@@ -21,11 +21,11 @@ from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, Token
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
-from minigpt.model.attention import attention_of
 from minigpt.model.cached import WHOLE, Cached
 from minigpt.model.conformance import checked
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
+from minigpt.model.packed_lm import use_attention
 from minigpt.model.pretrained import base_of, find_model, load_model, tokenizer_place
 from minigpt.model.rope import max_positions
 
@@ -215,7 +215,7 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            with attention_of(self.model, self.attention):
+            with use_attention(self.model, self.attention):
                 yield from self._replies(ids, samplings, sort_within)
         finally:
             self.model.train(training)

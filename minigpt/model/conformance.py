@@ -25,12 +25,19 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minigpt import accel
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
-from minigpt.model import attention, cached, forward, rope, shrink
-from minigpt.model.attention import PACKED, attention_of
+from minigpt.model import cached, packed_lm, rope, shrink
 from minigpt.model.cached import PADDED, WAYS, Cached
+from minigpt.model.packed_lm import (
+    PACKED,
+    forward_rows,
+    target_logits,
+    token_logprobs,
+    use_attention,
+)
 from minigpt.model.rope import compute_by_text, shared_limit
 
 log = logging.getLogger(__name__)
@@ -140,9 +147,11 @@ def _remember(digest: str, found: Conduct | None) -> Conduct | None:
 @cache
 def _code() -> str:
     """Return a digest of what a proof depends on besides the config."""
-    parts = (attention, cached, forward, rope, shrink)
-    files = [__file__, *(part.__file__ for part in parts)]
-    sources = [Path(str(file)).read_text(encoding="utf-8") for file in files]
+    modules = (cached, packed_lm, rope, shrink)
+    files = [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
+    if accel.enabled():
+        files += sorted(Path(accel.__file__).parent.glob("*.py"))
+    sources = [file.read_text(encoding="utf-8") for file in files]
     versions = [transformers.__version__, torch.__version__]
     return hashlib.sha256("\0".join([*versions, *sources]).encode()).hexdigest()
 
@@ -251,25 +260,23 @@ def _samples(model: PreTrainedModel) -> list[Sample]:
 
 def _logprobs(model: PreTrainedModel, batch: PackedBatch, name: str) -> Tensor:
     """Return the targets' log-probabilities [N]."""
-    with attention_of(model, name):
-        out = forward.logits(model, batch, packed=name == PACKED).float().log_softmax(-1)
-    return out.gather(1, batch.labels[:, None]).squeeze(1)
+    with use_attention(model, name):
+        return token_logprobs(target_logits(model, batch, packed=name == PACKED), batch.labels)
 
 
 def _alone(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
     """Return what the model itself gives each text, and each answer after its prompt, [N]."""
     found = []
     device = next(model.parameters()).device
-    with attention_of(model, "eager"):
+    with use_attention(model, "eager"):
         for sample in samples:
             prompt = sample.ids[: sample.prompt]
             for answer in np.split(sample.ids[sample.prompt :], [sample.first]):
                 if len(answer):
                     ids = torch.tensor(np.concatenate([prompt, answer]), device=device)
-                    read = ids[None, :-1]  # the last one is a target only
-                    logp = forward.plain(model, read)[0].float().log_softmax(-1)
-                    own = logp.gather(1, ids[1:, None])[:, 0]
-                    found.append(own[max(len(prompt) - 1, 0) :])
+                    # The last one is a target only.
+                    logp = token_logprobs(forward_rows(model, ids[None, :-1])[0], ids[1:])
+                    found.append(logp[max(len(prompt) - 1, 0) :])
     return torch.cat(found)
 
 
@@ -277,8 +284,8 @@ def _is_causal(model: PreTrainedModel, samples: list[Sample]) -> bool:
     ids = torch.tensor(samples[0].ids, device=next(model.parameters()).device)[None]
     other = ids.clone()
     other[:, -4:] = ids[:, :4]
-    with attention_of(model, "eager"):
-        before, after = (forward.plain(model, x)[0, :-4] for x in (ids, other))
+    with use_attention(model, "eager"):
+        before, after = (forward_rows(model, x)[0, :-4] for x in (ids, other))
     return close(after.float(), before.float())
 
 
@@ -307,10 +314,10 @@ def _way(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
     most = min(SHAPES[0][1], shared_limit(model.config))  # longer ones change angles as they grow
     texts = [sample.ids[:most].tolist() for sample in samples]  # two of them are of one length
     device = next(model.parameters()).device
-    with attention_of(model, "eager"):
-        truth = [forward.plain(model, torch.tensor([t], device=device))[0].float() for t in texts]
+    with use_attention(model, "eager"):
+        truth = [forward_rows(model, torch.tensor([t], device=device))[0].float() for t in texts]
     for way in cached.ways(model):
-        with attention_of(model, name):
+        with use_attention(model, name):
             if _decodes(Cached(model, way), texts, truth):
                 return way
     return ""

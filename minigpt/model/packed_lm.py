@@ -1,36 +1,49 @@
 """PackedLM: a causal LM that takes packed batches and returns losses or log-probs.
 
-It is one module so that everything a step computes happens inside its forward, where DDP
-and FSDP2 have the parameters at hand.
+All samples of a batch lie in one row, and no sample sees another: its attention plan says who
+attends to whom, and comes to the attention layers as a keyword argument of the model's forward.
+A model that is not exact that way reads each sample in a row of its own.
+
+What is written here is the reference. Where `accel` is on, it computes the same faster.
+
+Shape legend:
+    T  tokens of the batch, N targets, V vocabulary, H query heads, K key heads, D width of a head
+    R  rows, L their length
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
 
-from minigpt.data.batch import AttentionPlan, PackedBatch, plan_attention
-from minigpt.model import forward
-from minigpt.model.attention import attention_of, dtype_of
-from minigpt.model.conformance import checked
-from minigpt.model.losses import Softmax, linear_cross_entropy, linear_logprobs, softmax_, sum_by
+from minigpt import accel
+from minigpt.data.batch import AttentionPlan, PackedBatch, positions
+from minigpt.errors import ModelError
+from minigpt.model.losses import sum_by
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3  # of logits and hidden states in fp32, relative to their size
-PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of Llama's layers
+PACKED = "minigpt_packed"  # the name under which transformers finds `packed_attention`
+# Arguments of attention that say what the plan says, or ask for more results.
+UNUSED = {"is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
+UNUSED |= {"output_router_logits", "return_dict", "logits_to_keep", "deterministic"}
+LOGITS = 2**24  # that are fp32 at a time
 
 
 class PackedLM(nn.Module):
     """Wraps a transformers causal LM for training on packed batches.
+
+    It is one module so that everything a step computes happens inside its forward, where DDP
+    and FSDP2 have the parameters at hand.
 
     Args:
         hf: the model; its attention becomes that by which its kind is exact.
@@ -38,36 +51,29 @@ class PackedLM(nn.Module):
     Attributes:
         conduct: how its kind is computed; samples of one that is not exact when they are packed
             are read each in a row of its own.
-        softmax: of the head's logits; compiled with the layers.
-        plain_head: True when the model's logits are not hidden @ weight + bias (soft caps,
-            scaling), so that its own forward computes them.
+        linear_head: the fast way to its loss, where there is one.
 
     Raises:
         ModelError: when models of its kind cannot be computed exactly.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
+        from minigpt.model.conformance import checked  # which tries models by this module
+
         super().__init__()
         self.hf = hf
         self.conduct = checked(hf, training=True)
+        self.linear_head = None
+        if accel.enabled():
+            with use_attention(hf, self.conduct.decoding):
+                self.linear_head = accel.linear_head(hf, self.conduct.packed)
         hf.config._attn_implementation = self.conduct.training
-        self.softmax: Softmax = softmax_
-        hf.get_input_embeddings().register_forward_hook(_narrow_on_gpu)
-        self.plain_head = not head_is_linear(hf)
-        packs = self.conduct.packed and not self.plain_head
-        self.ends_early = packs and end_early(hf)
         if not self.conduct.packed:
             log.warning(
                 "%s is not exact with packed samples (%s): each has a row of its own, which "
                 "takes more time.",
                 type(hf).__name__,
                 self.conduct.problem,
-            )
-        if self.plain_head:
-            log.warning(
-                "%s changes its logits after the head: they are computed whole, which takes "
-                "more memory.",
-                type(hf).__name__,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
@@ -84,102 +90,238 @@ class PackedLM(nn.Module):
 
     def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
         """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""
-        if self.plain_head:
-            logp = self._plain_logprobs(batch)
-            return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
-        hidden = forward.hidden_states(self.hf, batch, self.conduct.packed)
-        head: Any = self.hf.get_output_embeddings()
-        if not self.ends_early:
-            hidden = hidden.index_select(0, batch.predict_at)
-        if not per_answer:
-            return linear_cross_entropy(hidden, head.weight, head.bias, batch.labels, self.softmax)
-        logp = linear_logprobs(hidden, head.weight, head.bias, batch.labels, self.softmax)
-        return sum_by(logp, batch.answers, batch.n_answers)
-
-    def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
-        out = forward.logits(self.hf, batch, self.conduct.packed)
-        logp: Tensor = out.float().log_softmax(-1)
-        return logp.gather(1, batch.labels[:, None]).squeeze(1)
+        packed = self.conduct.packed
+        if self.linear_head is None:
+            logp = token_logprobs(target_logits(self.hf, batch, packed), batch.labels)
+        else:
+            hidden = read(self.hf.base_model, batch, packed)
+            head = self.hf.get_output_embeddings()
+            if not per_answer:
+                return self.linear_head.loss(head, hidden, batch)
+            logp = self.linear_head.logprobs(head, hidden, batch)
+        return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
 
 
-def _narrow_on_gpu(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-    """Let what layers add to be bf16 where products are: autocast leaves embeddings wide, which
-    takes a GPU time to move. A CPU gains nothing.
+def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the labels' log-probabilities [N] under logits [N, V], in nats and fp32.
+
+    Some rows are widened to fp32 at a time, and again in the backward pass.
     """
-    return out.to(torch.bfloat16) if out.is_cuda and dtype_of(out) == torch.bfloat16 else out
+    rows = max(1, LOGITS // logits.shape[1])
+    chunks = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat(
+        [
+            checkpoint(_token_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+    )
 
 
-@torch.no_grad()
-def head_is_linear(hf: PreTrainedModel) -> bool:
-    """Whether the model's logits are exactly its head applied to the last hidden states."""
-    head = hf.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return False
-    config = hf.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):  # hardly seen while logits are small
-        return False
-    with _as_loaded(hf) as ids:
-        out = hf(input_ids=ids, use_cache=False)
-        try:
-            ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        except (TypeError, AttributeError, ValueError, RuntimeError):  # a body of another kind
-            return False
-    return ours.shape == out.logits.shape and _close(ours, out.logits)
+def _token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(1, labels[:, None]).squeeze(1)
 
 
-@torch.no_grad()
-def end_early(hf: PreTrainedModel) -> bool:
-    """Let the last layer go on from its attention with the plan's `predict_at` alone: prompts
-    cost none of what follows.
+def target_logits(hf: PreTrainedModel, batch: PackedBatch, packed: bool) -> Tensor:
+    """Return the logits [N, V] that predict the targets; arguments as for `read`."""
+    if packed and "logits_to_keep" in inspect.signature(hf.forward).parameters:
+        return read(hf, batch, packed, logits_to_keep=batch.predict_at)
+    return read(hf, batch, packed).index_select(0, batch.predict_at)
+
+
+def read(model: nn.Module, batch: PackedBatch, packed: bool, **options: Tensor) -> Tensor:
+    """Return a model's first output for the tokens of a batch, [T, ·].
+
+    Args:
+        model: a causal LM, or the body of one.
+        batch: what to read.
+        packed: give the samples as one row, with the plan of their attention; otherwise each in a
+            row by itself.
+        options: of the model, when samples are packed.
+    """
+    if not packed:
+        return map_rows(partial(forward_rows, model), [batch.input_ids], batch.plan)
+    out: Tensor = model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        plan=batch.plan,
+        use_cache=False,  # a cache would be built in every step, and retain the graph
+        **options,
+    )[0]
+    return out.squeeze(0)
+
+
+def forward_rows(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the first output [R, L, ·] of a model or its body for rows of ids [R, L].
+
+    Positions and masks are those that the model makes.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_cache = "use_cache" in parameters or "kwargs" in parameters
+    options = {"use_cache": False} if takes_cache else {}
+    out: Tensor = model(input_ids=ids, **options)[0]
+    return out
+
+
+def map_rows(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], plan: AttentionPlan
+) -> Tensor:
+    """Apply a function to each row of a plan, and put the results in the order of the batch.
+
+    Args:
+        function: from tensors [R, L, ...] to one tensor [R, L, ...].
+        tensors: [T, ...] each.
+        plan: of the rows. A prompt that two rows share takes its result from the first.
 
     Returns:
-        Whether that gives this model's hidden states; if not, nothing was changed.
+        [T, ...].
     """
-    layers = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers or {name for name, _ in layers[-1].named_children()} != PARTS:
-        return False
-    layer = layers[-1]
-    with _as_loaded(hf) as ids:
-        some = torch.arange(1, ids.shape[1], 2, device=ids.device)
-        plan = plan_attention([(0, 0, 0, ids.shape[1])], some)
-        whole = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        layer.forward = MethodType(_early, layer)  # a method, which a copy of the layer binds anew
-        try:
-            ours = hf.base_model(input_ids=ids, plan=plan, use_cache=False).last_hidden_state
-            same = _close(ours, whole[:, some])
-        except (TypeError, AttributeError, RuntimeError):  # other outputs, or layers run in cycles
-            same = False
-    if not same:
-        del layer.forward
-    return same
+    if accel.enabled():
+        return accel.map_rows(function, tensors, plan)
+    results = []
+    for span, count in zip(
+        plan.spans.view(-1, 4).tolist(), plan.cu_queries.diff().tolist(), strict=True
+    ):
+        row = torch.from_numpy(positions(span)).to(tensors[0].device)
+        out = function(*(x.index_select(0, row)[None] for x in tensors)).squeeze(0)
+        results.append(out[-count:])
+    return torch.cat(results)
 
 
-def _early(
-    layer: Any, hidden_states: Tensor, *, plan: AttentionPlan | None = None, **kwargs: Any
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute a layer of Llama's kind, [1, N, H] of [1, T, H]; without a plan, all of it."""
+    """Causal attention of rows, by the definition.
+
+    The order of cap, mask and softmax, which is in fp32, is that of transformers' Gemma 2 and
+    GPT-OSS.
+
+    Args:
+        q: [R, L, H, D].
+        k, v: [R, L, K, D] with K dividing H (grouped-query attention).
+        scaling, dropout, window, softcap, sinks: as in `packed_attention`.
+
+    Returns:
+        [R, L, H, D].
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [R, heads, L, D]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    position = torch.arange(q.shape[2], device=q.device)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & (distance < (window or len(position)))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q @ k.mT).float() * scaling  # [R, H, L, L]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column], -1)
+        weights = F.dropout(scores.softmax(-1)[..., : len(position)], dropout)
+        return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: AttentionPlan | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """Attend inside each row of the plan: the attention function that transformers calls.
+
+    Args:
+        module: the attention layer.
+        query: [1, H, T, D].
+        key, value: [1, K, T, D] with K dividing H (grouped-query attention); a value may have
+            another width, and so has the result.
+        attention_mask: refused, the plan says who attends to whom.
+        plan: the batch's attention plan.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the logits; None means 1/sqrt(D).
+        sliding_window: of how many tokens, itself the last, a token sees.
+        softcap: c of the logits' soft cap, c · tanh(logits / c).
+        s_aux: [H] logits of attention sinks, which take part in the softmax and give nothing.
+        others: what changes nothing (`UNUSED`).
+
+    Returns:
+        [1, T, H, D] and None.
+
+    Raises:
+        ModelError: without a plan, and for arguments that would change the result otherwise.
+    """
     if plan is None:
-        whole: Tensor = type(layer).forward(layer, hidden_states, **kwargs)
-        return whole
-    normed = layer.input_layernorm(hidden_states)
-    attended = hidden_states + layer.self_attn(hidden_states=normed, plan=plan, **kwargs)[0]
-    kept = attended.index_select(1, plan.predict_at)
-    return kept + layer.mlp(layer.post_attention_layernorm(kept))  # type: ignore[no-any-return]
+        raise ModelError(
+            f"{type(module).__name__} comes without the plan of the batch: layers of this family "
+            "do not hand on what attention needs, so it cannot be trained. Take another family."
+        )
+    _refuse_others(module, {"attention_mask": attention_mask, **others})
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = _matmul_dtype(query)
+    # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+    if accel.enabled() and softcap is None and s_aux is None:
+        out = accel.attention(q, k, v, plan, scaling, dropout, sliding_window)
+    else:
+        attend = partial(
+            attend_rows,
+            scaling=scaling,
+            dropout=dropout,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        out = map_rows(attend, [q, k, v], plan)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _refuse_others(module: nn.Module, others: dict[str, object]) -> None:
+    given = [name for name, x in others.items() if x is not None and name not in UNUSED]
+    if given:
+        raise ModelError(
+            f"{type(module).__name__} gives its attention {', '.join(sorted(given))}, which is "
+            "not computed for packed samples."
+        )
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return what autocast would compute in: norms and rotations hand on wider numbers."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @contextmanager
-def _as_loaded(hf: PreTrainedModel) -> Iterator[Tensor]:
-    """Let a model compute as its authors do for a while; gives some ids [1, n] to try it on."""
-    training = hf.training
-    hf.eval()
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model use another attention function for a while.
+
+    Args:
+        model: put back in the end.
+        name: the function; `sdpa` (to generate) is `eager` for models that do not take it: they
+            compute it without a mask.
+    """
+    before = model.config._attn_implementation
+    eager = name == "sdpa" and not model._supports_sdpa
+    model.config._attn_implementation = "eager" if eager else name
     try:
-        with attention_of(hf, checked(hf, training=False).decoding):
-            rows: Any = hf.get_input_embeddings()
-            yield torch.arange(min(8, len(rows.weight)), device=hf.device)[None]
+        yield
     finally:
-        hf.train(training)
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    bound = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    return bool((ours - theirs).abs().max() <= bound)
+        model.config._attn_implementation = before

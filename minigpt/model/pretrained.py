@@ -22,10 +22,10 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
-from minigpt.model.attention import PACKED
 from minigpt.model.conformance import check, checked, conduct_of
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
+from minigpt.model.packed_lm import PACKED
 from minigpt.model.rope import compute_by_text, scale_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

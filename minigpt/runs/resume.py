@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor
 
-from minigpt.accel import cpu_attention as fused
+from minigpt import accel
 from minigpt.errors import ConfigError
 from minigpt.files import weights_digest
 from minigpt.model.parallel import gathered
@@ -302,7 +302,7 @@ def circumstances(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "compiled": pl_module.compiled,
-        "attention": "kernel" if half and fused.available() else "plain",
+        "attention": accel.attention_name(half),
     }
 
 

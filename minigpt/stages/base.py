@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from minigpt.accel.compiled_layers import compile_model, compiling_pays
+from minigpt.accel import compile_model, compiling_pays
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch
 from minigpt.data.chat import install_template
@@ -264,13 +264,17 @@ class BaseModule(LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Compile the layers, where asked to or where it pays."""
         if self.compiled is None:
-            self.compiled = compiling_pays(self)
+            batches = self.total_steps() * self.trainer.accumulate_grad_batches
+            again = self.activation_checkpointing  # which would break compiled layers apart
+            self.compiled = not again and compiling_pays(self.trainer, self.model, batches)
         if self.compiled:
             log.info("Compiling the model's layers, which takes up to a minute.")
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             precision = self.trainer.precision_plugin.forward_context
             for lm in self.packed_models():
-                compile_model(lm, data.tokens_per_batch, precision, data.kind == "preference")
+                positions = max_positions(lm.hf.config)
+                pairs = data.kind == "preference"
+                compile_model(lm, data.tokens_per_batch, positions, precision, pairs)
 
     def packed_models(self) -> list[PackedLM]:
         """Return the models that compute packed batches."""

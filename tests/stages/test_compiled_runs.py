@@ -11,13 +11,13 @@ from tiny_runs import Fit
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minigpt.accel import compiled_layers as compiled_layers
-from minigpt.accel import cpu_attention as fused
+from minigpt import accel
+from minigpt.accel import compiled_layers, cpu_attention, fast_attention, gpu_attention
 from minigpt.errors import ConfigError
-from minigpt.model import attention
 from minigpt.model.packed_lm import PackedLM
 from minigpt.runs.results import SampleText
 
+pytestmark = pytest.mark.skipif(not accel.enabled(), reason="MINIGPT_ACCEL=off")
 COMPILE = "model__init_args__compile_layers"
 
 
@@ -67,12 +67,14 @@ def test_no_graph_is_new_after_the_first_step(
     stage: str, fit: Fit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The layers are those of a GPU, but for the kernel and the compiler's last step."""
-    own, graphs = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda plain, **kw: own(plain, backend="eager", **kw))
-    for module in (attention, compiled_layers):
+    compiler, graphs = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda plain, **kw: compiler(plain, backend="eager", **kw)
+    )
+    for module in (fast_attention, compiled_layers):
         monkeypatch.setattr(module, "kernel_applies", lambda *_: True)
     monkeypatch.setattr(
-        attention.varlen, "varlen_attn", lambda q, k, v, *_, **__: stand_in(q, k, v)
+        gpu_attention.varlen, "varlen_attn", lambda q, k, v, *_, **__: stand_in(q, k, v)
     )
     request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()
@@ -105,9 +107,11 @@ def test_activations_are_not_computed_again_by_compiled_layers(fit: Fit) -> None
 def test_a_run_that_loses_its_kernel_says_so(
     precision: str, fit: Fit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "available", lambda: True)  # too narrow heads to really use it
+    monkeypatch.setattr(
+        cpu_attention, "available", lambda: True
+    )  # too narrow heads to really use it
     fit("sft", trainer__max_steps=2, trainer__precision=precision)
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
     fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=3, trainer__precision=precision)
-    told = "attention: kernel before, plain now" in caplog.text
-    assert told is precision.startswith("bf16")
+    reported = "attention: kernel before, plain now" in caplog.text
+    assert reported is precision.startswith("bf16")

@@ -15,6 +15,8 @@ import pytest
 import tiny_runs
 from tiny_runs import Fit
 
+from minigpt import accel
+
 CHANGES: dict[str, dict[str, Any]] = {
     "pretrain": {"model__init_args__optimizer": {"name": "muon"}},
     "sft": {
@@ -36,6 +38,8 @@ def test_losses_are_those_kept(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
+    if stage == "lora" and not accel.enabled():
+        pytest.skip("the adapter's dropout draws for all tokens of the last layer, not for some")
     # Muon iterates in bf16 where that is fast, which is another number.
     monkeypatch.setattr("minigpt.model.optimizer.fast_bf16", lambda device: False)
     start = {} if stage == "pretrain" else {"model__init_args__init_from": str(world / "pretrain")}

@@ -17,11 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStra
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from minigpt.accel import cpu_attention as fused
-from minigpt.accel.compiled_layers import _first_batches, compile_model, compiling_pays
+from minigpt.accel import compile_model, compiling_pays, cpu_attention
+from minigpt.accel.compiled_layers import _first_batches
 from minigpt.data.batch import PackedBatch, collate
-from minigpt.model.attention import attention_of
-from minigpt.model.packed_lm import PackedLM
+from minigpt.model.packed_lm import PackedLM, use_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
 
@@ -51,7 +50,9 @@ def assert_compiled_once(
     device = batches[0].input_ids.device.type
     kinds = (True,) if pairs else (False, True)
     plain = [results(lm, b, p, half) for b in batches for p in kinds]
-    compile_model(lm, 256, partial(torch.autocast, device, torch.bfloat16, enabled=half), pairs)
+    compile_model(
+        lm, 256, 256, partial(torch.autocast, device, torch.bfloat16, enabled=half), pairs
+    )
     got = [results(lm, b, p, half) for b in batches[:2] for p in kinds]
     warm = compiled_graphs()
     assert warm > 0
@@ -96,7 +97,7 @@ def test_so_is_a_model_that_sees_preferences(device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not fused.available(), reason="this CPU has no kernel for attention")
+@pytest.mark.skipif(not cpu_attention.available(), reason="this CPU has no kernel for attention")
 @pytest.mark.parametrize("pairs", [False, True], ids=["texts", "pairs"])
 def test_a_layer_is_compiled_as_a_whole_around_the_kernel(pairs: bool) -> None:
     lm = PackedLM(tiny.model("qwen3", head_dim=16))
@@ -119,7 +120,7 @@ def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "compile", spy)
     lm = PackedLM(tiny.model("llama"))  # of two layers
-    compile_model(lm, 256, nullcontext)
+    compile_model(lm, 256, 256, nullcontext)
     assert not torch._dynamo.config.optimize_ddp  # which would cut layers apart
     seen.clear()
     whole = tiny.batch([128])
@@ -144,12 +145,12 @@ def test_the_warm_up_meets_all_kinds_of_rows(tokens: int) -> None:
 def test_generation_goes_through_the_layers_as_they_are() -> None:
     model = tiny.model("qwen3").eval()
     ids = torch.arange(5)[None]
-    with attention_of(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         before = model.generate(ids, max_new_tokens=5, do_sample=False)
     lm = PackedLM(model)
-    compile_model(lm, 256, nullcontext)
+    compile_model(lm, 256, 256, nullcontext)
     warm = compiled_graphs()
-    with attention_of(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
     assert compiled_graphs() == warm > 0
 
@@ -163,39 +164,32 @@ def test_a_model_that_cannot_be_compiled_trains_all_the_same(
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     lm, batch = PackedLM(tiny.model("llama")), tiny.batch([20, 7])
     expected = lm(batch)
-    compile_model(lm, 256, nullcontext)
+    compile_model(lm, 256, 256, nullcontext)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(lm(batch), expected)
         assert torch.equal(lm(batch), expected)
     assert caplog.messages == ["Not compiled, which only costs speed: no C++ compiler"]
 
 
-LONG = {"steps": 10**6, "precision": "bf16-mixed", "strategy": SingleDeviceStrategy("cpu")}
+LONG = {"batches": 10**6, "precision": "bf16-mixed", "strategy": SingleDeviceStrategy("cpu")}
 
 
 @pytest.mark.parametrize(
     ("changes", "pays"),
     [
         ({}, True),
-        ({"steps": 10}, False),
+        ({"batches": 10}, False),
         ({"precision": "32-true"}, False),
         ({"strategy": ModelParallelStrategy()}, False),
-        ({"again": True}, False),
     ],
 )
 def test_compiling_pays_in_long_runs_in_half_precision(changes: dict[str, Any], pays: bool) -> None:
-    chosen = {"again": False, **LONG, **changes}
-    if isinstance(chosen["strategy"], ModelParallelStrategy):
-        chosen["strategy"].parallel_devices = [torch.device("cpu")]
-    module = SimpleNamespace(
-        trainer=SimpleNamespace(
-            strategy=chosen["strategy"],
-            precision=chosen["precision"],
-            accumulate_grad_batches=1,
-            datamodule=SimpleNamespace(tokens_per_batch=4096),
-        ),
-        model=PackedLM(tiny.model("qwen3")),
-        activation_checkpointing=chosen["again"],
-        total_steps=lambda: chosen["steps"],
+    options = {**LONG, **changes}
+    if isinstance(options["strategy"], ModelParallelStrategy):
+        options["strategy"].parallel_devices = [torch.device("cpu")]
+    trainer: Any = SimpleNamespace(
+        strategy=options["strategy"],
+        precision=options["precision"],
+        datamodule=SimpleNamespace(tokens_per_batch=4096),
     )
-    assert compiling_pays(module) is pays
+    assert compiling_pays(trainer, tiny.model("qwen3"), options["batches"]) is pays

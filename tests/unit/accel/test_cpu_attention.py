@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minigpt.accel import cpu_attention as fused
+from minigpt.accel import cpu_attention
 from minigpt.data.batch import collate
-from minigpt.model.attention import packed_attention
-from minigpt.model.packed_lm import PackedLM
+from minigpt.model.packed_lm import PackedLM, packed_attention
 
 needs_kernel = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(),  # type: ignore[attr-defined]
@@ -33,9 +32,9 @@ SHAPES = st.lists(
 
 @pytest.fixture
 def _unloaded() -> Iterator[None]:
-    fused._library.cache_clear()
+    cpu_attention._library.cache_clear()
     yield
-    fused._library.cache_clear()
+    cpu_attention._library.cache_clear()
 
 
 def difference(mine: Tensor, truth: Tensor) -> float:
@@ -91,7 +90,7 @@ def gradients(lm: PackedLM, half: bool = True) -> list[Tensor]:
 def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = PackedLM(tiny.model("qwen3", head_dim=16))
     exact, mine = gradients(lm, half=False), gradients(lm)
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
     plain = gradients(lm)
     assert any(not torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
     for ours, without, truth in zip(mine, plain, exact, strict=True):
@@ -102,10 +101,10 @@ def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPat
 def test_operators_are_what_compilers_take_them_for() -> None:
     q, k, v = (torch.randn(9, n, 16).bfloat16().requires_grad_() for n in (4, 2, 2))
     spans = tiny.plan([(3, 2, 4)]).spans
-    found = torch.library.opcheck(fused._forward, (q, k, v, spans, 0.3))
-    out, lse = fused._forward(q, k, v, spans, 0.3)
-    kept = [x.detach() for x in (q, k, v, lse, spans)]
-    back = torch.library.opcheck(fused._backward, (out.detach(), kept, 0.3))
+    found = torch.library.opcheck(cpu_attention._forward, (q, k, v, spans, 0.3))
+    out, lse = cpu_attention._forward(q, k, v, spans, 0.3)
+    saved = [x.detach() for x in (q, k, v, lse, spans)]
+    back = torch.library.opcheck(cpu_attention._backward, (out.detach(), saved, 0.3))
     assert {*found.values(), *back.values()} == {"SUCCESS"}
 
 
@@ -116,7 +115,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        out = fused.fused_attention(q, k, v, spans, 0.2)
+        out = cpu_attention.fused_attention(q, k, v, spans, 0.2)
         return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
 
     for a, b in zip(run(3), run(1), strict=True):
@@ -133,7 +132,7 @@ def test_a_nan_stays_in_its_sample(token: int, sample: tuple[int, int], everywhe
     for x in (q, k, v):
         x.requires_grad_()
     spans = tiny.plan([(0, 30, 0), (0, 20, 0), (0, 40, 0)]).spans
-    out = fused.fused_attention(q, k, v, spans, 0.2)
+    out = cpu_attention.fused_attention(q, k, v, spans, 0.2)
     poisoned = [x.isnan().any((1, 2)) for x in (out, *torch.autograd.grad(out.sum(), (q, k, v)))]
     if not everywhere:
         assert poisoned[0].nonzero().flatten().tolist() == [token]
@@ -144,36 +143,31 @@ def test_a_nan_stays_in_its_sample(token: int, sample: tuple[int, int], everywhe
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "dropout", "applies"),
-    [
-        (torch.bfloat16, 64, 0.0, True),
-        (torch.float32, 64, 0.0, False),
-        (torch.bfloat16, 8, 0.0, False),
-        (torch.bfloat16, 64, 0.1, False),
-    ],
+    ("dtype", "width", "applies"),
+    [(torch.bfloat16, 64, True), (torch.float32, 64, False), (torch.bfloat16, 8, False)],
 )
 def test_what_the_kernel_is_for(
-    dtype: torch.dtype, width: int, dropout: float, applies: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, width: int, applies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query = torch.empty(3, 2, width, dtype=dtype)
-    monkeypatch.setattr(fused, "available", lambda: True)
-    assert fused.applies(query, dropout) is applies
-    assert not fused.applies(query.to("meta"), dropout)
-    monkeypatch.setattr(fused, "available", lambda: False)
-    assert not fused.applies(query, dropout)
+    monkeypatch.setattr(cpu_attention, "available", lambda: True)
+    assert cpu_attention.applies(query) is applies
+    assert not cpu_attention.applies(query.to("meta"))
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
+    assert not cpu_attention.applies(query)
 
 
 @needs_kernel
 @pytest.mark.usefixtures("_unloaded")
 def test_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
-    assert fused.available()
-    (kept,) = (p for p in tmp_path.rglob("*") if p.is_file())
-    made = kept.stat().st_mtime_ns
-    fused._library.cache_clear()
+    assert cpu_attention.available()
+    (library,) = (p for p in tmp_path.rglob("*") if p.is_file())
+    built = library.stat().st_mtime_ns
+    cpu_attention._library.cache_clear()
     monkeypatch.setenv("PATH", "")  # no compiler any more
-    assert fused.available()
-    assert kept.stat().st_mtime_ns == made
+    assert cpu_attention.available()
+    assert library.stat().st_mtime_ns == built
 
 
 @needs_kernel
@@ -188,15 +182,15 @@ def test_without_a_compiler_attention_goes_on(
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
-        assert not fused.available()
-        assert not fused.available()
-    (told,) = caplog.messages
-    assert told.startswith("Attention without its kernel, which only costs speed: ")
-    assert compiler in told
+        assert not cpu_attention.available()
+        assert not cpu_attention.available()
+    (message,) = caplog.messages
+    assert message.startswith("Attention without its kernel, which only costs speed: ")
+    assert compiler in message
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 @pytest.mark.usefixtures("_unloaded")
 def test_other_processors_have_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not fused.available()
+    assert not cpu_attention.available()

@@ -16,7 +16,6 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import install_template
 from minigpt.errors import ModelError, TokenizerError
 from minigpt.files import whole_directory
-from minigpt.model import forward
 from minigpt.model.architecture import (
     Architecture,
     build_native,
@@ -26,8 +25,7 @@ from minigpt.model.architecture import (
     embedding_rows,
     fit_vocabulary,
 )
-from minigpt.model.attention import PACKED
-from minigpt.model.packed_lm import PackedLM
+from minigpt.model.packed_lm import PACKED, PackedLM, target_logits
 from minigpt.model.pretrained import find_model, load_model, save_model
 
 SMALL = Architecture(
@@ -52,7 +50,7 @@ def test_plain_transformers_gives_our_logits(saved: tuple[PackedLM, Path]) -> No
     batch.input_ids.remainder_(280)
     with torch.no_grad():
         theirs = plain(batch.input_ids[None]).logits
-        ours = forward.logits(lm.hf, batch, packed=True)
+        ours = target_logits(lm.hf, batch, packed=True)
     assert type(plain).__name__ == "Qwen3ForCausalLM"
     assert float((ours - theirs[:, batch.predict_at]).abs().max()) <= 1e-5
 

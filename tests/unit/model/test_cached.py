@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from minigpt.model.attention import attention_of
 from minigpt.model.cached import Cached, ways
+from minigpt.model.packed_lm import use_attention
 from tests import tiny
 
 SIZES = {
@@ -94,7 +94,7 @@ def test_rows_of_any_model_are_decoded_as_if_alone(kind: str) -> None:
         for _ in range(6):
             again = model(torch.tensor([row]), use_cache=False)
             row.append(int(again.logits[0, -1].argmax()))
-    with attention_of(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         runner = Cached(model, ways(model)[0])
         logits = runner.admit(rows[:3])
         together = rows[:3]

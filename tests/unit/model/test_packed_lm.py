@@ -1,19 +1,209 @@
-"""PackedLM: the same loss as the model's own, with and without a linear head."""
+"""PackedLM: every sample is computed as if it were alone, with the model's own loss."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from torch import nn
+from explicit_mask import ROWS, assert_equals_a_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from minigpt.data.batch import PackedBatch, collate
-from minigpt.model.attention import attention_of
-from minigpt.model.packed_lm import PackedLM, end_early, head_is_linear
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.errors import ModelError
+from minigpt.model.packed_lm import (
+    PACKED,
+    PackedLM,
+    packed_attention,
+    use_attention,
+)
+
+MODELS = {family: tiny.model(family) for family in tiny.FAMILIES}
+
+
+LAYOUTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+FEW = settings(max_examples=12)
+
+
+def packed_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    with use_attention(model, PACKED):
+        out = model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            plan=batch.plan,
+            use_cache=False,
+        )
+    return out.logits[0]
+
+
+def alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [n, V] of one document by plain transformers."""
+    with use_attention(model, "sdpa"):
+        return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def documents(batch: PackedBatch) -> list[Tensor]:
+    return [*batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
+
+
+def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
+    found = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
+    names = (name for name, _ in model.named_parameters())
+    return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+
+
+def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    assert mine.keys() == truth.keys()
+    largest = max(float(gradient.abs().max()) for gradient in truth.values())
+    for name, gradient in truth.items():
+        # Of a gradient that is 0, as that of queries which see one key, fp32's rounding is left.
+        bound = 1e-4 * float(gradient.abs().max()) + 2**-22 * largest
+        assert float((mine[name] - gradient).abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@given(lengths=LAYOUTS, seed=st.integers(0, 100))
+@FEW
+def test_packed_logits_are_those_of_each_document_alone(
+    family: str, lengths: list[int], seed: int
+) -> None:
+    batch = tiny.batch(lengths, seed)
+    with torch.no_grad():
+        expected = torch.cat([alone(MODELS[family], ids) for ids in documents(batch)])
+        got = packed_logits(MODELS[family], batch)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("lengths", [(17, 3, 40, 1, 25), (1,), (33, 33)])
+def test_packed_gradients_are_those_of_each_document_alone(
+    family: str, lengths: Sequence[int]
+) -> None:
+    model, batch = MODELS[family], tiny.batch(lengths)
+    apart = torch.cat([alone(model, ids) for ids in documents(batch)])
+    weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(1))
+    truth = gradients(model, (apart * weights).sum())
+    assert_same(gradients(model, (packed_logits(model, batch) * weights).sum()), truth)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_document_does_not_see_its_neighbours(family: str) -> None:
+    samples = tiny.texts([12, 9, 20])
+    with torch.no_grad():
+        before = packed_logits(MODELS[family], collate(samples))[11:19]
+        samples[0].ids[:] = 5
+        samples[2].ids[:] = 7
+        after = packed_logits(MODELS[family], collate(samples))[11:19]
+    assert torch.equal(before, after)
+
+
+def answers(pair: Sample) -> list[tuple[Tensor, int]]:
+    """Both answers as whole sequences, and the place of their first target."""
+    ids = torch.from_numpy(pair.ids.astype(np.int64))
+    prompt, first, second = ids.split([pair.prompt, pair.first, pair.second])
+    return [(torch.cat([prompt, answer]), pair.prompt) for answer in (first, second)]
+
+
+def answer_logprob(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
+    logp = alone(model, ids).log_softmax(-1)[start - 1 : -1]
+    return logp.gather(1, ids[start:, None]).sum()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shapes", [[(9, 5, 30)], [(1, 1, 1), (40, 3, 4), (7, 20, 2)]])
+def test_a_shared_prompt_equals_two_sequences(
+    family: str, shapes: list[tuple[int, int, int]]
+) -> None:
+    model, pairs = MODELS[family], tiny.preferences(shapes)
+    expected = torch.stack(
+        [answer_logprob(model, *answer) for pair in pairs for answer in answers(pair)]
+    )
+    got = PackedLM(model)(collate(pairs), per_answer=True)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 2, len(got))
+    truth = gradients(model, (expected * weights).sum())
+    assert_same(gradients(model, (got * weights).sum()), truth)
+
+
+@given(shapes=ROWS, kv_heads=st.sampled_from([1, 2, 4]))
+@settings(max_examples=40)
+def test_attention_equals_an_explicit_mask(
+    shapes: list[tuple[int, int, int]], kv_heads: int
+) -> None:
+    assert_equals_a_mask(shapes, kv_heads)
+
+
+def test_layers_that_do_not_hand_on_the_plan_are_refused() -> None:
+    lm = PackedLM(tiny.model("qwen3"))
+    with pytest.raises(ModelError, match=r"Qwen3Attention .* another family"):
+        lm.hf(input_ids=torch.arange(5)[None])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 64}),
+        ("gpt_oss", {"sliding_window": 5}),
+    ],
+)
+def test_windows_soft_caps_and_sinks_are_those_of_eager_attention(
+    family: str, changes: dict[str, Any]
+) -> None:
+    model, batch = tiny.model(family, **changes), tiny.batch([17, 9, 3])
+    with use_attention(model, "eager"):
+        expected = [
+            model(input_ids=ids[None], use_cache=False).logits[0] for ids in documents(batch)
+        ]
+    truth = gradients(model, torch.cat(expected).square().sum())
+    got = packed_logits(model, batch)
+    assert torch.allclose(got, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert_same(gradients(model, got.square().sum()), truth)
+
+
+def test_values_may_have_another_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 7, width, generator=generator) for width in (8, 8, 12))
+    plan = tiny.plan([(0, 4, 0), (0, 3, 0)])
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan)
+    for rows in (slice(0, 4), slice(4, 7)):
+        parts = (x[:, :, rows] for x in (q, k, v))
+        alone = scaled_dot_product_attention(*parts, is_causal=True)
+        assert torch.allclose(out[:, rows], alone.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_bias", "indices"])
+def test_what_would_change_attention_is_refused(name: str) -> None:
+    q, plan = torch.ones(1, 2, 4, 8), tiny.plan([(0, 4, 0)])
+    options = {"attention_mask": None, name: torch.zeros(1)}
+    with pytest.raises(ModelError, match=f"Module gives its attention {name}"):
+        packed_attention(torch.nn.Module(), q, q, q, plan=plan, **options)
+
+
+def test_positions_restart_in_each_sample_and_answer() -> None:
+    batch = collate([*tiny.preferences([(3, 2, 4)]), *tiny.texts([2])])
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 5, 0]
+    assert batch.cu_seqlens.tolist() == [0, 7, 8]
+    assert batch.predict_at.tolist() == [2, 3, 2, 4, 5, 6, 7]
+
+
+def test_the_attention_of_a_model_is_put_back() -> None:
+    model = tiny.model("llama")
+    model.config._attn_implementation = PACKED
+    with pytest.raises(TypeError), use_attention(model, "sdpa"):
+        model(model.config._attn_implementation)  # a string, which no model takes
+    assert model.config._attn_implementation == PACKED
+
 
 CHANGED = {
     "cohere": {"logit_scale": 0.5},
@@ -24,29 +214,11 @@ CHANGED = {
 def own_loss(model: PreTrainedModel, lengths: list[int]) -> torch.Tensor:
     """The sum of the losses that the model itself reports for each text."""
     total = torch.zeros(())
-    with attention_of(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         for sample in tiny.texts(lengths):
             ids = torch.tensor(sample.ids.astype("int64"))[None]
             total = total + model(input_ids=ids, labels=ids).loss * (len(sample.ids) - 1)
     return total
-
-
-@pytest.mark.parametrize(
-    ("device", "half", "dtype"),
-    [
-        ("cpu", True, torch.float32),
-        pytest.param("cuda", True, torch.bfloat16, marks=pytest.mark.gpu),
-        pytest.param("cuda", False, torch.float32, marks=pytest.mark.gpu),
-    ],
-)
-def test_layers_add_to_bf16_on_a_gpu(device: str, half: bool, dtype: torch.dtype) -> None:
-    lm = PackedLM(tiny.model("qwen3")).to(device)
-    seen = []
-    layer = lm.hf.base_model.layers[-1]
-    layer.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
-    with torch.autocast(device, torch.bfloat16, enabled=half):
-        lm(tiny.batch([5, 9]).to(device))
-    assert seen == [dtype]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -59,26 +231,6 @@ def test_a_model_in_bf16_turns_by_exact_angles(nested: bool) -> None:
     assert all(torch.equal(buffer, exact[name]) for name, buffer in lm.named_buffers())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_known_families_have_a_linear_head(family: str) -> None:
-    model = tiny.model(family).train()
-    assert head_is_linear(model)
-    assert model.training
-
-
-@pytest.mark.parametrize(("family", "changes"), CHANGED.items())
-def test_changed_logits_are_noticed(family: str, changes: dict[str, Any]) -> None:
-    assert not head_is_linear(tiny.model(family, **changes))
-
-
-def test_a_soft_cap_is_noticed_while_logits_are_small() -> None:
-    model = tiny.model("gemma2", final_logit_softcapping=30.0, attn_logit_softcapping=None)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(0.01)
-    assert not head_is_linear(model)
-
-
 @pytest.mark.parametrize(
     ("family", "changes"), [*((f, {}) for f in tiny.FAMILIES), *CHANGED.items()]
 )
@@ -88,7 +240,6 @@ def test_the_loss_and_its_gradients_are_the_models_own(
     lengths = [20, 2, 11]
     model = tiny.model(family, **changes)
     lm = PackedLM(model)
-    assert lm.plain_head == bool(changes)
     expected, got = own_loss(model, lengths), lm(tiny.batch(lengths))
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -126,63 +277,3 @@ def test_no_cache_is_built_in_training(family: str) -> None:
     lm.hf.base_model.register_forward_hook(note)
     lm(tiny.batch([5, 7]))
     assert caches == [None]
-
-
-WHOLE = [
-    ("gpt2", {}),
-    ("granite", {"residual_multiplier": 0.5}),
-    ("gpt_oss", {}),
-]  # other parts, sums, outputs
-
-
-def lately(lm: PackedLM, batch: PackedBatch) -> tuple[torch.Tensor, int, int]:
-    """Return answers' log-probs, and how many tokens pass the first and the last MLP."""
-    seen: list[int] = []
-    hooks = [
-        layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
-        for layer in lm.hf.base_model.layers
-    ]
-    scores = lm(batch, per_answer=True)
-    for hook in hooks:
-        hook.remove()
-    return scores, seen[0], seen[-1]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2", "mistral"])
-@pytest.mark.parametrize("shapes", [[(9, 3, 5)], [(4, 6, 2), (0, 7, 3), (12, 1, 1)]])
-def test_the_last_layer_ends_with_what_predicts_targets(
-    family: str, shapes: list[tuple[int, int, int]]
-) -> None:
-    lm, batch = PackedLM(tiny.model(family)), collate(tiny.preferences(shapes))
-    scores, first, last = lately(lm, batch)
-    assert (first, last) == (len(batch.input_ids), len(batch.labels))
-    weights = list(lm.parameters())
-    got = torch.autograd.grad(scores[0], weights)
-    del lm.hf.base_model.layers[-1].forward
-    lm.ends_early = False
-    expected, _, whole = lately(lm, batch)
-    assert whole == first
-    assert torch.allclose(scores, expected, rtol=1e-5)
-    for mine, theirs in zip(got, torch.autograd.grad(expected[0], weights), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "changes"), WHOLE)
-def test_a_layer_of_another_kind_is_left_whole(family: str, changes: dict[str, Any]) -> None:
-    model = tiny.model(family, **changes)
-    assert not end_early(model)
-    assert all("forward" not in vars(module) for module in model.modules())
-    lm, lengths = PackedLM(model), [20, 2, 11]
-    expected = own_loss(model, lengths)
-    assert lm(tiny.batch(lengths)).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_a_copy_ends_early_with_its_own_weights() -> None:
-    lm, batch = PackedLM(tiny.model("llama")), tiny.batch([5, 9])
-    before = lm(batch)
-    other = copy.deepcopy(lm)
-    with torch.no_grad():
-        for weight in lm.hf.base_model.layers[-1].parameters():
-            weight.zero_()
-    assert torch.equal(other(batch), before)
-    assert not torch.equal(lm(batch), before)

@@ -17,11 +17,9 @@ from minigpt.data.batch import collate
 from minigpt.errors import ModelError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model import conformance, shrink
-from minigpt.model.attention import PACKED, attention_of
 from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
 from minigpt.model.conformance import Conduct, checked, conduct_of
-from minigpt.model.forward import plain
-from minigpt.model.packed_lm import PackedLM
+from minigpt.model.packed_lm import PACKED, PackedLM, forward_rows, use_attention
 from minigpt.model.pretrained import load_model, save_model
 from minigpt.model.shrink import shrunk, tiny_models
 
@@ -40,7 +38,7 @@ def model_of(kind: str, **changes: Any) -> PreTrainedModel:
 
 def scores_alone(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[float]:
     found = []
-    with attention_of(model, "eager"):
+    with use_attention(model, "eager"):
         for ids in texts:
             logp = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
             found.append(float(logp.gather(1, ids[1:, None]).sum()))
@@ -140,7 +138,7 @@ def test_texts_are_continued_in_the_fastest_way_that_is_exact(
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = engine.encode(prompt)
         for token in reply.ids:
-            logits = plain(model, torch.tensor([ids]))[0, -1]
+            logits = forward_rows(model, torch.tensor([ids]))[0, -1]
             assert logits[token] >= logits.max() - 1e-4
             ids.append(token)
 

@@ -1,0 +1,94 @@
+"""Packed attention by the fastest kernel there is, and rows of like length computed together.
+
+Shape legend:
+    T  tokens of the batch, H query heads, K key heads, D width of a head
+    R  rows of a group of the plan, L its longest row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from minigpt.accel import cpu_attention
+from minigpt.accel.block_causal import LONGEST, block_causal_attention
+from minigpt.accel.gpu_attention import kernel_applies, kernel_attention
+from minigpt.data.batch import AttentionPlan
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """Attend inside each row of a plan; arguments as for `accel.attention`."""
+    hidden_past = window is not None and plan.longest > window
+    if q.shape[-1] == v.shape[-1] and not dropout and not hidden_past:
+        if kernel_applies(q.device, q.dtype, q.shape[-1]):
+            return kernel_attention(q, k, v, plan, scaling)
+        if cpu_attention.applies(q):
+            return cpu_attention.fused_attention(q, k, v, plan.spans, scaling)
+    rows = _window_rows if hidden_past else _causal_rows
+    attend_rows = partial(rows, scaling=scaling, dropout=dropout, window=window)
+    out: Tensor = map_groups(attend_rows, (q, k, v), plan)
+    return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # no two batches have the same groups
+def map_groups(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], plan: AttentionPlan
+) -> Tensor:
+    """Apply a causal function to groups of rows of like length; as `accel.map_rows`."""
+    index = torch.cat([group.flatten() for group in plan.gather])
+    sizes = [group.numel() for group in plan.gather]
+    # Once for all groups, whose gradients would be added up one by one; index_select, because its
+    # backward is many times faster on a CPU than indexing's.
+    gathered = [x.index_select(0, index).split(sizes) for x in tensors]
+    results = []
+    for group, *flat in zip(plan.gather, *gathered, strict=True):
+        rows = [x.unflatten(0, list(group.shape)) for x in flat]
+        results.append(function(*rows).flatten(0, 1))
+    return torch.cat(results).index_select(0, plan.scatter)
+
+
+def _causal_rows(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of rows [R, L, heads, D], no longer than a window, by what is fastest where
+    they lie.
+    """
+    by_matmuls = q.device.type == "cpu" and not dropout and q.shape[1] <= LONGEST
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        if by_matmuls and q.shape[-1] == v.shape[-1]:
+            out = block_causal_attention(q * scaling, k, v)
+        else:
+            grouped = q.shape[1] != k.shape[1]
+            out = scaled_dot_product_attention(
+                q, k, v, None, dropout, True, scale=scaling, enable_gqa=grouped
+            )
+    return out.transpose(1, 2)
+
+
+def _window_rows(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of rows [R, L, heads, D], in which a token sees a window's tokens."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    position = torch.arange(q.shape[2], device=q.device)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & (distance < (window or len(position)))
+    grouped = q.shape[1] != k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        out = scaled_dot_product_attention(
+            q, k, v, visible, dropout, scale=scaling, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
