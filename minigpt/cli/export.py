@@ -19,12 +19,20 @@ EXAMPLES = """examples:
 """
 # What an export writes, and so what a later one may replace.
 WRITTEN = (
-    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "base.json", "README.md"),
-    *("special_tokens_map.json", "chat_template.jinja", "*.gguf", "Modelfile"),
+    "*.safetensors",
+    "*.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "base.json",
+    "README.md",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.gguf",
+    "Modelfile",
 )
 
 
-def main(args: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse the command line, export and print the numbers of the check."""
     parser = CommandParser(
         prog="minigpt export",
@@ -43,42 +51,41 @@ def main(args: list[str]) -> None:
     hf.add_argument("--output_dir", required=True, help="directory to write")
     hf.add_argument("--keep_adapter", action="store_true", help="the adapter alone, not merged")
     hf.add_argument("--base_model_name", help="hub id of the kept adapter's base")
-    place = gguf.add_mutually_exclusive_group(required=True)
-    place.add_argument("--output_dir", help="directory for GGUF, Modelfile and model card")
-    place.add_argument("--output", help="file to write, ending in .gguf")
+    output = gguf.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output_dir", help="directory for GGUF, Modelfile and model card")
+    output.add_argument("--output", help="file to write, ending in .gguf")
     gguf.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (f16)")
     gguf.add_argument(
         "--accept_differences",
         action="store_true",
         help="keep a file by which llama.cpp gives other results, and say so in the model card",
     )
-    chosen = parser.parse_args(args)
-    if chosen.kind == "hf" and chosen.base_model_name and not chosen.keep_adapter:
+    args = parser.parse_args(arguments)
+    if args.kind == "hf" and args.base_model_name and not args.keep_adapter:
         hf.error("--base_model_name goes with --keep_adapter")
-    if chosen.kind == "gguf" and (chosen.output_dir is None) != str(chosen.output).endswith(
-        ".gguf"
-    ):
+    is_file = args.kind == "gguf" and args.output_dir is None
+    if is_file and not args.output.endswith(".gguf"):
         gguf.error("--output names a file ending in .gguf, --output_dir a directory")
-    if chosen.output_dir is None:
+    if args.output_dir is None:
         for option in ("results", "accept_differences"):
-            if getattr(chosen, option):
+            if getattr(args, option):
                 gguf.error(f"--{option} goes with --output_dir, which has a model card")
-    for name, value in export(chosen).items():
+    for name, value in export(args).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def export(chosen: argparse.Namespace) -> dict[str, Any]:
+def export(args: argparse.Namespace) -> dict[str, Any]:
     """Export; return the numbers of the check.
 
     Raises:
-        ConfigError: when the place is taken or cannot be written to.
+        ConfigError: when the output exists already or cannot be written to.
     """
-    place = Path(chosen.output_dir or chosen.output)
-    source = Path(chosen.adapter or chosen.model)
-    for model in filter(None, (chosen.model, chosen.adapter)):
-        if place.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
-            raise ConfigError(f"{place} holds the model itself. Export it to another place.")
-    check_room(place, "an export", WRITTEN, chosen.overwrite)
+    output = Path(args.output_dir or args.output)
+    source = Path(args.adapter or args.model)
+    for model in filter(None, (args.model, args.adapter)):
+        if output.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
+            raise ConfigError(f"{output} holds the model itself. Export it to another directory.")
+    check_room(output, "an export", WRITTEN, args.overwrite)
     from minigpt.cli.trainer import quiet
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf
@@ -87,14 +94,16 @@ def export(chosen: argparse.Namespace) -> dict[str, Any]:
     from minigpt.progress import shown
 
     quiet()
-    card = Card(chosen.name or run_name(source), str(source), chosen.license, chosen.results)
-    clear_partials(place)
-    with writing(place), shown(f"exporting {chosen.model}"):
-        if chosen.kind == "gguf":
-            options = (chosen.dtype, chosen.adapter, chosen.accept_differences)
-            numbers = export_gguf(chosen.model, place, card, *options)
+    card = Card(args.name or run_name(source), str(source), args.license, args.results)
+    clear_partials(output)
+    with writing(output), shown(f"exporting {args.model}"):
+        if args.kind == "gguf":
+            numbers = export_gguf(
+                args.model, output, card, args.dtype, args.adapter, args.accept_differences
+            )
         else:
-            kept = (chosen.adapter, chosen.keep_adapter, chosen.base_model_name)
-            numbers = export_hf(chosen.model, place, card, *kept)
-    print(f"exported to {place}")
+            numbers = export_hf(
+                args.model, output, card, args.adapter, args.keep_adapter, args.base_model_name
+            )
+    print(f"exported to {output}")
     return numbers

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
 """
 
 
-def main(args: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse the command line, load the models and serve until a signal comes."""
     parser = CommandParser(
         prog="minigpt serve",
@@ -26,37 +26,42 @@ def main(args: list[str]) -> None:
         "MINIGPT_API_KEY sets the key that clients must send.",
         epilog=EXAMPLES,
     )
-    told = "run directory, HF directory or hub id; the name is the directory's by default"
-    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=told)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="run directory, HF directory or hub id; the name is the directory's by default",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
-    for name, default, told in (
-        ("slots", 8, "answers written at once, per model"),
+    for name, default, text in (
+        ("slots", 8, "answers generated at once, per model"),
         ("max_queue", 256, "answers that may wait, per model"),
         ("max_context", 4096, "tokens of a prompt and its answer; at most what the model takes"),
         ("max_body", 2**20, "longest request in bytes"),
         ("timeout", 600, "seconds that an answer may take"),
     ):
-        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{told} ({default})")
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text} ({default})")
     add_weights(parser)
-    chosen = parser.parse_args(args)
+    args = parser.parse_args(arguments)
     key = os.environ.get("MINIGPT_API_KEY", "").strip() or None
-    places = named(chosen.models)
-    with listen(chosen.host, chosen.port, key) as listener:
-        serve(chosen, places, key, listener)
+    paths = named(args.models)
+    with listen(args.host, args.port, key) as listener:
+        serve(args, paths, key, listener)
 
 
 def named(models: list[str]) -> dict[str, str]:
-    """Return the models' places by the names under which they are served."""
-    places: dict[str, str] = {}
+    """Return the models' paths or hub ids by the names under which they are served."""
+    paths: dict[str, str] = {}
     for model in models:
-        name, mark, place = model.partition("=")
-        if not mark:
-            name, place = (run_name(model) if Path(model).exists() else model), model
-        if not name or not place or name in places:
+        name, separator, path = model.partition("=")
+        if not separator:
+            name = run_name(model) if Path(model).exists() else model
+            path = model
+        if not name or not path or name in paths:
             raise ConfigError(f"Every model needs a name of its own: give NAME=MODEL for {model}.")
-        places[name] = place
-    return places
+        paths[name] = path
+    return paths
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
@@ -73,12 +78,13 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
             )
         return socket.create_server((str(address[0]), port), family=family)
     except (OSError, UnicodeError) as error:
-        words = f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
-        raise ConfigError(words) from error
+        raise ConfigError(
+            f"Cannot listen on {host} port {port}: {error}. Choose another --port or --host."
+        ) from error
 
 
 def serve(
-    chosen: argparse.Namespace, places: dict[str, str], key: str | None, listener: socket.socket
+    args: argparse.Namespace, paths: dict[str, str], key: str | None, listener: socket.socket
 ) -> None:
     """Load the models and serve them until SIGTERM; Ctrl-C raises."""
     try:
@@ -94,12 +100,12 @@ def serve(
     from minigpt.serve.worker import Worker
 
     quiet()
-    engines = {name: Engine.load(place, weights=chosen.weights) for name, place in places.items()}
+    engines = {name: Engine.load(path, weights=args.weights) for name, path in paths.items()}
     for engine in engines.values():
-        engine.context = min(engine.context, chosen.max_context)
-    worker = Worker(engines, chosen.slots, chosen.max_queue)
-    app = create_app(worker, key, chosen.max_body, chosen.timeout)
+        engine.context = min(engine.context, args.max_context)
+    worker = Worker(engines, args.slots, args.max_queue)
+    app = create_app(worker, key, args.max_body, args.timeout)
     host, port = listener.getsockname()[:2]
-    place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"Serving {', '.join(engines)} at {place} (Ctrl-C stops)", flush=True)
+    address = f"[{host}]" if ":" in host else host
+    print(f"Serving {', '.join(engines)} at http://{address}:{port} (Ctrl-C stops)", flush=True)
     run(app, worker, listener)

@@ -1,4 +1,4 @@
-"""The application: OpenAI's endpoints, health, metrics and the page."""
+"""The application: OpenAI's endpoints, health, metrics and the web page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -20,45 +20,52 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from minigpt.data.formats import Message
 from minigpt.errors import MiniGPTError
 from minigpt.infer.engine import Engine
-from minigpt.serve.guard import HEADERS, Guard, Metrics, refusal
-from minigpt.serve.schema import Answer, ChatRequest, TextRequest, Wanted
-from minigpt.serve.worker import Job, QueueFullError, ServingError, Worker
+from minigpt.serve.middleware import HEADERS, AccessMiddleware, Metrics, error_response
+from minigpt.serve.schema import ChatRequest, CompletionRequest, ResponseBuilder, TextRequest
+from minigpt.serve.worker import Completion, QueueFullError, ServingError, Worker
+
+Prompt = str | list[int] | list[Message]
 
 
 class RefusedError(Exception):
-    """A request that is answered by an error; the arguments are those of `refusal`."""
+    """A request that is answered by an error; the arguments are those of `error_response`."""
 
 
-class Events(StreamingResponse):
-    """A stream of server-sent events, whose places are freed however it ends."""
+class EventStream(StreamingResponse):
+    """A stream of server-sent events, whose slots are freed however it ends."""
 
-    def __init__(self, job: Job, worker: Worker, events: AsyncIterator[str]) -> None:
+    def __init__(self, completion: Completion, worker: Worker, events: AsyncIterator[str]) -> None:
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
-        self.job, self.worker = job, worker
+        self.completion = completion
+        self.worker = worker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.worker.cancel(self.job)
+            self.worker.cancel(self.completion)
 
 
 class Endpoints:
-    """What is answered under each path.
+    """The endpoints of all paths.
 
     Args:
-        worker: what computes.
+        worker: computes the answers.
         timeout: seconds that a request may take.
     """
 
     def __init__(self, worker: Worker, timeout: float) -> None:
-        self.worker, self.timeout, self.since = worker, timeout, int(time.time())
-        self.metrics, self.html = Metrics(worker), page()
+        self.worker = worker
+        self.timeout = timeout
+        self.started_at = int(time.time())
+        self.metrics = Metrics(worker)
+        self.html = page()
 
-    def paths(self) -> dict[str, Callable[..., Any]]:
+    def paths(self) -> dict[str, Callable[..., Awaitable[object]]]:
         """Return the endpoints by their paths."""
         return {
             "/v1/chat/completions": self.chat,
@@ -72,29 +79,36 @@ class Endpoints:
 
     async def models(self) -> dict[str, Any]:
         """List the models."""
-        listed = [await self.model(name) for name in self.worker.engines]
-        return {"object": "list", "data": listed}
+        models = [await self.model(name) for name in self.worker.engines]
+        return {"object": "list", "data": models}
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe a model; `chat` says whether it has a chat template."""
         engine = self._engine(name)
-        about = {"id": name, "object": "model", "created": self.since, "owned_by": "minigpt"}
-        return about | {"max_model_len": engine.context, "chat": engine.codec is not None}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started_at,
+            "owned_by": "minigpt",
+            "max_model_len": engine.context,
+            "chat": engine.codec is not None,
+        }
 
-    async def chat(self, wanted: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        if self._engine(wanted.model).codec is None:
-            words = "has no chat template: continue text with /v1/completions instead."
-            raise RefusedError(400, f"{wanted.model!r} {words}", "no_chat_template", "model")
-        messages = [message.record() for message in wanted.messages]
-        return await self._answer(wanted, request, [messages], "messages")
+        if self._engine(body.model).codec is None:
+            reason = "has no chat template: continue text with /v1/completions instead."
+            raise RefusedError(400, f"{body.model!r} {reason}", "no_chat_template", "model")
+        messages = [message.record() for message in body.messages]
+        return await self._answer(body, request, [messages], "messages")
 
-    async def text(self, wanted: TextRequest, request: Request) -> Response:
+    async def text(self, body: TextRequest, request: Request) -> Response:
         """Continue texts."""
-        size, prompts = self._engine(wanted.model).rows, wanted.prompts()
-        if any(max(prompt) >= size for prompt in prompts if not isinstance(prompt, str)):
-            raise RefusedError(400, f"Token ids must be below {size}.", None, "prompt")
-        return await self._answer(wanted, request, prompts, "prompt")
+        rows = self._engine(body.model).rows
+        prompts = body.prompts()
+        if any(max(prompt) >= rows for prompt in prompts if not isinstance(prompt, str)):
+            raise RefusedError(400, f"Token ids must be below {rows}.", None, "prompt")
+        return await self._answer(body, request, prompts, "prompt")
 
     async def health(self) -> Response:
         """Say whether answers are being computed."""
@@ -102,9 +116,9 @@ class Endpoints:
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     async def prometheus(self) -> Response:
-        """Tell the counts in Prometheus' text format."""
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(generate_latest(self.metrics.registry), media_type=kind)
+        """Return the metrics in Prometheus' text format."""
+        media_type = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(generate_latest(self.metrics.registry), media_type=media_type)
 
     async def page(self) -> Response:
         """Return the web page."""
@@ -112,78 +126,89 @@ class Endpoints:
 
     def _engine(self, name: str) -> Engine:
         if name not in self.worker.engines:
-            words = f"The model {name!r} does not exist. Served: {', '.join(self.worker.engines)}."
-            raise RefusedError(404, words, "model_not_found", "model")
+            served = ", ".join(self.worker.engines)
+            message = f"The model {name!r} does not exist. Served: {served}."
+            raise RefusedError(404, message, "model_not_found", "model")
         return self.worker.engines[name]
 
-    async def _ids(self, model: str, prompt: Any) -> list[int]:
-        known = isinstance(prompt, list) and isinstance(prompt[0], int)
-        return prompt if known else await self.worker.encode(model, prompt)
+    async def _ids(self, model: str, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        return await self.worker.encode(model, prompt)
 
     async def _answer(
-        self, wanted: Wanted, request: Request, asked: list[Any], param: str
+        self, body: CompletionRequest, request: Request, prompts: Sequence[Prompt], param: str
     ) -> Response:
-        end = asyncio.get_running_loop().time() + self.timeout
-        context, sequences = self._engine(wanted.model).context, []
-        self.worker.check_room(wanted.model, len(asked) * wanted.n)
-        async with asyncio.timeout_at(end):
-            prompts = [await self._ids(wanted.model, prompt) for prompt in asked]
-        for ids in prompts:
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        context = self._engine(body.model).context
+        self.worker.check_capacity(body.model, len(prompts) * body.n)
+        async with asyncio.timeout_at(deadline):
+            encoded = [await self._ids(body.model, prompt) for prompt in prompts]
+        sequences = []
+        for ids in encoded:
             if len(ids) >= context:
-                words = f"The maximum context length is {context} tokens, the answer included; "
-                words += f"the prompt has {len(ids)}. Shorten it."
-                raise RefusedError(400, words, "context_length_exceeded", param)
-            sequences += [(ids, sampling) for sampling in wanted.samplings(context - len(ids))]
-        answer = Answer(wanted, sum(map(len, prompts)), len(sequences))
-        job = self.worker.submit(wanted.model, sequences)
-        self.metrics.prompt.labels(wanted.model).inc(answer.prompt_tokens)
-        if wanted.stream:
-            return Events(job, self.worker, self._events(job, answer, end))
+                message = (
+                    f"The maximum context length is {context} tokens, the answer included; the "
+                    f"prompt has {len(ids)}. Shorten it."
+                )
+                raise RefusedError(400, message, "context_length_exceeded", param)
+            sequences += [(ids, sampling) for sampling in body.samplings(context - len(ids))]
+        builder = ResponseBuilder(body, sum(map(len, encoded)), len(sequences))
+        completion = self.worker.submit(body.model, sequences)
+        self.metrics.prompt_tokens.labels(body.model).inc(builder.prompt_tokens)
+        if body.stream:
+            events = self._events(completion, builder, deadline)
+            return EventStream(completion, self.worker, events)
         try:
-            async with asyncio.timeout_at(end):
-                await while_there(request, self._whole(job, answer))
+            async with asyncio.timeout_at(deadline):
+                await until_disconnect(request, self._finish(completion, builder))
         finally:
-            self.worker.cancel(job)
-        return JSONResponse(answer.whole(), headers=HEADERS)
+            self.worker.cancel(completion)
+        return JSONResponse(builder.body(), headers=HEADERS)
 
-    async def _chunks(self, job: Job, answer: Answer) -> AsyncIterator[dict[str, Any] | None]:
-        begun = False
-        async for index, delta in job.parts():
-            if not begun:
-                self.metrics.first.labels(job.model).observe(time.perf_counter() - job.since)
-            begun = True
-            self.metrics.said.labels(job.model).inc(len(delta.ids))
-            yield answer.add(index, delta)
+    async def _chunks(
+        self, completion: Completion, builder: ResponseBuilder
+    ) -> AsyncIterator[dict[str, Any] | None]:
+        first = True
+        async for index, delta in completion.deltas():
+            if first:
+                seconds = time.perf_counter() - completion.started_at
+                self.metrics.first_token_seconds.labels(completion.model).observe(seconds)
+            first = False
+            self.metrics.generated_tokens.labels(completion.model).inc(len(delta.ids))
+            yield builder.add(index, delta)
 
-    async def _whole(self, job: Job, answer: Answer) -> None:
-        async for _ in self._chunks(job, answer):
+    async def _finish(self, completion: Completion, builder: ResponseBuilder) -> None:
+        async for _ in self._chunks(completion, builder):
             pass
 
-    async def _events(self, job: Job, answer: Answer, end: float) -> AsyncIterator[str]:
-        """Yield the events of a stream; what goes wrong is told as one of them."""
-        chunks = self._chunks(job, answer)
+    async def _events(
+        self, completion: Completion, builder: ResponseBuilder, deadline: float
+    ) -> AsyncIterator[str]:
+        """Yield the events of a stream; an error is the last of them."""
+        chunks = self._chunks(completion, builder)
         try:
             while True:
-                async with asyncio.timeout_at(end):
+                async with asyncio.timeout_at(deadline):
                     chunk = await anext(chunks)
                 if chunk is not None:
                     yield event(chunk)
         except StopAsyncIteration:
-            if answer.tells_usage:
-                yield event(answer.closing())
+            if builder.streams_usage:
+                yield event(builder.usage_chunk())
             yield "data: [DONE]\n\n"
         except (ServingError, TimeoutError) as error:
-            yield f"data: {bytes(failure(error).body).decode()}\n\n"
+            yield f"data: {bytes(server_error(error).body).decode()}\n\n"
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, None]) -> None:
+async def until_disconnect(request: Request, work: Coroutine[object, object, None]) -> None:
     """Do work until the client leaves."""
 
-    async def left() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = {asyncio.ensure_future(work), asyncio.ensure_future(left())}
+    tasks = {asyncio.ensure_future(work), asyncio.ensure_future(disconnected())}
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -193,44 +218,78 @@ async def while_there(request: Request, work: Coroutine[Any, Any, None]) -> None
             task.cancel()
 
 
-def event(body: dict[str, Any]) -> str:
+def event(chunk: dict[str, Any]) -> str:
     """Return a server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def page() -> Response:
     """Return the web page, under a policy that runs its own script and nothing else."""
     text = resources.files("minigpt.serve").joinpath("page.html").read_text(encoding="utf-8")
 
-    def own(tag: str) -> str:
-        inside = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = hashlib.sha256(inside.group(1).encode() if inside else b"").digest()
+    def source_hash(tag: str) -> str:
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = hashlib.sha256(content.group(1).encode() if content else b"").digest()
         return f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
 
-    policy = f"default-src 'none'; {own('script')}; {own('style')}; connect-src 'self'; "
-    policy += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    policy += "require-trusted-types-for 'script'; trusted-types 'none'"
-    quiet = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
-    return HTMLResponse(text, headers=HEADERS | quiet)
+    policy = f"default-src 'none'; {source_hash('script')}; {source_hash('style')}; "
+    policy += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    policy += "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    privacy = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
+    return HTMLResponse(text, headers=HEADERS | privacy)
 
 
-def failure(error: Exception) -> Response:
-    """Return the answer to a request that failed on the server's side."""
+def server_error(error: Exception) -> Response:
+    """Return the response to a request that failed on the server's side."""
     if isinstance(error, TimeoutError):
-        return refusal(504, "The answer took longer than this server allows.", "timeout")
-    status = error.status if isinstance(error, ServingError) else 500
-    return refusal(status, str(error) or "The server failed on this request.", "server_error")
+        message = "The answer took longer than this server allows."
+        return error_response(504, message, "timeout")
+    if isinstance(error, ServingError):
+        return error_response(error.status, str(error), "server_error")
+    return error_response(500, "The server failed on this request.", "server_error")
 
 
-def invalid(error: RequestValidationError) -> Response:
-    """Return the answer to a body that is no JSON, or not what the API takes."""
-    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of several forms, the nearest
+def invalid_body(error: RequestValidationError) -> Response:
+    """Return the response to a body that is no JSON, or not what the API takes."""
+    first = max(error.errors(), key=lambda detail: len(detail["loc"]))  # the nearest form
     if first["type"] == "json_invalid":
-        return refusal(400, f"The body is not valid JSON: {first['ctx']['error']}.", "invalid_json")
-    words = str(first["msg"]).removeprefix("Value error, ")
-    words = "not supported" if first["type"] == "extra_forbidden" else words
-    place = [str(part) for part in first["loc"][1:]]
-    return refusal(400, f"{'.'.join(place) or 'body'}: {words}", None, place[0] if place else None)
+        message = f"The body is not valid JSON: {first['ctx']['error']}."
+        return error_response(400, message, "invalid_json")
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        reason = "not supported"
+    field = [str(key) for key in first["loc"][1:]]
+    message = f"{'.'.join(field) or 'body'}: {reason}"
+    return error_response(400, message, None, field[0] if field else None)
+
+
+async def handle(_: Request, error: Exception) -> Response:
+    """Return the response to an error, in OpenAI's form."""
+    match error:
+        case RefusedError():
+            return error_response(*error.args)
+        case MiniGPTError():
+            return error_response(400, str(error))
+        case RequestValidationError():
+            return invalid_body(error)
+        case HTTPException():
+            return error_response(error.status_code, str(error.detail))
+        case QueueFullError():
+            message = "All places are taken. Try again."
+            return error_response(429, message, "queue_full", retry_after="1")
+    return server_error(error)
+
+
+HANDLED = (
+    RefusedError,
+    MiniGPTError,
+    RequestValidationError,
+    HTTPException,
+    QueueFullError,
+    TimeoutError,
+    ServingError,
+    Exception,
+)
 
 
 def create_app(
@@ -239,7 +298,7 @@ def create_app(
     """Return the application.
 
     Args:
-        worker: what computes; it starts and stops with the application.
+        worker: computes the answers; it starts and stops with the application.
         key: the Bearer key that clients must send; None asks for none.
         max_body: longest body in bytes.
         timeout: seconds that a request may take.
@@ -252,30 +311,11 @@ def create_app(
         worker.stop()
 
     app = FastAPI(title="MiniGPT", lifespan=lifespan, docs_url=None, redoc_url=None)
-    ends = Endpoints(worker, timeout)
-    for path, end in ends.paths().items():
+    endpoints = Endpoints(worker, timeout)
+    for path, endpoint in endpoints.paths().items():
         method = "POST" if path.endswith("completions") else "GET"
-        app.add_api_route(path, end, methods=[method], response_model=None)
-    app.add_middleware(Guard, metrics=ends.metrics, key=key, max_body=max_body)
-    for kind, answer in refusals().items():
-
-        async def handler(_: Request, error: Exception, answer: Any = answer) -> Response:
-            return answer(error)  # type: ignore[no-any-return]
-
-        app.exception_handler(kind)(handler)
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    app.add_middleware(AccessMiddleware, metrics=endpoints.metrics, key=key, max_body=max_body)
+    for kind in HANDLED:
+        app.exception_handler(kind)(handle)
     return app
-
-
-def refusals() -> dict[type[Exception], Any]:
-    """Return the answers to errors: all in OpenAI's form."""
-    full = ("All places are taken. Try again.", "queue_full")
-    return {
-        RefusedError: lambda error: refusal(*error.args),
-        MiniGPTError: lambda error: refusal(400, str(error)),
-        RequestValidationError: invalid,
-        HTTPException: lambda error: refusal(error.status_code, str(error.detail)),
-        QueueFullError: lambda _: refusal(429, *full, retry_after="1"),
-        TimeoutError: failure,
-        ServingError: failure,
-        Exception: lambda _: failure(Exception()),
-    }

@@ -1,11 +1,10 @@
-"""The network side: clients that are too slow, and the end of the server."""
+"""The network side: timeouts of slow clients, and shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import socket
-from typing import Any
 
 import h11
 import uvicorn
@@ -14,14 +13,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minigpt.serve.worker import Worker
 
-PATIENCE = 30.0  # seconds for a whole request to arrive, or for a full buffer to drain
+CLIENT_TIMEOUT = 30.0  # seconds for a whole request to arrive, or for a full buffer to drain
 GRACE = 3.0  # seconds that running answers get when the server is to stop
 
 
 class Protocol(H11Protocol):
     """HTTP/1.1 that cuts off a client too slow to send or to read."""
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
         # asyncio leaves Nagle's delay on where a socket was made without naming its protocol.
@@ -30,7 +29,7 @@ class Protocol(H11Protocol):
         self._wait("read", True)
 
     def data_received(self, data: bytes) -> None:
-        """Take what came; a request that is complete ends the wait."""
+        """Read data; a request that is complete ends the wait."""
         super().data_received(data)
         self._wait("read", self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
 
@@ -40,7 +39,7 @@ class Protocol(H11Protocol):
         self._wait("write", True)
 
     def resume_writing(self) -> None:
-        """Go on writing."""
+        """End the wait for the client to read."""
         super().resume_writing()
         self._wait("write", False)
 
@@ -50,11 +49,11 @@ class Protocol(H11Protocol):
         self._wait("read", False)
         self._wait("write", False)
 
-    def _wait(self, what: str, waits: bool) -> None:
-        if waits and what not in self.timers:
-            self.timers[what] = self.loop.call_later(PATIENCE, self.transport.abort)
-        elif not waits and what in self.timers:
-            self.timers.pop(what).cancel()
+    def _wait(self, direction: str, waits: bool) -> None:
+        if waits and direction not in self.timers:
+            self.timers[direction] = self.loop.call_later(CLIENT_TIMEOUT, self.transport.abort)
+        elif not waits and direction in self.timers:
+            self.timers.pop(direction).cancel()
 
 
 class Server(uvicorn.Server):
@@ -66,19 +65,27 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, worker: Worker) -> None:
-        quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
-        wait = int(GRACE) + 2  # longer than the answers that are ended
-        config = uvicorn.Config(app, http=Protocol, ws="none", server_header=False, **quiet)
-        config.timeout_graceful_shutdown = wait
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            server_header=False,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=int(GRACE) + 2,  # longer than the answers that are ended
+        )
         super().__init__(config)
         self.worker = worker
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers end, or end them after the grace."""
-        loop, words = asyncio.get_running_loop(), "The server was stopped."
-        end = loop.call_later(GRACE, lambda: self.worker.fail(self.worker.jobs, words))
+        message = "The server was stopped."
+        timer = asyncio.get_running_loop().call_later(
+            GRACE, lambda: self.worker.fail(self.worker.completions, message)
+        )
         await super().shutdown(sockets)
-        end.cancel()
+        timer.cancel()
 
 
 def run(app: FastAPI, worker: Worker, listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What OpenAI's clients send, checked, and what they get back."""
+"""The requests of OpenAI's API, checked, and the bodies of its responses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,27 @@ from minigpt.infer.continuous_batch import Delta, TokenLogprob
 from minigpt.infer.engine import Sampling
 
 # Clients send these as a matter of course; they change nothing about an answer.
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-HARMLESS |= {"parallel_tool_calls"}  # `tools` are refused
-# What MiniGPT cannot do, at the values that ask for nothing; any other value is refused.
-IDLE: dict[str, list[Any]] = {"frequency_penalty": [0], "presence_penalty": [0], "logit_bias": [{}]}
-IDLE |= {"tools": [[]], "tool_choice": ["none", "auto"], "response_format": [{"type": "text"}]}
-IDLE |= {"modalities": [["text"]], "echo": [False], "best_of": [1], "suffix": [""]}
+IGNORED_FIELDS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+IGNORED_FIELDS |= {"parallel_tool_calls"}  # `tools` are refused
+# Fields that MiniGPT does not support, with the values that change nothing; others are refused.
+NO_OP_VALUES: dict[str, list[object]] = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+}
+NO_OP_VALUES |= {
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "response_format": [{"type": "text"}],
+}
+NO_OP_VALUES |= {"modalities": [["text"]], "echo": [False], "best_of": [1], "suffix": [""]}
 
 
 class _Strict(BaseModel):
@@ -49,7 +64,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -57,8 +72,8 @@ class StreamOptions(_Strict):
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Wanted(_Strict):
-    """What chats and texts have in common."""
+class CompletionRequest(_Strict):
+    """The fields that chats and texts have in common."""
 
     model: Annotated[str, Field(max_length=256)]
     max_tokens: int | None = Field(None, ge=1)
@@ -75,26 +90,31 @@ class Wanted(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_idle(cls, body: Any) -> Any:
+    def _drop_no_ops(cls, body: object) -> object:
         if not isinstance(body, dict):
             return body
-        asks = {name: value for name, value in body.items() if value is not None}
-        return {k: v for k, v in asks.items() if k not in HARMLESS and v not in IDLE.get(k, ())}
+        return {
+            name: value
+            for name, value in body.items()
+            if value is not None
+            and name not in IGNORED_FIELDS
+            and value not in NO_OP_VALUES.get(name, ())
+        }
 
     @model_validator(mode="after")
-    def _options_have_their_option(self) -> Wanted:
+    def _options_have_their_option(self) -> CompletionRequest:
         if self.stream_options and not self.stream:
             raise ValueError("'stream_options' needs 'stream' to be true.")
         if getattr(self, "top_logprobs", 0) and not getattr(self, "logprobs", 0):
             raise ValueError("'top_logprobs' needs 'logprobs' to be true.")
         return self
 
-    def samplings(self, room: int) -> list[Sampling]:
-        """Return the sampling of each of the `n` choices; `room` tokens fit after the prompt."""
+    def samplings(self, max_new_tokens: int) -> list[Sampling]:
+        """Return the sampling of each of the `n` choices, of at most so many new tokens."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
         return [
             Sampling(
-                max_new_tokens=min(self.max_tokens or room, room),
+                max_new_tokens=min(self.max_tokens or max_new_tokens, max_new_tokens),
                 temperature=self.temperature,
                 top_k=max(self.top_k, 0),
                 top_p=self.top_p,
@@ -102,19 +122,19 @@ class Wanted(_Strict):
                 min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-                logprobs=self.likeliest(),
+                logprobs=self.n_top_logprobs(),
             )
             for choice in range(self.n)
         ]
 
-    def likeliest(self) -> int | None:
-        """Return how many tokens to tell at each place; None for no log-probs at all."""
+    def n_top_logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens a position lists; None for no log-probs."""
         if isinstance(self, ChatRequest):
             return self.top_logprobs if self.logprobs else None
         return self.logprobs if isinstance(self, TextRequest) else None
 
 
-class ChatRequest(Wanted):
+class ChatRequest(CompletionRequest):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
@@ -122,114 +142,121 @@ class ChatRequest(Wanted):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
-    def model_post_init(self, _: Any) -> None:
+    def model_post_init(self, _: object) -> None:
         """Take the newer name of the limit where both are given."""
         self.max_tokens = self.max_completion_tokens or self.max_tokens
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Several = Field(min_length=1, max_length=64)
+Listed = Field(min_length=1, max_length=64)
 
 
-class TextRequest(Wanted):
+class TextRequest(CompletionRequest):
     """The body of `/v1/completions`; prompts are texts or token ids."""
 
-    prompt: str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several]
+    prompt: str | Ids | Annotated[list[str], Listed] | Annotated[list[Ids], Listed]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> list[Any]:
+    def prompts(self) -> Sequence[str | list[int]]:
         """Return all prompts: each a text, or a list of ids."""
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else list(self.prompt)
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
 
 
-class Answer:
-    """The bodies that answer one request.
+class ResponseBuilder:
+    """Builds the bodies of the response to one request.
 
     Args:
-        wanted: the request.
+        request: parsed and checked.
         prompt_tokens: the length of its prompts together.
-        choices: how many answers it gets.
+        choices: how many sequences are generated.
     """
 
-    def __init__(self, wanted: Wanted, prompt_tokens: int, choices: int) -> None:
-        self.wanted, self.chat = wanted, isinstance(wanted, ChatRequest)
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self.texts, self.finish = [""] * choices, [""] * choices
+    def __init__(self, request: CompletionRequest, prompt_tokens: int, choices: int) -> None:
+        self.request = request
+        self.chat = isinstance(request, ChatRequest)
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self.texts = [""] * choices
+        self.finish_reasons = [""] * choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in range(choices)]
-        self.offsets = [0] * choices  # the length of the tokens that were told, each as a text
+        self.offsets = [0] * choices  # length of the text of the tokens in earlier chunks
         self.started: set[int] = set()
-        self.tells_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        self.streams_usage = bool(request.stream_options and request.stream_options.include_usage)
         kind = "chat.completion" if self.chat else "text_completion"
-        kind += ".chunk" if wanted.stream and self.chat else ""
-        self.head: dict[str, Any] = {"object": kind, "model": wanted.model}
+        kind += ".chunk" if request.stream and self.chat else ""
+        self.head: dict[str, Any] = {"object": kind, "model": request.model}
         name = "chatcmpl" if self.chat else "cmpl"
         self.head |= {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time())}
 
     def add(self, index: int, delta: Delta) -> dict[str, Any] | None:
-        """Count a new part in; return the chunk of a stream that tells it, if it says anything."""
-        told = self._logprobs(delta.logprobs, self.offsets[index])
-        self.offsets[index] += sum(len(one.token) for one in delta.logprobs)
+        """Add new tokens of a sequence; return the chunk of a stream, if it has any content."""
+        logprobs = self._logprobs(delta.logprobs, self.offsets[index])
+        self.offsets[index] += sum(len(entry.token) for entry in delta.logprobs)
         self.texts[index] += delta.text
         self.logprobs[index] += delta.logprobs
-        self.finish[index] = delta.finish or ""
+        self.finish_reasons[index] = delta.finish or ""
         self.completion_tokens += len(delta.ids)
-        if not (delta.text or told or delta.finish):
+        if not (delta.text or logprobs or delta.finish):
             return None
-        said: dict[str, Any] = {"text": delta.text}
+        content: dict[str, Any] = {"text": delta.text}
         if self.chat:
-            said = {"delta": {"content": delta.text}}
+            content = {"delta": {"content": delta.text}}
             if index not in self.started:
-                said["delta"]["role"] = "assistant"
+                content["delta"]["role"] = "assistant"
         self.started.add(index)
-        choice = {"index": index, **said, "logprobs": told, "finish_reason": delta.finish}
-        return self.head | {"choices": [choice]} | ({"usage": None} if self.tells_usage else {})
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": delta.finish}
+        return self.head | {"choices": [choice]} | ({"usage": None} if self.streams_usage else {})
 
-    def whole(self) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
+    def body(self) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
         choices = []
         for index, text in enumerate(self.texts):
             message = {"role": "assistant", "content": text, "refusal": None}
-            said = {"message": message} if self.chat else {"text": text}
-            told = self._logprobs(self.logprobs[index], 0)
-            finish = self.finish[index]
-            choices.append({"index": index, **said, "logprobs": told, "finish_reason": finish})
-        return self.closing() | {"choices": choices}
+            content = {"message": message} if self.chat else {"text": text}
+            logprobs = self._logprobs(self.logprobs[index], 0)
+            reason = self.finish_reasons[index]
+            choices.append(
+                {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+            )
+        return self.usage_chunk() | {"choices": choices}
 
-    def closing(self) -> dict[str, Any]:
-        """Return the last chunk of a stream that tells the usage."""
-        used = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-        used["total_tokens"] = self.prompt_tokens + self.completion_tokens
-        return self.head | {"choices": [], "usage": used}
+    def usage_chunk(self) -> dict[str, Any]:
+        """Return the last chunk of a stream, with the usage."""
+        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        usage["total_tokens"] = self.prompt_tokens + self.completion_tokens
+        return self.head | {"choices": [], "usage": usage}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any] | None:
-        if self.wanted.likeliest() is None or (self.wanted.stream and not tokens):
+        if self.request.n_top_logprobs() is None or (self.request.stream and not tokens):
             return None
-        return _of_chat(tokens) if self.chat else _of_text(tokens, start)
+        return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, start)
 
 
-def _of_chat(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    def told(token: str, logprob: float, said: list[int] | None) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": said}
-
-    def likely(token: str, logprob: float) -> dict[str, Any]:
-        # Half a character has no text from which its bytes could be had.
-        return told(token, logprob, None if "\ufffd" in token else list(token.encode()))
-
-    tops = [[likely(token, logprob) for _, token, logprob in one.top] for one in tokens]
-    content = [
-        told(one.token, one.logprob, one.bytes) | {"top_logprobs": top}
-        for one, top in zip(tokens, tops, strict=True)
-    ]
+def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    content = []
+    for entry in tokens:
+        top = [
+            # Half a character has no text from which its bytes could be had.
+            _chat_logprob(token, logprob, None if "\ufffd" in token else list(token.encode()))
+            for _, token, logprob in entry.top
+        ]
+        chosen = _chat_logprob(entry.token, entry.logprob, entry.bytes)
+        content.append(chosen | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _of_text(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
-    said = [one.token for one in tokens]
+def _chat_logprob(token: str, logprob: float, content: list[int] | None) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": content}
+
+
+def _text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
+    texts = [entry.token for entry in tokens]
     return {
-        "tokens": said,
-        "token_logprobs": [one.logprob for one in tokens],
-        "top_logprobs": [{token: logprob for _, token, logprob in one.top} for one in tokens],
-        "text_offset": [start + len("".join(said[:place])) for place in range(len(said))],
+        "tokens": texts,
+        "token_logprobs": [entry.logprob for entry in tokens],
+        "top_logprobs": [{token: logprob for _, token, logprob in entry.top} for entry in tokens],
+        "text_offset": [start + len("".join(texts[:index])) for index in range(len(texts))],
     }

@@ -34,7 +34,7 @@ def opened(browser: Browser, served: Served) -> Iterator[Page]:
     context.close()
     meant = re.compile("status of 4|requires 'Trusted")
     assert [text for text in complaints if not meant.search(text)] == []
-    eventually(lambda: not served.worker.jobs)
+    eventually(lambda: not served.worker.completions)
 
 
 def greedy(page: Page) -> None:
@@ -168,7 +168,7 @@ def test_stop(opened: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             opened.keyboard.press(way)
         expect(reply(opened, "base")).to_contain_text("Stopped.")
-        eventually(lambda: not served.worker.jobs)
+        eventually(lambda: not served.worker.completions)
 
 
 def test_regenerate_and_edit(opened: Page) -> None:

@@ -45,7 +45,7 @@ def _server_is_well(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "served" in request.fixturenames:
         served: Served = request.getfixturevalue("served")
-        eventually(lambda: not served.worker.jobs)
+        eventually(lambda: not served.worker.completions)
         answer = served.post(CHATS, json=CHAT).json()
         assert answer["choices"][0]["message"]["content"] == SAID
         assert all(batch.idle for batch in served.worker.batches.values())
@@ -227,7 +227,7 @@ def test_body_that_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for sent in (b"", head[:30], head + b"Content-Length: 100\r\n\r\n{"):
         with monkeypatch.context() as only:
-            only.setattr(network, "PATIENCE", 0.2)
+            only.setattr(network, "CLIENT_TIMEOUT", 0.2)
             with served.connect() as connection:
                 connection.sendall(sent)
                 with contextlib.suppress(ConnectionResetError):
@@ -241,7 +241,7 @@ def test_slow_reader_holds_up_nobody(
 
     def soon_cut_off(protocol: network.Protocol) -> None:
         with pytest.MonkeyPatch.context() as only:
-            only.setattr(network, "PATIENCE", 0.2)
+            only.setattr(network, "CLIENT_TIMEOUT", 0.2)
             pause(protocol)
 
     monkeypatch.setattr(network.Protocol, "pause_writing", soon_cut_off)

@@ -1,4 +1,4 @@
-"""What stands before the application: who may ask, how much, and what is counted."""
+"""Middleware before the application: access, the limit of bodies, and metrics."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minigpt.serve.worker import Worker
 
-OPEN = {"/", "/health"}  # they hold nothing that needs a key
+PUBLIC_PATHS = {"/", "/health"}  # they hold nothing that needs a key
 PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-def refusal(
+def error_response(
     status: int, message: str, code: str | None = None, param: str | None = None, **headers: str
 ) -> Response:
     """Return an error in OpenAI's form. ASCII, as a client's words may be no valid Unicode."""
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message[:1000], "type": kind, "param": param, "code": code}
     more = {name.replace("_", "-"): value for name, value in headers.items()}
     return Response(json.dumps({"error": error}), status, HEADERS | more, "application/json")
 
 
 class Metrics:
-    """What is counted, for Prometheus."""
+    """Counters and histograms for Prometheus."""
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
-        by: dict[str, Any] = {"namespace": "minigpt", "registry": self.registry}
-        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **by)
-        self.seconds = Histogram("request_seconds", "Time to the end.", ["path"], **by)
-        by["labelnames"] = ["model"]
-        self.prompt = Counter("prompt_tokens", "Tokens of prompts.", **by)
-        self.said = Counter("generated_tokens", "Tokens of answers.", **by)
-        self.first = Histogram("first_token_seconds", "Time until an answer begins.", **by)
-        load = Gauge("load_sequences", "Sequences that are written or wait.", **by)
+        options: dict[str, Any] = {"namespace": "minigpt", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **options)
+        self.request_seconds = Histogram("request_seconds", "Time to the end.", ["path"], **options)
+        options["labelnames"] = ["model"]
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **options)
+        self.generated_tokens = Counter("generated_tokens", "Tokens of answers.", **options)
+        self.first_token_seconds = Histogram(
+            "first_token_seconds", "Time until an answer begins.", **options
+        )
+        load = Gauge("load_sequences", "Sequences that are generated or wait.", **options)
         for name in worker.engines:
             load.labels(name).set_function(partial(worker.load, name))
 
 
-class Guard:
-    """Middleware that refuses before anything is computed.
+class AccessMiddleware:
+    """Refuses requests before anything is computed, and counts all.
 
     Args:
         app: the application.
@@ -63,22 +65,26 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None, max_body: int) -> None:
-        self.app, self.metrics, self.max_body = app, metrics, max_body
-        self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self.app = app
+        self.metrics = metrics
+        self.max_body = max_body
+        self.key_digest = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and count it; status 499 stands for a client that left."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, size = time.perf_counter(), 499, 0
+        start = time.perf_counter()
+        status = 499
+        size = 0
 
-        async def counted(message: Message) -> None:
+        async def send_noting_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
-        async def limited() -> Message:
+        async def receive_limited() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
@@ -87,22 +93,22 @@ class Guard:
             return message
 
         try:
-            await (self._refuses(scope) or self.app)(scope, limited, counted)
+            await (self._refusal(scope) or self.app)(scope, receive_limited, send_noting_status)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, status).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+            self.metrics.request_seconds.labels(path).observe(time.perf_counter() - start)
 
-    def _refuses(self, scope: Scope) -> Response | None:
+    def _refusal(self, scope: Scope) -> Response | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if self.digest is None:
+        if self.key_digest is None:
             if LOOPBACK.fullmatch(headers.get(b"host", "")):
                 return None
-            return refusal(403, "This server answers to localhost only.")
-        scheme, _, given = headers.get(b"authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
-        same = hmac.compare_digest(digest, self.digest)
-        if scope["path"] in OPEN or (same and scheme.lower() == "bearer"):
+            return error_response(403, "This server answers to localhost only.")
+        scheme, _, token = headers.get(b"authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+        valid = hmac.compare_digest(digest, self.key_digest)
+        if scope["path"] in PUBLIC_PATHS or (valid and scheme.lower() == "bearer"):
             return None
-        words = "Incorrect API key. Send it as: Authorization: Bearer <key>."
-        return refusal(401, words, "invalid_api_key", www_authenticate="Bearer")
+        message = "Incorrect API key. Send it as: Authorization: Bearer <key>."
+        return error_response(401, message, "invalid_api_key", www_authenticate="Bearer")
