@@ -18,7 +18,7 @@ from minigpt.cli.options import (
     add_sampling,
     add_weights,
     load_engine,
-    sampling,
+    sampling_of,
     writing,
 )
 from minigpt.errors import ConfigError, DataError, MiniGPTError
@@ -38,37 +38,40 @@ In the chat: !help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the c
 """
 
 
-def main(args: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse the command line, load the model and talk."""
     parser = CommandParser(prog="minigpt chat", description="Talk with a model.", epilog=EXAMPLES)
     add_model(parser)
     add_weights(parser)
     parser.add_argument("--system", default="", help="system message")
     add_sampling(parser, max_new_tokens=512, temperature=0.7)
-    chosen = parser.parse_args(args)
-    how, engine = sampling(chosen), load_engine(chosen)
+    args = parser.parse_args(argv)
+    sampling, engine = sampling_of(args), load_engine(args)
     if engine.codec is None:
         raise ConfigError(
             "This model has no chat template. Use: minigpt generate --text, or a model after SFT."
         )
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
-    Chat(engine, how, chosen.system).run()
+    ChatSession(engine, sampling, args.system).run()
 
 
-class Chat:
+class ChatSession:
     """A dialogue: all of it is sent with each message.
 
     Args:
-        engine: answers.
-        how: tokens are chosen.
+        engine: the model that answers.
+        sampling: how the tokens of the answers are drawn.
         system: message that stands before the dialogue; "" for none.
     """
 
-    def __init__(self, engine: Engine | Gguf, how: Sampling, system: str) -> None:
-        self.engine, self.how, self.system_text = engine, how, system
+    def __init__(self, engine: Engine | Gguf, sampling: Sampling, system: str) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.system_text = system
         self.history: list[Message] = []
-        self.question, self.answered = "", False  # the last one
+        self.question = ""  # the last one
+        self.answered = False
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, name)
@@ -77,25 +80,25 @@ class Chat:
 
     def run(self) -> None:
         """Read lines and answer them, until the end of the input."""
-        self.tell("!help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.")
+        self.print_note("!help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.")
         while True:
             try:
-                self.take(input("> ").strip())
+                self.handle(input("> ").strip())
             except EOFError:
                 return self.console.print()
             except KeyboardInterrupt:
-                self.tell("\nCtrl-D ends the chat.")
+                self.print_note("\nCtrl-D ends the chat.")
             except UnicodeDecodeError:
-                self.tell("That line is not UTF-8.")
+                self.print_note("That line is not UTF-8.")
             except MiniGPTError as error:
-                self.tell(str(error))
+                self.print_note(str(error))
 
-    def tell(self, text: str) -> None:
-        """Print what the program itself says."""
+    def print_note(self, text: str) -> None:
+        """Print a message of the program, dimmed."""
         self.console.print(text, style="dim")
 
-    def take(self, line: str) -> None:
-        """Obey a command, or answer a message."""
+    def handle(self, line: str) -> None:
+        """Run a command, or answer a message."""
         if line.startswith("!"):
             name, _, rest = line[1:].partition(" ")
             if name not in self.commands:
@@ -105,65 +108,70 @@ class Chat:
             self.answer(line)
 
     def answer(self, line: str) -> None:
-        """Answer a message; one without an answer is not kept."""
+        """Answer a message; without an answer it does not enter the history."""
         from minigpt.data.formats import Message
 
-        self.question, self.answered = line, False
-        asked = [*self.history, Message("user", line)]
-        said, tokens, start = "", 0, time.perf_counter()
+        self.question = line
+        self.answered = False
+        messages = [*self.history, Message("user", line)]
+        answer, tokens = "", 0
+        start = time.perf_counter()
         try:
-            for delta in self.engine.stream(self._sent(asked), self.how):
-                said, tokens = said + delta.text, tokens + len(delta.ids)
+            for delta in self.engine.stream(self._with_system(messages), self.sampling):
+                answer += delta.text
+                tokens += len(delta.ids)
                 self.console.print(delta.text, end="")
             end = f"{tokens / (time.perf_counter() - start):.1f} tokens/s"
         except KeyboardInterrupt:
             end = "stopped"
-        if said.strip():
-            self.history, self.answered = [*asked, Message("assistant", said)], True
-        self.tell(f"\n[{tokens} tokens, {end}]")
+        if answer.strip():
+            self.history = [*messages, Message("assistant", answer)]
+            self.answered = True
+        self.print_note(f"\n[{tokens} tokens, {end}]")
 
-    def _sent(self, turns: list[Message]) -> list[Message]:
+    def _with_system(self, turns: list[Message]) -> list[Message]:
         from minigpt.data.formats import Message
 
         return [Message("system", self.system_text), *turns] if self.system_text else turns
 
     def help(self, _: str) -> None:
         """!help: list the commands."""
-        self.tell("\n".join(str(command.__doc__) for command in self.commands.values()))
+        self.print_note("\n".join(str(command.__doc__) for command in self.commands.values()))
 
     def clear(self, _: str) -> None:
         """!clear: forget the dialogue."""
         self.history, self.question = [], ""
-        self.tell("The dialogue is empty.")
+        self.print_note("The dialogue is empty.")
 
     def set(self, rest: str) -> None:
-        """!set NAME VALUE: change how tokens are chosen; without a name, show it."""
+        """!set NAME VALUE: change how tokens are drawn; without a name, show it."""
         name, _, text = rest.partition(" ")
-        values = {k: v for k, v in vars(self.how).items() if k != "logprobs"}
+        values = {k: v for k, v in vars(self.sampling).items() if k != "logprobs"}
         if name and name not in values:
             raise ConfigError(f"There is no {name}. Known are {', '.join(values)}.")
-        if name:
+        if name == "stop":
+            self.sampling = replace(self.sampling, stop=(text,) if text else ())
+        elif name:
             try:
-                value: Any = (text,) if name == "stop" else type(values[name])(text)
+                change: dict[str, Any] = {name: type(values[name])(text)}
             except ValueError:
                 raise ConfigError(f"{name} must be a number, but is {text!r}.") from None
-            self.how = replace(self.how, **{name: value if text else type(value)()})
-        self.tell(" ".join(f"{k}={getattr(self.how, k)}" for k in values))
+            self.sampling = replace(self.sampling, **change)
+        self.print_note(" ".join(f"{k}={getattr(self.sampling, k)}" for k in values))
 
     def save(self, rest: str) -> None:
         """!save FILE: write the dialogue, as a line of JSONL that SFT can read."""
         if not rest or not self.history:
             raise ConfigError("Give a file: !save FILE, after an answer.")
-        messages = [{"role": m.role, "content": m.content} for m in self._sent(self.history)]
+        messages = [{"role": m.role, "content": m.content} for m in self._with_system(self.history)]
         row = json.dumps({"messages": messages}, ensure_ascii=False)
         with writing(rest):
             write_text(Path(rest), row + "\n")
-        self.tell(f"Saved to {rest}.")
+        self.print_note(f"Saved to {rest}.")
 
     def load(self, rest: str) -> None:
         """!load FILE: go on with a dialogue that was saved."""
-        from minigpt.data.formats import Chat as Saved
-        from minigpt.data.formats import iter_rows, parse_row
+        from minigpt.data.formats import Chat, iter_rows, parse_row
 
         if not rest:
             raise ConfigError("Give a file: !load FILE")
@@ -172,23 +180,23 @@ class Chat:
             saved = parse_row(row, "chat")
         except DataError as error:
             raise error.at(rest, line) from None
-        assert isinstance(saved, Saved)
+        assert isinstance(saved, Chat)
         first, *others = saved.messages
         self.system_text = first.content if first.role == "system" else ""
         self.history = others if first.role == "system" else [first, *others]
         self.question, self.answered = self.history[-2].content, True
-        self.tell(f"{len(self.history)} messages. The last: {self.history[-1].content}")
+        self.print_note(f"{len(self.history)} messages. The last: {self.history[-1].content}")
 
     def system(self, rest: str) -> None:
         """!system TEXT: put a system message before the dialogue; without a text, none."""
         self.system_text = rest
-        self.tell(f"System message: {rest or 'none'}")
+        self.print_note(f"System message: {rest or 'none'}")
 
     def retry(self, _: str) -> None:
         """!retry: answer the last message again, with other random numbers."""
         if not self.question:
             raise ConfigError("There is nothing to answer again.")
-        self.how = replace(self.how, seed=self.how.seed + 1)
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
         if self.answered:
             self.history = self.history[:-2]
         self.answer(self.question)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.cli.options import CommandParser, add_sampling, positive, sampling, writing
+from minigpt.cli.options import CommandParser, add_sampling, positive, sampling_of, writing
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,42 +31,42 @@ EXAMPLES = """examples:
 """
 
 
-def main(args: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse the command line, measure, and print the table."""
     parser = CommandParser(
         prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
     )
     parser.add_argument("--model", nargs="+", required=True, help="run directories, HF directories")
-    for kind, what in KINDS.items():
-        names = {f"--{kind.replace('_', '-')}", f"--{kind}"}
-        parser.add_argument(*sorted(names), nargs="+", default=[], metavar="FILE", help=what)
+    for kind, description in KINDS.items():
+        names = sorted({f"--{kind.replace('_', '-')}", f"--{kind}"})
+        parser.add_argument(*names, nargs="+", default=[], metavar="FILE", help=description)
     parser.add_argument("--reference", help="model that --preferences are compared with")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
     parser.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
     add_sampling(parser, max_new_tokens=64, temperature=0.0)
     parser.add_argument("--json", type=Path, help="write all scores")
     parser.add_argument("--html", type=Path, help="write a page with tables and charts")
-    chosen = parser.parse_args(args)
-    if chosen.reference and not chosen.preferences:
+    args = parser.parse_args(argv)
+    if args.reference and not args.preferences:
         raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
-    if len(set(chosen.model)) < len(chosen.model):
+    if len(set(args.model)) < len(args.model):
         raise ConfigError("--model names the same model twice.")
     results: dict[str, Results] = {}
     try:
-        measure(chosen, results)
-    finally:  # what was measured before an error or Ctrl-C is told, too
+        measure(args, results)
+    finally:  # after an error or Ctrl-C, too, the finished results are printed
         if results:
             from minigpt.evaluate.suite import format_table
 
             print(format_table(results), flush=True)
 
 
-def measure(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
+def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
     """Run every test on every model, one model in memory at a time, beside the reference.
 
-    Each score is added to the results, and written, as it is there.
+    Each score is added to the results, and written, as soon as it is measured.
     """
-    if chosen.lm_eval:  # before anything reads them
+    if args.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
     from minigpt.cli.trainer import quiet
@@ -75,22 +75,22 @@ def measure(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
     from minigpt.progress import shown
 
     quiet()
-    settings = Settings(chosen.reference, chosen.beta, chosen.max_length, sampling(chosen))
-    tests = prepare({kind: getattr(chosen, kind) for kind in KINDS}, settings)
-    for model in chosen.model:
+    settings = Settings(args.reference, args.beta, args.max_length, sampling_of(args))
+    tests = prepare({kind: getattr(args, kind) for kind in KINDS}, settings)
+    for model in args.model:
         engine = Engine.load(model)
         for name, test in tests.items():
             with shown(f"{model}: {name}"):
                 scores = test(engine)
             results.setdefault(model, {})[name] = scores
-            write(chosen, results)
+            write(args, results)
 
 
-def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
-    """Write the files asked for."""
+def write(args: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Write the files that the options name."""
     from minigpt.files import write_json, write_text
 
-    if chosen.json:
+    if args.json:
         models = {
             model: {
                 test: {name: score.plain() for name, score in scores.items()}
@@ -98,11 +98,11 @@ def write(chosen: argparse.Namespace, results: dict[str, Results]) -> None:
             }
             for model, tests in results.items()
         }
-        with writing(chosen.json):
-            write_json(chosen.json, {"models": models})
-    if chosen.html:
-        with writing(chosen.html):
-            write_text(chosen.html, html(results))
+        with writing(args.json):
+            write_json(args.json, {"models": models})
+    if args.html:
+        with writing(args.html):
+            write_text(args.html, html(results))
 
 
 def html(results: dict[str, Results]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minigpt.cli.options import CommandParser, add_model, check_room, run_name, writing
+from minigpt.cli.options import CommandParser, add_model, check_output, run_name, writing
 from minigpt.errors import ConfigError
 from minigpt.export import DTYPES
 
@@ -85,7 +85,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     for model in filter(None, (args.model, args.adapter)):
         if output.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
             raise ConfigError(f"{output} holds the model itself. Export it to another directory.")
-    check_room(output, "an export", WRITTEN, args.overwrite)
+    check_output(output, "an export", WRITTEN, args.overwrite)
     from minigpt.cli.trainer import quiet
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf

@@ -1,4 +1,4 @@
-"""What the verbs that need no Trainer have in common: parser, options, errors of writing."""
+"""Shared by the verbs that need no Trainer: the parser, options, errors of writing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minigpt.errors import ConfigError
 
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one paragraph, and which keeps the lines of the examples."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, prog: str, description: str | None = None, epilog: str | None = None
+    ) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise the parser's complaint as a ConfigError."""
@@ -36,18 +42,22 @@ def positive(text: str) -> int:
 
 
 def add_model(parser: CommandParser) -> None:
-    """Add the options that say which model is meant."""
+    """Add the options that name a model."""
     parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
     parser.add_argument("--adapter", help="LoRA directory to put on the model")
 
 
 def add_weights(parser: CommandParser) -> None:
-    """Add the option that says what the weights are kept in."""
-    told = "what they are kept in; int8 for CPUs (fp32)"
-    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=told)
+    """Add the option of the weights' precision."""
+    parser.add_argument(
+        "--weights",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="precision of the weights; int8 for CPUs (fp32)",
+    )
 
 
-def load_engine(chosen: argparse.Namespace) -> Engine | Gguf:
+def load_engine(args: argparse.Namespace) -> Engine | Gguf:
     """Load the model that the options of `add_model` and `add_weights` name.
 
     Raises:
@@ -58,84 +68,91 @@ def load_engine(chosen: argparse.Namespace) -> Engine | Gguf:
     from minigpt.infer.gguf import Gguf, find_gguf
 
     quiet()
-    if (file := find_gguf(chosen.model)) is not None:
-        if chosen.adapter or chosen.weights != "fp32":
+    if (file := find_gguf(args.model)) is not None:
+        if args.adapter or args.weights != "fp32":
             raise ConfigError(
                 f"{file} is a GGUF file: its weights are as they are. Leave --adapter and "
                 "--weights out, or export it with that adapter and another --dtype."
             )
         return Gguf(file)
-    return Engine.load(chosen.model, chosen.adapter, weights=chosen.weights)
+    return Engine.load(args.model, args.adapter, weights=args.weights)
 
 
-def run_name(place: str | Path) -> str:
+def run_name(directory: str | Path) -> str:
     """Return the name of a run by its directory, or by the model in it."""
-    path = Path(place).resolve()
+    path = Path(directory).resolve()
     return (path.parent if path.name == "hf" else path).name
 
 
-def check_room(place: Path, what: str, written: Collection[str], overwrite: bool) -> None:
-    """Refuse a place where a verb would replace something else than its own earlier work.
+def check_output(path: Path, what: str, patterns: Collection[str], overwrite: bool) -> None:
+    """Refuse an output path where a verb would replace anything but its earlier output.
 
     Args:
-        place: file or directory to be written.
-        what: will be there, such as "a tokenizer".
-        written: names of the files that the verb writes, or patterns of them.
-        overwrite: whether earlier work may be replaced.
+        path: file or directory to be written.
+        what: names the output in messages, such as "a tokenizer".
+        patterns: names of the files that the verb writes, or patterns of them.
+        overwrite: whether earlier output may be replaced.
 
     Raises:
-        ConfigError: when the place is taken.
+        ConfigError: when something else, or earlier output, is there.
     """
-    if not place.exists():
+    if not path.exists():
         return
-    held = [path.name for path in place.iterdir()] if place.is_dir() else [place.name]
-    others = sorted(name for name in held if not any(fnmatch(name, own) for own in written))
+    names = [child.name for child in path.iterdir()] if path.is_dir() else [path.name]
+    others = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in patterns))
     if others:
         raise ConfigError(
-            f"{place} is no place for {what}: it holds {', '.join(others[:3])}. Choose another one."
+            f"{path} is no place for {what}: it holds {', '.join(others[:3])}. Choose another one."
         )
-    if held and not overwrite:
+    if names and not overwrite:
         raise ConfigError(
-            f"{place} already holds {what}. Choose another place, or replace it with --overwrite."
+            f"{path} already holds {what}. Choose another place, or replace it with --overwrite."
         )
 
 
 @contextmanager
-def writing(place: str | Path) -> Iterator[None]:
-    """Tell the user what keeps a file or directory from being written.
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an OSError while a file or directory is written into a message for the user.
 
     Raises:
-        ConfigError: with the place and the reason.
+        ConfigError: with the path and the reason.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"Cannot write to {place}: {reason}. Choose another place.") from error
+        raise ConfigError(f"Cannot write to {path}: {reason}. Choose another place.") from error
 
 
 def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float) -> None:
-    """Add the options that say how tokens are chosen, with a verb's own defaults."""
+    """Add the options of sampling, with the defaults of a verb."""
     add = parser.add_argument
     add("--max_new_tokens", type=positive, default=max_new_tokens, help=f"({max_new_tokens})")
-    told = f"0 takes the likeliest token ({temperature:g})"
-    add("--temperature", type=float, default=temperature, help=told)
-    add("--top_k", type=int, default=0, help="choose among so many tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="or those that hold this probability (1)")
+    greedy = f"0 takes the likeliest token ({temperature:g})"
+    add("--temperature", type=float, default=temperature, help=greedy)
+    add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="or from those that hold this probability (1)")
     add("--min_p", type=float, default=0.0, help="leave out tokens below this share of the best's")
     add("--repetition_penalty", type=float, default=1.0, help="1 is none")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--seed", type=int, default=0)
 
 
-def sampling(chosen: argparse.Namespace) -> Sampling:
-    """Return what the options of `add_sampling` say.
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return the options of `add_sampling`.
 
     Raises:
         ConfigError: for a value out of range.
     """
     from minigpt.infer.engine import Sampling
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p")
-    values = {name: getattr(chosen, name) for name in (*names, "repetition_penalty")}
-    return Sampling(**values, stop=tuple(chosen.stop))
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.cli.options import CommandParser, check_room, positive, writing
+from minigpt.cli.options import CommandParser, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import BadRows, read_records, texts_of
 from minigpt.files import whole_directory
@@ -65,7 +65,7 @@ def train_to(
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
     """
-    check_room(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
+    check_output(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
     with ExitStack() as merging:
 
         def texts() -> Iterator[str]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.evaluate.likelihood import continuation, score
@@ -34,16 +34,18 @@ def load_tasks(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise DataError("no such file", path=path, remedy="Name a task's YAML.", reason="missing")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with _blaming(path):
+    with _as_config_error(path):
         task = load_yaml(path)
-        task["dataset_kwargs"] = _found(dict(task.get("dataset_kwargs") or {}), Path(path).parent)
+        task["dataset_kwargs"] = _resolve_files(
+            dict(task.get("dataset_kwargs") or {}), Path(path).parent
+        )
         tasks: dict[str, Any] = TaskManager(include_defaults=False).load([task])["tasks"]
     return tasks
 
 
 @contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """Tell whatever a task's own file makes the harness raise."""
+def _as_config_error(path: str) -> Iterator[None]:
+    """Turn whatever a task file makes the harness raise into a ConfigError."""
     try:
         yield
     except MiniGPTError:
@@ -55,8 +57,10 @@ def _blaming(path: str) -> Iterator[None]:
         ) from error
 
 
-def _found(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    def resolve(value: Any) -> Any:
+def _resolve_files(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths of data files absolute where the files lie beside the task."""
+
+    def resolve(value: object) -> object:
         if isinstance(value, dict):
             return {key: resolve(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -77,9 +81,10 @@ def run_tasks(engine: Engine, tasks: dict[str, Any], path: str) -> dict[str, Sco
     """
     from lm_eval import simple_evaluate
 
-    model, every = _adapter(engine), list(tasks.values())
-    with _blaming(path):
-        results: Any = simple_evaluate(model, tasks=every, log_samples=False, bootstrap_iters=0)
+    with _as_config_error(path):
+        results = simple_evaluate(
+            _adapter(engine), tasks=list(tasks.values()), log_samples=False, bootstrap_iters=0
+        )
     scores: dict[str, Score] = {}
     for task, metrics in results["results"].items():
         n = int(results["n-samples"][task]["effective"])
@@ -91,31 +96,38 @@ def run_tasks(engine: Engine, tasks: dict[str, Any], path: str) -> dict[str, Sco
     return scores
 
 
-def _adapter(engine: Engine) -> Any:
-    """Return a model as the harness wants it."""
+class _Instance(Protocol):
+    """A request of the harness."""
+
+    args: tuple[Any, ...]
+
+
+def _adapter(engine: Engine) -> object:
+    """Return a model as the harness calls it."""
     from lm_eval.api.model import LM
 
     class MiniGPT(LM):  # type: ignore[misc]
         tokenizer_name = "minigpt"
 
-        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests: Sequence[_Instance]) -> list[tuple[float, bool]]:
             pairs = [continuation(engine, *request.args) for request in requests]
             return list(zip(*score(engine, pairs), strict=True))
 
-        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        def loglikelihood_rolling(self, requests: Sequence[_Instance]) -> list[float]:
             pairs = [continuation(engine, "", request.args[0]) for request in requests]
             return score(engine, pairs)[0]
 
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        def generate_until(self, requests: Sequence[_Instance]) -> list[str]:
             contexts = [request.args[0] for request in requests]
-            replies = engine.complete(contexts, [_sampling(r.args[1]) for r in requests])
+            samplings = [_sampling(request.args[1]) for request in requests]
+            replies = engine.complete(contexts, samplings)
             return [reply.text for reply in replies]
 
     return MiniGPT()
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """Return how a task wants its replies."""
+    """Return the length and the stop texts of a task's replies."""
     until = options.get("until") or []
     stop = tuple(filter(None, [until] if isinstance(until, str) else until))
     return Sampling(int(options.get("max_gen_toks", MAX_NEW)), stop=stop)

@@ -1,4 +1,4 @@
-"""The health of what a model writes: does it repeat itself, does it loop, does it end?"""
+"""Degenerate replies: repetition, loops at the end, replies that never end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from minigpt.infer.engine import Reply
 # Words, single characters of scripts that write without spaces, and marks, so that models
 # with different tokenizers compare.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
-LOOP = 3  # times that a reply's end is said in a row
-LONGEST = 32  # words of a passage that is looked for as a loop
+LOOP = 3  # times in a row that a looping reply repeats its last passage
+LONGEST = 32  # words of the longest passage that counts as a loop
 
 
 def words(text: str) -> list[str]:
@@ -20,16 +20,16 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-def grams(said: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """Return all runs of n words."""
-    return [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
 
 
-def loops(said: Sequence[str]) -> bool:
+def loops(text: Sequence[str]) -> bool:
     """Whether a text ends in the same passage three times in a row (a word: six times)."""
     for size in range(1, LONGEST + 1):
         times = max(LOOP, -(-6 // size))
-        tail = said[-size * times :]
+        tail = text[-size * times :]
         if len(tail) == size * times and list(tail) == list(tail[:size]) * times:
             return True
     return False
@@ -43,19 +43,18 @@ def health(replies: Sequence[Reply]) -> dict[str, Score]:
         ``distinct-1`` and ``distinct-2``, the share of different n-grams among those of all
         replies; ``loop rate``, ``end rate`` (ended by themselves), and mean ``length`` in tokens.
     """
-    said = [words(reply.text) for reply in replies]
-    fours = [grams(text, 4) for text in said]
+    texts = [words(reply.text) for reply in replies]
+    fours = [ngrams(text, 4) for text in texts]
     total = sum(map(len, fours))
+    repeated = 1 - sum(len(set(grams)) for grams in fours) / total if total else 0.0
     distinct = {}
     for n in (1, 2):
-        every = [gram for text in said for gram in grams(text, n)]
-        distinct[f"distinct-{n}"] = Score(len(set(every)) / max(1, len(every)), len(every))
+        grams = [gram for text in texts for gram in ngrams(text, n)]
+        distinct[f"distinct-{n}"] = Score(len(set(grams)) / max(1, len(grams)), len(grams))
     return {
-        "repeated 4-grams": Score(
-            1 - sum(len(set(g)) for g in fours) / total if total else 0.0, total
-        ),
+        "repeated 4-grams": Score(repeated, total),
         **distinct,
-        "loop rate": share([loops(text) for text in said]),
+        "loop rate": share([loops(text) for text in texts]),
         "end rate": share([reply.ended_by is not None for reply in replies]),
         "length": Score(sum(len(reply.ids) for reply in replies) / len(replies), len(replies)),
     }

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: the base of every score that samples nothing.
+"""Log-probabilities of given tokens: the one routine behind all scores that sample nothing.
 
 Shape legend: N target tokens of a batch, A answers, V vocabulary.
 """
@@ -29,11 +29,11 @@ from minigpt.model.rope import max_positions, shared_limit
 TOKENS = 4096  # of a packed batch, at most
 LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
 
-Pair = tuple[list[int], list[int]]
+Pair = tuple[list[int], list[int]]  # ids of a context and of its continuation
 
 
 def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
-    """Pack samples in their order; a long one has a batch of its own.
+    """Pack samples in their order; one that is longer than a batch is read alone.
 
     Raises:
         DataError: for a sample that is longer than the model can read, or holds a token that it
@@ -81,15 +81,15 @@ def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:
 def continuation(engine: Engine, context: str, rest: str) -> Pair:
     """Return the ids of a text's start and of what follows.
 
-    The whole text is tokenised at once, as in training; where a token spans the border, it
-    belongs to what follows.
+    Both are tokenised together, as in training; a token that spans the border belongs to what
+    follows.
     """
-    start, whole = engine.encode(context), engine.encode(context + rest)
+    start, ids = engine.encode(context), engine.encode(context + rest)
     if not context and not engine.start:  # an end of text stands in for it
-        return start, whole
-    pairs = enumerate(zip(start, whole, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
-    return (whole[:kept], whole[kept:]) if kept else (engine.encode(""), whole)
+        return start, ids
+    pairs = enumerate(zip(start, ids, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(start), len(ids)))
+    return (ids[:common], ids[common:]) if common else (engine.encode(""), ids)
 
 
 def score(
@@ -103,28 +103,28 @@ def score(
         source: the file they come from, for errors.
 
     Returns:
-        Each continuation's summed log-probability in nats, and whether it is what greedy
-        decoding would say.
+        Each continuation's summed log-probability in nats, and whether greedy decoding would
+        produce it.
     """
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     samples = (
         Sample(np.array(a + b), len(a), len(b), 0, None, (source, 0))
         for a, b in (pairs[i] for i in order)
     )
-    found: list[tuple[float, bool]] = []
+    results: list[tuple[float, bool]] = []
     for batch in batches(engine, samples):
         logp = log_softmax(engine, batch)
-        missed = (logp.argmax(-1) != batch.labels).float()
+        differs = (logp.argmax(-1) != batch.labels).float()
         sums = sum_by(of_labels(logp, batch), batch.answers, batch.n_answers)
-        greedy = sum_by(missed, batch.answers, batch.n_answers) == 0
-        found += zip(sums.tolist(), greedy.tolist(), strict=True)
-        progress.step(len(found), len(pairs))
-    scores = dict(zip(order, found, strict=True))
+        greedy = sum_by(differs, batch.answers, batch.n_answers) == 0
+        results += zip(sums.tolist(), greedy.tolist(), strict=True)
+        progress.step(len(results), len(pairs))
+    scores = dict(zip(order, results, strict=True))
     return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
 
 
 def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:
-    """Read texts: rows with ``text``, or all of a ``.txt`` file as one.
+    """Read texts: rows with ``text``, or a ``.txt`` file as one text.
 
     Raises:
         DataError: for a file or row that cannot be read.

@@ -1,6 +1,4 @@
-"""Preference pairs: which answer a model prefers, how far it went from its reference, and
-whether it takes length for quality.
-"""
+"""Preference pairs: which answer a model prefers, KL to a reference, and length bias."""
 
 from __future__ import annotations
 
@@ -30,10 +28,10 @@ def prefer(
 
     Returns:
         ``accuracy`` and ``margin``: of the rewards β(log π - log π_ref) with a reference, else
-        of the answers' log-probabilities, in nats; ``KL per token`` of the whole distributions
-        at the answers' tokens, in nats; and of length: mean tokens of both answers, accuracy
-        where the better one is the shorter and where it is the longer, and the correlation of
-        the margin with the difference in length.
+        of the answers' log-probabilities, in nats; ``KL per token`` of the distributions at the
+        answers' tokens, in nats; mean tokens of both answers, accuracy where the better one is
+        the shorter and where it is the longer, and the correlation of the margin with the
+        difference in length.
 
     Raises:
         ModelError: when the reference has another vocabulary.
@@ -51,19 +49,19 @@ def prefer(
         logp = log_softmax(engine, batch)
         rewards = of_labels(logp, batch)
         if reference:
-            known = log_softmax(reference, batch)
-            divergence += float((logp.exp() * (logp - known)).sum(-1).double().sum())
-            rewards = beta * (rewards - of_labels(known, batch))
+            reference_logp = log_softmax(reference, batch)
+            divergence += float((logp.exp() * (logp - reference_logp)).sum(-1).double().sum())
+            rewards = beta * (rewards - of_labels(reference_logp, batch))
         sums = sum_by(rewards, batch.answers, batch.n_answers)
         counts = torch.bincount(batch.answers, minlength=batch.n_answers)
         margins += (sums[0::2] - sums[1::2]).tolist()
         lengths += zip(counts[0::2].tolist(), counts[1::2].tolist(), strict=True)
         tokens += len(batch.labels)
-    found = {"accuracy": share([m > 0 for m in margins], 0.5)}
-    found["margin"] = Score(float(np.mean(margins)), len(margins))
+    scores = {"accuracy": share([m > 0 for m in margins], 0.5)}
+    scores["margin"] = Score(float(np.mean(margins)), len(margins))
     if reference:
-        found["KL per token"] = Score(divergence / tokens, tokens)
-    return found | _length_bias(np.array(margins), np.array(lengths))
+        scores["KL per token"] = Score(divergence / tokens, tokens)
+    return scores | _length_bias(np.array(margins), np.array(lengths))
 
 
 def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
@@ -73,14 +71,14 @@ def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
 def _length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, Score]:
     """Measure what length explains; `margins` [P], `lengths` [P, 2] in tokens."""
     longer = lengths[:, 0] - lengths[:, 1]
-    found = {
+    scores = {
         "tokens of the better answer": Score(float(lengths[:, 0].mean()), len(lengths)),
         "tokens of the worse answer": Score(float(lengths[:, 1].mean()), len(lengths)),
     }
-    for name, some in (("shorter", longer < 0), ("longer", longer > 0)):
-        if some.any():
-            found[f"accuracy, better is {name}"] = share((margins[some] > 0).tolist(), 0.5)
+    for name, pairs in (("shorter", longer < 0), ("longer", longer > 0)):
+        if pairs.any():
+            scores[f"accuracy, better is {name}"] = share((margins[pairs] > 0).tolist(), 0.5)
     if longer.std() > 0 and margins.std() > 0:
         correlation = float(np.corrcoef(margins, longer)[0, 1])
-        found["margin and length"] = Score(correlation, len(margins))
-    return found
+        scores["margin and length"] = Score(correlation, len(margins))
+    return scores

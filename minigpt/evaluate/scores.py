@@ -13,8 +13,8 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     """Return the 95% interval of a share (Wilson 1927), which stays inside 0..1.
 
     Args:
-        right: items that count, of `total`; a share times the items need not be whole.
-        total: items; with none nothing is known.
+        right: items of `total` that count; it need not be an integer.
+        total: number of items; with none the interval is 0 to 1.
     """
     if total < 1:
         return 0.0, 1.0
@@ -31,15 +31,16 @@ class Score:
     Attributes:
         value: the score; shares lie in 0..1.
         n: items it was taken over.
-        low, high: 95% interval of a share.
-        chance: what guessing would reach.
+        low: lower end of the 95% interval of a share.
+        high: upper end of the interval.
+        chance_level: the score of random guesses.
     """
 
     value: float
     n: int | None = None
     low: float | None = None
     high: float | None = None
-    chance: float | None = None
+    chance_level: float | None = None
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
@@ -47,27 +48,30 @@ class Score:
         return f"{100 * self.value:.1f}% ({100 * self.low:.1f}–{100 * self.high:.1f})"
 
     def plain(self) -> dict[str, float]:
-        """Return the fields that are known."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the fields that have a value, as they are written in JSON."""
+        values = asdict(self)
+        values["chance"] = values.pop("chance_level")
+        return {key: value for key, value in values.items() if value is not None}
 
 
 Results = dict[str, dict[str, Score]]  # of one model: test to name to score
 
 
-def share(rights: Sequence[bool], chance: float | None = None) -> Score:
-    """Return the share of items that are right, with its interval."""
-    right, total = sum(rights), len(rights)
-    return Score(right / total if total else 0.0, total, *wilson(right, total), chance)
+def share(correct: Sequence[bool], chance_level: float | None = None) -> Score:
+    """Return the share of items that are correct, with its interval."""
+    count, total = sum(correct), len(correct)
+    low, high = wilson(count, total)
+    return Score(count / total if total else 0.0, total, low, high, chance_level)
 
 
 def tables(results: Mapping[str, Results]) -> dict[str, list[list[str]]]:
-    """Return the rows of each test: name, each model's score, chance, items."""
-    found: dict[str, list[list[str]]] = {}
+    """Return the rows of each test: name, each model's score, chance level, items."""
+    rows: dict[str, list[list[str]]] = {}
     names = {(test, name): None for r in results.values() for test in r for name in r[test]}
     for test, name in names:
         scores = [model.get(test, {}).get(name) for model in results.values()]
         first = next(score for score in scores if score)
-        chance = "" if first.chance is None else f"{100 * first.chance:.1f}%"
-        said = ["–" if score is None else str(score) for score in scores]
-        found.setdefault(test, []).append([name, *said, chance, f"{first.n:,}" if first.n else ""])
-    return found
+        level = "" if first.chance_level is None else f"{100 * first.chance_level:.1f}%"
+        cells = ["–" if score is None else str(score) for score in scores]
+        rows.setdefault(test, []).append([name, *cells, level, f"{first.n:,}" if first.n else ""])
+    return rows

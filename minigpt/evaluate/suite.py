@@ -1,8 +1,9 @@
-"""Everything that is asked of a model, and the results of several models side by side."""
+"""The tests of `minigpt evaluate`, and the table of several models side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -61,8 +62,13 @@ def prepare(files: Mapping[str, Sequence[str]], settings: Settings) -> dict[str,
     return tests
 
 
+def _read_all(rows: Iterable[object]) -> None:
+    """Read all rows, for the errors that bad ones raise."""
+    deque(rows, maxlen=0)
+
+
 def _text(path: str, settings: Settings) -> Test:
-    sum(1 for _ in likelihood.documents(path))
+    _read_all(likelihood.documents(path))
     return partial(likelihood.bits_per_byte, path=path, max_length=settings.max_length)
 
 
@@ -88,7 +94,7 @@ def _exam(path: str, settings: Settings) -> Test:
 
 
 def _preferences(path: str, settings: Settings) -> Test:
-    sum(1 for _ in read_records([path], "preference", BadRows()))
+    _read_all(read_records([path], "preference", BadRows()))
 
     def test(engine: Engine) -> dict[str, Score]:
         return preferences.prefer(
