@@ -14,7 +14,7 @@ import yaml
 from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError
 
-COUNTED_MB = 500  # of larger data files, the size is told instead of the rows
+COUNTED_MB = 500  # of larger data files, the card gives the size instead of the rows
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 MODEL = 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
@@ -36,7 +36,7 @@ class Card:
 
     Args:
         name: of the model.
-        model: run directory, whose stages before it are told, too. Of others only the name is.
+        model: run directory; the card lists it and the stages that it started from.
         license: an SPDX name such as apache-2.0.
         results: JSON files of numbers, as the `--json` of other verbs writes them.
     """
@@ -72,18 +72,20 @@ class Card:
             base = "path/to/the/base"
         head |= {"base_model": base} if base and "/the/" not in base else {}
         use = USES[kind].format(name=self.name, place=gguf or base or self.name)
-        used = [f"{name} {version(name)}" for name in ("minigpt", "torch", "transformers", "peft")]
+        versions = [
+            f"{name} {version(name)}" for name in ("minigpt", "torch", "transformers", "peft")
+        ]
         parts = [
             f"---\n{yaml.safe_dump(head)}---\n# {self.name}\n\n```\n{use}```",
             table("Training", TRAINING, stages(Path(self.model))),
-            *(table(title, ("measure", "value"), flat(told)) for title, told in self._results()),
+            *(table(t, ("measure", "value"), flat(results)) for t, results in self._results()),
             table("Parity of this export", ("check", "value"), flat(numbers)),
             f"## Licence\n\n{self.license or 'Not stated.'}",
-            f"Made with {', '.join(used)}.\n",
+            f"Made with {', '.join(versions)}.\n",
         ]
         (directory / "README.md").write_text("\n\n".join(filter(None, parts)), encoding="utf-8")
 
-    def _results(self) -> Iterator[tuple[str, Any]]:
+    def _results(self) -> Iterator[tuple[str, object]]:
         run = Path(self.model)
         if (run / "exam.json").is_file():
             yield "Exam", read_object(run / "exam.json").get("scores")
@@ -105,7 +107,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def stages(run: Path) -> list[list[Any]]:
+def stages(run: Path) -> list[list[object]]:
     """Return a row for a run and each that it started from, the first one first."""
     run = run.parent if run.name == "hf" else run
     if not (run / "summary.json").is_file() or not (run / "config.yaml").is_file():
@@ -123,7 +125,7 @@ def stages(run: Path) -> list[list[Any]]:
 
 
 def rows_of(file: Path) -> str:
-    """Return how many rows a data file has now, or why that is not known."""
+    """Return how many rows a data file has now, or why it cannot be counted."""
     if not file.is_file():
         return "not found any more"
     if (size := file.stat().st_size / 1e6) > COUNTED_MB:
@@ -134,14 +136,14 @@ def rows_of(file: Path) -> str:
         return "not readable any more"
 
 
-def flat(values: Any, path: str = "") -> list[list[Any]]:
+def flat(values: object, path: str = "") -> list[list[object]]:
     """Return [path, value] for each number or word in nested objects; lists are left out."""
     if isinstance(values, dict):
         return [row for key in values for row in flat(values[key], f"{path}.{key}".strip("."))]
     return [[path, values]] if isinstance(values, str | int | float) else []
 
 
-def table(title: str, head: Sequence[str], rows: list[list[Any]]) -> str:
+def table(title: str, head: Sequence[str], rows: list[list[object]]) -> str:
     """Return a Markdown section with a table; nothing without rows."""
     if not rows:
         return ""
@@ -149,7 +151,7 @@ def table(title: str, head: Sequence[str], rows: list[list[Any]]) -> str:
     return f"## {title}\n\n" + "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """Return a value as it stands in a table."""
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Parity: what an export computes is held against what the run's model computes."""
+"""Parity: the results of an export are compared with those of the run's model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from tokenizers import decoders, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data.formats import Message
 from minigpt.data.tokenizer import special_texts
@@ -41,7 +42,7 @@ SIGNS = (" ", "  ", "\n", "\r\n", "\t", "\u3000", " \n ", "'s", "'LL", "123", "ï
 
 @dataclass(frozen=True)
 class Expected:
-    """What the run's model and tokenizer do.
+    """Results of the run's model and tokenizer.
 
     Attributes:
         texts: random strings, each with its ids.
@@ -74,13 +75,13 @@ def random_texts(
     return ["".join(piece() for _ in range(rng.randint(2, 12))) for _ in range(count)]
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Return the ids of texts, as training and inference make them."""
     batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [one.ids for one in batch]
+    return [encoding.ids for encoding in batch]
 
 
-def render(tokenizer: Any, chat: Chat) -> str | None:
+def render(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> str | None:
     """Return a chat as a prompt; None when the template refuses such a chat."""
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -89,12 +90,12 @@ def render(tokenizer: Any, chat: Chat) -> str | None:
     return str(text)
 
 
-def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> list[int]:
     """Return a chat as the ids of a prompt, as plain transformers make them."""
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 
-def prompts(tokenizer: Any) -> list[tuple[Chat, str]]:
+def prompts(tokenizer: PreTrainedTokenizerFast) -> list[tuple[Chat, str]]:
     """Return the chats that the tokenizer's template takes, each with the prompt it becomes."""
     if not tokenizer.chat_template:
         return []
@@ -102,7 +103,7 @@ def prompts(tokenizer: Any) -> list[tuple[Chat, str]]:
     return [(chat, text) for chat in chats if (text := render(tokenizer, chat)) is not None]
 
 
-def asked_chats(engine: Engine) -> list[tuple[Chat, str, list[int]]]:
+def expected_chats(engine: Engine) -> list[tuple[Chat, str, list[int]]]:
     """Return the chats that the model's template takes, each with its prompt as text and ids."""
     return [
         (chat, text, engine.encode([Message(turn["role"], turn["content"]) for turn in chat]))
@@ -111,18 +112,18 @@ def asked_chats(engine: Engine) -> list[tuple[Chat, str, list[int]]]:
 
 
 @torch.no_grad()
-def logits_of(model: Any, prompt: list[int], reply: list[int]) -> Tensor:
+def logits_of(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> Tensor:
     """Return the logits (reply, vocabulary) by which a model chooses the reply's tokens."""
     out: Tensor = model(torch.tensor([prompt + reply]), use_cache=False).logits
     return out[0, len(prompt) - 1 : -1].float()
 
 
 def observe(engine: Engine) -> Expected:
-    """Record what a model does."""
-    asked = [(Message("user", text),) if engine.codec else text for text in QUESTIONS]
-    said = engine.complete(asked, Sampling(max_new_tokens=NEW_TOKENS))
+    """Record the results of a model."""
+    questions = [(Message("user", text),) if engine.codec else text for text in QUESTIONS]
+    replies = engine.complete(questions, Sampling(max_new_tokens=NEW_TOKENS))
     cases = []
-    for question, reply in zip(asked, said, strict=True):
+    for question, reply in zip(questions, replies, strict=True):
         ids = reply.ids + ([] if reply.ended_by is None else [reply.ended_by])
         prompt = engine.encode(question)
         cases.append((prompt, ids, logits_of(engine.model, prompt, ids)))
@@ -133,14 +134,14 @@ def observe(engine: Engine) -> Expected:
     ids_of_texts = encode(engine.tokenizer, texts)
     return Expected(
         list(zip(texts, ids_of_texts, strict=True)),
-        asked_chats(engine),
+        expected_chats(engine),
         cases,
         engine.start,
         sorted(engine.ends),
     )
 
 
-def is_covered(tokenizer: Any, text: str) -> bool:
+def is_covered(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
     """Whether a byte-level vocabulary has all bytes of a text.
 
     Some lack bytes that their corpus lacked, such as control characters. What an engine makes of
@@ -154,34 +155,34 @@ def is_covered(tokenizer: Any, text: str) -> bool:
     return all(backend.token_to_id(sign) is not None for sign in signs)
 
 
-def normalized(expected: Expected, tokenizer: Any) -> Expected:
+def normalized(expected: Expected, tokenizer: PreTrainedTokenizerFast) -> Expected:
     """Return the same with texts as the tokenizer's normalizer makes them, for engines without."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     texts = [normalizer.normalize_str(text) for text, _ in expected.texts]
     return replace(expected, texts=list(zip(texts, encode(tokenizer, texts), strict=True)))
 
 
-def hold(numbers: Numbers, what: str, fits: bool, accept: bool = False) -> None:
-    """Raise a ModelError with the numbers of a check, unless it fits.
+def require(numbers: Numbers, difference: str, passed: bool, accept: bool = False) -> None:
+    """Raise a ModelError with the numbers of a check, unless it passed.
 
     Args:
-        numbers: told in the error.
-        what: the difference, if there is one.
-        fits: whether there is none.
+        numbers: stand in the error.
+        difference: names what is wrong if the check failed.
+        passed: whether there is no difference.
         accept: add the difference to the numbers instead of raising.
     """
-    if fits:
+    if passed:
         return
-    told = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    figures = ", ".join(f"{name} {value}" for name, value in numbers.items())
     if accept:
-        before = numbers.get(ACCEPTED)
-        numbers[ACCEPTED] = f"{before}; {what}" if before else what
-        log.warning("The export does not do what the model does: %s (%s).", what, told)
+        earlier = numbers.get(ACCEPTED)
+        numbers[ACCEPTED] = f"{earlier}; {difference}" if earlier else difference
+        log.warning("The export does not do what the model does: %s (%s).", difference, figures)
         return
     raise ModelError(
-        f"The export does not do what the model does: {what} ({told}). Nothing was kept. Of GGUF "
-        "files, choose a finer --dtype if it was one of few bits, or have --accept_differences "
-        "keep it and say so in its card; else please report this."
+        f"The export does not do what the model does: {difference} ({figures}). Nothing was kept. "
+        "Of GGUF files, choose a finer --dtype if it was one of few bits, or have "
+        "--accept_differences keep it and say so in its card; else please report this."
     )
 
 
@@ -192,69 +193,77 @@ def check_texts(
     chat_ids_of: Callable[[Chat], list[int]],
     accept: bool = False,
 ) -> Numbers:
-    """Compare the ids of texts, and the prompts of chats; what differs is told by an example.
+    """Compare the ids of texts, and the prompts of chats; of each difference, name an example.
 
     The ids of a chat are compared where its text is the same.
     """
     theirs = ids_of([text for text, _ in expected.texts])
-    told = [(*pair, ids) for pair, ids in zip(expected.texts, theirs, strict=True)]
-    texts = sorted((one for one in told if one[1] != one[2]), key=lambda one: len(one[0]))
-    prompts_of = [(text, prompt_of(chat)) for chat, text, _ in expected.chats]
-    chats = [(text, other) for text, other in prompts_of if text != other]
-    count = len(prompts_of)
-    numbers: Numbers = {
-        "texts_with_equal_ids": f"{len(told) - len(texts)} of {len(told)}",
-        "chats_rendered_equal": f"{count - len(chats)} of {count}",
-    }
-    same = [
-        one for one, (text, other) in zip(expected.chats, prompts_of, strict=True) if text == other
+    texts = [
+        (text, ours, other)
+        for (text, ours), other in zip(expected.texts, theirs, strict=True)
+        if ours != other
     ]
-    ids_of_chats = [(text, ours, chat_ids_of(chat)) for chat, text, ours in same]
-    odd = [one for one in ids_of_chats if one[1] != one[2]]
-    numbers["chats_with_equal_ids"] = f"{len(same) - len(odd)} of {count}"
+    chats = []  # rendered otherwise
+    chat_ids = []  # rendered the same, but with other ids
+    rendered_equal = 0
+    for chat, text, ours in expected.chats:
+        if (other_text := prompt_of(chat)) != text:
+            chats.append((text, other_text))
+            continue
+        rendered_equal += 1
+        if (other := chat_ids_of(chat)) != ours:
+            chat_ids.append((text, ours, other))
+    total = len(expected.chats)
+    numbers: Numbers = {
+        "texts_with_equal_ids": f"{len(theirs) - len(texts)} of {len(theirs)}",
+        "chats_rendered_equal": f"{rendered_equal} of {total}",
+        "chats_with_equal_ids": f"{rendered_equal - len(chat_ids)} of {total}",
+    }
     if texts:
-        text, ours, other = texts[0]
+        text, ours, other = min(texts, key=lambda difference: len(difference[0]))
         numbers["text_with_other_ids"] = f"{text!r} becomes {other}, not {ours}"
     if chats:
-        rendered, instead = chats[0]
-        numbers["chat_rendered_otherwise"] = f"{instead!r}, not {rendered!r}"
-    if odd:
-        rendered, ours, other = odd[0]
-        numbers["chat_with_other_ids"] = f"{rendered!r} becomes {other}, not {ours}"
-    hold(numbers, "token ids differ", bool(told) and not texts, accept)
-    hold(numbers, "chats are rendered otherwise", not chats, accept)
-    hold(numbers, "token ids of chats differ", not odd, accept)
+        text, other_text = chats[0]
+        numbers["chat_rendered_otherwise"] = f"{other_text!r}, not {text!r}"
+    if chat_ids:
+        text, ours, other = chat_ids[0]
+        numbers["chat_with_other_ids"] = f"{text!r} becomes {other}, not {ours}"
+    require(numbers, "token ids differ", bool(theirs) and not texts, accept)
+    require(numbers, "chats are rendered otherwise", not chats, accept)
+    require(numbers, "token ids of chats differ", not chat_ids, accept)
     return numbers
 
 
-def joined(first: Numbers, second: Numbers) -> Numbers:
+def merged(first: Numbers, second: Numbers) -> Numbers:
     """Return the numbers of two checks, with the differences accepted in both."""
     accepted = [numbers[ACCEPTED] for numbers in (first, second) if ACCEPTED in numbers]
     return first | second | ({ACCEPTED: "; ".join(accepted)} if accepted else {})
 
 
-def check_borders(
+def check_special_ids(
     expected: Expected, start: list[int], ends: list[int], accept: bool = False
 ) -> Numbers:
-    """Compare what is written before a text, and the tokens that end a reply."""
+    """Compare the tokens before a text, such as BOS, and those that end a reply."""
     numbers: Numbers = {"text_start": start, "end_tokens": ends}
-    hold(numbers, f"a text begins with {expected.start}", start == expected.start, accept)
-    hold(numbers, f"replies end with {expected.ends}", ends == expected.ends, accept)
+    require(numbers, f"a text begins with {expected.start}", start == expected.start, accept)
+    require(numbers, f"replies end with {expected.ends}", ends == expected.ends, accept)
     return numbers
 
 
 def logprob_of(llama: LlamaCpp, ids: list[int], token: int, vocabulary: int) -> float | None:
     """Return llama.cpp's log-probability of a token after others, in nats.
 
-    It tells nothing, None, where the best token is a part of a character. Few bits may put a
-    token of the model's below the `TOP` ones: then all are asked for.
+    None where the best token is a part of a character, of which llama.cpp gives none. Few bits may
+    put a token of the model's below the `TOP` ones: then all are asked for.
     """
     for count in (TOP, vocabulary):
-        asked: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0}
-        steps = llama.ask("/completion", prompt=ids, **asked).get("completion_probabilities", [])
-        found = {top["id"]: float(top["logprob"]) for step in steps for top in step["top_logprobs"]}
-        if token in found:
-            return found[token]
+        options: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0}
+        steps = llama.ask("/completion", prompt=ids, **options).get("completion_probabilities", [])
+        logprobs = {
+            top["id"]: float(top["logprob"]) for step in steps for top in step["top_logprobs"]
+        }
+        if token in logprobs:
+            return logprobs[token]
         if not steps:
             return None
     return -math.inf
@@ -268,24 +277,32 @@ def check_llamacpp(expected: Expected, file: Path, limit: float, accept: bool = 
     llama = LlamaCpp(file, max(len(prompt) for prompt, _, _ in expected.cases) + NEW_TOKENS + 8)
     numbers = check_texts(expected, llama.ids_of, llama.prompt_of, llama.chat_ids_of, accept)
     ends = [token for token in expected.ends if llama.ends_with(token)]
-    numbers = joined(numbers, check_borders(expected, llama.start(), ends, accept))
-    same, compared, worst, parted = 0, 0, 0.0, 0.0
+    numbers = merged(numbers, check_special_ids(expected, llama.start(), ends, accept))
+    equal_replies = 0
+    compared = 0
+    largest = 0.0  # difference of a log-probability
+    gap = 0.0  # between the model's best token and llama.cpp's, where replies part
     for prompt, reply, logits in expected.cases:
         scores = logits.log_softmax(-1)
-        asked: dict[str, Any] = {"temperature": 0, "return_tokens": True}
-        said = llama.ask("/completion", prompt=prompt, n_predict=NEW_TOKENS, **asked)["tokens"]
-        same += said == reply
-        for place, (one, other) in enumerate(zip(said, reply, strict=False)):
-            if one != other:
-                parted = max(parted, float(scores[place, other] - scores[place, one]))
+        options: dict[str, Any] = {"temperature": 0, "return_tokens": True}
+        theirs = llama.ask("/completion", prompt=prompt, n_predict=NEW_TOKENS, **options)["tokens"]
+        equal_replies += theirs == reply
+        for position, (other, best) in enumerate(zip(theirs, reply, strict=False)):
+            if other != best:
+                gap = max(gap, float(scores[position, best] - scores[position, other]))
                 break
-        for place, token in enumerate(reply):
-            found = logprob_of(llama, prompt + reply[:place], token, scores.shape[1])
-            if found is not None:
-                moved = abs(found - float(scores[place, token]))
-                worst, compared = max(worst, moved), compared + 1
-    numbers |= {"replies_equal": f"{same} of {len(expected.cases)}", "parted_at_a_gap_of": parted}
-    numbers |= {"tokens_compared": compared, "max_logprob_difference": worst, "limit": limit}
-    hold(numbers, "log-probabilities differ", worst <= limit and compared > 0, accept)
-    hold(numbers, "replies differ", parted <= 2 * limit, accept)
+        for position, token in enumerate(reply):
+            logprob = logprob_of(llama, prompt + reply[:position], token, scores.shape[1])
+            if logprob is not None:
+                largest = max(largest, abs(logprob - float(scores[position, token])))
+                compared += 1
+    numbers |= {
+        "replies_equal": f"{equal_replies} of {len(expected.cases)}",
+        "parted_at_a_gap_of": gap,
+        "tokens_compared": compared,
+        "max_logprob_difference": largest,
+        "limit": limit,
+    }
+    require(numbers, "log-probabilities differ", largest <= limit and compared > 0, accept)
+    require(numbers, "replies differ", gap <= 2 * limit, accept)
     return numbers

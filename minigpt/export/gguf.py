@@ -9,30 +9,34 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import turn_end
 from minigpt.data.tokenizer import QWEN2_PATTERN
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, ModelError
 from minigpt.export.card import Card
 from minigpt.export.check import (
     Numbers,
     check_llamacpp,
-    hold,
     normalized,
     observe,
     prompts,
     render,
+    require,
 )
 from minigpt.export.hf import use_plain_template
 from minigpt.files import whole_directory, whole_file
 from minigpt.infer.engine import Engine
 from minigpt.model.architecture import embedding_rows
 from minigpt.model.rope import rope_parameters
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +71,23 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 }
 IGNORES_MERGES = ("llama-bpe",)  # a piece that is a token is taken whole
 BPE_SETTINGS = (
-    *("dropout", "unk_token", "byte_fallback"),
-    *("continuing_subword_prefix", "end_of_word_suffix"),
+    "dropout",
+    "unk_token",
+    "byte_fallback",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
 )
 # Tokens that llama.cpp takes for the end of a reply wherever a vocabulary has them.
 ENDS_BY_NAME = (
-    *("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
-    *("<end_of_turn>", "<|end|>", "<|return|>", "<|call|>"),
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
 )
 NORMALIZER = {"type": "NFC"}  # which llama.cpp leaves out, and nearly all texts are in
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -86,7 +100,7 @@ OLLAMA_TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 def export_gguf(
     model: str,
-    place: Path,
+    output: Path,
     card: Card,
     dtype: str = "f16",
     adapter: str | None = None,
@@ -96,7 +110,7 @@ def export_gguf(
 
     Args:
         model: run directory, HF directory or hub id; an adapter is merged.
-        place: a file that ends in .gguf, or a directory that gets the file, a Modelfile for
+        output: a file that ends in .gguf, or a directory that gets the file, a Modelfile for
             Ollama and a model card. It appears whole once the file has passed its check.
         card: writes the model card.
         dtype: of the matrices; vectors are always f32.
@@ -119,15 +133,15 @@ def export_gguf(
             "llama.cpp writes BOS before texts and chats alike, and the chat template writes none: "
             "texts get none, either."
         )
-    normalizer: Any = engine.tokenizer.backend_tokenizer.normalizer
+    normalizer = engine.tokenizer.backend_tokenizer.normalizer
     if normalizer is not None:
         log.warning("llama.cpp leaves out the tokenizer's normalizer: give it texts in NFC.")
         expected = expected and normalized(expected, engine.tokenizer)
     use_plain_template(engine.tokenizer)
-    alone = place.suffix == ".gguf"
-    beside: AbstractContextManager[Path] = whole_file(place) if alone else whole_directory(place)
-    with beside as partial:
-        file = partial if alone else partial / f"{card.name}-{dtype}.gguf"
+    is_file = output.suffix == ".gguf"
+    atomic: AbstractContextManager[Path] = (whole_file if is_file else whole_directory)(output)
+    with atomic as partial:
+        file = partial if is_file else partial / f"{card.name}-{dtype}.gguf"
         write(engine, file, dtype, pre, card)
         numbers = check_weights(engine, file)
         if normalizer is not None:
@@ -137,73 +151,78 @@ def export_gguf(
             numbers |= check_llamacpp(expected, file, LOGPROBS[dtype], accept)
         else:
             numbers["llama.cpp"] = "not run; it needs: pip install 'minigpt[gguf]'"
-        if not alone:
+        if not is_file:
             (partial / "Modelfile").write_text(modelfile(engine, file.name), encoding="utf-8")
             card.write(partial, numbers, gguf=file.name)
     return numbers
 
 
-def check_config(config: Any) -> None:
+def check_config(config: PreTrainedConfig) -> None:
     """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
-    odd = [config.model_type] if config.model_type not in ARCHITECTURES else []
+    unsupported = [config.model_type] if config.model_type not in ARCHITECTURES else []
     rope = rope_parameters(config)
     factors = rope.get("rope_type") == "llama3" and config.model_type == "llama"
-    odd += [] if factors else odd_rope(rope)
+    unsupported += [] if factors else unsupported_rope(rope)
     settings = ("attention_bias", "mlp_bias", "use_sliding_window")
-    odd += [name for name in settings if getattr(config, name, False)]
-    odd += [f"hidden_act {act}"] if (act := getattr(config, "hidden_act", "silu")) != "silu" else []
-    if odd:
+    unsupported += [name for name in settings if getattr(config, name, False)]
+    activation = getattr(config, "hidden_act", "silu")
+    unsupported += [f"hidden_act {activation}"] if activation != "silu" else []
+    if unsupported:
         raise ConfigError(
-            f"GGUF export does not know {', '.join(odd)}: it is for plain Qwen3, Qwen2 and Llama "
-            "models. Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on that."
+            f"GGUF export does not support {', '.join(unsupported)}: it is for plain Qwen3, Qwen2 "
+            "and Llama models. Use `minigpt export hf`, and llama.cpp's convert_hf_to_gguf.py on "
+            "that."
         )
 
 
-def odd_rope(rope: dict[str, Any]) -> list[str]:
+def unsupported_rope(rope: dict[str, Any]) -> list[str]:
     """Name what of a model's rotary parameters llama.cpp does not read from the file."""
     kind = rope.get("rope_type", "default")
     if kind not in ("default", *SCALED):
-        why = " (its angles follow a text's length)" if kind == "dynamic" else ""
-        return [f"rope_type {kind}{why}"]
-    plain = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
-    return [f"{kind} with {name}" for name in rope if name not in plain and rope[name] is not None]
+        reason = " (its angles follow a text's length)" if kind == "dynamic" else ""
+        return [f"rope_type {kind}{reason}"]
+    supported = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    return [
+        f"{kind} with {name}" for name in rope if name not in supported and rope[name] is not None
+    ]
 
 
-def pre_tokenizer(tokenizer: Any) -> str:
+def pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return llama.cpp's name of the pre-tokenizer that gives the same ids.
 
     Raises:
         ConfigError: when it has none.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    bpe, pre = spec["model"], spec["pre_tokenizer"] or {}
+    bpe = spec["model"]
+    pre = spec["pre_tokenizer"] or {}
     steps = [
         {key: value for key, value in step.items() if key != "trim_offsets"}
         for step in pre.get("pretokenizers", [pre])
     ]
-    name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
-    odd = ["its pre-tokenizer"] if name is None else []
-    odd += ["its normalizer"] if spec["normalizer"] not in (None, NORMALIZER) else []
-    whole = bool(bpe.get("ignore_merges")) == (name in IGNORES_MERGES)
-    if bpe["type"] != "BPE" or not whole or any(bpe.get(setting) for setting in BPE_SETTINGS):
-        odd.append("its model")
+    name = next((name for name, spec_of in PRE_TOKENIZERS.items() if spec_of == steps), None)
+    unsupported = ["its pre-tokenizer"] if name is None else []
+    unsupported += ["its normalizer"] if spec["normalizer"] not in (None, NORMALIZER) else []
+    same_merges = bool(bpe.get("ignore_merges")) == (name in IGNORES_MERGES)
+    if bpe["type"] != "BPE" or not same_merges or any(bpe.get(setting) for setting in BPE_SETTINGS):
+        unsupported.append("its model")
     if any(token.get(flag) for token in spec["added_tokens"] for flag in TOKEN_FLAGS):
-        odd.append("an added token that takes in what is beside it")
-    if odd or name is None:
+        unsupported.append("an added token that takes in what is beside it")
+    if unsupported or name is None:
         raise ConfigError(
             "This tokenizer cannot be exported to GGUF: llama.cpp would give other token ids, "
-            f"because of {' and '.join(odd)}. Tokenizers of `minigpt tokenizer train` can be."
+            f"because of {' and '.join(unsupported)}. Those of `minigpt tokenizer train` can be."
         )
     return name
 
 
-def head_size(config: Any) -> int:
+def head_size(config: PreTrainedConfig) -> int:
     """Return the width of an attention head."""
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None)
+    return int(head_dim or config.hidden_size // config.num_attention_heads)
 
 
-def text_start(tokenizer: Any) -> list[int]:
+def text_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids that llama.cpp shall write before texts, and so before chats."""
     start = tokenizers.document_start(tokenizer)
     text = "".join(tokenizer.convert_ids_to_tokens(start))
@@ -216,18 +235,21 @@ def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
     config = engine.model.config
     arch = gguf.MODEL_ARCH[config.model_type.upper()]
-    names: Any = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, weight in engine.model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         value = weight.detach().float().numpy()
-        part = name.split(".")[-2]
-        if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+        layer = name.split(".")[-2]
+        if config.model_type == "llama" and layer in ("q_proj", "k_proj"):
             # A head's halves are rotated by transformers, its neighbouring pairs by llama.cpp.
-            kv = part == "k_proj"
-            heads = config.num_key_value_heads if kv else config.num_attention_heads
+            is_key = layer == "k_proj"
+            heads = config.num_key_value_heads if is_key else config.num_attention_heads
             value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        yield names.get_name(name, (".weight", ".bias")), value
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        if gguf_name is None:
+            raise ModelError(f"llama.cpp has no tensor for the model's {name}.")
+        yield gguf_name, value
     rope = config.rope_parameters
     if rope.get("rope_type") == "llama3":
         width = head_size(config)
@@ -236,7 +258,7 @@ def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
         yield "rope_freqs.weight", (plain / scaled.double().numpy()).astype(np.float32)
 
 
-def storage(name: str, value: NDArray[np.float32], dtype: str) -> Any:
+def storage(name: str, value: NDArray[np.float32], dtype: str) -> GGMLQuantizationType:
     """Return how a weight is stored: vectors exactly, odd rows as f16, and embeddings
     of 4 and 5 bits as q8_0.
     """
@@ -259,27 +281,28 @@ def write(engine: Engine, file: Path, dtype: str, pre: str, card: Card) -> None:
     writer.add_name(card.name)
     if card.license:
         writer.add_license(card.license)
-    kind = ("ALL_" if dtype == "f32" else "MOSTLY_") + dtype.upper()
-    writer.add_file_type(gguf.LlamaFileType[kind])
+    file_type = ("ALL_" if dtype == "f32" else "MOSTLY_") + dtype.upper()
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     rows = embedding_rows(engine.model)
     add_sizes(writer, engine.model.config, rows)
     add_tokenizer(writer, engine.tokenizer, pre, rows)
     add_ends(writer, engine)
-    odd = []
+    exceptions = []
     for name, value in tensors(engine):
         kind = storage(name, value, dtype)
-        odd += [f"{name} {kind.name}"] if value.ndim > 1 and kind.name != dtype.upper() else []
+        if value.ndim > 1 and kind.name != dtype.upper():
+            exceptions.append(f"{name} {kind.name}")
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
-    if odd:
-        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        log.warning("Not stored as %s: %s%s.", dtype, odd[0], others)
+    if exceptions:
+        others = f" and {len(exceptions) - 1} more" if len(exceptions) > 1 else ""
+        log.warning("Not stored as %s: %s%s.", dtype, exceptions[0], others)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add_sizes(writer: Any, config: Any, rows: int) -> None:
+def add_sizes(writer: GGUFWriter, config: PreTrainedConfig, rows: int) -> None:
     """Write the sizes of the model."""
     import gguf
 
@@ -304,16 +327,19 @@ def add_sizes(writer: Any, config: Any, rows: int) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str, rows: int
+) -> None:
     """Write the tokenizer, with a text and a type for each row of the embedding."""
     from gguf import TokenType
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     added = tokenizer.added_tokens_decoder
-    texts, types = [], []
+    texts: list[str] = []
+    types: list[int] = []
     for index in range(rows):
-        text = tokenizer.convert_ids_to_tokens(index)
+        text: str | None = tokenizer.backend_tokenizer.id_to_token(index)
         kind = TokenType.UNUSED if text is None else TokenType.NORMAL
         if index in added:
             kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
@@ -336,19 +362,21 @@ def add_tokenizer(writer: Any, tokenizer: Any, pre: str, rows: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def add_ends(writer: Any, engine: Engine) -> None:
+def add_ends(writer: GGUFWriter, engine: Engine) -> None:
     """Write the tokens that end a reply: eos, the turn's end, and one that is neither.
 
-    llama.cpp has room for these three. Some others it finds by name.
+    GGUF has a field for each of these three. llama.cpp finds some others by name.
     """
-    tokenizer: Any = engine.tokenizer
+    tokenizer = engine.tokenizer
     eos = tokenizer.eos_token_id
     eos = tokenizers.document_end(tokenizer) if eos is None else eos
-    turn = tokenizer.convert_tokens_to_ids(turn_end(tokenizer) or tokenizer.eos_token)
+    ids_by_token = tokenizer.backend_tokenizer.token_to_id
+    turn_token = turn_end(tokenizer) or tokenizer.eos_token
+    turn = None if turn_token is None else ids_by_token(str(turn_token))
     writer.add_eos_token_id(eos)
     if turn is not None:
         writer.add_eot_token_id(turn)
-    named = {tokenizer.backend_tokenizer.token_to_id(name) for name in ENDS_BY_NAME}
+    named = {ids_by_token(name) for name in ENDS_BY_NAME}
     if others := sorted(engine.ends - {eos, turn} - named):
         writer.add_eom_token_id(others[0])
 
@@ -362,22 +390,23 @@ def check_weights(engine: Engine, file: Path) -> Numbers:
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    worst: dict[str, float] = {}
+    largest: dict[str, float] = {}
     count = 0
     for name, value in tensors(engine):
         kind = stored[name].tensor_type
         read = gguf.quants.dequantize(stored[name].data, kind).reshape(value.shape)
         error = float(np.abs(read - value).max()) / (float(np.abs(value).max()) or 1.0)
-        told = {"tensor": name, "stored_as": kind.name, "error": error}
-        hold(told, "weights differ", error <= ROUNDING[kind.name])
-        worst[kind.name], count = max(worst.get(kind.name, 0.0), error), count + 1
-    hold({"tensors": count}, f"the file has {len(stored)} tensors", count == len(stored))
-    return {"tensors": count} | {f"max_error_{kind}": error for kind, error in worst.items()}
+        numbers = {"tensor": name, "stored_as": kind.name, "error": error}
+        require(numbers, "weights differ", error <= ROUNDING[kind.name])
+        largest[kind.name] = max(largest.get(kind.name, 0.0), error)
+        count += 1
+    require({"tensors": count}, f"the file has {len(stored)} tensors", count == len(stored))
+    return {"tensors": count} | {f"max_error_{kind}": error for kind, error in largest.items()}
 
 
 def modelfile(engine: Engine, name: str) -> str:
     """Return the text of an Ollama Modelfile."""
-    tokenizer: Any = engine.tokenizer
+    tokenizer = engine.tokenizer
     lines = [f"FROM ./{name}"]
     if not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
@@ -391,7 +420,7 @@ def modelfile(engine: Engine, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_chatml(tokenizer: Any) -> bool:
+def is_chatml(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether chats are rendered as MiniGPT's own template renders them."""
     chat = [{"role": r, "content": f"{r} 1\n"} for r in ("system", "user", "assistant", "user")]
     turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]

@@ -6,11 +6,16 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from minigpt.data.tokenizer import document_start, id_count
 from minigpt.errors import ConfigError
@@ -18,15 +23,15 @@ from minigpt.export.card import Card
 from minigpt.export.check import (
     Expected,
     Numbers,
-    check_borders,
+    check_special_ids,
     check_texts,
     encode,
-    hold,
     logits_of,
     observe,
     prompt_ids,
     prompts,
     render,
+    require,
 )
 from minigpt.files import whole_directory, write_json
 from minigpt.infer.engine import Engine
@@ -35,14 +40,15 @@ from minigpt.model.lora import ADAPTER, merge, save_adapter
 from minigpt.model.pretrained import base_of, find_model, save_model
 from minigpt.model.rope import max_positions
 
-SAME, MERGED = 1e-5, 1e-3  # the same weights; W x + B A x against (W + B A) x in fp32
+SAME_WEIGHTS = 1e-5  # limits of the logits' differences, in fp32
+MERGED_WEIGHTS = 1e-3  # W x + B A x against (W + B A) x
 # A tag as Jinja reads it in transformers, with the white space that it swallows.
-MARK = re.compile(
+GENERATION_TAG = re.compile(
     r"(?:\s*\{%-|^[ \t]*\{%|\{%\+?)\s*(?:end)?generation\s*(?:-%\}\s*|\+%\}|%\}\n?)", re.MULTILINE
 )
 
 
-def use_plain_template(tokenizer: Any) -> None:
+def use_plain_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Take the ``{% generation %}`` marks, which only transformers knows, out of the template.
 
     Raises:
@@ -51,7 +57,7 @@ def use_plain_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         return
     before = prompts(tokenizer)
-    tokenizer.chat_template = MARK.sub("", tokenizer.get_chat_template())
+    tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.get_chat_template())
     if prompts(tokenizer) != before:
         raise ConfigError(
             "The chat template cannot be exported: without its {% generation %} marks it renders "
@@ -82,11 +88,11 @@ def export_hf(
         ModelError: when the export does not do what the model does; nothing is kept.
     """
     engine = Engine.load(model, adapter, merged=False, device="cpu")
-    base = base_to_keep(engine, model, adapter) if keep_adapter else None
+    base = base_of_adapter(engine, model, adapter) if keep_adapter else None
     expected = observe(engine)
     use_plain_template(engine.tokenizer)
     with whole_directory(directory) as partial:
-        limit = SAME
+        limit = SAME_WEIGHTS
         if base is not None and engine.adapter is not None:
             save_adapter(engine.adapter, engine.tokenizer, partial)
             if base_name:
@@ -94,9 +100,10 @@ def export_hf(
                 write_json(partial / ADAPTER, config | {"base_model_name_or_path": base_name})
         else:
             if engine.adapter is not None:
-                engine.model, limit = merge(engine.adapter), MERGED
+                engine.model = merge(engine.adapter)
+                limit = MERGED_WEIGHTS
             save_model(engine.model, engine.tokenizer, partial)
-        name_for_older_stacks(partial, engine)
+        write_tokenizer_config(partial, engine)
         del engine  # before it is loaded a second time
         numbers = check_directory(expected, partial, limit, base)
         card.write(partial, numbers, base=base_name or base)
@@ -105,7 +112,7 @@ def export_hf(
     return numbers
 
 
-def base_to_keep(engine: Engine, model: str, adapter: str | None) -> str:
+def base_of_adapter(engine: Engine, model: str, adapter: str | None) -> str:
     """Return the base of an adapter that is to be exported alone.
 
     Raises:
@@ -122,7 +129,7 @@ def base_to_keep(engine: Engine, model: str, adapter: str | None) -> str:
     return base
 
 
-def name_for_older_stacks(directory: Path, engine: Engine) -> None:
+def write_tokenizer_config(directory: Path, engine: Engine) -> None:
     """Write the tokenizer's config as transformers 4, and what is built on it, reads it."""
     file = directory / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -140,22 +147,22 @@ def check_directory(
     expected: Expected, directory: Path, limit: float, base: str | None = None
 ) -> Numbers:
     """Load an export as a user would, with plain transformers and peft, and compare."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(directory))
     numbers = check_texts(
         expected,
         lambda texts: encode(tokenizer, texts),
         lambda chat: render(tokenizer, chat),
         lambda chat: prompt_ids(tokenizer, chat),
     )
-    ends: Any = GenerationConfig.from_pretrained(directory).eos_token_id
-    numbers |= check_borders(expected, document_start(tokenizer), ends)
+    ends = GenerationConfig.from_pretrained(directory).eos_token_id
+    numbers |= check_special_ids(expected, document_start(tokenizer), ends)
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or directory, dtype=torch.float32)
     if base is not None:
         if id_count(tokenizer) > embedding_rows(loaded):
             loaded.resize_token_embeddings(id_count(tokenizer))  # as the card says
         loaded = PeftModel.from_pretrained(loaded, str(directory))
-    moved = [logits_of(loaded.eval(), p, r) - logits for p, r, logits in expected.cases]
-    worst = max(float(difference.abs().max()) for difference in moved)
-    numbers |= {"max_logit_difference": worst, "limit": limit}
-    hold(numbers, "logits differ", worst <= limit)
+    differences = [logits_of(loaded.eval(), p, r) - logits for p, r, logits in expected.cases]
+    largest = max(float(difference.abs().max()) for difference in differences)
+    numbers |= {"max_logit_difference": largest, "limit": limit}
+    require(numbers, "logits differ", largest <= limit)
     return numbers

@@ -486,7 +486,7 @@ def test_models_that_are_refused(
     family: str, changes: dict[str, Any], told: str, saved: Saved, tmp_path: Path
 ) -> None:
     model = saved(family, **changes)
-    with pytest.raises(ConfigError, match=f"does not know {told}: it is for plain"):
+    with pytest.raises(ConfigError, match=f"does not support {told}: it is for plain"):
         export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
