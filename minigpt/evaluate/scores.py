@@ -33,14 +33,14 @@ class Score:
         n: items it was taken over.
         low: lower end of the 95% interval of a share.
         high: upper end of the interval.
-        chance_level: the score of random guesses.
+        chance: the score of random guesses.
     """
 
     value: float
     n: int | None = None
     low: float | None = None
     high: float | None = None
-    chance_level: float | None = None
+    chance: float | None = None
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
@@ -49,19 +49,17 @@ class Score:
 
     def plain(self) -> dict[str, float]:
         """Return the fields that have a value, as they are written in JSON."""
-        values = asdict(self)
-        values["chance"] = values.pop("chance_level")
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 Results = dict[str, dict[str, Score]]  # of one model: test to name to score
 
 
-def share(correct: Sequence[bool], chance_level: float | None = None) -> Score:
+def share(correct: Sequence[bool], chance: float | None = None) -> Score:
     """Return the share of items that are correct, with its interval."""
     count, total = sum(correct), len(correct)
     low, high = wilson(count, total)
-    return Score(count / total if total else 0.0, total, low, high, chance_level)
+    return Score(count / total if total else 0.0, total, low, high, chance)
 
 
 def tables(results: Mapping[str, Results]) -> dict[str, list[list[str]]]:
@@ -71,7 +69,7 @@ def tables(results: Mapping[str, Results]) -> dict[str, list[list[str]]]:
     for test, name in names:
         scores = [model.get(test, {}).get(name) for model in results.values()]
         first = next(score for score in scores if score)
-        level = "" if first.chance_level is None else f"{100 * first.chance_level:.1f}%"
+        level = "" if first.chance is None else f"{100 * first.chance:.1f}%"
         cells = ["–" if score is None else str(score) for score in scores]
         rows.setdefault(test, []).append([name, *cells, level, f"{first.n:,}" if first.n else ""])
     return rows

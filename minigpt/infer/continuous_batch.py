@@ -124,16 +124,6 @@ class ContinuousBatch:
         return self._count
 
     @property
-    def active(self) -> int:
-        """How many requests are being decoded."""
-        return len(self._rows)
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait for a slot."""
-        return len(self._queue)
-
-    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._rows and not self._queue

@@ -58,7 +58,7 @@ def files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def values(path: Path, model: Path | str) -> dict[str, dict[str, float]]:
     tests = json.loads(path.read_text())["models"][str(model)]
-    return {t: {name: one["value"] for name, one in found.items()} for t, found in tests.items()}
+    return {t: {name: one["value"] for name, one in scores.items()} for t, scores in tests.items()}
 
 
 def test_two_models_on_everything(minigpt: Minigpt, trained: Path, files: Path) -> None:
@@ -108,12 +108,12 @@ def test_bits_per_byte_are_those_of_training(
     minigpt: Minigpt, trained: Path, files: Path, fit: Minigpt
 ) -> None:
     assert fit("pretrain", trainer__val_check_interval=3).status == 0
-    asked = ("--text", "pretrain_val.jsonl", "--max_length", "64", "--json", "s.json")
-    assert minigpt("evaluate", "--model", "run", *asked).status == 0
+    options = ("--text", "pretrain_val.jsonl", "--max_length", "64", "--json", "s.json")
+    assert minigpt("evaluate", "--model", "run", *options).status == 0
     final = json.loads((files / "run/summary.json").read_text())["final"]
-    found = values(files / "s.json", "run")["text pretrain_val.jsonl"]
-    assert found["bits_per_byte"] == pytest.approx(final["val/bits_per_byte"], rel=1e-5)
-    assert found["loss"] == pytest.approx(final["val/loss"], rel=1e-5)
+    scores = values(files / "s.json", "run")["text pretrain_val.jsonl"]
+    assert scores["bits_per_byte"] == pytest.approx(final["val/bits_per_byte"], rel=1e-5)
+    assert scores["loss"] == pytest.approx(final["val/loss"], rel=1e-5)
 
 
 def test_preferences_are_those_of_training(
@@ -121,24 +121,24 @@ def test_preferences_are_those_of_training(
 ) -> None:
     changes = {"trainer__val_check_interval": 3, "model__init_args__beta": 0.2}
     assert fit("dpo", **changes).status == 0
-    asked = ("--preferences", "dpo_val.jsonl", "--max_length", "64", "--json", "s.json")
+    options = ("--preferences", "dpo_val.jsonl", "--max_length", "64", "--json", "s.json")
     outcome = minigpt(
-        "evaluate", "--model", "run", "--reference", trained / "sft", *asked, "--beta", "0.2"
+        "evaluate", "--model", "run", "--reference", trained / "sft", *options, "--beta", "0.2"
     )
     assert (outcome.status, outcome.err) == (0, "")
-    found = values(files / "s.json", "run")["preferences dpo_val.jsonl"]
+    scores = values(files / "s.json", "run")["preferences dpo_val.jsonl"]
     final = json.loads((files / "run/summary.json").read_text())["final"]
-    assert found["accuracy"] == pytest.approx(final["val/rewards/accuracy"])
-    assert found["margin"] == pytest.approx(final["val/rewards/margin"], rel=1e-4)
-    assert found["KL per token"] > 0
+    assert scores["accuracy"] == pytest.approx(final["val/rewards/accuracy"])
+    assert scores["margin"] == pytest.approx(final["val/rewards/margin"], rel=1e-4)
+    assert scores["KL per token"] > 0
 
 
 def test_the_seed_and_the_temperature_reach_the_replies(
     minigpt: Minigpt, trained: Path, files: Path
 ) -> None:
     def health(*options: object) -> dict[str, float]:
-        asked = ("--prompts", "prompts.jsonl", "--max_new_tokens", "20", "--json", "s.json")
-        assert minigpt("evaluate", "--model", trained / "sft", *asked, *options).status == 0
+        options = ("--prompts", "prompts.jsonl", "--max_new_tokens", "20", "--json", "s.json")
+        assert minigpt("evaluate", "--model", trained / "sft", *options, *options).status == 0
         return values(files / "s.json", trained / "sft")["prompts prompts.jsonl"]
 
     assert health() == health("--seed", "5")
@@ -153,8 +153,8 @@ def test_the_harness_gives_the_same_numbers(
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
     task = ROOT / "data/eval/choices.yaml"
-    asked = ("--choices", ROOT / "data/eval/choices.jsonl", "--lm-eval", task, "--json", "s.json")
-    outcome = minigpt("evaluate", "--model", trained / "sft", *asked)
+    options = ("--choices", ROOT / "data/eval/choices.jsonl", "--lm-eval", task, "--json", "s.json")
+    outcome = minigpt("evaluate", "--model", trained / "sft", *options)
     assert outcome.status == 0, outcome.err
     ours, theirs = values(files / "s.json", trained / "sft").values()
     name = "lantern_valley_choices"
@@ -177,20 +177,22 @@ def test_all_kinds_of_requests_of_the_harness(
         'doc_to_target: "no"\ngeneration_kwargs: {until: [" "], max_gen_toks: 4}\n'
         "metric_list: [{metric: exact_match}]\n"
     )
-    asked = ("--lm_eval", "words.yaml", "said.yaml", "--json", "s.json")
-    outcome = minigpt("evaluate", "--model", trained / "sft", *asked)
+    options = ("--lm_eval", "words.yaml", "said.yaml", "--json", "s.json")
+    outcome = minigpt("evaluate", "--model", trained / "sft", *options)
     assert outcome.status == 0, outcome.err
-    found = values(files / "s.json", trained / "sft")
-    assert found["lm_eval said.yaml"] == {"said: exact_match": 0.0}
+    scores = values(files / "s.json", trained / "sft")
+    assert scores["lm_eval said.yaml"] == {"said: exact_match": 0.0}
     engine = Engine.load(trained / "sft")
     (logp,) = harness.score(engine, [(engine.encode(""), engine.encode("the cat"))])[0]
-    wanted = 2.718281828 ** (-logp / len("the cat"))
-    assert found["lm_eval words.yaml"]["words: byte_perplexity"] == pytest.approx(wanted, rel=1e-4)
+    expected = 2.718281828 ** (-logp / len("the cat"))
+    assert scores["lm_eval words.yaml"]["words: byte_perplexity"] == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @needs_harness
 @pytest.mark.parametrize(
-    ("task", "told"),
+    ("task", "message"),
     [
         ("- 1", "cannot run the task: ValueError"),
         (TASK.replace("choices.jsonl", "none.jsonl"), "cannot run the task: FileNotFoundError"),
@@ -198,18 +200,18 @@ def test_all_kinds_of_requests_of_the_harness(
     ],
 )
 def test_tasks_that_cannot_run(
-    minigpt: Minigpt, trained: Path, files: Path, task: str, told: str
+    minigpt: Minigpt, trained: Path, files: Path, task: str, message: str
 ) -> None:
     (files / "task.yaml").write_text(task)
     outcome = minigpt("evaluate", "--model", trained / "sft", "--lm-eval", "task.yaml")
     assert outcome.status == 2
     assert "minigpt: task.yaml: lm-evaluation-harness" in outcome.err
-    assert told in outcome.err
+    assert message in outcome.err
 
 
 def test_a_task_says_where_its_replies_end() -> None:
-    asked = harness._sampling({"until": ["\n", "", " "], "max_gen_toks": 4})
-    assert asked == Sampling(4, stop=("\n", " "))
+    options = harness._sampling({"until": ["\n", "", " "], "max_gen_toks": 4})
+    assert options == Sampling(4, stop=("\n", " "))
     assert harness._sampling({"until": "c"}).stop == ("c",)
     assert harness._sampling({"until": None}) == Sampling(harness.MAX_NEW)
 
@@ -219,7 +221,7 @@ def test_a_reference_is_loaded_once(
 ) -> None:
     loaded: list[str] = []
     load = Engine.load
-    monkeypatch.setattr(Engine, "load", lambda place: loaded.append(str(place)) or load(place))
+    monkeypatch.setattr(Engine, "load", lambda path: loaded.append(str(path)) or load(path))
     models, reference = [str(trained / "sft"), str(trained / "lora")], trained / "sft" / "hf"
     preferences = ("--preferences", "dpo_val.jsonl", "--reference", reference)
     outcome = minigpt("evaluate", "--model", *models, *preferences)
@@ -250,7 +252,7 @@ GOOD = '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'
 
 
 @pytest.mark.parametrize(
-    ("kind", "row", "told"),
+    ("kind", "row", "message"),
     [
         ("choices", '{"choices": ["b", "c"], "answer": 0}', "2: not a prompt row"),
         ("choices", '{"prompt": "a", "choices": ["b"], "answer": 0}', "2:choices: must be a list"),
@@ -272,7 +274,7 @@ GOOD = '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'
     ],
 )
 def test_bad_rows(
-    minigpt: Minigpt, trained: Path, files: Path, kind: str, row: str, told: str
+    minigpt: Minigpt, trained: Path, files: Path, kind: str, row: str, message: str
 ) -> None:
     good = {
         "choices": GOOD,
@@ -285,12 +287,12 @@ def test_bad_rows(
     (files / "bad.jsonl").write_text(good + row + "\n")
     outcome = minigpt("evaluate", "--model", "./none", f"--{kind}", "bad.jsonl")
     assert outcome.status == 2
-    assert outcome.err.startswith(f"minigpt: bad.jsonl:{told}")
+    assert outcome.err.startswith(f"minigpt: bad.jsonl:{message}")
     assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ((), "There is nothing to measure"),
         (("--text", "none.jsonl"), "none.jsonl: cannot be read: No such file"),
@@ -303,20 +305,20 @@ def test_bad_rows(
     ],
 )
 def test_bad_input(
-    minigpt: Minigpt, trained: Path, files: Path, args: tuple[str, ...], told: str
+    minigpt: Minigpt, trained: Path, files: Path, args: tuple[str, ...], message: str
 ) -> None:
     (files / "empty.txt").touch()
     chat = {"messages": [{"role": "user", "content": "a"}], "choices": ["b", "c"], "answer": 0}
     write_jsonl(files / "chat.jsonl", [chat])
     write_jsonl(files / "long.jsonl", [{**CHOICES[0], "prompt": "the cat " * 100}])
     model = trained / "pretrain"
-    if "template" in told:
+    if "template" in message:
         model = files / "plain"
         Engine.load(trained / "pretrain").model.save_pretrained(model)
         tiny.tokenizer(model, template=False)
     outcome = minigpt("evaluate", "--model", model, *args)
     assert outcome.status == 2
-    assert told in outcome.err
+    assert message in outcome.err
     assert outcome.err.count("\n") == 1
 
 

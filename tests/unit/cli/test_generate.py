@@ -173,8 +173,8 @@ def test_sampling_is_seeded(minigpt: Minigpt, trained: Path) -> None:
 
 @pytest.mark.parametrize("form", ["--model {lora}", "--model {sft} --adapter {lora}"])
 def test_adapter_is_merged(minigpt: Minigpt, trained: Path, calls: list[Call], form: str) -> None:
-    places = form.format(lora=trained / "lora", sft=trained / "sft").split()
-    assert minigpt("generate", *places, "--prompt", "the cat", *SHORT).status == 0
+    models = form.format(lora=trained / "lora", sft=trained / "sft").split()
+    assert minigpt("generate", *models, "--prompt", "the cat", *SHORT).status == 0
     name = "model.layers.0.self_attn.q_proj.weight"
     base = Engine.load(trained / "sft").model.state_dict()[name]
     adapter = load_file(trained / "lora" / "hf" / "adapter_model.safetensors")
@@ -247,8 +247,8 @@ def test_adapter_of_another_base(minigpt: Minigpt, trained: Path, tmp_path: Path
     other = tmp_path / "other"
     tiny.model("gpt2").save_pretrained(other)
     tiny.tokenizer(other)
-    places = ("--model", other, "--adapter", trained / "lora")
-    outcome = minigpt("generate", *places, "--prompt", "a")
+    models = ("--model", other, "--adapter", trained / "lora")
+    outcome = minigpt("generate", *models, "--prompt", "a")
     assert outcome.status == 2
     assert "was trained on other weights" in outcome.err
 

@@ -54,12 +54,12 @@ def test_multiple_choice_by_byte_and_by_sum(model: Engine, tmp_path: Path) -> No
         means = [x / len(c.encode()) for x, c in zip(sums, item.choices, strict=True)]
         by_sum.append(item.choices[sums.index(max(sums))] == item.answer)
         per_byte.append(item.choices[means.index(max(means))] == item.answer)
-    found = choose(model, items, str(file))
-    chance = (1 / 2 + 1 / 3 + 1 / 2) / 3
-    assert found["accuracy"] == share(per_byte, pytest.approx(chance))
-    assert found["accuracy (sum)"] == share(by_sum, pytest.approx(chance))
-    assert found["b"] == share(per_byte[1:2], pytest.approx(1 / 3))
-    assert list(found) == ["accuracy", "accuracy (sum)", "a", "b", "c"]
+    scores = choose(model, items, str(file))
+    expected_by_chance = (1 / 2 + 1 / 3 + 1 / 2) / 3
+    assert scores["accuracy"] == share(per_byte, pytest.approx(expected_by_chance))
+    assert scores["accuracy (sum)"] == share(by_sum, pytest.approx(expected_by_chance))
+    assert scores["b"] == share(per_byte[1:2], pytest.approx(1 / 3))
+    assert list(scores) == ["accuracy", "accuracy (sum)", "a", "b", "c"]
 
 
 def test_minimal_pairs_are_judged_by_the_whole_text(model: Engine, tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_minimal_pairs_are_judged_by_the_whole_text(model: Engine, tmp_path: Pat
     ]
     file = tmp_path / "p.jsonl"
     write_jsonl(file, [{"good": good, "bad": bad} for good, bad in rows])
-    wanted = []
+    expected = []
     for good, bad in rows:
         texts = [model.encode(good), model.encode(bad)]
         start = [] if texts[0][0] == texts[1][0] else model.encode("")
         first, second = (logp(model, (start + t)[:1], (start + t)[1:]) for t in texts)
-        wanted.append(first > second)
-    assert choose(model, load_items(file, "pairs"), str(file)) == {"accuracy": share(wanted, 0.5)}
+        expected.append(first > second)
+    assert choose(model, load_items(file, "pairs"), str(file)) == {"accuracy": share(expected, 0.5)}

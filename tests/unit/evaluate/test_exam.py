@@ -129,16 +129,16 @@ class Scripted:
     joins = False
 
     def __init__(self, script: Sequence[int], vocabulary: int) -> None:
-        self.script, self.vocabulary, self.said = script, vocabulary, 0
+        self.script, self.vocabulary, self.position = script, vocabulary, 0
 
     def admit(self, prompts: Sequence[list[int]]) -> Tensor:
-        self.said = 0
+        self.position = 0
         return self.step([0] * len(prompts))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         logits = torch.zeros(len(tokens), self.vocabulary)
-        logits[:, self.script[self.said]] = 9.0
-        self.said += 1
+        logits[:, self.script[self.position]] = 9.0
+        self.position += 1
         return logits
 
     def drop(self, row: int) -> None:

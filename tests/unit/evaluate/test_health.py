@@ -32,8 +32,8 @@ def test_health() -> None:
         Reply("a b c d a b c d", [1, 2, 3, 4, 5, 6], 0),  # of five 4-grams four are different
         Reply("x x x x x x x x", [1, 2], None),  # of five 4-grams one
     ]
-    found = health(replies)
-    values = {name: one.value for name, one in found.items()}
+    scores = health(replies)
+    values = {name: one.value for name, one in scores.items()}
     assert values == pytest.approx(
         {
             "repeated 4-grams": 0.5,
@@ -44,5 +44,5 @@ def test_health() -> None:
             "length": 4.0,
         }
     )
-    assert found["repeated 4-grams"].n == 10
+    assert scores["repeated 4-grams"].n == 10
     assert health([Reply("", [], 0)])["repeated 4-grams"].value == 0.0

@@ -20,21 +20,21 @@ PAIRS = [([5, 6, 7], [8, 9]), ([3], [4] * 12), ([40, 41], [42]), ([9] * 20, [1, 
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer."""
     root = tmp_path_factory.mktemp("likelihood")
     tiny.tokenizer(root / "tokenizer")
     return root
 
 
-def engine(places: Path, family: str = "qwen3") -> Engine:
-    return Engine(tiny.model(family), load(places / "tokenizer"))
+def engine(root: Path, family: str = "qwen3") -> Engine:
+    return Engine(tiny.model(family), load(root / "tokenizer"))
 
 
-def test_answers_that_cannot_share_the_angles_of_their_prompt(places: Path) -> None:
+def test_answers_that_cannot_share_the_angles_of_their_prompt(root: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     model = tiny.model("llama", max_position_embeddings=8, rope_parameters=rope)
-    scaled = Engine(model, load(places / "tokenizer"))
+    scaled = Engine(model, load(root / "tokenizer"))
     for samples in (tiny.preferences([(4, 3, 4)]), tiny.texts([32])):
         assert len(list(likelihood.batches(scaled, samples))) == 1
     for samples, limit in ((tiny.preferences([(4, 5, 3)]), 8), (tiny.texts([33]), 32)):
@@ -54,39 +54,39 @@ def plainly(model: Engine, context: list[int], rest: list[int]) -> tuple[float, 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tokens", [4096, 8])
 def test_scores_are_the_models_own(
-    places: Path, monkeypatch: pytest.MonkeyPatch, family: str, tokens: int
+    root: Path, monkeypatch: pytest.MonkeyPatch, family: str, tokens: int
 ) -> None:
     monkeypatch.setattr(likelihood, "TOKENS", tokens)
-    model = engine(places, family)
+    model = engine(root, family)
     pairs = list(PAIRS)
     with torch.no_grad():  # one that greedy decoding would say
         best = int(model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
     pairs.append(([5, 6, 7], [best]))
     sums, greedy = score(model, pairs)
-    wanted = [plainly(model, *pair) for pair in pairs]
-    assert sums == pytest.approx([logp for logp, _ in wanted], abs=1e-4)
-    assert greedy == [same for _, same in wanted]
+    expected = [plainly(model, *pair) for pair in pairs]
+    assert sums == pytest.approx([logp for logp, _ in expected], abs=1e-4)
+    assert greedy == [same for _, same in expected]
     assert greedy[-1]
 
 
-def test_a_sample_longer_than_the_model_reads_is_refused(places: Path) -> None:
+def test_a_sample_longer_than_the_model_reads_is_refused(root: Path) -> None:
     with pytest.raises(DataError, match=r"257 tokens are more than the 256 .*Shorten the row"):
-        score(engine(places), [([1], [2] * 256)], "x.jsonl")
+        score(engine(root), [([1], [2] * 256)], "x.jsonl")
 
 
-def test_a_token_across_the_border_belongs_to_the_continuation(places: Path) -> None:
-    model = engine(places)
-    whole = model.encode("the cat")
-    assert continuation(model, "the", " cat") == (model.encode("the"), whole[1:])
+def test_a_token_across_the_border_belongs_to_the_continuation(root: Path) -> None:
+    model = engine(root)
+    ids = model.encode("the cat")
+    assert continuation(model, "the", " cat") == (model.encode("the"), ids[1:])
     for cut in range(1, 7):
         start, rest = continuation(model, "the cat"[:cut], "the cat"[cut:])
-        assert start + rest in (whole, model.encode("") + whole)
+        assert start + rest in (ids, model.encode("") + ids)
         assert rest
-    assert continuation(model, "", "the cat") == (model.encode(""), whole)
+    assert continuation(model, "", "the cat") == (model.encode(""), ids)
 
 
-def test_bits_per_byte_of_text(places: Path, tmp_path: Path) -> None:
-    model = engine(places)
+def test_bits_per_byte_of_text(root: Path, tmp_path: Path) -> None:
+    model = engine(root)
     texts = ["the cat sat on the log", "猫 sat", "the dog"]
     file = tmp_path / "t.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -97,14 +97,14 @@ def test_bits_per_byte_of_text(places: Path, tmp_path: Path) -> None:
         first = len(model.tokenizer.decode(ids[:1]).encode())
         size += len(text.encode()) - (1 if text[0] == "猫" else first)
         tokens += len(ids) - 1
-    found = bits_per_byte(model, str(file), 512)
-    assert found["bits_per_byte"].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert (found["bits_per_byte"].n, found["loss"].n) == (size, tokens)
-    assert found["loss"].value == pytest.approx(nats / tokens, rel=1e-5)
+    scores = bits_per_byte(model, str(file), 512)
+    assert scores["bits_per_byte"].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert (scores["bits_per_byte"].n, scores["loss"].n) == (size, tokens)
+    assert scores["loss"].value == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_bos_stands_before_a_text_and_is_not_counted(places: Path, tmp_path: Path) -> None:
-    plain = engine(places)
+def test_bos_stands_before_a_text_and_is_not_counted(root: Path, tmp_path: Path) -> None:
+    plain = engine(root)
     model = Engine(tiny.model("llama"), tiny.with_bos(plain.tokenizer))
     start = [model.tokenizer.bos_token_id]
     assert model.encode("the cat") == start + plain.encode("the cat")
@@ -115,17 +115,17 @@ def test_bos_stands_before_a_text_and_is_not_counted(places: Path, tmp_path: Pat
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"text": "the cat sat"}))
     rest = [*plain.encode("the cat sat"), 0]
-    found = bits_per_byte(model, str(file), 512)
+    scores = bits_per_byte(model, str(file), 512)
     nats = -plainly(model, start, rest)[0]
-    assert found["loss"].value == pytest.approx(nats / len(rest), rel=1e-5)
-    assert (found["loss"].n, found["bits_per_byte"].n) == (len(rest), len("the cat sat"))
+    assert scores["loss"].value == pytest.approx(nats / len(rest), rel=1e-5)
+    assert (scores["loss"].n, scores["bits_per_byte"].n) == (len(rest), len("the cat sat"))
 
 
-def test_a_text_file_is_one_document_cut_into_windows(places: Path, tmp_path: Path) -> None:
-    model = engine(places)
+def test_a_text_file_is_one_document_cut_into_windows(root: Path, tmp_path: Path) -> None:
+    model = engine(root)
     file = tmp_path / "t.txt"
     file.write_text("the cat sat on the mat and the dog sat on the log")
     ids = [*model.encode(file.read_text()), 0]
     nats = sum(-plainly(model, [ids[i]], ids[i + 1 : i + 4])[0] for i in range(0, len(ids) - 1, 3))
-    found = bits_per_byte(model, str(file), 4)
-    assert found["loss"].value == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    scores = bits_per_byte(model, str(file), 4)
+    assert scores["loss"].value == pytest.approx(nats / (len(ids) - 1), rel=1e-5)

@@ -1,10 +1,9 @@
-"""Decoding in batches: the same ids as transformers, alone and in company."""
+"""Continuous batching: the same ids as transformers, alone and together with others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,37 +39,38 @@ def endless(family: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> 
 
 
 def prompts(count: int, longest: int = 60) -> list[list[int]]:
-    chance = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, longest, (count,), generator=chance).tolist()
-    return [torch.randint(4, 280, (n,), generator=chance).tolist() for n in lengths]
+    rng = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest, (count,), generator=rng).tolist()
+    return [torch.randint(4, 280, (n,), generator=rng).tolist() for n in lengths]
 
 
 def decode(
-    engine: Engine, asked: Sequence[list[int]], how: Sequence[Sampling], slots: int
+    engine: Engine, ids: Sequence[list[int]], samplings: Sequence[Sampling], slots: int
 ) -> list[list[Delta]]:
     batch = ContinuousBatch(engine, slots)
-    numbers = [batch.add(ids, sampling) for ids, sampling in zip(asked, how, strict=True)]
-    said: dict[int, list[Delta]] = {number: [] for number in numbers}
+    deltas: dict[int, list[Delta]] = {
+        batch.add(prompt, sampling): [] for prompt, sampling in zip(ids, samplings, strict=True)
+    }
     while not batch.idle:
-        assert batch.active <= slots
-        for delta in batch.step():
-            said[delta.request].append(delta)
-    assert (batch.active, batch.waiting) == (0, 0)
-    return [said[number] for number in numbers]
+        step = batch.step()
+        assert len(step) <= slots
+        for delta in step:
+            deltas[delta.request].append(delta)
+    return list(deltas.values())
 
 
 def ids_of(deltas: Sequence[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.ids]
 
 
-def theirs(model: PreTrainedModel, asked: Sequence[list[int]], **options: Any) -> list[list[int]]:
-    """What transformers' `generate` says, padded on the left."""
-    longest = max(map(len, asked))
-    tokens = torch.tensor([[1] * (longest - len(ids)) + ids for ids in asked])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in asked])
+def generate(model: PreTrainedModel, prompts: Sequence[list[int]], **options: Any) -> Any:
+    """Return what transformers' `generate` decodes, padded on the left."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[1] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     options = {"do_sample": False, "pad_token_id": 1, **options}
     out: Any = model.generate(tokens, attention_mask=mask, **options)  # type: ignore[operator]
-    return out[:, longest:].tolist()  # type: ignore[no-any-return]
+    return out[:, longest:].tolist()
 
 
 @torch.no_grad()
@@ -90,26 +90,26 @@ def same_up_to_a_tie(
 def test_greedy_ids_are_those_of_transformers(
     family: str, count: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    engine, asked = endless(family, tokenizer), prompts(count)
+    engine, prompt_ids = endless(family, tokenizer), prompts(count)
     runner = Native if family in NATIVE else Cached
     assert isinstance(engine.runner(), runner)
-    said = decode(engine, asked, [Sampling(max_new_tokens=12)] * count, slots=7)
+    decoded = decode(engine, prompt_ids, [Sampling(max_new_tokens=12)] * count, slots=7)
     expected: list[list[int]] = []
     for start in range(0, count, 40):
-        expected += theirs(engine.model, asked[start : start + 40], max_new_tokens=12)
-    for prompt, deltas, other in zip(asked, said, expected, strict=True):
+        expected += generate(engine.model, prompt_ids[start : start + 40], max_new_tokens=12)
+    for prompt, deltas, other in zip(prompt_ids, decoded, expected, strict=True):
         assert same_up_to_a_tie(engine.model, prompt, ids_of(deltas), other)
-    assert len({tuple(ids_of(deltas)) for deltas in said}) > count / 4  # they are no constant
+    assert len({tuple(ids_of(deltas)) for deltas in decoded}) > count / 4  # not all are the same
 
 
 def test_untied_heads_and_bf16_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     engine = endless("llama", tokenizer, tie_word_embeddings=False)
-    asked = prompts(8)
-    how = [Sampling(max_new_tokens=6)] * 8
-    exact = decode(engine, asked, how, slots=8)
-    assert [ids_of(d) for d in exact] == theirs(engine.model, asked, max_new_tokens=6)
+    prompt_ids = prompts(8)
+    samplings = [Sampling(max_new_tokens=6)] * 8
+    exact = decode(engine, prompt_ids, samplings, slots=8)
+    assert [ids_of(d) for d in exact] == generate(engine.model, prompt_ids, max_new_tokens=6)
     engine.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    rough = decode(engine, asked, how, slots=8)
+    rough = decode(engine, prompt_ids, samplings, slots=8)
     near = [a == b for e, r in zip(exact, rough, strict=True) for a, b in zip(e, r, strict=True)]
     assert sum(near) > len(near) / 2
     with torch.autocast("cpu", torch.bfloat16):
@@ -121,18 +121,18 @@ def test_untied_heads_and_bf16_weights(tokenizer: PreTrainedTokenizerFast) -> No
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", NATIVE)
 @torch.no_grad()
-def test_steps_have_the_models_own_logits(
+def test_steps_have_the_logits_of_the_model(
     family: str, rows: int, dtype: torch.dtype, off: float, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = endless(family, tokenizer).model
-    asked = [[5, 9, 7], [8] * 9, [6, 5]][:rows]
+    prompt_ids = [[5, 9, 7], [8] * 9, [6, 5]][:rows]
     runner = Native(Weights(model, dtype))
-    runner.admit(asked)
+    runner.admit(prompt_ids)
     for token in (11, 12, 13):
-        asked = [[*ids, token] for ids in asked]
+        prompt_ids = [[*ids, token] for ids in prompt_ids]
         logits = runner.step([token] * rows).float()
-        own = torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in asked])
-        assert float((logits - own).abs().max()) < off * float(own.abs().max())
+        expected = torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompt_ids])
+        assert float((logits - expected).abs().max()) < off * float(expected.abs().max())
 
 
 def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
@@ -142,22 +142,22 @@ def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
     runner.admit([[5, 9, 7]])
     seen = []
 
-    def fails(*given: Any, **named: Any) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
         seen.append(torch.backends.mkldnn.enabled)
-        raise RuntimeError("a product failed")
+        raise RuntimeError("a matmul failed")
 
     monkeypatch.setattr(runner.weights, "forward", fails)
-    with pytest.raises(RuntimeError, match="a product failed"):
+    with pytest.raises(RuntimeError, match="a matmul failed"):
         runner.step([11])
     assert [*seen, torch.backends.mkldnn.enabled] == [False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_request_says_the_same_alone_and_in_company(
+def test_a_reply_does_not_depend_on_other_requests(
     family: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    engine, asked = endless(family, tokenizer), prompts(9)
-    how = [
+    engine, prompt_ids = endless(family, tokenizer), prompts(9)
+    samplings = [
         Sampling(
             max_new_tokens=4 + n,
             temperature=0.3 * n,
@@ -169,52 +169,50 @@ def test_a_request_says_the_same_alone_and_in_company(
         )
         for n in range(9)
     ]
-    together = decode(engine, asked, how, slots=4)
-    for prompt, sampling, deltas in zip(asked, how, together, strict=True):
+    together = decode(engine, prompt_ids, samplings, slots=4)
+    for prompt, sampling, deltas in zip(prompt_ids, samplings, together, strict=True):
         (alone,) = decode(engine, [prompt], [sampling], slots=1)
         assert ids_of(alone) == ids_of(deltas)
         assert "".join(d.text for d in alone) == "".join(d.text for d in deltas)
         assert len(ids_of(alone)) == sampling.max_new_tokens
-    (other,) = decode(engine, asked[-1:], [Sampling(12, 2.4, seed=99)], slots=1)
+    (other,) = decode(engine, prompt_ids[-1:], [Sampling(12, 2.4, seed=99)], slots=1)
     assert ids_of(other) != ids_of(together[-1])
 
 
 def test_repetition_penalty_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine, asked = endless("qwen3", tokenizer), prompts(12)
-    how = Sampling(max_new_tokens=12, repetition_penalty=1.7)
-    said = [ids_of(deltas) for deltas in decode(engine, asked, [how] * 12, slots=12)]
-    alone = [theirs(engine.model, [a], max_new_tokens=12, repetition_penalty=1.7) for a in asked]
-    assert said == [ids for (ids,) in alone]
+    engine, prompt_ids = endless("qwen3", tokenizer), prompts(12)
+    sampling = Sampling(max_new_tokens=12, repetition_penalty=1.7)
+    together = [ids_of(deltas) for deltas in decode(engine, prompt_ids, [sampling] * 12, slots=12)]
+    alone = [
+        generate(engine.model, [a], max_new_tokens=12, repetition_penalty=1.7) for a in prompt_ids
+    ]
+    assert together == [ids for (ids,) in alone]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_requests_come_go_and_are_cancelled(
     family: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    engine, asked = endless(family, tokenizer), prompts(6)
-    alone = [ids_of(decode(engine, [p], [Sampling(10)], 1)[0]) for p in asked]
+    engine, prompt_ids = endless(family, tokenizer), prompts(6)
+    alone = [ids_of(decode(engine, [p], [Sampling(10)], 1)[0]) for p in prompt_ids]
     batch = ContinuousBatch(engine, 3)
-    said: dict[int, list[int]] = {}
+    decoded: dict[int, list[int]] = {}
 
     def step() -> None:
         for delta in batch.step():
-            said.setdefault(delta.request, []).extend(delta.ids)
+            decoded.setdefault(delta.request, []).extend(delta.ids)
 
-    first = [batch.add(ids, Sampling(10)) for ids in asked[:3]]
+    first = [batch.add(ids, Sampling(10)) for ids in prompt_ids[:3]]
     step()
-    late = [batch.add(ids, Sampling(10)) for ids in asked[3:]]
-    assert (batch.active, batch.waiting) == (3, 3)
-    batch.cancel(first[0])  # active; the last row takes its place
+    late = [batch.add(ids, Sampling(10)) for ids in prompt_ids[3:]]
+    batch.cancel(first[0])  # active; the last row moves to its slot
     batch.cancel(late[2])  # waiting
     batch.cancel(99)
-    assert (batch.active, batch.waiting) == (2, 2)
     while not batch.idle:
         step()
     assert batch.step() == []
-    kept = dict(zip([*first[1:], *late[:2]], alone[1:5], strict=True))
-    assert {number: said[number] for number in kept} == kept
-    assert said[first[0]] == alone[0][:1]
-    assert late[2] not in said
+    finished = dict(zip([*first[1:], *late[:2]], alone[1:5], strict=True))
+    assert decoded == {first[0]: alone[0][:1], **finished}
 
 
 def test_a_prompt_must_fit_the_context_and_the_reply_is_cut_to_it(
@@ -236,49 +234,52 @@ def test_the_cache_is_freed_when_there_is_nothing_to_do(
     batch = ContinuousBatch(endless("qwen3", tokenizer, max_position_embeddings=512), 8)
     runner = batch._runner
     assert isinstance(runner, Native)
-    said = []
+    steps = []
     for _ in range(2):
         numbers = [batch.add([5] * n, Sampling(max_new_tokens=4)) for n in (400, *range(3, 10))]
-        said.append([delta.ids for delta in batch.step()])
+        steps.append([delta.ids for delta in batch.step()])
         assert runner.caches[0].shape[1:4:2] == (8, 464)
         batch.cancel(numbers[0])
         while not batch.idle:
             batch.step()
         assert runner.caches == []
-    assert said[0] == said[1]
+    assert steps[0] == steps[1]
 
 
 @torch.no_grad()
-def test_logprobs_are_the_models_own(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_logprobs_are_those_of_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, prompt = endless("qwen3", tokenizer), prompts(1)[0]
-    how = Sampling(max_new_tokens=5, temperature=2.0, top_k=3, seed=3, logprobs=4)
+    sampling = Sampling(max_new_tokens=5, temperature=2.0, top_k=3, seed=3, logprobs=4)
     quiet = Sampling(max_new_tokens=5, logprobs=0)
-    deltas, greedy, none = decode(engine, [prompt] * 3, [how, quiet, Sampling(5)], 3)
+    deltas, greedy, none = decode(engine, [prompt] * 3, [sampling, quiet, Sampling(5)], 3)
     logits = engine.model(torch.tensor([prompt + ids_of(deltas)])).logits[0]
     expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
     for row, delta in zip(expected, deltas, strict=True):
-        (told,) = delta.logprobs
-        assert [told.id] == delta.ids
-        assert told.logprob == pytest.approx(float(row[told.id]), abs=1e-4)
+        (logprob,) = delta.logprobs
+        assert [logprob.id] == delta.ids
+        assert logprob.logprob == pytest.approx(float(row[logprob.id]), abs=1e-4)
         best = row.topk(4)
-        assert [index for index, _, _ in told.top] == best.indices.tolist()
-        assert [v for *_, v in told.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert told.token == tokenizer.decode([told.id])
+        assert [index for index, _, _ in logprob.top] == best.indices.tolist()
+        assert [v for *_, v in logprob.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert logprob.token == tokenizer.decode([logprob.id])
     assert [delta.logprobs[0].top for delta in greedy] == [[]] * 5
     assert [delta.logprobs for delta in none] == [[]] * 5
 
 
-def test_logprobs_of_a_stop_text_are_not_told(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine, how = endless("qwen3", tokenizer), Sampling(16, temperature=1.0, seed=1, logprobs=0)
-    (whole,) = engine.complete(["the cat"], how)
-    text, counts = whole.text, set[int]()
-    assert whole.logprobs is not None
+def test_logprobs_of_a_stop_text_are_not_returned(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, sampling = (
+        endless("qwen3", tokenizer),
+        Sampling(16, temperature=1.0, seed=1, logprobs=0),
+    )
+    (full,) = engine.complete(["the cat"], sampling)
+    text, counts = full.text, set[int]()
+    assert full.logprobs is not None
     for at in range(len(text)):
-        (reply,) = engine.complete(["the cat"], replace(how, stop=(text[at : at + 3],)))
-        known = [tokenizer.decode(reply.ids[:i]).rstrip("\ufffd") for i in range(len(reply.ids))]
-        told = sum(len(before) < len(reply.text) for before in known)
-        assert reply.logprobs == whole.logprobs[:told]
-        counts.add(len(reply.ids) - told)
+        (reply,) = engine.complete(["the cat"], replace(sampling, stop=(text[at : at + 3],)))
+        texts = [tokenizer.decode(reply.ids[:i]).rstrip("\ufffd") for i in range(len(reply.ids))]
+        count = sum(len(before) < len(reply.text) for before in texts)
+        assert reply.logprobs == full.logprobs[:count]
+        counts.add(len(reply.ids) - count)
     assert {0, 1, 2} <= counts  # 0: a stop text that begins inside the last token
 
 
@@ -299,7 +300,7 @@ def test_int8_weights_are_near_the_exact_ones(tokenizer: PreTrainedTokenizerFast
         Engine(tiny.model("gpt2"), tokenizer, int8=True)
 
 
-def test_what_the_fast_way_cannot_do_goes_the_general_way(tmp_path: Path) -> None:
+def test_models_that_native_decoding_does_not_support() -> None:
     assert is_native(tiny.model("qwen3"))
     windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
     assert not is_native(tiny.model("qwen3", **windows))

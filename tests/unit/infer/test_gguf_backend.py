@@ -90,7 +90,7 @@ def llama(exported: Path) -> Gguf:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "sampling",
     [
         LONG,
         Sampling(400),
@@ -99,22 +99,22 @@ def llama(exported: Path) -> Gguf:
         Sampling(40, temperature=0.7, top_k=1, seed=5),
     ],
 )
-def test_likeliest_replies_are_the_engines(pair: Pair, how: Sampling) -> None:
+def test_likeliest_replies_are_the_engines(pair: Pair, sampling: Sampling) -> None:
     """Penalty, stop texts, bytes that are no character, the ends of a reply and of the context."""
     assert pair.llama.context == pair.engine.context == 256
-    assert pair.llama.complete(PROMPTS, how) == pair.engine.complete(PROMPTS, how)
+    assert pair.llama.complete(PROMPTS, sampling) == pair.engine.complete(PROMPTS, sampling)
 
 
 def test_a_stream_says_the_same_text(pair: Pair) -> None:
     """What may be missing at the very end are bytes that are no character yet."""
     for prompt in PROMPTS:
-        for how in (LONG, Sampling(40, stop=("t", "og")), Sampling(400)):
-            whole = pair.llama.complete([prompt], how)[0]
-            deltas = list(pair.llama.stream(prompt, how))
-            said = "".join(delta.text for delta in deltas)
-            assert whole.text.startswith(said)
-            assert whole.text[len(said) :][:1] in ("", "\N{REPLACEMENT CHARACTER}")
-            assert (deltas[-1].finish, deltas[-1].ended_by) == (whole.finish, whole.ended_by)
+        for sampling in (LONG, Sampling(40, stop=("t", "og")), Sampling(400)):
+            reply = pair.llama.complete([prompt], sampling)[0]
+            deltas = list(pair.llama.stream(prompt, sampling))
+            text = "".join(delta.text for delta in deltas)
+            assert reply.text.startswith(text)
+            assert reply.text[len(text) :][:1] in ("", "\N{REPLACEMENT CHARACTER}")
+            assert (deltas[-1].finish, deltas[-1].ended_by) == (reply.finish, reply.ended_by)
             assert [delta.finish for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
 
 
@@ -132,10 +132,10 @@ def test_characters_of_several_tokens_come_whole(llama: Gguf) -> None:
             {"stop": True, "content": "", "tokens": [], "stop_type": "limit"},
         ]
     )
-    asked = pytest.MonkeyPatch()
-    asked.setattr(llama.llama, "complete", lambda **_: steps)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(llama.llama, "complete", lambda **_: steps)
     deltas = list(llama.stream("a", LONG))
-    asked.undo()
+    patch.undo()
     assert [delta.text for delta in deltas] == [*text, ""]
     assert [token for delta in deltas for token in delta.ids] == ids
 
@@ -161,41 +161,43 @@ def test_chats_are_asked_as_in_training(llama: Gguf, trained: Path, chat: Any) -
 def test_f16_files_say_the_same(trained: Path, tmp_path: Path) -> None:
     engine = Engine.load(trained / "sft")
     llama = Gguf(written(engine, tmp_path / "half.gguf", "f16"))
-    asked = ["the cat", "a dog", *CHATS[:2]]
-    assert llama.complete(asked, Sampling(12)) == engine.complete(asked, Sampling(12))
+    prompts = ["the cat", "a dog", *CHATS[:2]]
+    assert llama.complete(prompts, Sampling(12)) == engine.complete(prompts, Sampling(12))
 
 
 def test_sampling_is_seeded_and_does_not_depend_on_what_came_before(llama: Gguf) -> None:
-    how = Sampling(20, temperature=2.0, seed=3)
-    first = llama.complete(["the cat"], how)
-    llama.complete(["the cat sat"], how)
+    sampling = Sampling(20, temperature=2.0, seed=3)
+    first = llama.complete(["the cat"], sampling)
+    llama.complete(["the cat sat"], sampling)
     other = Sampling(20, temperature=2.0, seed=4)
-    assert llama.complete(["the cat"], how) == first != llama.complete(["the cat"], other)
-    assert llama.complete(["the cat", "the cat"], [how, other])[0] == first[0]
+    assert llama.complete(["the cat"], sampling) == first != llama.complete(["the cat"], other)
+    assert llama.complete(["the cat", "the cat"], [sampling, other])[0] == first[0]
     for seed in (2**32 - 1, 2**70, -1):  # llama.cpp draws a seed of its own for the first
         big = Sampling(20, temperature=2.0, seed=seed)
         assert llama.complete(["the cat"], big) == llama.complete(["the cat"], big)
 
 
 @pytest.mark.parametrize(
-    "how",
+    "sampling",
     [
         {"temperature": 1.5, "top_k": 4},
         {"temperature": 3.0, "top_p": 0.4},
         {"temperature": 2.0, "min_p": 0.3},
     ],
 )
-def test_tokens_are_drawn_from_the_engines_distribution(pair: Pair, how: dict[str, Any]) -> None:
+def test_tokens_are_drawn_from_the_engines_distribution(
+    pair: Pair, sampling: dict[str, Any]
+) -> None:
     engine, count = pair.engine, 400
     logits = engine.model(torch.tensor([engine.encode("the cat")])).logits[0, -1].float()
-    expected = filtered(logits.detach(), Sampling(1, **how)).softmax(-1)
-    given = [Sampling(1, **how, seed=seed) for seed in range(count)]
-    said = pair.llama.complete(["the cat"] * count, given)
-    drawn = Counter((reply.ids or [reply.ended_by])[0] for reply in said)
-    kept = set(expected.nonzero().flatten().tolist())
-    assert len(kept) > 1
-    assert set(drawn) <= kept
-    for token in kept:
+    expected = filtered(logits.detach(), Sampling(1, **sampling)).softmax(-1)
+    samplings = [Sampling(1, **sampling, seed=seed) for seed in range(count)]
+    replies = pair.llama.complete(["the cat"] * count, samplings)
+    drawn = Counter((reply.ids or [reply.ended_by])[0] for reply in replies)
+    allowed = set(expected.nonzero().flatten().tolist())
+    assert len(allowed) > 1
+    assert set(drawn) <= allowed
+    for token in allowed:
         share = float(expected[token])
         assert (
             abs(drawn[token] / count - share)
@@ -231,9 +233,9 @@ def test_a_stream_that_is_left_makes_room_for_the_next(llama: Gguf) -> None:
 
 def test_models_without_a_template_continue_text(tokenizer: Any, tmp_path: Path) -> None:
     engine = Engine(tiny.model("qwen3"), tokenizer)
-    kept, tokenizer.chat_template = tokenizer.chat_template, None
+    template, tokenizer.chat_template = tokenizer.chat_template, None
     file = written(engine, tmp_path / "plain.gguf", "f32")
-    tokenizer.chat_template = kept
+    tokenizer.chat_template = template
     plain = Gguf(file)
     assert plain.codec is None
     with pytest.raises(ConfigError, match="no chat template"):
@@ -261,9 +263,9 @@ def test_what_a_path_stands_for(exported: Path, trained: Path, tmp_path: Path) -
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"several models: give one of a.gguf, b.gguf itself"):
         find_gguf(tmp_path)
-    for place in (exported, file, tmp_path / "none.gguf"):
+    for path in (exported, file, tmp_path / "none.gguf"):
         with pytest.raises(ModelError, match="only `minigpt generate` and `minigpt chat`"):
-            find_model(place)
+            find_model(path)
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 3000, -2000])
@@ -297,11 +299,11 @@ def test_without_the_extra(
 
 def test_generate_as_a_process_prints_the_text_alone(exported: Path, trained: Path) -> None:
     """Nothing of llama.cpp's own messages is on the terminal."""
-    said = Engine.load(trained / "sft").complete([CHATS[0]], Sampling(20))[0].text
+    text = Engine.load(trained / "sft").complete([CHATS[0]], Sampling(20))[0].text
     command = [sys.executable, "-m", "minigpt", "generate", "--prompt", "the cat"]
     command += ["--max_new_tokens", "20", "--model"]
     done = subprocess.run([*command, exported / "sft-f32.gguf"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{said}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{text}\n", "")
 
 
 def test_rows_and_options(minigpt: Minigpt, exported: Path, trained: Path, tmp_path: Path) -> None:

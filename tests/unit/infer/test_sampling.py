@@ -1,4 +1,4 @@
-"""Which tokens may be chosen, and how likely each is."""
+"""Which tokens may be drawn, and how likely each is."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_filters_are_those_of_transformers(
     steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     steps += [MinPLogitsWarper(min_p)] if min_p else []
     expected = LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
-    how = Sampling(1, temperature, top_k, top_p, min_p=min_p)
-    torch.testing.assert_close(filtered(logits, how).softmax(-1), expected.softmax(-1))
+    sampling = Sampling(1, temperature, top_k, top_p, min_p=min_p)
+    torch.testing.assert_close(filtered(logits, sampling).softmax(-1), expected.softmax(-1))
 
 
-def ordered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+def most_sorted(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
     """Return how many of 5,000 logits were sorted to draw a token."""
     sizes = [0]
     topk, sort = torch.Tensor.topk, torch.Tensor.sort
@@ -52,21 +52,21 @@ def ordered(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
     return max(sizes)
 
 
-def test_no_more_tokens_are_put_in_order_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ordered(monkeypatch) == 0
-    assert ordered(monkeypatch, min_p=0.1) == 0
-    assert ordered(monkeypatch, top_k=7, top_p=0.9) == 7
-    assert ordered(monkeypatch, top_p=0.5) == PARTIAL_SORT
-    assert ordered(monkeypatch, top_p=0.9, temperature=9.0) == 5000
+def test_no_more_tokens_are_sorted_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert most_sorted(monkeypatch) == 0
+    assert most_sorted(monkeypatch, min_p=0.1) == 0
+    assert most_sorted(monkeypatch, top_k=7, top_p=0.9) == 7
+    assert most_sorted(monkeypatch, top_p=0.5) == PARTIAL_SORT
+    assert most_sorted(monkeypatch, top_p=0.9, temperature=9.0) == 5000
 
 
 @given(seed=st.integers(0, 10**6), top_p=st.sampled_from([0.01, 0.5, 0.99, 1 - 1e-7]))
 def test_few_tokens_cut_where_all_would(seed: int, top_p: float) -> None:
     logits = 2 * torch.randn(3000, generator=torch.Generator().manual_seed(seed))
     expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
-    kept = filtered(logits, Sampling(1, 1.0, top_p=top_p)) > -torch.inf
-    # One token more or less may be kept where the sum's last digits decide.
-    assert abs(int(kept.sum()) - int((expected > -torch.inf).sum())) <= (top_p > 0.999) * 20 + 1
+    allowed = filtered(logits, Sampling(1, 1.0, top_p=top_p)) > -torch.inf
+    # One token more or less may be allowed where the sum's last digits decide.
+    assert abs(int(allowed.sum()) - int((expected > -torch.inf).sum())) <= (top_p > 0.999) * 20 + 1
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -81,10 +81,10 @@ def test_a_tiny_temperature_is_greedy_and_a_seed_may_be_any_number() -> None:
     assert Sampler(Sampling(1, temperature=1e-38, seed=-(2**70)), []).sample(logits) == 0
 
 
-def test_each_row_is_chosen_its_own_way() -> None:
+def test_each_row_has_its_sampling() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9], [0.0, 5.0, 4.9]])
-    how = (Sampling(), Sampling(repetition_penalty=2.0))
-    assert sample(logits, [Sampler(sampling, [1]) for sampling in how]) == [1, 2]
+    samplings = (Sampling(), Sampling(repetition_penalty=2.0))
+    assert sample(logits, [Sampler(sampling, [1]) for sampling in samplings]) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     """A vocabulary with bytes to fall back on and spaces as Llama 2 has them."""
     words = ["<unk>", "▁the", "▁cat", "s", "▁"]
     vocabulary = {word: i for i, word in enumerate([*words, *(f"<0x{b:02X}>" for b in range(256))])}
-    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Sequence(
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
@@ -32,7 +32,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def pieces(stream: TextStream, ids: list[int]) -> list[str]:
@@ -43,10 +43,10 @@ def test_characters_come_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "你好 the cat 🙂👩‍👩‍👧 é"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) > len(text)  # most characters are several tokens
-    came = pieces(TextStream(tokenizer), ids)
-    assert "".join(came) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in came)
-    assert came[0] == ""
+    released = pieces(TextStream(tokenizer), ids)
+    assert "".join(released) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in released)
+    assert released[0] == ""
 
 
 @given(ids=st.lists(st.integers(0, 279), max_size=40))
@@ -62,8 +62,8 @@ PARTS = [[1], [2], [3], [4], *([5 + byte for byte in text.encode()] for text in 
 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=30))
 def test_vocabularies_that_strip_the_first_space(parts: list[list[int]]) -> None:
-    made, ids = sentencepiece(), [token for part in parts for token in part]
-    assert "".join(pieces(TextStream(made), ids)) == made.decode(ids)
+    tokenizer, ids = sentencepiece(), [token for part in parts for token in part]
+    assert "".join(pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids)
 
 
 TEXTS = st.text(alphabet="abcE你", max_size=24)
@@ -74,17 +74,17 @@ def test_the_text_ends_before_the_first_stop_text(
     tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
 ) -> None:
     stream = TextStream(tokenizer, stop)
-    came, seen = [], ""
+    released, seen = [], ""
     for token in tokenizer.encode(text, add_special_tokens=False):
-        came.append(stream.add(token))
-        seen += came[-1]
+        released.append(stream.add(token))
+        seen += released[-1]
         assert not any(one in seen for one in stop)
         if stream.stopped:
             break
-    came.append(stream.end())
+    released.append(stream.end())
     # The one that is complete first counts; of those that are so at once, the longest.
     ends = [(at + len(one), at) for one in stop if (at := text.find(one)) >= 0]
-    assert "".join(came) == (text[: min(ends)[1]] if ends else text)
+    assert "".join(released) == (text[: min(ends)[1]] if ends else text)
     assert stream.stopped == bool(ends)
 
 
@@ -95,12 +95,12 @@ def test_a_stop_text_that_does_not_come_is_released(tokenizer: PreTrainedTokeniz
 
 
 def test_tokens_as_text_and_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
-    known = Pieces(tokenizer)
+    pieces = Pieces(tokenizer)
     ids = tokenizer.encode("你 the", add_special_tokens=False)
-    assert bytes(b for token in ids for b in known.bytes(token)).decode() == "你 the"
+    assert bytes(b for token in ids for b in pieces.bytes(token)).decode() == "你 the"
     end = tokenizer.convert_tokens_to_ids(tokenizers.TURN_END)
     assert isinstance(end, int)
-    assert (known.text(end), bytes(known.bytes(end))) == (tokenizers.TURN_END, b"<|im_end|>")
-    other = Pieces(sentencepiece())
-    assert other.bytes(5 + 0xE4) == [0xE4]
-    assert bytes(other.bytes(1)) == b"the"
+    assert (pieces.text(end), bytes(pieces.bytes(end))) == (tokenizers.TURN_END, b"<|im_end|>")
+    sentencepieces = Pieces(sentencepiece())
+    assert sentencepieces.bytes(5 + 0xE4) == [0xE4]
+    assert bytes(sentencepieces.bytes(1)) == b"the"
