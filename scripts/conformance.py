@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from minigpt.data.batch import collate
 from minigpt.model import conformance, shrink
-from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
-from minigpt.model.conformance import Conduct
+from minigpt.model.cached import EXPLICIT_POSITIONS, PADDED, SAME_LENGTH, UNCACHED, Cached
+from minigpt.model.conformance import Conformance
 from minigpt.model.packed_lm import PackedLM, forward_rows, use_attention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +47,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 PACKED, ROWS = "equal, packed", "equal, one sample a row"
 REFUSED, NOT_BUILT, WRONG = "refused", "cannot be built tiny", "WRONG"
-WAYS = {
+MODES = {
     PADDED: "equal, padded",
-    ALIKE: "equal, those of one length",
-    NUMBERED: "equal, those of one length",
-    WHOLE: "equal, without a cache",
+    SAME_LENGTH: "equal, those of one length",
+    EXPLICIT_POSITIONS: "equal, those of one length",
+    UNCACHED: "equal, without a cache",
     "": REFUSED,
 }
 HEAD = """\
@@ -62,9 +62,9 @@ A tiny random model of each causal-LM type, from its default config, reads texts
 in fp32. *Equal* means that the loss of each sample, as MiniGPT computes it, is that of the model's
 own eager attention on the sample alone. Types that are not exact packed read each sample in a row
 of its own, which takes more time. The same proof runs for the config of each model before it is
-used, and decides there. *Decoding* continues texts together, in the fastest way whose logits are
+used, and decides there. *Decoding* continues texts together, in the fastest mode whose logits are
 those of each text read at once: prompts of all lengths padded in one cache, those of one length in
-a cache, or without a cache, where the whole text is computed for each new token.
+a cache, or without a cache, where all of the text is computed for each new token.
 
 {counts}
 
@@ -80,7 +80,7 @@ class Row:
     Attributes:
         kind: model type.
         result: one of the words above.
-        decoding: the fastest way that is equal; empty where nothing was tried.
+        decoding: the fastest mode that is equal; empty where nothing was tried.
         why: what keeps it from being packed, or from being computed.
     """
 
@@ -116,26 +116,28 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
 def losses_differ(model: PreTrainedModel) -> bool:
     """Whether a batch's losses are others than those of each sample alone."""
     samples = conformance._samples(model)
-    with conformance._undisturbed(model):
-        truth = conformance._alone(model, samples)
+    with conformance._fp32_eval(model):
+        truth = conformance._reference_logprobs(model, samples)
         ends = torch.tensor([22, 35, 44, 60])  # of each text's and answer's targets
         sums = torch.stack([part.sum() for part in truth.tensor_split(ends[:-1])])
     return not conformance.close(PackedLM(model)(collate(samples), per_answer=True), sums)
 
 
 @torch.no_grad()
-def decoding_differs(model: PreTrainedModel, conduct: Conduct) -> bool:
+def decoding_differs(model: PreTrainedModel, proof: Conformance) -> bool:
     """Whether prompts decoded together give other logits than each text gives alone."""
     samples = conformance._samples(model)
     texts = [sample.ids[: 23 - 5 * at].tolist() for at, sample in enumerate(samples)]
-    with use_attention(model, conduct.decoding):
-        runner = Cached(model, conduct.way)
+    with use_attention(model, proof.decoding):
+        runner = Cached(model, proof.decoding_mode)
         logits = [runner.admit([text[:-STEPS] for text in texts])]
         logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
-    ours = torch.stack(logits, 1)  # [texts, steps + 1, V]
+    result = torch.stack(logits, 1)  # [texts, steps + 1, V]
     with use_attention(model, "eager"):
-        own = [forward_rows(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts]
-    return not conformance.close(ours, torch.stack(own))
+        expected = [
+            forward_rows(model, torch.tensor(text)[None])[0, -STEPS - 1 :] for text in texts
+        ]
+    return not conformance.close(result, torch.stack(expected))
 
 
 def examine(kind: str) -> Row:
@@ -143,20 +145,20 @@ def examine(kind: str) -> Row:
     with shrink.quiet():
         try:
             config = config_of(kind)
-            conduct = conformance.conduct_of(config)
+            proof = conformance.conformance_of(config)
             model = small_model(config).eval()
         except Exception as error:
             return Row(kind, NOT_BUILT, why=conformance.describe(error))
-        if conduct is None:
+        if proof is None:
             return Row(kind, REFUSED, why="no proof")
-        if conduct.way and decoding_differs(model, conduct):
+        if proof.decoding_mode and decoding_differs(model, proof):
             return Row(kind, WRONG, WRONG)
-        decoding = WAYS[conduct.way]
-        if not conduct.training:
-            return Row(kind, REFUSED, decoding, conduct.problem)
+        decoding = MODES[proof.decoding_mode]
+        if not proof.training:
+            return Row(kind, REFUSED, decoding, proof.problem)
         if losses_differ(model):
             return Row(kind, WRONG, decoding)
-        return Row(kind, PACKED if conduct.packed else ROWS, decoding, conduct.problem)
+        return Row(kind, PACKED if proof.packed else ROWS, decoding, proof.problem)
 
 
 def _work(kind: str, to: Connection) -> None:

@@ -9,10 +9,11 @@ Shape legend:
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from minigpt.accel.context import Context
 
 BLOCK = 64  # queries whose scores exist at a time
 LONGEST = 2048  # a longer row would retain too many weights for its backward pass
@@ -33,8 +34,8 @@ class _BlockCausal(torch.autograd.Function):
     """Query heads that share a key head are rows of one matmul."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads, length, width = q.shape[1:]
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, width = q.shape[2:]
         keys, values = k.flatten(0, 1), v.flatten(0, 1)  # [R·K, L, D]
         q = q.unflatten(1, (k.shape[1], -1))  # [R, K, H/K, L, D]
         out = torch.empty_like(q)
@@ -50,11 +51,10 @@ class _BlockCausal(torch.autograd.Function):
             )
             saved += [queries, weights]
         ctx.save_for_backward(keys, values, *saved)
-        ctx.heads = heads
         return out.flatten(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, ...]:
         keys, values, *saved = ctx.saved_tensors
         rows, heads, length, width = grads[0].shape
         grad = grads[0].reshape(len(keys), -1, length, width)  # [R·K, H/K, L, D]

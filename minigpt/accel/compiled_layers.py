@@ -154,7 +154,7 @@ class _Fallback:
 
 
 def _for_packed(
-    plain: Callable[Concatenate[Tensor, P], T], fallback: _Fallback, least: int
+    plain: Callable[Concatenate[Tensor, P], T], fallback: _Fallback, shortest: int
 ) -> Callable[Concatenate[Tensor, P], T]:
     """Return a layer's forward, compiled for packed batches of at least so many tokens."""
     compiled = fallback.guarded(plain)
@@ -167,7 +167,7 @@ def _for_packed(
         usual = (
             isinstance(plan, AttentionPlan)
             and len(plan.predict_at) > 1
-            and hidden.shape[1] >= least
+            and hidden.shape[1] >= shortest
             and hidden.shape[1] - plan.full * plan.longest != 1
         )
         return (compiled if usual else plain)(hidden, *args, **kwargs)

@@ -16,11 +16,12 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from minigpt.accel.context import Context
 from minigpt.files import cache_dir, whole_file
 
 log = logging.getLogger(__name__)
@@ -115,12 +116,20 @@ def _(grad: Tensor, saved: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in saved[:3])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, spans, ctx.scaling = inputs
-    ctx.save_for_backward(*tensors, output[1], spans)
+class _Context(Context, Protocol):
+    scaling: float
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _save(
+    ctx: _Context,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    q, k, v, spans, ctx.scaling = inputs
+    ctx.save_for_backward(q, k, v, output[1], spans)
+
+
+def _gradients(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, list(ctx.saved_tensors), ctx.scaling), None, None
 
 

@@ -50,8 +50,8 @@ def end_early(hf: PreTrainedModel, ids: Tensor) -> bool:
     expected = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, predict_at]
     layer.forward = MethodType(_forward, layer)  # a method, which a copy of the layer binds anew
     try:
-        ours = hf.base_model(input_ids=ids, plan=plan, use_cache=False).last_hidden_state
-        same = close(ours, expected)
+        result = hf.base_model(input_ids=ids, plan=plan, use_cache=False).last_hidden_state
+        same = close(result, expected)
     except (TypeError, AttributeError, RuntimeError):  # other outputs, or layers run in cycles
         same = False
     if not same:
@@ -76,7 +76,7 @@ def _forward(
     return out
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
+def close(result: Tensor, expected: Tensor) -> bool:
     """Whether a model's numbers are equal, up to the tolerance of fp32."""
-    bound = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= bound)
+    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    return result.shape == expected.shape and bool((result - expected).abs().max() <= bound)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from minigpt.accel.context import Context
 from minigpt.accel.early_end import close, end_early
 from minigpt.data.batch import PackedBatch
 
@@ -35,7 +36,7 @@ def prepare(hf: PreTrainedModel, packed: bool) -> LinearHead | None:
     training = hf.training
     hf.eval()
     try:
-        embedding: Any = hf.get_input_embeddings()
+        embedding = cast(nn.Embedding, hf.get_input_embeddings())
         ids = torch.arange(min(8, len(embedding.weight)), device=hf.device)[None]
         if head_is_linear(hf, ids):
             return LinearHead(packed and end_early(hf, ids))
@@ -74,10 +75,10 @@ def head_is_linear(hf: PreTrainedModel, ids: Tensor) -> bool:
         return False
     out = hf(input_ids=ids, use_cache=False)
     try:
-        ours = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        logits = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     except (TypeError, AttributeError, ValueError, RuntimeError):  # a body of another kind
         return False
-    return close(ours, out.logits)
+    return close(logits, out.logits)
 
 
 class LinearHead:
@@ -152,7 +153,7 @@ def _with_labels(grad_logits: Tensor, labels: Tensor, values: Tensor) -> Tensor:
 class _HeadGradients:
     """Gradients of a linear head, added up chunk by chunk."""
 
-    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         self.weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -179,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -197,8 +198,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if g is None else g * grads[0] for g in ctx.saved_tensors), None, None)
+
+
+class _LogprobsContext(Context, Protocol):
+    softmax: Softmax
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -208,7 +213,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LogprobsContext,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -229,7 +234,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LogprobsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, logp, *saved = ctx.saved_tensors
         gradients = _HeadGradients(ctx, hidden, weight, bias)
         for number, (chunk, label) in enumerate(_chunks(hidden, weight, labels)):

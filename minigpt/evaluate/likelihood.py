@@ -21,7 +21,7 @@ from minigpt.data.tokenizer import check_ids, special_texts, token_bytes
 from minigpt.errors import DataError
 from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
-from minigpt.model.conformance import checked
+from minigpt.model.conformance import require_conformance
 from minigpt.model.losses import sum_by
 from minigpt.model.packed_lm import target_logits, use_attention
 from minigpt.model.rope import max_positions, shared_limit
@@ -68,9 +68,9 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
 @torch.no_grad()
 def log_softmax(engine: Engine, batch: PackedBatch) -> Tensor:
     """Return the log-probabilities [N, V], fp32, that a model gives at the batch's targets."""
-    conduct = checked(engine.model, training=True)
-    with use_attention(engine.model, conduct.training):
-        return target_logits(engine.model, batch, conduct.packed).float().log_softmax(-1)
+    conformance = require_conformance(engine.model, training=True)
+    with use_attention(engine.model, conformance.training):
+        return target_logits(engine.model, batch, conformance.packed).float().log_softmax(-1)
 
 
 def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:

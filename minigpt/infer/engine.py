@@ -21,12 +21,12 @@ from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, Token
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
-from minigpt.model.cached import WHOLE, Cached
-from minigpt.model.conformance import checked
+from minigpt.model.cached import UNCACHED, Cached
+from minigpt.model.conformance import require_conformance
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
 from minigpt.model.packed_lm import use_attention
-from minigpt.model.pretrained import base_of, find_model, load_model, tokenizer_place
+from minigpt.model.pretrained import base_of, find_model, load_model, tokenizer_source
 from minigpt.model.rope import max_positions
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class Engine:
 
     Attributes:
         adapter: the handle of an adapter that is computed beside the weights.
-        attention, way: the function, and the way to decode, by which a model of this kind is exact.
+        attention: the function by which a model of this kind is exact.
+        mode: of decoding, by which it is exact: one of `cached.MODES`.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
         rows: how many token ids the model embeds.
@@ -86,11 +87,12 @@ class Engine:
         self.int8 = int8
         self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
         self.adapter: PeftModel | None = None
-        conduct = checked(model, training=False)
-        self.attention, self.way = conduct.decoding, conduct.way
-        if self.way == WHOLE and not is_native(model):
+        conformance = require_conformance(model, training=False)
+        self.attention = conformance.decoding
+        self.mode = conformance.decoding_mode
+        if self.mode == UNCACHED and not is_native(model):
             log.warning(
-                "%s is not exact with a cache: the whole text is computed for each new token, "
+                "%s is not exact with a cache: all of the text is computed for each new token, "
                 "which takes more time.",
                 type(model).__name__,
             )
@@ -142,7 +144,7 @@ class Engine:
         cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         base.to(device)  # type: ignore[arg-type]
-        loaded = tokenizers.load(tokenizer or tokenizer_place(adapter or model, source))
+        loaded = tokenizers.load(tokenizer or tokenizer_source(adapter or model, source))
         check_vocabulary(embedding_rows(base), loaded)
         engine = cls(base.eval(), loaded, weights == "int8")
         engine.adapter = adapted
@@ -171,7 +173,7 @@ class Engine:
     def runner(self) -> Native | Cached:
         """Return what computes the steps of a batch, over the weights as they are now."""
         if not is_native(self.model):
-            return Cached(self.model, self.way)
+            return Cached(self.model, self.mode)
         device = self.model.device.type
         dtype = self.model.dtype
         if torch.is_autocast_enabled(device):

@@ -7,11 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
@@ -81,7 +87,7 @@ def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
     )
 
 
-def check_sizes(a: Architecture, config: Any) -> None:
+def check_sizes(a: Architecture, config: PreTrainedConfig) -> None:
     """Refuse sizes beside `init_from` that are not those of the model to go on from.
 
     Args:
@@ -91,18 +97,18 @@ def check_sizes(a: Architecture, config: Any) -> None:
     Raises:
         ConfigError: with the settings that would have no effect.
     """
-    has_all = {name: getattr(config, key, None) for name, key in SIZES.items()}
-    has_all["rope_theta"] = rope_parameters(config).get("rope_theta")
-    odd = []
-    for name, has in has_all.items():
-        given = getattr(a, name)
-        if given not in (getattr(Architecture(), name), has):
-            odd.append(f"{name} {given} (the model has {has})")
-    if odd:
+    sizes = {name: getattr(config, key, None) for name, key in SIZES.items()}
+    sizes["rope_theta"] = rope_parameters(config).get("rope_theta")
+    ignored = []
+    for name, size in sizes.items():
+        requested = getattr(a, name)
+        if requested not in (getattr(Architecture(), name), size):
+            ignored.append(f"{name} {requested} (the model has {size})")
+    if ignored:
         raise ConfigError(
             "model.init_args.architecture has no effect beside init_from, whose model has sizes of "
-            f"its own: {', '.join(odd)}. Leave the sizes out, or leave init_from out and give a "
-            "tokenizer to start from random weights."
+            f"its own: {', '.join(ignored)}. Leave the sizes out, or leave init_from out and give "
+            "a tokenizer to start from random weights."
         )
 
 
@@ -127,20 +133,19 @@ def reproducible_init(seed: int) -> Iterator[None]:
     Args:
         seed: of the generators, from here on.
     """
-    around = torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
             yield
     finally:
-        torch.set_default_dtype(around)
+        torch.set_default_dtype(dtype)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return how many token ids the model can embed."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -159,7 +164,7 @@ def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     them elsewhere than it was trained, and processes must start alike.
 
     Args:
-        model: changed in place; `grown` tells `save_adapter` that the rows are not its base's.
+        model: changed in place; `resized` tells `save_adapter` that the rows are not its base's.
         rows: of the embedding.
     """
     before = embedding_rows(model)
@@ -169,25 +174,24 @@ def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator("cpu").manual_seed(before)
     std = float(getattr(model.config, "initializer_range", None) or 0.02)
-    head: Any = model.get_output_embeddings()
-    weights: list[Any] = [model.get_input_embeddings().weight]
+    head = cast(nn.Linear | None, model.get_output_embeddings())
+    weights = [cast(nn.Embedding, model.get_input_embeddings()).weight]
     if head is not None and head.weight is not weights[0]:
         weights.append(head.weight)
     for weight in weights:
         shape = (max(0, rows - before), weight.shape[1])
         new = torch.empty(shape, dtype=torch.float32, device="cpu")
         weight[before:] = new.normal_(0.0, std, generator=generator).to(weight)
-    if getattr(head, "bias", None) is not None:
+    if head is not None and head.bias is not None:
         head.bias[before:] = 0
-    marked: Any = model
-    marked.grown = True
+    model.resized = True  # type: ignore[assignment]
 
 
-def check_same_tokens(given: PreTrainedTokenizerFast, model: Path | str) -> None:
+def check_same_tokens(tokenizer: PreTrainedTokenizerFast, model: Path | str) -> None:
     """Refuse a tokenizer whose ids mean other tokens than those the model was trained with.
 
     Args:
-        given: the tokenizer named in the config.
+        tokenizer: the one named in the config.
         model: the model's directory; without a tokenizer in it there is nothing to compare.
 
     Raises:
@@ -195,11 +199,11 @@ def check_same_tokens(given: PreTrainedTokenizerFast, model: Path | str) -> None
     """
     if not isinstance(model, Path) or not (model / "tokenizer.json").is_file():
         return
-    own = tokenizers.load(model)
-    if given.get_vocab() != own.get_vocab():
+    saved = tokenizers.load(model)
+    if tokenizer.get_vocab() != saved.get_vocab():
         raise ModelError(
-            f"The tokenizer given has {len(given)} tokens, the model's own {len(own)}, and they "
-            "are not the same ones. Leave the tokenizer out: it travels with the model."
+            f"The tokenizer given has {len(tokenizer)} tokens, the model's own {len(saved)}, and "
+            "they are not the same ones. Leave the tokenizer out: it travels with the model."
         )
 
 
@@ -241,11 +245,11 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """
     strict: Sequence[str] = tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     for name, weight in module.named_parameters():
-        if weight.is_floating_point() and not any(part in name for part in strict):
+        if weight.is_floating_point() and not any(layer in name for layer in strict):
             weight.data = weight.data.to(dtype)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (all, trainable) parameters; tied ones count once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)

@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from minigpt import accel
@@ -30,7 +30,7 @@ from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
 from minigpt.model import cached, packed_lm, rope, shrink
-from minigpt.model.cached import PADDED, WAYS, Cached
+from minigpt.model.cached import MODES, PADDED, Cached
 from minigpt.model.packed_lm import (
     PACKED,
     forward_rows,
@@ -53,21 +53,21 @@ STEPS = 4  # tokens that are decoded
 
 
 @dataclass(frozen=True)
-class Conduct:
-    """How a kind of model is to be computed so that the results are its own.
+class Conformance:
+    """What a kind of model is exact by: the results are those of its authors' code.
 
     Attributes:
         training: attention that a batch is read by: `PACKED` all at once, "sdpa" or "eager" with
             each sample in a row of its own; empty where none is right.
         decoding: attention that it is exact by when it reads one sequence: "sdpa" or "eager";
             empty where its own forward does not work.
-        way: to decode many texts, one of `WAYS`; empty where none is right.
+        decoding_mode: of many texts, one of `cached.MODES`; empty where none is right.
         problem: why it is not packed, or not computed at all.
     """
 
     training: str
     decoding: str
-    way: str = ""
+    decoding_mode: str = ""
     problem: str = ""
 
     @property
@@ -76,7 +76,7 @@ class Conduct:
         return self.training == PACKED
 
 
-def checked(model: PreTrainedModel, training: bool) -> Conduct:
+def require_conformance(model: PreTrainedModel, training: bool) -> Conformance:
     """Return how a model is to be computed, by the proof of its kind.
 
     Args:
@@ -86,17 +86,17 @@ def checked(model: PreTrainedModel, training: bool) -> Conduct:
     Raises:
         ModelError: when it cannot be computed exactly, with what was found.
     """
-    conduct = conduct_of(model.config)
-    if conduct is None:
-        conduct = _PROVEN[_digest(model.config)] = prove(model)
-    check(model.config, conduct, training)
-    return conduct
+    conformance = conformance_of(model.config)
+    if conformance is None:
+        conformance = _PROVEN[_digest(model.config)] = prove(model)
+    check_conformance(model.config, conformance, training)
+    return conformance
 
 
-def check(config: PreTrainedConfig, conduct: Conduct, training: bool) -> None:
+def check_conformance(config: PreTrainedConfig, conformance: Conformance, training: bool) -> None:
     """Refuse, with a ModelError, a config whose kind cannot be computed exactly."""
-    if not (conduct.training if training else conduct.way):
-        problem = conduct.problem or "no way to decode gives what its own forward does"
+    if not (conformance.training if training else conformance.decoding_mode):
+        problem = conformance.problem or "no mode of decoding gives what its own forward does"
         raise ModelError(_refusal(config, problem))
 
 
@@ -108,7 +108,7 @@ def _refusal(config: PreTrainedConfig, problem: str) -> str:
     )
 
 
-def conduct_of(config: PreTrainedConfig) -> Conduct | None:
+def conformance_of(config: PreTrainedConfig) -> Conformance | None:
     """Return how models of a config are to be computed; proven once, then read from the cache.
 
     Returns:
@@ -116,32 +116,34 @@ def conduct_of(config: PreTrainedConfig) -> Conduct | None:
     """
     digest = _digest(config)
     if digest not in _PROVEN:
-        _PROVEN[digest] = _remembered(digest) or _remember(digest, _by_tiny_models(config))
+        _PROVEN[digest] = _load_proof(digest)
+        if _PROVEN[digest] is None:
+            _PROVEN[digest] = conformance = _by_tiny_models(config)
+            if conformance is not None:
+                _save_proof(digest, conformance)
     return _PROVEN[digest]
 
 
-_PROVEN: dict[str, Conduct | None] = {}
+_PROVEN: dict[str, Conformance | None] = {}
 
 
 def _file(digest: str) -> Path:
     return cache_dir() / "conformance" / f"{digest}.json"
 
 
-def _remembered(digest: str) -> Conduct | None:
+def _load_proof(digest: str) -> Conformance | None:
     try:
-        return Conduct(**json.loads(_file(digest).read_text()))
+        return Conformance(**json.loads(_file(digest).read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged: it is proven anew
         return None
 
 
-def _remember(digest: str, found: Conduct | None) -> Conduct | None:
+def _save_proof(digest: str, conformance: Conformance) -> None:
     try:
-        if found is not None:
-            _file(digest).parent.mkdir(parents=True, exist_ok=True)
-            write_json(_file(digest), asdict(found))
+        _file(digest).parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(digest), asdict(conformance))
     except OSError as error:  # it costs a second each time
-        log.debug("The proof is not remembered: %s", error)
-    return found
+        log.debug("The proof is not saved: %s", error)
 
 
 @cache
@@ -162,25 +164,25 @@ def _digest(config: PreTrainedConfig) -> str:
     return hashlib.sha256(f"{_code()}\0{text}".encode()).hexdigest()[:24]
 
 
-def _by_tiny_models(config: PreTrainedConfig) -> Conduct | None:
+def _by_tiny_models(config: PreTrainedConfig) -> Conformance | None:
     """Prove a config by tiny models of two seeds; an error must show with both."""
-    found: Conduct | None = None
+    best: Conformance | None = None
     for seed in SEEDS:
         new = _by_tiny_model(config, seed)
         if new is None:
             break
-        found = new if found is None or _rank(new) > _rank(found) else found
-        if found.packed and found.way == PADDED:
+        best = new if best is None or _rank(new) > _rank(best) else best
+        if best.packed and best.decoding_mode == PADDED:
             break
-    return found
+    return best
 
 
-def _rank(conduct: Conduct) -> tuple[bool, bool, int]:
-    slowness = (*WAYS, "").index(conduct.way)
-    return conduct.packed, bool(conduct.training), -slowness
+def _rank(conformance: Conformance) -> tuple[bool, bool, int]:
+    slowness = (*MODES, "").index(conformance.decoding_mode)
+    return conformance.packed, bool(conformance.training), -slowness
 
 
-def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conduct | None:
+def _by_tiny_model(config: PreTrainedConfig, seed: int) -> Conformance | None:
     with shrink.quiet():
         try:
             for model in shrink.tiny_models(config, seed):
@@ -199,16 +201,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__
 
 
-def prove(model: PreTrainedModel) -> Conduct:
+def prove(model: PreTrainedModel) -> Conformance:
     """Try a model, in fp32 on the device where it is: how does it compute what it ought to?
 
     Raises:
         ModelError: when its own forward gives no numbers for plain text.
     """
     samples = _samples(model)
-    with _undisturbed(model):
+    with _fp32_eval(model):
         try:
-            truth = _alone(model, samples)
+            truth = _reference_logprobs(model, samples)
         except Exception as error:
             problem = f"its own forward does not read plain text: {describe(error)}"
             raise ModelError(_refusal(model.config, problem)) from error
@@ -217,19 +219,19 @@ def prove(model: PreTrainedModel) -> Conduct:
             raise ModelError(_refusal(model.config, problem))
         if not _is_causal(model, samples):
             problem = "a token's logits depend on the tokens after it, as it is built"
-            return Conduct("", "", problem=problem)
+            return Conformance("", "", problem=problem)
         problem = _problem(model, samples, truth, PACKED)
         by_sdpa = model._supports_sdpa and not _problem(model, samples, truth, "sdpa")
         decoding = "sdpa" if by_sdpa else "eager"
-        way = _way(model, samples, decoding)
+        mode = _decoding_mode(model, samples, decoding)
         if not problem:
-            return Conduct(PACKED, decoding, way)
+            return Conformance(PACKED, decoding, mode)
         by_rows = _problem(model, samples, truth, decoding)
-        return Conduct("" if by_rows else decoding, decoding, way, by_rows or problem)
+        return Conformance("" if by_rows else decoding, decoding, mode, by_rows or problem)
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+def _fp32_eval(model: PreTrainedModel) -> Iterator[None]:
     training, before = model.training, model.config._attn_implementation
     device, dtype = next(model.parameters()).device, torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -245,16 +247,16 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 def _samples(model: PreTrainedModel) -> list[Sample]:
     """Return samples of ids that are neither special nor beyond the vocabulary."""
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings() or embedding
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    head = cast(nn.Linear | None, model.get_output_embeddings()) or embedding
     rows = min(len(embedding.weight), len(head.weight))
     rng = np.random.default_rng(0)
-    least = min(shrink.SPECIAL, rows // 2)
+    first_id = min(shrink.SPECIAL, rows // 2)
     samples = []
     for prompt, first, second in SHAPES:  # a preference is no longer than those that are taken
-        most = max(1, shared_limit(model.config) - prompt) if prompt else first
-        shape = (prompt, min(first, most), min(second, most))
-        samples.append(Sample(rng.integers(least, rows, sum(shape)), *shape, None, ("", 0)))
+        limit = max(1, shared_limit(model.config) - prompt) if prompt else first
+        shape = (prompt, min(first, limit), min(second, limit))
+        samples.append(Sample(rng.integers(first_id, rows, sum(shape)), *shape, None, ("", 0)))
     return samples
 
 
@@ -264,9 +266,9 @@ def _logprobs(model: PreTrainedModel, batch: PackedBatch, name: str) -> Tensor:
         return token_logprobs(target_logits(model, batch, packed=name == PACKED), batch.labels)
 
 
-def _alone(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
+def _reference_logprobs(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
     """Return what the model itself gives each text, and each answer after its prompt, [N]."""
-    found = []
+    logprobs = []
     device = next(model.parameters()).device
     with use_attention(model, "eager"):
         for sample in samples:
@@ -276,8 +278,8 @@ def _alone(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
                     ids = torch.tensor(np.concatenate([prompt, answer]), device=device)
                     # The last one is a target only.
                     logp = token_logprobs(forward_rows(model, ids[None, :-1])[0], ids[1:])
-                    found.append(logp[max(len(prompt) - 1, 0) :])
-    return torch.cat(found)
+                    logprobs.append(logp[max(len(prompt) - 1, 0) :])
+    return torch.cat(logprobs)
 
 
 def _is_causal(model: PreTrainedModel, samples: list[Sample]) -> bool:
@@ -295,8 +297,8 @@ def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name:
     device = next(model.parameters()).device
     try:
         before, after = (
-            _logprobs(model, collate(all_of).to(device), name)
-            for all_of in (samples, [changed, *samples[1:]])
+            _logprobs(model, collate(batch).to(device), name)
+            for batch in (samples, [changed, *samples[1:]])
         )
     except Exception as error:
         return describe(error)
@@ -309,17 +311,17 @@ def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name:
     return ""
 
 
-def _way(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
-    """Return the fastest way to decode that gives what each text gives alone; empty if none."""
-    most = min(SHAPES[0][1], shared_limit(model.config))  # longer ones change angles as they grow
-    texts = [sample.ids[:most].tolist() for sample in samples]  # two of them are of one length
+def _decoding_mode(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
+    """Return the fastest mode of decoding that gives what each text gives alone; empty if none."""
+    limit = min(SHAPES[0][1], shared_limit(model.config))  # longer ones change angles as they grow
+    texts = [sample.ids[:limit].tolist() for sample in samples]  # two of them are of one length
     device = next(model.parameters()).device
     with use_attention(model, "eager"):
         truth = [forward_rows(model, torch.tensor([t], device=device))[0].float() for t in texts]
-    for way in cached.ways(model):
+    for mode in cached.decoding_modes(model):
         with use_attention(model, name):
-            if _decodes(Cached(model, way), texts, truth):
-                return way
+            if _decodes(Cached(model, mode), texts, truth):
+                return mode
     return ""
 
 
@@ -327,21 +329,21 @@ def _decodes(runner: Cached, texts: list[list[int]], truth: list[Tensor]) -> boo
     """Whether texts, continued together, have the logits of each alone, [L, V]; one leaves."""
     texts, truth = list(texts), list(truth)
     try:
-        found = runner.admit([text[:-STEPS] for text in texts])
-        for left in range(STEPS, 0, -1):
-            if not close(found.float(), torch.stack([own[-left - 1] for own in truth])):
+        logits = runner.admit([text[:-STEPS] for text in texts])
+        for remaining in range(STEPS, 0, -1):
+            if not close(logits.float(), torch.stack([rows[-remaining - 1] for rows in truth])):
                 return False
-            if left == STEPS // 2:
+            if remaining == STEPS // 2:
                 runner.drop(0)
                 texts[0], truth[0] = texts.pop(), truth.pop()
-            found = runner.step([text[-left] for text in texts])
+            logits = runner.step([text[-remaining] for text in texts])
     except Exception as error:
-        log.debug("Decoding, %s: %s", runner.way, describe(error))
+        log.debug("Decoding, %s: %s", runner.mode, describe(error))
         return False
-    return close(found.float(), torch.stack([own[-1] for own in truth]))
+    return close(logits.float(), torch.stack([rows[-1] for rows in truth]))
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
+def close(result: Tensor, expected: Tensor) -> bool:
     """Whether numbers are equal up to the tolerance of fp32."""
-    bound = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= bound)
+    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    return result.shape == expected.shape and bool((result - expected).abs().max() <= bound)

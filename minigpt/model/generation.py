@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data.chat import end_tokens
@@ -25,19 +23,19 @@ def generation_config(
     Published configs hold fields that contradict each other, which transformers does not
     save (a temperature without sampling): those are left out.
     """
-    own: Any = model.generation_config
+    original: GenerationConfig | None = model.generation_config
     ends = reply_ends(model, tokenizer)
-    pads = (tokenizer.pad_token_id, getattr(own, "pad_token_id", None), *ends[:1])
+    pads = (tokenizer.pad_token_id, getattr(original, "pad_token_id", None), *ends[:1])
     pad = next((token for token in pads if token is not None and token >= 0), None)
-    made = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
-    fields = {} if own is None else own.to_diff_dict()
-    left = {"eos_token_id", "pad_token_id", "transformers_version"}
-    names = [name for name in fields if name not in left and not name.startswith("_")]
+    config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    fields = {} if original is None else original.to_diff_dict()
+    skipped = {"eos_token_id", "pad_token_id", "transformers_version"}
+    names = [name for name in fields if name not in skipped and not name.startswith("_")]
     for name in sorted(names, key=lambda name: name not in FIRST):
-        before = getattr(made, name, None)
-        setattr(made, name, getattr(own, name))
+        before = getattr(config, name, None)
+        setattr(config, name, getattr(original, name))
         try:
-            made.validate(strict=True)
+            config.validate(strict=True)
         except ValueError:
-            setattr(made, name, before)
-    return made
+            setattr(config, name, before)
+    return config

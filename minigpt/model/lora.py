@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -87,12 +88,12 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         ConfigError: for unknown target modules, or the head and embedding as targets
             (merging would change the tied weight, and the logits with it).
     """
-    known = linear_layers(model)
-    targets = options.target_modules or known
-    if unknown := sorted(set(targets) - set(known)):
+    layers = linear_layers(model)
+    targets = options.target_modules or layers
+    if unknown := sorted(set(targets) - set(layers)):
         raise ConfigError(
             f"LoRA cannot be put on {', '.join(unknown)}: it goes on linear layers other than "
-            f"the head and the embedding. This model has: {', '.join(known)}."
+            f"the head and the embedding. This model has: {', '.join(layers)}."
         )
     model.config._name_or_path = base
     config = LoraConfig(
@@ -105,10 +106,11 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type="CAUSAL_LM",
     )
-    adapted: Any = get_peft_model(model, config)
+    adapted = cast(PeftModel, get_peft_model(model, config))
     adapted.peft_config["default"].base_model_name_or_path = base
-    adapted.base_digest = weights_digest(Path(base)) if Path(base).is_dir() else None
-    return adapted  # type: ignore[no-any-return]
+    digest = weights_digest(Path(base)) if Path(base).is_dir() else None
+    adapted.base_digest = digest  # type: ignore[assignment]
+    return adapted
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> PeftModel:
@@ -134,15 +136,15 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied layers, which `merge` sees to
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted: Any = PeftModel.from_pretrained(model, str(directory))
+            adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
             names = getattr(model, "_checkpoint_conversion_mapping", None)
             loaded = adapted.load_adapter(str(directory), "default", key_mapping=names)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         raise _refused(directory, str(error)) from error
     if extra := sorted(loaded.unexpected_keys):  # which peft passes over
         raise _of_another_base(directory, f"the model has no layer for its {extra[0]}")
-    adapted.base_digest = trained_on
-    return adapted  # type: ignore[no-any-return]
+    adapted.base_digest = trained_on  # type: ignore[assignment]
+    return adapted
 
 
 def _refused(directory: Path, error: str) -> ModelError:
@@ -162,20 +164,21 @@ def _of_another_base(directory: Path, what: str) -> ModelError:
 
 def _check_kind(directory: Path) -> None:
     """Refuse adapters that are no LoRA, by their names in peft."""
-    given = read_config(directory)
-    kind, task = given.get("peft_type"), given.get("task_type")
-    odd = None
+    config = read_config(directory)
+    kind = config.get("peft_type")
+    task = config.get("task_type")
+    problem = None
     if kind != "LORA":
-        odd = f"of the kind {kind}"
+        problem = f"of the kind {kind}"
     elif task not in (None, "CAUSAL_LM"):
-        odd = f"made for the task {task}"
-    elif setting := next((name for name in NO_PLAIN_LORA if given.get(name)), None):
-        odd = f"made with {setting}"
-    if odd:
+        problem = f"made for the task {task}"
+    elif setting := next((name for name in NO_PLAIN_LORA if config.get(name)), None):
+        problem = f"made with {setting}"
+    if problem:
         raise ModelError(
-            f"The adapter at {directory} is {odd}. MiniGPT takes LoRA adapters of causal language "
-            "models, with rsLoRA and DoRA. Merge it with peft (merge_and_unload) where it can be, "
-            "and give the merged model."
+            f"The adapter at {directory} is {problem}. MiniGPT takes LoRA adapters of causal "
+            "language models, with rsLoRA and DoRA. Merge it with peft (merge_and_unload) where it "
+            "can be, and give the merged model."
         )
     if (directory / WEIGHTS).is_file():
         return
@@ -201,12 +204,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         ModelError: when it is damaged.
     """
     try:
-        given = json.loads((directory / ADAPTER).read_text(encoding="utf-8"))
+        config = json.loads((directory / ADAPTER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        given = None
-    if not isinstance(given, dict):
+        config = None
+    if not isinstance(config, dict):
         raise ModelError(f"{directory / ADAPTER} is damaged: it is no JSON object.")
-    return given
+    return config
 
 
 def saved_scaling(directory: Path) -> RopeScaling | None:
@@ -216,17 +219,17 @@ def saved_scaling(directory: Path) -> RopeScaling | None:
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
-    """Return the digest that an adapter keeps of its base; None for plain peft's and hub ids."""
+    """Return the digest of its base that an adapter names; None for plain peft's and hub ids."""
     if not (directory / BASE).is_file():
         return None
-    known: str = json.loads((directory / BASE).read_text())["weights"]
-    if Path(base).is_dir() and (now := weights_digest(Path(base))) != known:
+    saved: str = json.loads((directory / BASE).read_text())["weights"]
+    if Path(base).is_dir() and (now := weights_digest(Path(base))) != saved:
         raise ModelError(
             f"The adapter at {directory} was trained on other weights than those in {base} (digest "
-            f"{known}, now {now}): the base was trained again, or is another one. Train the "
+            f"{saved}, now {now}): the base was trained again, or is another one. Train the "
             "adapter again, or put its base back."
         )
-    return known
+    return saved
 
 
 def _take_rows(model: PreTrainedModel, directory: Path, base: Path | str) -> None:
@@ -263,16 +266,17 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     Raises:
         ModelError: for adapters that have no place in the weights.
     """
-    with_adapter: Any = adapted
-    base: Any = with_adapter.get_base_model()
-    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if base.config.tie_word_embeddings and any(isinstance(layer, LoraLayer) for layer in ends):
+    base = cast(PreTrainedModel, adapted.get_base_model())
+    head = base.get_output_embeddings()
+    adapted_ends = isinstance(base.get_input_embeddings(), LoraLayer) or isinstance(head, LoraLayer)
+    if base.config.tie_word_embeddings and adapted_ends:
         # Or else the update of one would be added to both.
-        head = ends[1]
-        head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        if isinstance(head, LoraLayer):
+            head = LoraLayer.get_base_layer(head)
         head.weight = nn.Parameter(head.weight.detach().clone())
     try:
-        merged: Any = with_adapter.merge_and_unload()
+        merge_and_unload = cast(Callable[[], PreTrainedModel], adapted.merge_and_unload)
+        merged = merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"This adapter cannot be merged into its base: {first}") from error
@@ -281,7 +285,7 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     # peft froze it, and the next stage may train it
-    return merged.requires_grad_(True)  # type: ignore[no-any-return]
+    return merged.requires_grad_(True)
 
 
 def save_adapter(
@@ -302,29 +306,30 @@ def save_adapter(
         directory: replaced when it exists.
         weights: a full state dict, where the model's own parameters are sharded.
     """
-    given: Any = adapted
-    base = given.get_base_model()
-    grown = bool(getattr(base, "grown", False))
-    if grown and len(tokenizer) < embedding_rows(base):
+    base = cast(PreTrainedModel, adapted.get_base_model())
+    resized = bool(getattr(base, "resized", False))
+    if resized and len(tokenizer) < embedding_rows(base):
         log.warning(
             "AutoPeftModelForCausalLM cannot load this adapter: it gives the base a row for each "
             "of the %d tokens, whose ids leave some out and take %d. Call "
             "resize_token_embeddings(%d) on the base, and PeftModel.from_pretrained.",
-            *(len(tokenizer), embedding_rows(base), embedding_rows(base)),
+            len(tokenizer),
+            embedding_rows(base),
+            embedding_rows(base),
         )
     if weights is not None:
         weights = {f"base_model.model.{name}": value for name, value in weights.items()}
-    elif grown:
+    elif resized:
         weights = adapted.state_dict()
     if weights is not None:
         tied = {f"base_model.model.{name}" for name in base.all_tied_weights_keys}
         weights = {name: value for name, value in weights.items() if name not in tied}
     with whole_directory(directory) as partial:
-        adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=grown)
+        adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
         generation_config(base, tokenizer).save_pretrained(partial)
-        if known := getattr(adapted, "base_digest", None):
-            write_json(partial / BASE, {"weights": known})
+        if digest := getattr(adapted, "base_digest", None):
+            write_json(partial / BASE, {"weights": digest})
         if scaling := getattr(adapted.get_base_model(), "rope_scaling", None):
             write_json(partial / SCALING, asdict(scaling))
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card

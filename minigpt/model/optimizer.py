@@ -94,10 +94,10 @@ def learning_rate_factor(options: ScheduleOptions, total: int) -> Callable[[int]
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        left = max(0, total - step) / decay if decay else 1.0
+        remaining = max(0, total - step) / decay if decay else 1.0
         if options.name == "cosine":
-            left = 0.5 * (1 + math.cos(math.pi * (1 - min(1.0, left))))
-        return options.floor + (1 - options.floor) * min(1.0, left)
+            remaining = 0.5 * (1 + math.cos(math.pi * (1 - min(1.0, remaining))))
+        return options.floor + (1 - options.floor) * min(1.0, remaining)
 
     return factor
 
@@ -158,24 +158,24 @@ class BatchedMuon(torch.optim.Muon):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-        whole = [u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]
+        full = [u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]
         directions = newton_schulz(
-            torch.stack(whole), group["ns_coefficients"], group["ns_steps"]
+            torch.stack(full), group["ns_coefficients"], group["ns_steps"]
         ).to(params[0].dtype)
         scale = 0.2 * math.sqrt(max(shape))  # an update as large as AdamW's (arXiv:2502.16982)
         for p, direction in zip(params, directions, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(_like(direction, p), alpha=-group["lr"] * scale)
+            p.add_(_shard_like(direction, p), alpha=-group["lr"] * scale)
 
 
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a whole update as its parameter is sharded (FSDP2)."""
+def _shard_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a full update as its parameter is sharded (FSDP2)."""
     if not hasattr(parameter, "device_mesh"):
-        return whole
+        return full
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    return distribute_tensor(full, mesh, placements, src_data_rank=None)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -215,7 +215,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.param_groups = [g for g in self.param_groups if g["by"] == "adamw"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Run the closure, if any, then both halves; return the closure's result."""
         loss = None
         if closure is not None:
@@ -245,14 +245,14 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
     Raises:
         ConfigError: when nothing is trainable.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
         raise ConfigError("Nothing to train: every parameter is frozen.")
-    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in trained)
-    sharded = any(hasattr(p, "device_mesh") for p in trained)
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in trainable)
+    sharded = any(hasattr(p, "device_mesh") for p in trainable)
     hidden = hidden_matrices(model) if options.name == "muon" else set()
-    matrices = [p for p in trained if id(p) in hidden]
-    others = [p for p in trained if id(p) not in hidden]
+    matrices = [p for p in trainable if id(p) in hidden]
+    others = [p for p in trainable if id(p) not in hidden]
     rest = [
         {"params": group, "weight_decay": decay}
         for group, decay in (

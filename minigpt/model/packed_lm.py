@@ -49,7 +49,7 @@ class PackedLM(nn.Module):
         hf: the model; its attention becomes that by which its kind is exact.
 
     Attributes:
-        conduct: how its kind is computed; samples of one that is not exact when they are packed
+        conformance: how its kind is computed; samples of one that is not exact when they are packed
             are read each in a row of its own.
         linear_head: the fast way to its loss, where there is one.
 
@@ -58,22 +58,24 @@ class PackedLM(nn.Module):
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
-        from minigpt.model.conformance import checked  # which tries models by this module
+        from minigpt.model.conformance import (
+            require_conformance,  # which tries models by this module
+        )
 
         super().__init__()
         self.hf = hf
-        self.conduct = checked(hf, training=True)
+        self.conformance = require_conformance(hf, training=True)
         self.linear_head = None
         if accel.enabled():
-            with use_attention(hf, self.conduct.decoding):
-                self.linear_head = accel.linear_head(hf, self.conduct.packed)
-        hf.config._attn_implementation = self.conduct.training
-        if not self.conduct.packed:
+            with use_attention(hf, self.conformance.decoding):
+                self.linear_head = accel.linear_head(hf, self.conformance.packed)
+        hf.config._attn_implementation = self.conformance.training
+        if not self.conformance.packed:
             log.warning(
                 "%s is not exact with packed samples (%s): each has a row of its own, which "
                 "takes more time.",
                 type(hf).__name__,
-                self.conduct.problem,
+                self.conformance.problem,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
@@ -90,7 +92,7 @@ class PackedLM(nn.Module):
 
     def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
         """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""
-        packed = self.conduct.packed
+        packed = self.conformance.packed
         if self.linear_head is None:
             logp = token_logprobs(target_logits(self.hf, batch, packed), batch.labels)
         else:
@@ -295,10 +297,10 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 def _refuse_others(module: nn.Module, others: dict[str, object]) -> None:
-    given = [name for name, x in others.items() if x is not None and name not in UNUSED]
-    if given:
+    refused = [name for name, x in others.items() if x is not None and name not in UNUSED]
+    if refused:
         raise ModelError(
-            f"{type(module).__name__} gives its attention {', '.join(sorted(given))}, which is "
+            f"{type(module).__name__} gives its attention {', '.join(sorted(refused))}, which is "
             "not computed for packed samples."
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -56,7 +57,7 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
         """Let all processes write their shards beside the place, then publish them together."""
         path = Path(self.broadcast(filepath))
@@ -75,7 +76,9 @@ class FSDP2(ModelParallelStrategy):
                 publish(partial, path)
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Let all processes read their shards; an adapter's checkpoint holds only the adapter.
 
         Raises:
@@ -88,9 +91,9 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         weights: dict[str, Any] = get_model_state_dict(self.model)
-        own = {name: weight.shape for name, weight in weights.items()}
+        expected = {name: weight.shape for name, weight in weights.items()}
         strict = self.lightning_module.strict_loading
-        check_fit(path, saved, own, strict)
+        check_fit(path, saved, expected, strict)
         state = {name: weights[name] for name in saved}
         load_into({"state_dict": state}, path)
         self.model.load_state_dict(state, strict=strict)
@@ -114,7 +117,9 @@ class FSDP1(FSDPStrategy):
             weight.dimensions = weight.ndim  # type: ignore[attr-defined]
         return super()._setup_model(model)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Let each process take its part of the weights and of the optimizer's state.
 
         Raises:
@@ -124,16 +129,18 @@ class FSDP1(FSDPStrategy):
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path)
         assert self.model is not None
         assert self.lightning_module is not None
-        strict, saved = self.lightning_module.strict_loading, checkpoint.pop("state_dict")
-        whole = FullyShardedDataParallel.state_dict_type(
+        strict = self.lightning_module.strict_loading
+        saved = checkpoint.pop("state_dict")
+        shapes = {name: weight.shape for name, weight in saved.items()}
+        unflattened = FullyShardedDataParallel.state_dict_type(
             self.model,
             StateDictType.FULL_STATE_DICT,
             FullStateDictConfig(rank0_only=False),
             FullOptimStateDictConfig(rank0_only=False),
         )
-        with whole:
-            own = {name: weight.shape for name, weight in self.model.state_dict().items()}
-            check_fit(path, {name: weight.shape for name, weight in saved.items()}, own, strict)
+        with unflattened:
+            expected = {name: weight.shape for name, weight in self.model.state_dict().items()}
+            check_fit(path, shapes, expected, strict)
             self.model.load_state_dict(saved, strict=strict)
             for optimizer, state in zip(
                 self.optimizers, checkpoint["optimizer_states"], strict=True
@@ -142,12 +149,13 @@ class FSDP1(FSDPStrategy):
         return checkpoint
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        fsdp: Any = FullyShardedDataParallel
+        assert self.model is not None
+        fsdp = FullyShardedDataParallel
         named = fsdp.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model)
         optimizer.load_state_dict(fsdp.optim_state_dict_to_load(self.model, optimizer, named))
 
 
-def sharding(precision: Any) -> Strategy:
+def sharding(precision: object) -> Strategy:
     """Return the strategy that `trainer.strategy: fsdp` stands for in a precision."""
     if precision != "16-mixed":
         log.info("Strategy: FSDP2.")
@@ -162,8 +170,8 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         ConfigError: for it.
     """
-    theirs = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
-    if theirs and not isinstance(strategy, FSDP1 | FSDP2):
+    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if shards and not isinstance(strategy, FSDP1 | FSDP2):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} saves checkpoints that a run cannot go "
             "on from. Set trainer.strategy to fsdp."
@@ -202,21 +210,22 @@ def full_weights(lm: PackedLM) -> dict[str, Tensor] | None:
     return {name.removeprefix("hf."): v for name, v in states.items() if torch.is_tensor(v)}
 
 
-def flat_weights(lm: PackedLM, trainer: Any) -> dict[str, Tensor]:
+def flat_weights(lm: PackedLM, trainer: Trainer) -> dict[str, Tensor]:
     """Gather the weights of a model that FSDP1 has wrapped; every process must call this."""
-    whole = FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False)
-    with whole:
+    sharded = trainer.strategy.model
+    assert sharded is not None
+    with FullyShardedDataParallel.summon_full_params(sharded, writeback=False):
         states = lm.hf.state_dict().items()
         return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}
 
 
-def gathered(mine: list[Item]) -> list[Item]:
+def gathered(items: list[Item]) -> list[Item]:
     """Return the items of all processes, one process after the other."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, mine)
-    return [item for part in every for item in part]
+        return items
+    by_process: list[list[Item]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_process, items)
+    return [item for gathered_items in by_process for item in gathered_items]
 
 
 def gradient_norm(grads: list[Tensor], flat_shards: bool) -> Tensor:

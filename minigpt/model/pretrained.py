@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,11 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
 from minigpt.files import whole_directory
-from minigpt.model.conformance import check, checked, conduct_of
+from minigpt.model.conformance import (
+    check_conformance,
+    conformance_of,
+    require_conformance,
+)
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
@@ -37,36 +41,37 @@ PICKLED = (
 STAGES = ("pretrain", "sft", "dpo", "lora")
 
 
-def find_model(place: str | Path) -> Path | str:
+def find_model(source: str | Path) -> Path | str:
     """Return the model directory that a run directory, HF directory or hub id stands for.
 
     Raises:
         ModelError: when a local path holds no model, with the command that makes it.
     """
-    path = Path(place)
+    path = Path(source)
     for candidate in (path / "hf", path):
         if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
             return candidate
-    is_hub_id = str(place).count("/") <= 1 and not path.exists() and not str(place).startswith(".")
+    name = str(source)
+    is_hub_id = name.count("/") <= 1 and not path.exists() and not name.startswith(".")
     if is_hub_id and path.parent.name != "outputs":
-        return str(place)
+        return name
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         raise ModelError(
-            f"{place} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
+            f"{source} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
             "Give the run that it was exported from."
         )
     stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
     raise ModelError(
-        f"There is no trained model in {place}. Make it with: "
+        f"There is no trained model in {source}. Make it with: "
         f"minigpt fit --config configs/{stage}.yaml, or run the whole road with: make pipeline"
     )
 
 
-def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
+def load_model(source: str | Path, attention: str = PACKED) -> PreTrainedModel:
     """Load any causal LM in fp32; an adapter directory is merged into its base.
 
     Args:
-        place: run directory, HF directory or hub id.
+        source: run directory, HF directory or hub id.
         attention: `PACKED` to read batches, else only to continue texts. The model gets that by
             which its kind is exact.
 
@@ -74,35 +79,35 @@ def load_model(place: str | Path, attention: str = PACKED) -> PreTrainedModel:
         ModelError: when it is missing, damaged, no causal LM, or of a kind that would not be
             computed exactly.
     """
-    found = find_model(place)
-    if isinstance(found, Path) and (found / ADAPTER).is_file():
-        base = base_of(found)
-        return merge(load_adapter(load_model(base, attention), found, base))
-    with _refusing(found):
-        if isinstance(found, Path):
-            _check_files(found)
-        config = AutoConfig.from_pretrained(found, trust_remote_code=False)
-        conduct = conduct_of(config)
-        if conduct is not None:
-            check(config, conduct, attention == PACKED)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            found,
+    location = find_model(source)
+    if isinstance(location, Path) and (location / ADAPTER).is_file():
+        base = base_of(location)
+        return merge(load_adapter(load_model(base, attention), location, base))
+    with _refusing(location):
+        if isinstance(location, Path):
+            _check_files(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        conformance = conformance_of(config)
+        if conformance is not None:
+            check_conformance(config, conformance, attention == PACKED)
+        loaded: object = AutoModelForCausalLM.from_pretrained(
+            location,
             dtype=torch.float32,
             attn_implementation="eager",  # which all have; the one that fits is set below
             use_safetensors=True,
             trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
             output_loading_info=True,
         )
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would leave them random
+    model, report = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
         raise ModelError(
-            f"The model at {found} cannot be loaded: {len(missing)} of its weights are missing, "
+            f"The model at {location} cannot be loaded: {len(missing)} of its weights are missing, "
             f"such as {missing[0]}. Copy it again, or give a causal language model."
         )
     compute_by_text(model)
-    conduct = checked(model, attention == PACKED)
+    conformance = require_conformance(model, attention == PACKED)
     model.config._attn_implementation = (
-        conduct.training if attention == PACKED else conduct.decoding
+        conformance.training if attention == PACKED else conformance.decoding
     )
     return model
 
@@ -144,25 +149,25 @@ def _named_in(index: Path) -> set[str]:
         raise ModelError(f"{index} is damaged. Copy the model again.") from error
 
 
-def load_config(place: str | Path) -> PreTrainedConfig:
+def load_config(source: str | Path) -> PreTrainedConfig:
     """Load the config alone of what `load_model` would load; an adapter brings its base's.
 
     Raises:
         ModelError: as `load_model` does.
     """
-    found = find_model(place)
-    if isinstance(found, Path) and (found / ADAPTER).is_file():
-        config = load_config(base_of(found))
-        if (scaling := saved_scaling(found)) is not None:
+    location = find_model(source)
+    if isinstance(location, Path) and (location / ADAPTER).is_file():
+        config = load_config(base_of(location))
+        if (scaling := saved_scaling(location)) is not None:
             scale_config(config, scaling)
         return config
-    with _refusing(found):
-        loaded: PreTrainedConfig = AutoConfig.from_pretrained(found, trust_remote_code=False)
+    with _refusing(location):
+        loaded: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     return loaded
 
 
 @contextmanager
-def _refusing(place: Path | str) -> Iterator[None]:
+def _refusing(source: Path | str) -> Iterator[None]:
     """Tell what transformers says of a model that it cannot load."""
     try:
         yield
@@ -170,7 +175,7 @@ def _refusing(place: Path | str) -> Iterator[None]:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         first = CODE if "trust_remote_code" in str(error) else first
         first += f" {PICKLED}" if "named model.safetensors" in first else ""
-        raise ModelError(f"The model at {place} cannot be loaded: {first}") from error
+        raise ModelError(f"The model at {source} cannot be loaded: {first}") from error
 
 
 def base_of(adapter: Path) -> Path | str:
@@ -188,19 +193,19 @@ def base_of(adapter: Path) -> Path | str:
     return find_model(name)
 
 
-def tokenizer_place(model: str | Path, base: str | Path | None = None) -> Path | str:
+def tokenizer_source(model: str | Path, base: str | Path | None = None) -> Path | str:
     """Return where a model's tokenizer lies: plain peft leaves an adapter's with the base.
 
     Args:
         model: run directory, HF directory, adapter directory or hub id.
         base: that an adapter is put on; by default the one that it names.
     """
-    found = find_model(model)
-    if not isinstance(found, Path) or (found / "tokenizer.json").is_file():
-        return found
-    if not (found / ADAPTER).is_file():
-        return found
-    return tokenizer_place(base_of(found) if base is None else base)
+    location = find_model(model)
+    if not isinstance(location, Path) or (location / "tokenizer.json").is_file():
+        return location
+    if not (location / ADAPTER).is_file():
+        return location
+    return tokenizer_source(base_of(location) if base is None else base)
 
 
 def save_model(

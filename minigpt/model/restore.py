@@ -13,7 +13,9 @@ from minigpt.errors import ModelError
 SHARDED = "meta.pt"  # what a checkpoint of FSDP2 holds beside its shards
 
 
-def load_plain(file: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def load_plain(
+    file: Path, map_location: str | torch.device = "cpu", mmap: bool = False
+) -> dict[str, Any]:
     """Read a file that `torch.save` wrote; no code in it is ever run.
 
     Args:
@@ -62,22 +64,26 @@ def check_kind(path: Path, sharded: bool) -> None:
     )
 
 
-def check_fit(path: Any, saved: dict[str, Any], own: dict[str, Any], whole: bool) -> None:
+def check_fit(
+    path: Path | str | None, saved: dict[str, Any], expected: dict[str, Any], strict: bool
+) -> None:
     """Compare the names and shapes of a checkpoint's weights with a model's.
 
     Args:
         path: the checkpoint.
-        saved, own: shapes by name.
-        whole: whether each of the model's weights must be in the checkpoint.
+        saved: the checkpoint's shapes by name.
+        expected: the model's shapes by name.
+        strict: whether each of the model's weights must be in the checkpoint.
 
     Raises:
         ModelError: with the first one that differs.
     """
-    there, here = ({n: tuple(w) for n, w in shapes.items()} for shapes in (saved, own))
-    for name in sorted(here.keys() | there.keys() if whole else there):
-        if there.get(name) != here.get(name):
+    saved = {name: tuple(shape) for name, shape in saved.items()}
+    expected = {name: tuple(shape) for name, shape in expected.items()}
+    for name in sorted(saved.keys() | expected.keys() if strict else saved):
+        if saved.get(name) != expected.get(name):
             raise ModelError(
                 f"The checkpoint {path} does not fit this model: the shape of {name} is "
-                f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} here. Use the "
-                "config, base and tokenizer that the run was started with, or start a new run."
+                f"{saved.get(name, 'missing')} there and {expected.get(name, 'missing')} here. Use "
+                "the config, base and tokenizer that the run was started with, or start a new run."
             )

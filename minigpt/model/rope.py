@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minigpt.errors import ConfigError
 
@@ -47,17 +47,17 @@ class RopeScaling:
             )
 
 
-def max_positions(config: Any) -> int:
+def max_positions(config: PreTrainedConfig) -> int:
     """Return the longest sequence in tokens that a config allows; without a limit sys.maxsize."""
-    own = config.get_text_config(decoder=True)
-    limit = next((value for name in LIMITS if (value := getattr(own, name, None))), sys.maxsize)
+    text = config.get_text_config(decoder=True)
+    limit = next((value for name in LIMITS if (value := getattr(text, name, None))), sys.maxsize)
     rope = rope_parameters(config)
     if rope.get("rope_type") == "dynamic":  # for which transformers keeps the original length
         limit = int(limit * rope["factor"])
     return int(limit)
 
 
-def rope_parameters(config: Any) -> dict[str, Any]:
+def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     """Return a config's rotary parameters; empty without rotary positions."""
     return dict(getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {})
 
@@ -67,16 +67,17 @@ def depends_on_length(model: PreTrainedModel) -> bool:
     return any(True for _ in _by_length(model))
 
 
-def shared_limit(config: Any) -> int:
+def shared_limit(config: PreTrainedConfig) -> int:
     """Return how long two answers and their shared prompt may be for their angles to be equal."""
-    own, rope = config.get_text_config(decoder=True), rope_parameters(config)
+    text = config.get_text_config(decoder=True)
+    rope = rope_parameters(config)
     if rope.get("rope_type") not in BY_LENGTH:
         return sys.maxsize
-    return int(rope.get("original_max_position_embeddings") or own.max_position_embeddings)
+    return int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
 
 
 def check_length(
-    config: Any, length: int, kind: str, option: str = "data.init_args.max_length"
+    config: PreTrainedConfig, length: int, kind: str, option: str = "data.init_args.max_length"
 ) -> None:
     """Refuse a `max_length` beyond what a model reads.
 
@@ -89,7 +90,7 @@ def check_length(
     Raises:
         ConfigError: with the limit, and what to do.
     """
-    asked = f"{option} is {length}, but"
+    setting = f"{option} is {length}, but"
     if length > (limit := max_positions(config)):
         stretch = (
             ""
@@ -100,12 +101,12 @@ def check_length(
             )
         )
         raise ConfigError(
-            f"{asked} {config.model_type} reads at most {limit} tokens, as its config says. Set it "
-            f"to {limit}{stretch}."
+            f"{setting} {config.model_type} reads at most {limit} tokens, as its config says. Set "
+            f"it to {limit}{stretch}."
         )
     if kind == "preference" and length > (limit := shared_limit(config)):
         raise ConfigError(
-            f"{asked} rotary angles of this kind ({rope_parameters(config)['rope_type']}) depend "
+            f"{setting} rotary angles of this kind ({rope_parameters(config)['rope_type']}) depend "
             f"on a text's length above {limit} tokens, so that two answers cannot share their "
             f"prompt. Set it to {limit}, or take rope_scaling of type yarn or linear."
         )
@@ -131,20 +132,21 @@ def scale(model: PreTrainedModel, scaling: RopeScaling) -> None:
     )
 
 
-def scale_config(config: Any, scaling: RopeScaling) -> bool:
+def scale_config(config: PreTrainedConfig, scaling: RopeScaling) -> bool:
     """Write a scaling into a config; return whether that changed it.
 
     Raises:
         ConfigError: when it has no rotary positions to scale, or scales them otherwise already.
     """
-    own = config.get_text_config(decoder=True)
-    old, length = rope_parameters(config), getattr(own, "max_position_embeddings", None)
+    text = config.get_text_config(decoder=True)
+    old = rope_parameters(config)
+    length = getattr(text, "max_position_embeddings", None)
     if "rope_type" not in old or not length:
         raise _no_angles(config)
     new, positions = _scaled(old, length, scaling)
     if old["rope_type"] == "default":
-        own.rope_parameters = {**old, **new}
-        own.max_position_embeddings = positions
+        text.rope_parameters = {**old, **new}
+        text.max_position_embeddings = positions
         return True
     if {**old, **new} != old:
         raise ConfigError(
@@ -154,7 +156,7 @@ def scale_config(config: Any, scaling: RopeScaling) -> bool:
     return False  # the run that this one goes on from has done it
 
 
-def _no_angles(config: Any) -> ConfigError:
+def _no_angles(config: PreTrainedConfig) -> ConfigError:
     return ConfigError(
         f"model.init_args.rope_scaling: {config.model_type} has no rotary positions, or other ones "
         "for each kind of layer: they cannot be scaled. Leave it out."
@@ -163,11 +165,11 @@ def _no_angles(config: Any) -> ConfigError:
 
 def _scaled(old: dict[str, Any], length: int, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
     """Return the changed rotary parameters, and the config's length, for a scaling."""
-    done = old["rope_type"] == scaling.type
-    known = old.get("original_max_position_embeddings")
-    if done and known is None:
-        known = length if scaling.type == "dynamic" else round(length / scaling.factor)
-    original = scaling.original_max_position_embeddings or known or length
+    same_type = old["rope_type"] == scaling.type
+    before = old.get("original_max_position_embeddings")
+    if same_type and before is None:
+        before = length if scaling.type == "dynamic" else round(length / scaling.factor)
+    original = scaling.original_max_position_embeddings or before or length
     new: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type == "yarn":  # the others take no such key
         new["original_max_position_embeddings"] = original
@@ -181,7 +183,7 @@ def _rotary(model: PreTrainedModel) -> Iterator[nn.Module]:
             yield module
 
 
-def _by_length(model: PreTrainedModel) -> Iterator[Any]:
+def _by_length(model: PreTrainedModel) -> Iterator[nn.Module]:
     return (module for module in _rotary(model) if module.rope_type in BY_LENGTH)
 
 
@@ -191,7 +193,7 @@ def compute_by_text(model: PreTrainedModel) -> None:
         module.forward = MethodType(_each_text, module)  # a method, which a copy binds anew
 
 
-def _each_text(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _each_text(module: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [B, T, D]; a row's texts begin where its positions do.
 
     transformers remembers the longest text that it has seen, and so it forgets here.
@@ -200,11 +202,11 @@ def _each_text(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Te
     if len(position_ids) == 1:
         starts += [at for at in (position_ids[0] == 0).nonzero().flatten().tolist() if at]
     ends = [*starts[1:], position_ids.shape[1]]
-    parts = []
+    tables = []
     for start, end in zip(starts, ends, strict=True):
         if module.rope_type == "dynamic":
             module.max_seq_len_cached = module.original_max_seq_len
             module.inv_freq = module.original_inv_freq
-        parts.append(type(module).forward(module, x, position_ids[:, start:end]))
-    cos, sin = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        tables.append(type(module).forward(module, x, position_ids[:, start:end]))
+    cos, sin = (torch.cat(table, 1) for table in zip(*tables, strict=True))
     return cos, sin

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 VOCABULARY, SPECIAL = 160, 32  # ids below SPECIAL may stand for images, padding and the like
 LAYERS = 8  # of the first ones; kinds of layers that come later are added
 POSITIONS = 512
-WINDOW = 8  # tokens; shorter than the samples that are tried
+SLIDING_WINDOW = 8  # tokens; shorter than the samples that are tried
 SOFTCAP = 2.0  # which the logits of a tiny model reach
 PARAMETERS = 50_000_000  # a larger model is not tiny
 
@@ -46,12 +46,12 @@ _AT_MOST = (
     (re.compile(r"^(num|n|moe_num)_(local_|routed_|real_)?experts$|^zero_expert_num$"), 4),
     (re.compile(r"experts_per_tok|^moe_(top)?k$|^top_k_experts$|^router_top_?k$"), 2),
     (re.compile(r"^(n_group|topk_group|num_expert_groups?|topk_groups?)$"), 1),
-    (re.compile(r"window|chunk_size|chunk_length|index_topk|block_size"), WINDOW),
+    (re.compile(r"window|chunk_size|chunk_length|index_topk|block_size"), SLIDING_WINDOW),
     (re.compile(r"vocab_size|group_vocab$"), VOCABULARY),
 )
 
 
-def _ints(value: Any) -> list[int]:
+def _ints(value: object) -> list[int]:
     """Return the whole numbers above 2 in a value or a list of them."""
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 2]
@@ -61,20 +61,20 @@ def _numbers(values: dict[str, Any], names: re.Pattern[str]) -> list[int]:
     return [n for name, value in values.items() if names.search(name) for n in _ints(value)]
 
 
-def _map(value: Any, change: Callable[[int], int]) -> Any:
+def _map(value: object, change: Callable[[int], int]) -> object:
     """Change the whole numbers above 2 in a value or a list of them."""
     if isinstance(value, list):
         return [_map(v, change) for v in value]
-    return change(value) if _ints(value) else value
+    return change(value) if isinstance(value, int) and _ints(value) else value
 
 
-def _divisor(numbers: Iterable[int], least: int, most: int) -> int:
-    """Return the largest power of two up to `most` that leaves numbers whole and not too small."""
+def _divisor(numbers: Iterable[int], smallest: int, limit: int) -> int:
+    """Return the largest power of two up to `limit` that leaves numbers whole and not too small."""
     return next(
         (
             factor
-            for factor in (2**power for power in range(most.bit_length() - 1, 0, -1))
-            if all(n % factor == 0 and n // factor >= least for n in numbers)
+            for factor in (2**power for power in range(limit.bit_length() - 1, 0, -1))
+            if all(n % factor == 0 and n // factor >= smallest for n in numbers)
         ),
         1,
     )
@@ -87,88 +87,92 @@ def _first(values: dict[str, Any], *names: str) -> int:
 def _narrow(values: dict[str, Any]) -> None:
     """Divide widths and head counts in place."""
     layers = list((values.get("per_layer_config") or {}).values())
-    heads = [n for part in (values, *layers) for n in _numbers(part, _HEADS)]
-    widths = [n for part in (values, *layers) for n in _numbers(part, _HEAD_WIDTH)]
+    heads = [n for level in (values, *layers) for n in _numbers(level, _HEADS)]
+    widths = [n for level in (values, *layers) for n in _numbers(level, _HEAD_WIDTH)]
     count = _first(values, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
     hidden = _first(values, "hidden_size", "d_model", "n_embd")
-    of_heads = _divisor(heads, 2, max(1, count // 4))
+    head_divisor = _divisor(heads, 2, max(1, count // 4))
     pairs = any(_HEADS.search(name) and value == 2 for name, value in values.items())
-    if pairs and any(n // of_heads % 2 for n in heads):  # two key heads need an even number
-        of_heads = 1
+    if pairs and any(n // head_divisor % 2 for n in heads):  # two key heads need an even number
+        head_divisor = 1
     if count and hidden % count == 0 and not _ints(values.get("head_dim")):
         widths.append(hidden // count)
-    of_width = _divisor(widths, 8, 16)
-    while of_width > 1 and hidden % (8 * of_heads * of_width):  # else ratios to it would change
-        of_width //= 2
-    whole = of_heads * of_width
+    width_divisor = _divisor(widths, 8, 16)
+    while width_divisor > 1 and hidden % (
+        8 * head_divisor * width_divisor
+    ):  # else ratios to it would change
+        width_divisor //= 2
+    divisor = head_divisor * width_divisor
     changes: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = (
-        (_HEAD_WIDTH, lambda n: n // of_width if n % of_width == 0 else n),
-        (_HEADS, lambda n: n // of_heads),
-        (_WIDTH, lambda n: -(-n // whole // 8) * 8),  # experts' products go in steps of eight
+        (_HEAD_WIDTH, lambda n: n // width_divisor if n % width_divisor == 0 else n),
+        (_HEADS, lambda n: n // head_divisor),
+        (_WIDTH, lambda n: -(-n // divisor // 8) * 8),  # experts' matmuls go in steps of eight
     )
-    for part in (values, *layers):
-        for name, value in part.items():
+    for level in (values, *layers):
+        for name, value in level.items():
             change = next((change for names, change in changes if names.search(name)), None)
             if change is not None:
-                part[name] = _map(value, change)
+                level[name] = _map(value, change)
 
 
 def _shallow(values: dict[str, Any]) -> None:
     """Keep the first layers, and of later ones those of a kind that is not among them."""
     names = [k for k, v in values.items() if _DEPTH.match(k) and isinstance(v, int)]
     for depth in {values[name] for name in names}:
-        kept = _kept(values, depth)
+        retained = _retained_layers(values, depth)
         for name, value in values.items():
-            values[name] = _at(name, value, depth, kept)
+            values[name] = _at(name, value, depth, retained)
 
 
-def _kept(values: dict[str, Any], depth: int) -> list[int]:
-    """Return which layers are in the tiny model."""
-    kept = [*range(min(depth, LAYERS))]
+def _retained_layers(values: dict[str, Any], depth: int) -> list[int]:
+    """Return the numbers of the layers that the tiny model has."""
+    retained = [*range(min(depth, LAYERS))]
     kinds = [
         repr([_of_layer(name, value, depth, index) for name, value in values.items()])
         for index in range(depth)
     ]
-    later = [i for i in range(len(kept), depth) if kinds[i] not in kinds[:i]]
-    kept += later[:LAYERS]
-    return kept if kinds[kept[-1]] == kinds[-1] else [*kept, depth - 1]  # some set their last one
+    later = [i for i in range(len(retained), depth) if kinds[i] not in kinds[:i]]
+    retained += later[:LAYERS]
+    return (
+        retained if kinds[retained[-1]] == kinds[-1] else [*retained, depth - 1]
+    )  # some set their last one
 
 
-def _of_layer(name: str, value: Any, depth: int, index: int) -> Any:
+def _of_layer(name: str, value: object, depth: int, index: int) -> object:
     """Return what a config's value says of one layer."""
     if isinstance(value, list | str) and len(value) == depth:
         return value[index]
-    if name == "per_layer_config" and value:
+    if name == "per_layer_config" and isinstance(value, dict):
         return value.get(index)
     if _INDICES.search(name) and isinstance(value, list):
         return index in value
     return None
 
 
-def _at(name: str, value: Any, depth: int, kept: list[int]) -> Any:
-    """Return a config's value for the layers that are kept of `depth`."""
+def _at(name: str, value: object, depth: int, retained: list[int]) -> object:
+    """Return a config's value for the layers retained of `depth`."""
     if _DEPTH.match(name) and value == depth:
-        return len(kept)
+        return len(retained)
     if isinstance(value, list | str) and len(value) == depth:
-        chosen = [value[index] for index in kept]
-        return "".join(chosen) if isinstance(value, str) else chosen
+        layers = [value[index] for index in retained]
+        return "".join(layers) if isinstance(value, str) else layers
     if name == "per_layer_config" and value:
-        given = {new: _of_layer(name, value, depth, old) for new, old in enumerate(kept)}
-        return {new: layer for new, layer in given.items() if layer is not None}
+        configs = {new: _of_layer(name, value, depth, old) for new, old in enumerate(retained)}
+        return {new: layer for new, layer in configs.items() if layer is not None}
     if _INDICES.search(name) and isinstance(value, list) and all(type(v) is int for v in value):
-        return [new for new, old in enumerate(kept) if old in value]
-    return min(2, len(kept) // 2) if _SHARED.search(name) and _ints(value) else value
+        return [new for new, old in enumerate(retained) if old in value]
+    return min(2, len(retained) // 2) if _SHARED.search(name) and _ints(value) else value
 
 
-def _limit(name: str, value: Any) -> Any:
+def _limit(name: str, value: object) -> object:
     """Return a smaller value of what is neither a width nor a number of layers."""
     if _IDS.search(name):
         return _map(value, lambda n: n if n < SPECIAL else n % SPECIAL)
     if "softcap" in name and value:
         return SOFTCAP
-    for names, most in _AT_MOST:
+    for names, limit in _AT_MOST:
         if names.search(name):
-            return _map(value, partial(min, most))
+            return _map(value, partial(min, limit))
     return value
 
 
@@ -231,12 +235,10 @@ def tiny_models(config: PreTrainedConfig, seed: int = 0) -> Iterator[PreTrainedM
 
 
 def _built(config: PreTrainedConfig) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM
-    made: PreTrainedModel = auto.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
-    made.eval()
-    return made
+    build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    model = build(config, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    return model
 
 
 @torch.no_grad()

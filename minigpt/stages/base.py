@@ -52,7 +52,7 @@ from minigpt.model.pretrained import (
     load_config,
     load_model,
     save_model,
-    tokenizer_place,
+    tokenizer_source,
 )
 from minigpt.model.restore import check_fit
 from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
@@ -166,7 +166,7 @@ class BaseModule(LightningModule, ABC):
         return tokenizer
 
     def _tokenizer_place(self) -> str | Path:
-        return (self.trained is None and self.tokenizer_path) or tokenizer_place(self.start)
+        return (self.trained is None and self.tokenizer_path) or tokenizer_source(self.start)
 
     @property
     def start(self) -> str:

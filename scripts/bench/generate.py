@@ -165,11 +165,11 @@ def load(args: Namespace) -> tuple[Any, Any]:
     """
     from minigpt.data import tokenizer as tokenizers
     from minigpt.model.architecture import Architecture, build_native
-    from minigpt.model.pretrained import load_model, tokenizer_place
+    from minigpt.model.pretrained import load_model, tokenizer_source
 
     if args.model:
         model: Any = load_model(args.model, "sdpa").eval()
-        tokenizer = tokenizers.load(tokenizer_place(args.model))
+        tokenizer = tokenizers.load(tokenizer_source(args.model))
     else:
         tokenizer = bytes_only()
         sizes: Any = architecture(args.size)

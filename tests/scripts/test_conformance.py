@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from minigpt.model.conformance import Conduct
+from minigpt.model.conformance import Conformance
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "conformance.py"))
 PACKED, ROWS = SCRIPT["PACKED"], SCRIPT["ROWS"]
-PADDED, ALIKE, WHOLE = (SCRIPT["WAYS"][way] for way in ("padded", "alike", "whole"))
+PADDED, SAME_LENGTH, UNCACHED = (
+    SCRIPT["MODES"][mode] for mode in ("padded", "same_length", "uncached")
+)
 DOZEN = {
     "llama": (PACKED, PADDED),
     "qwen2": (PACKED, PADDED),
@@ -26,10 +28,10 @@ DOZEN = {
     "gpt2": (PACKED, PADDED),
     "gpt_oss": (PACKED, PADDED),
     "deepseek_v3": (PACKED, PADDED),
-    "lfm2": (ROWS, ALIKE),
-    "mamba": (ROWS, ALIKE),
-    "roberta": (ROWS, ALIKE),
-    "rwkv": (ROWS, WHOLE),
+    "lfm2": (ROWS, SAME_LENGTH),
+    "mamba": (ROWS, SAME_LENGTH),
+    "roberta": (ROWS, SAME_LENGTH),
+    "rwkv": (ROWS, UNCACHED),
     "bloom": (ROWS, PADDED),
 }
 
@@ -44,8 +46,8 @@ def test_a_dozen_types_are_equal(kind: str) -> None:
 def test_what_is_decoded_otherwise_than_alone_shows() -> None:
     config = SCRIPT["config_of"]("roberta")
     model = SCRIPT["small_model"](config).eval()
-    assert not SCRIPT["decoding_differs"](model, Conduct("", "eager", "alike"))
-    assert SCRIPT["decoding_differs"](model, Conduct("", "eager", "padded"))
+    assert not SCRIPT["decoding_differs"](model, Conformance("", "eager", "same_length"))
+    assert SCRIPT["decoding_differs"](model, Conformance("", "eager", "padded"))
 
 
 def test_what_hangs_or_dies_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from minigpt.data.batch import collate
 from minigpt.errors import ModelError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model import conformance, shrink
-from minigpt.model.cached import ALIKE, NUMBERED, PADDED, WHOLE, Cached
-from minigpt.model.conformance import Conduct, checked, conduct_of
+from minigpt.model.cached import EXPLICIT_POSITIONS, PADDED, SAME_LENGTH, UNCACHED, Cached
+from minigpt.model.conformance import Conformance, conformance_of, require_conformance
 from minigpt.model.packed_lm import PACKED, PackedLM, forward_rows, use_attention
 from minigpt.model.pretrained import load_model, save_model
 from minigpt.model.shrink import shrunk, tiny_models
@@ -66,7 +66,7 @@ def test_every_kind_gives_its_own_losses(
 ) -> None:
     model = model_of(kind, **changes)
     lm = PackedLM(model)
-    assert lm.conduct.training == attention
+    assert lm.conformance.training == attention
     rng = torch.Generator().manual_seed(1)
     texts = [torch.randint(shrink.SPECIAL, 100, (n,), generator=rng) for n in (19, 30, 11)]
     samples = tiny.texts([19, 30, 11])
@@ -110,21 +110,25 @@ def test_a_model_is_loaded_with_the_attention_that_is_exact(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "way"),
+    ("kind", "changes", "mode"),
     [
         ("qwen3", {}, PADDED),
         ("opt", {}, PADDED),
-        ("roberta", {}, ALIKE),  # learned positions, whose first is not 0
-        ("bart", {}, ALIKE),  # learned positions, which it does not take as an argument
-        ("whisper", {}, ALIKE),
-        ("mamba", {}, ALIKE),
-        ("bamba", {"attn_layer_indices": [2]}, NUMBERED),  # begins to count anew at each token
-        ("rwkv", {}, WHOLE),
+        ("roberta", {}, SAME_LENGTH),  # learned positions, whose first is not 0
+        ("bart", {}, SAME_LENGTH),  # learned positions, which it does not take as an argument
+        ("whisper", {}, SAME_LENGTH),
+        ("mamba", {}, SAME_LENGTH),
+        (
+            "bamba",
+            {"attn_layer_indices": [2]},
+            EXPLICIT_POSITIONS,
+        ),  # begins to count anew at each token
+        ("rwkv", {}, UNCACHED),
     ],
 )
 @torch.no_grad()
 def test_texts_are_continued_in_the_fastest_way_that_is_exact(
-    kind: str, changes: dict[str, Any], way: str, tmp_path: Path
+    kind: str, changes: dict[str, Any], mode: str, tmp_path: Path
 ) -> None:
     config = CONFIG_MAPPING[kind](**changes)
     values = {**shrunk(config.to_dict()), "vocab_size": tiny.VOCABULARY, "is_decoder": True}
@@ -132,7 +136,7 @@ def test_texts_are_continued_in_the_fastest_way_that_is_exact(
     model: PreTrainedModel = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
     shrink._stir(model.eval())
     engine = Engine(model, tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer")))
-    assert engine.way == way
+    assert engine.mode == mode
     prompts = ["the cat sat on", "the", "a dog"]
     replies = engine.complete(prompts, Sampling(max_new_tokens=4, temperature=0))
     for prompt, reply in zip(prompts, replies, strict=True):
@@ -149,8 +153,8 @@ def test_what_no_way_decodes_is_refused_to_decode_alone(
     whole = Cached._forward
     monkeypatch.setattr(Cached, "_forward", lambda *given: whole(*given) + 1)
     model = tiny.model("qwen3")
-    assert checked(model, training=True).packed
-    with pytest.raises(ModelError, match=r"no way to decode gives what its own forward does"):
+    assert require_conformance(model, training=True).packed
+    with pytest.raises(ModelError, match=r"no mode of decoding gives what its own forward does"):
         Engine(model, tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer")))
 
 
@@ -165,19 +169,21 @@ def test_a_cache_that_is_not_exact_is_said(
     )
 
 
-def test_the_proof_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proof_is_saved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG_MAPPING["llama"](hidden_size=64, num_attention_heads=4)
-    first = conduct_of(config)
-    assert first == Conduct(PACKED, "sdpa", PADDED)
+    first = conformance_of(config)
+    assert first == Conformance(PACKED, "sdpa", PADDED)
     (file,) = cache.iterdir()
     monkeypatch.setattr(conformance, "_PROVEN", {})
     monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: pytest.fail("proven again"))
     config.vocab_size += 8  # a grown vocabulary is of the same kind
-    assert conduct_of(config) == first
+    assert conformance_of(config) == first
     file.write_text("{")
     monkeypatch.setattr(conformance, "_PROVEN", {})
-    monkeypatch.setattr(conformance, "_by_tiny_models", lambda _: Conduct("", "sdpa", WHOLE, "new"))
-    assert conduct_of(config) == Conduct("", "sdpa", WHOLE, "new")
+    monkeypatch.setattr(
+        conformance, "_by_tiny_models", lambda _: Conformance("", "sdpa", UNCACHED, "new")
+    )
+    assert conformance_of(config) == Conformance("", "sdpa", UNCACHED, "new")
     assert json.loads(file.read_text())["problem"] == "new"
 
 
@@ -187,7 +193,7 @@ def test_the_proof_draws_nothing_and_leaves_the_model_alone() -> None:
     torch.manual_seed(3)
     model = model_of("qwen3").train()
     conformance.prove(model)
-    conduct_of(CONFIG_MAPPING["llama"](hidden_size=96))
+    conformance_of(CONFIG_MAPPING["llama"](hidden_size=96))
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert model.config._attn_implementation == "eager"
@@ -201,12 +207,12 @@ def test_a_model_that_cannot_be_made_small_is_tried_itself(
 
     monkeypatch.setattr(shrink, "tiny_models", fail)
     model = tiny.model("qwen3")
-    assert conduct_of(model.config) is None
-    assert checked(model, training=True) == Conduct(PACKED, "sdpa", PADDED)
+    assert conformance_of(model.config) is None
+    assert require_conformance(model, training=True) == Conformance(PACKED, "sdpa", PADDED)
     monkeypatch.setattr(model, "forward", fail)
     monkeypatch.setattr(conformance, "_PROVEN", {})
     with pytest.raises(ModelError, match=r"qwen3.*does not read plain text: .*Error"):
-        checked(model, training=True)
+        require_conformance(model, training=True)
 
 
 def test_all_kinds_of_layers_are_in_the_tiny_model() -> None:
@@ -216,5 +222,5 @@ def test_all_kinds_of_layers_are_in_the_tiny_model() -> None:
     gemma = CONFIG_MAPPING["gemma3_text"]()
     small = shrunk(gemma.to_dict())
     assert set(small["layer_types"]) == set(gemma.layer_types)
-    assert small["sliding_window"] == shrink.WINDOW
+    assert small["sliding_window"] == shrink.SLIDING_WINDOW
     assert len(small["layer_types"]) == small["num_hidden_layers"]
