@@ -100,10 +100,11 @@ def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return made.eval()
 
 
-def sample(rng: np.random.Generator, first: int, prompt: int = 0, second: int = 0) -> Sample:
-    """Make a sample of random tokens: a text, or with `second` a preference."""
-    ids = rng.integers(0, VOCABULARY, prompt + first + second).astype(np.uint16)
-    return Sample(ids, prompt, first, second, None, ("made up", 0))
+def sample(rng: np.random.Generator, *answers: int, prompt: int = 0) -> Sample:
+    """Make a sample of random tokens: a text, or a prompt and answers to it."""
+    lengths = tuple(filter(None, answers))
+    ids = rng.integers(0, VOCABULARY, prompt + sum(lengths)).astype(np.uint16)
+    return Sample(ids, prompt, lengths, None, ("made up", 0))
 
 
 def texts(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
@@ -153,7 +154,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:
     rng = np.random.default_rng(seed)
-    return [sample(rng, first, prompt, second) for prompt, first, second in shapes]
+    return [sample(rng, *answers, prompt=prompt) for prompt, *answers in shapes]
 
 
 def plan(shapes: Sequence[tuple[int, int, int]]) -> AttentionPlan:
@@ -163,7 +164,7 @@ def plan(shapes: Sequence[tuple[int, int, int]]) -> AttentionPlan:
     for prompt, *answers in shapes:
         start, end = end, end + prompt
         for length in filter(None, answers):
-            spans.append((start, prompt, end, length))
+            spans.append(Span(start, prompt, end, length))
             end += length
     return plan_attention(spans, torch.arange(1))
 

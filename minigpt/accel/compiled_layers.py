@@ -101,11 +101,11 @@ def _first_batches(tokens: int, pairs: bool, positions: int) -> list[PackedBatch
     lengths, of full ones before a shorter one, of full ones alone.
     """
     longest = max(TILE, positions // TILE * TILE)
-    prompt, first, second = PAIR if pairs else (0, min(TEXT, longest), 0)
-    ids = np.zeros(prompt + first + second, np.int64)
-    targets = None if pairs else np.arange(first) > 3
-    sample = Sample(ids, prompt, first, second, targets, ("", 0))
-    short = replace(sample, ids=ids[1:], first=first - 1, targets=None)
+    prompt, *answers = PAIR if pairs else (0, min(TEXT, longest))
+    ids = np.zeros(prompt + sum(answers), np.int64)
+    targets = None if pairs else np.arange(len(ids)) > 3
+    sample = Sample(ids, prompt, tuple(answers), targets, ("", 0))
+    short = replace(sample, ids=ids[1:], answers=(answers[0] - 1, *answers[1:]), targets=None)
     many = [sample] * max(2, tokens // len(ids))
     kinds = [[short, *many]] if pairs else [[short, *many], [*many, short], many]
     return [collate(samples) for samples in kinds]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minigpt.data.batch import AttentionPlan, plan_attention
+from minigpt.data.batch import AttentionPlan, Span, plan_attention
 
 TOLERANCE = 1e-3  # of hidden states in fp32, relative to their size
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of Llama's layers
@@ -46,7 +46,7 @@ def end_early(hf: PreTrainedModel, ids: Tensor) -> bool:
         return False
     layer = layers[-1]
     predict_at = torch.arange(1, ids.shape[1], 2, device=ids.device)
-    plan = plan_attention([(0, 0, 0, ids.shape[1])], predict_at)
+    plan = plan_attention([Span(0, 0, 0, ids.shape[1])], predict_at)
     expected = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, predict_at]
     layer.forward = MethodType(_forward, layer)  # a method, which a copy of the layer binds anew
     try:

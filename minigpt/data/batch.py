@@ -17,15 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TILE = 64  # rows of its multiples stay whole: GPUs compute in such tiles, and full rows as one
-MULTIPLE = 16  # of tokens that are read, where it can be: products of other lengths are slower
+TILE = 64  # rows of a multiple of it stay uncut: GPUs compute in such tiles, and full rows as one
+MULTIPLE = 16  # of tokens that are read, where it can be: matmuls of other lengths are slower
 GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
@@ -57,6 +57,11 @@ class AttentionPlan:
     predict_at: Tensor
 
     @property
+    def rows(self) -> list[Span]:
+        """Where each row's tokens lie in the batch."""
+        return [Span(*span) for span in self.spans.view(-1, 4).tolist()]
+
+    @property
     def gather(self) -> tuple[Tensor, ...]:
         """Rows of like length: per group [R, L] positions; a short row ends in copies of 0,
         which causality keeps from mattering.
@@ -70,7 +75,9 @@ class AttentionPlan:
 
     @cached_property
     def _groups(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        gather, scatter = _group([positions(span) for span in self.spans.view(-1, 4).tolist()])
+        gather, scatter = _group(
+            [positions(Span(*span)) for span in self.spans.view(-1, 4).tolist()]
+        )
         device = self.cu_queries.device
         return tuple(group.to(device) for group in gather), scatter.to(device)
 
@@ -81,7 +88,7 @@ class AttentionPlan:
         }
         return replace(self, **changed)
 
-    def to(self, device: Any, non_blocking: bool = False) -> AttentionPlan:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
         """Move all index tensors to a device."""
         return self._with(lambda x: x.to(device, non_blocking=non_blocking))
 
@@ -102,7 +109,7 @@ class PackedBatch:
         labels: [N] target ids.
         answers: [N] number of the answer each target belongs to, 0..A-1.
         n_answers: A.
-        n_tokens: of the data in the batch, with those that are only targets.
+        n_tokens: tokens of the data in the batch, with those that are only targets.
         plan: who attends to whom, and what predicts the targets.
         sources: file and line of each sample.
         resume_at: (epoch, micro-batch) that comes after this one in the whole run.
@@ -124,7 +131,7 @@ class PackedBatch:
         """[N] positions whose hidden states predict the targets."""
         return self.plan.predict_at
 
-    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Move all tensors to a device; Lightning calls it."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
@@ -144,38 +151,44 @@ class PackedBatch:
 
     def without_targets(self) -> PackedBatch:
         """Return the batch with nothing to learn, to keep processes in step at an epoch's end."""
-        none = self.labels[:0]
-        plan = replace(self.plan, predict_at=none)
-        return replace(self, labels=none, answers=none, plan=plan)
+        empty = self.labels[:0]
+        plan = replace(self.plan, predict_at=empty)
+        return replace(self, labels=empty, answers=empty, plan=plan)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as it lies in the store.
+    """A sample as it lies in the store: a prompt and answers to it; a text or chat is one answer.
 
     Attributes:
-        ids: [n] prompt, first and second run of tokens.
-        prompt, first, second: lengths of the runs; a text or chat is all `first`.
-        targets: [first] bool for a chat; None means all.
+        ids: [n] token ids of the prompt and then of all answers.
+        prompt: tokens of the prompt.
+        answers: tokens of each answer.
+        targets: [n] bool for a chat; None means all tokens of the answers.
         source: file and line.
     """
 
-    ids: NDArray[Any]
+    ids: NDArray[np.integer]
     prompt: int
-    first: int
-    second: int
+    answers: tuple[int, ...]
     targets: NDArray[np.bool_] | None
     source: tuple[str, int]
 
 
-Span = tuple[int, int, int, int]  # prompt and its length, answer and its length
+class Span(NamedTuple):
+    """An attention row of a batch: where its prompt and its answer begin, and their lengths."""
+
+    prompt_start: int
+    prompt_length: int
+    answer_start: int
+    answer_length: int
 
 
 def positions(span: Span) -> NDArray[np.int64]:
-    """Return the places in the batch of a row's tokens, in order."""
-    prompt, prompt_length, answer, answer_length = span
-    parts = np.arange(prompt, prompt + prompt_length), np.arange(answer, answer + answer_length)
-    return np.concatenate(parts)
+    """Return the positions in the batch of a row's tokens, in order."""
+    prompt = np.arange(span.prompt_start, span.prompt_start + span.prompt_length)
+    answer = np.arange(span.answer_start, span.answer_start + span.answer_length)
+    return np.concatenate([prompt, answer])
 
 
 def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
@@ -185,20 +198,21 @@ def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
         spans: of each row, in the order of the batch, from its first token to its last.
         predict_at: [N] of the plan.
     """
-    of_row = [prompt + answer for _, prompt, _, answer in spans]
-    given = [  # a prompt that the row before has given results for is not given again
-        answer if number and prompt and spans[number - 1][0] == start else prompt + answer
-        for number, (start, prompt, _, answer) in enumerate(spans)
-    ]
-    shared = given != of_row
+    keys = [span.prompt_length + span.answer_length for span in spans]
+    queries = list(keys)
+    for row in range(1, len(spans)):
+        span = spans[row]
+        if span.prompt_length and span.prompt_start == spans[row - 1].prompt_start:
+            queries[row] = span.answer_length  # the row before gives the prompt's results
+    shared = queries != keys
     return AttentionPlan(
         spans=torch.tensor(np.ravel(spans), dtype=torch.int32),
-        cu_queries=_borders(given),
-        cu_keys=_borders(of_row),
+        cu_queries=_borders(queries),
+        cu_keys=_borders(keys),
         keys=_join([positions(span) for span in spans]) if shared else None,
-        longest=max(of_row),
-        longest_queries=max(given),
-        full=0 if shared else _full(of_row),
+        longest=max(keys),
+        longest_queries=max(queries),
+        full=0 if shared else _full(keys),
         predict_at=predict_at,
     )
 
@@ -223,68 +237,86 @@ def _group(rows: list[NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
         else:
             groups.append([index])
     scatter = np.full(1 + max(int(row[-1]) for row in rows), -1, np.int64)
-    gather, base = [], 0
+    gather = []
+    base = 0
     for group in groups:
         length = len(rows[group[0]])
         table = np.zeros((len(group), length), np.int64)
-        for place, index in enumerate(group):
+        for line, index in enumerate(group):
             row = rows[index]
-            table[place, : len(row)] = row
+            table[line, : len(row)] = row
             unclaimed = scatter[row] < 0
-            scatter[row[unclaimed]] = base + place * length + np.flatnonzero(unclaimed)
+            scatter[row[unclaimed]] = base + line * length + np.flatnonzero(unclaimed)
         gather.append(torch.from_numpy(table))
         base += table.size
     return gather, torch.from_numpy(scatter)
 
 
-def _join(parts: list[NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+def _join(arrays: Sequence[NDArray[np.integer]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
 
-def _ends(prompt: int, answer: int) -> bool:
+def _may_skip_last(prompt: int, answer: int) -> bool:
     """Whether the model may leave a row's last token unread."""
     return answer > 1 and (prompt + answer) % TILE > 0
+
+
+def _answer_targets(sample: Sample, start: int, length: int) -> NDArray[np.bool_]:
+    """Return which tokens of an answer are predicted, by where it lies in the sample."""
+    if sample.targets is None:
+        targets = np.ones(length, np.bool_)
+    else:
+        targets = np.array(sample.targets[start : start + length])
+    if not sample.prompt:
+        targets[0] = False  # nothing predicts the first token of a text
+    return targets
 
 
 def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
     """Pack samples into one batch, in the order given."""
     spans: list[Span] = []
-    ids, places, borders = [], [], [0]
-    at, labels, answers = [], [], []
+    ids: list[NDArray[np.integer]] = []
+    position_ids: list[NDArray[np.integer]] = []
+    borders = [0]
+    labels: list[NDArray[np.integer]] = []
+    predict_at: list[NDArray[np.integer]] = []
+    answers: list[NDArray[np.integer]] = []
     n_tokens = sum(len(sample.ids) for sample in samples)
-    unread = sum(_ends(s.prompt, s.first) + _ends(s.prompt, s.second) for s in samples)
+    unread = sum(_may_skip_last(s.prompt, length) for s in samples for length in s.answers)
     spare = (unread - n_tokens) % MULTIPLE  # so many last tokens are read all the same
     unread -= spare if spare <= unread else 0
     for sample in samples:
-        start, prompt = borders[-1], sample.prompt
+        prompt_start = borders[-1]
+        prompt = sample.prompt
         ids.append(sample.ids[:prompt])
-        places.append(np.arange(prompt))
-        end = start + prompt
-        for answer in np.split(sample.ids[prompt:], [sample.first]):
-            if not len(answer):
-                continue
-            short = unread > 0 and _ends(prompt, len(answer))
-            unread -= short
-            span = (start, prompt, end, len(answer) - short)
-            own = slice(0 if prompt else 1, None)  # nothing predicts the first token of a text
-            keep: Any = slice(None) if sample.targets is None else sample.targets[own]
-            labels.append(answer[own][keep])
-            at.append(positions(span)[max(prompt - 1, 0) : prompt + len(answer) - 1][keep])
-            answers.append(np.full(len(at[-1]), len(spans)))
-            ids.append(answer[: span[3]])
-            places.append(np.arange(prompt, prompt + span[3]))
+        position_ids.append(np.arange(prompt))
+        read_to = prompt_start + prompt  # in the batch
+        answer_at = prompt  # in the sample
+        for length in sample.answers:
+            answer = sample.ids[answer_at : answer_at + length]
+            skip_last = unread > 0 and _may_skip_last(prompt, length)
+            unread -= skip_last
+            span = Span(prompt_start, prompt, read_to, length - skip_last)
+            targets = _answer_targets(sample, answer_at, length)
+            before = positions(span)[max(prompt - 1, 0) : prompt + length - 1]
+            labels.append(answer[targets])
+            predict_at.append(before[targets[0 if prompt else 1 :]])
+            answers.append(np.full(len(labels[-1]), len(spans)))
+            ids.append(answer[: span.answer_length])
+            position_ids.append(np.arange(prompt, prompt + span.answer_length))
             spans.append(span)
-            end += span[3]
-        borders.append(end)
+            answer_at += length
+            read_to += span.answer_length
+        borders.append(read_to)
     return PackedBatch(
         input_ids=_join(ids),
-        position_ids=_join(places),
+        position_ids=_join(position_ids),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         labels=_join(labels),
         answers=_join(answers),
         n_answers=len(spans),
         n_tokens=n_tokens,
-        plan=plan_attention(spans, _join(at)),
+        plan=plan_attention(spans, _join(predict_at)),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,
     )

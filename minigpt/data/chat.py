@@ -16,7 +16,7 @@ the chat that ends with it, never off a longer one.
 A control token in the text of a system or user message is broken by `BREAK`, so that it stays
 text: nobody but the template and the assistant can begin or end a turn.
 
-A model may end its turns with several tokens: those of its own generation config, the
+A model may end its turns with several tokens: those of its generation config, the
 tokenizer's eos, and the one that its chat template really writes after an answer, which
 need not be the eos (``<|end|>`` of Phi, ``<end_of_turn>`` of Gemma, ``<|eot_id|>`` of
 Llama 3).
@@ -28,7 +28,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ _PROBE_CHAT = [
     {"role": "assistant", "content": PROBE_ANSWER},
 ]
 
-Units = Mapping[str, list[int]]  # the ids of each unit, see `ChatCodec.units`
+UnitIds = Mapping[str, list[int]]  # the ids of each unit, see `ChatCodec.units`
 
 
 class Piece(NamedTuple):
@@ -73,8 +73,8 @@ class Turn(NamedTuple):
     answer: list[Piece]
 
 
-class View(NamedTuple):
-    """Tokens of an answer with what comes before it.
+class MaskedIds(NamedTuple):
+    """Tokens of an answer, with or without what comes before it.
 
     Attributes:
         ids: [n] token ids.
@@ -85,7 +85,7 @@ class View(NamedTuple):
     targets: list[bool]
 
 
-class Planned(NamedTuple):
+class PlannedTurn(NamedTuple):
     """A turn that is to be tokenised.
 
     Attributes:
@@ -100,6 +100,9 @@ class Planned(NamedTuple):
 class ChatCodec:
     """Turns messages into token ids.
 
+    Training plans the turns of many rows (`plan_chat`, `plan_answers`), has their units tokenised
+    together (`encode_units`), and joins their ids (`chat_samples`, `turn_ids`).
+
     Args:
         tokenizer: a fast tokenizer with a chat template.
 
@@ -111,7 +114,8 @@ class ChatCodec:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         # These are found before anything else is done to a text: what stands before one and what
         # begins with one are tokenised apart.
@@ -119,7 +123,99 @@ class ChatCodec:
         names = sorted((token.content for token in added), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._borders = {t.content for t in added if not (t.lstrip or t.single_word)}
-        self._anchor, self._skipped = self._find_anchor()
+        self._anchor, self._anchor_ids = self._find_anchor()
+
+    def plan_chat(self, messages: Sequence[Message]) -> list[PlannedTurn]:
+        """Return the turns of a chat that are trained on, to be tokenised.
+
+        Raises:
+            DataError: when the template cannot carry the chat.
+        """
+        return [self._plan(turn) for turn in self.template.turns(messages)]
+
+    def plan_answers(
+        self, before: Sequence[Message], answers: Sequence[Message]
+    ) -> list[PlannedTurn]:
+        """Return answers to the same messages, to be tokenised.
+
+        Raises:
+            DataError: when the template cannot carry the chat.
+        """
+        return [self._plan(turn) for turn in self.template.answers(before, answers)]
+
+    def _plan(self, turn: Turn) -> PlannedTurn:
+        units = [self.units(turn.prompt)]
+        for piece in turn.answer:
+            units.append(self.units(piece.text, units[-1]))
+        return PlannedTurn(turn, units)
+
+    def units(self, text: str, before: Sequence[str] = ()) -> list[str]:
+        """Cut a rendered text where the pieces are tokenised apart all the same.
+
+        A unit that begins with `BREAK` goes on in the middle of a text.
+
+        Args:
+            text: the rendered text.
+            before: units of what stands before it.
+        """
+        units = list(before[:-1])
+        for number, unbroken in enumerate("".join((*before[-1:], text)).split(BREAK)):
+            prefix = BREAK if number else ""
+            start = 0
+            for match in self._added.finditer(unbroken):
+                if match.start() > start and match.group() in self._borders:
+                    units.append(prefix + unbroken[start : match.start()])
+                    prefix = ""
+                    start = match.start()
+            units.append(prefix + unbroken[start:])
+        return [unit for unit in units if unit]
+
+    def encode_units(self, units: Sequence[str]) -> UnitIds:
+        """Tokenise units on all cores."""
+        texts = [
+            self._anchor + unit.removeprefix(BREAK) if unit.startswith(BREAK) else unit
+            for unit in units
+        ]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return {
+            unit: self._without_anchor(unit, encoding.ids)
+            if unit.startswith(BREAK)
+            else encoding.ids
+            for unit, encoding in zip(units, encodings, strict=True)
+        }
+
+    def _without_anchor(self, unit: str, ids: list[int]) -> list[int]:
+        if _starts_with(ids, self._anchor_ids):
+            return ids[len(self._anchor_ids) :]
+        return self._ids(unit.removeprefix(BREAK))
+
+    def chat_samples(self, chat: Sequence[PlannedTurn], unit_ids: UnitIds) -> list[MaskedIds]:
+        """Return a chat as samples; answers are together where a prompt goes on from the last."""
+        samples: list[MaskedIds] = []
+        for planned in chat:
+            prompt, answer = self.turn_ids(planned, unit_ids)
+            if samples and _starts_with(prompt, samples[-1].ids):
+                targets = samples.pop().targets
+            else:
+                targets = []
+            between = [False] * (len(prompt) - len(targets))
+            samples.append(MaskedIds(prompt + answer.ids, targets + between + answer.targets))
+        return samples
+
+    def turn_ids(self, planned: PlannedTurn, unit_ids: UnitIds) -> tuple[list[int], MaskedIds]:
+        """Return the ids of a turn's prompt, and its answer."""
+        pieces = planned.turn.answer
+        prompt, *prefixes = (_joined(units, unit_ids) for units in planned.units)
+        full = prefixes[-1]
+        if not _starts_with(full, prompt):  # a token would reach from the prompt into the answer
+            encoded = [self.encode([BREAK + piece.text])[0] for piece in pieces]
+            masks = [[p.target] * len(ids) for p, ids in zip(pieces, encoded, strict=True)]
+            return prompt, MaskedIds(list(chain(*encoded)), list(chain(*masks)))
+        borders = [_common_prefix(prefix, full) for prefix in prefixes[:-1]]
+        targets: list[bool] = []
+        for end, piece in zip([*borders, len(full)], pieces, strict=True):
+            targets += [piece.target] * (end - len(prompt) - len(targets))
+        return prompt, MaskedIds(full[len(prompt) :], targets)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that ask for the next answer.
@@ -129,10 +225,6 @@ class ChatCodec:
         """
         return self.encode([self.template.prompt(messages)])[0]
 
-    def unit_texts(self, messages: Sequence[Message]) -> list[str]:
-        """Return the texts that any tokenizer turns, one after the other, into a prompt's ids."""
-        return [u.removeprefix(BREAK) for u in self.units(self.template.prompt(messages))]
-
     def encode_answers(
         self, messages: Sequence[Message], answers: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
@@ -141,102 +233,22 @@ class ChatCodec:
         Raises:
             DataError: when the template refuses the chat.
         """
-        prompt = self.template.prompt(messages)
-        start, *whole = self.encode([prompt, *(prompt + answer for answer in answers)])
-        pairs = zip(whole, answers, strict=True)
-        return start, [self._rest(start, ids, answer) for ids, answer in pairs]
+        text = self.template.prompt(messages)
+        prompt, *answered = self.encode([text, *(text + answer for answer in answers)])
+        return prompt, [
+            ids[len(prompt) :] if _starts_with(ids, prompt) else self.encode([BREAK + answer])[0]
+            for ids, answer in zip(answered, answers, strict=True)
+        ]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise rendered texts on all cores, without adding anything."""
-        cut = [self.units(text) for text in texts]
-        ids = self.encode_units(list(dict.fromkeys(chain(*cut))))
-        return [_joined(units, ids) for units in cut]
+        units = [self.units(text) for text in texts]
+        unit_ids = self.encode_units(list(dict.fromkeys(chain(*units))))
+        return [_joined(of_text, unit_ids) for of_text in units]
 
-    def units(self, text: str, before: Sequence[str] = ()) -> list[str]:
-        """Cut a rendered text where its parts are tokenised apart all the same.
-
-        A unit that begins with `BREAK` goes on in the middle of a text.
-
-        Args:
-            text: what is rendered.
-            before: units of what stands before it.
-        """
-        units = list(before[:-1])
-        for number, part in enumerate("".join((*before[-1:], text)).split(BREAK)):
-            begun, done = BREAK if number else "", 0
-            for match in self._added.finditer(part):
-                if match.start() > done and match.group() in self._borders:
-                    units.append(begun + part[done : match.start()])
-                    begun, done = "", match.start()
-            units.append(begun + part[done:])
-        return [unit for unit in units if unit]
-
-    def encode_units(self, units: Sequence[str]) -> Units:
-        """Tokenise units on all cores."""
-        middle = [unit.startswith(BREAK) for unit in units]
-        texts = [
-            self._anchor + unit[1:] if inside else unit
-            for unit, inside in zip(units, middle, strict=True)
-        ]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        rows = zip(units, encodings, middle, strict=True)
-        return {u: self._without_anchor(u, e.ids) if inside else e.ids for u, e, inside in rows}
-
-    def _without_anchor(self, unit: str, ids: list[int]) -> list[int]:
-        begun = _begins(ids, self._skipped)
-        return ids[len(self._skipped) :] if begun else self._ids(unit.removeprefix(BREAK))
-
-    def chat(self, messages: Sequence[Message]) -> list[Planned]:
-        """Return the answers of a chat, to be tokenised.
-
-        Raises:
-            DataError: when the template cannot carry the chat.
-        """
-        return [self._planned(turn) for turn in self.template.turns(messages)]
-
-    def answers(self, before: Sequence[Message], answers: Sequence[Message]) -> list[Planned]:
-        """Return answers to the same messages, to be tokenised.
-
-        Raises:
-            DataError: when the template cannot carry the chat.
-        """
-        return [self._planned(turn) for turn in self.template.answers(before, answers)]
-
-    def _planned(self, turn: Turn) -> Planned:
-        cut = [self.units(turn.prompt)]
-        for piece in turn.answer:
-            cut.append(self.units(piece.text, cut[-1]))
-        return Planned(turn, cut)
-
-    def view(self, planned: Planned, ids: Units) -> tuple[list[int], View]:
-        """Return the ids of a turn's prompt, and its answer."""
-        answer = planned.turn.answer
-        start, *parts = (_joined(units, ids) for units in planned.units)
-        whole = parts[-1]
-        if not _begins(whole, start):  # a token would reach from the prompt into the answer
-            said = [self.encode([BREAK + piece.text])[0] for piece in answer]
-            marks = [[p.target] * len(part) for p, part in zip(answer, said, strict=True)]
-            return start, View(list(chain(*said)), list(chain(*marks)))
-        borders = [_same(part, whole) for part in parts[:-1]]
-        targets: list[bool] = []
-        for until, piece in zip([*borders, len(whole)], answer, strict=True):
-            targets += [piece.target] * (until - len(start) - len(targets))
-        return start, View(whole[len(start) :], targets)
-
-    def views(self, chat: Sequence[Planned], ids: Units) -> list[View]:
-        """Return a chat as samples; answers are together where a prompt goes on from the last."""
-        views: list[View] = []
-        for planned in chat:
-            start, answer = self.view(planned, ids)
-            before = views.pop() if views and _begins(start, views[-1].ids) else View([], [])
-            between = [False] * (len(start) - len(before.ids))
-            targets = before.targets + between + answer.targets
-            views.append(View(start + answer.ids, targets))
-        return views
-
-    def _rest(self, start: list[int], whole: list[int], text: str) -> list[int]:
-        """Return the ids of a text after a prompt, as long as no token reaches across."""
-        return whole[len(start) :] if _begins(whole, start) else self.encode([BREAK + text])[0]
+    def unit_texts(self, messages: Sequence[Message]) -> list[str]:
+        """Return the texts that any tokenizer turns, one after the other, into a prompt's ids."""
+        return [u.removeprefix(BREAK) for u in self.units(self.template.prompt(messages))]
 
     def _ids(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -251,25 +263,28 @@ class ChatCodec:
                 return anchor, ids
         return "", []
 
-    def _goes_on(self, anchor: str, ids: list[int], text: str) -> bool:
-        def decoded(some: list[int]) -> str:
-            return str(self._backend.decode(some, skip_special_tokens=False))
+    def _goes_on(self, anchor: str, anchor_ids: list[int], text: str) -> bool:
+        ids = self._ids(anchor + text)
+        return (
+            _starts_with(ids, anchor_ids) and self._decoded(ids) == self._decoded(anchor_ids) + text
+        )
 
-        whole = self._ids(anchor + text)
-        return _begins(whole, ids) and decoded(whole) == decoded(ids) + text
-
-
-def _joined(units: Sequence[str], ids: Units) -> list[int]:
-    return [token for unit in units for token in ids[unit]]
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=False))
 
 
-def _begins(ids: list[int], start: list[int]) -> bool:
+def _joined(units: Sequence[str], unit_ids: UnitIds) -> list[int]:
+    return [token for unit in units for token in unit_ids[unit]]
+
+
+def _starts_with(ids: list[int], start: list[int]) -> bool:
     return ids[: len(start)] == start
 
 
-def _same(one: list[int], other: list[int]) -> int:
+def _common_prefix(left: list[int], right: list[int]) -> int:
     """Return with how many equal ids two lists begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def install_template(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -329,17 +344,18 @@ class ChatTemplate:
         self.source: str = _single(tokenizer.chat_template)
         self.native = self.source == CHAT_TEMPLATE
         self.marked = has_generation_marks(self.source)
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._variables: dict[str, object] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
         probe = self._probe()
         self._after = probe.partition(ANSWER)[2] if ANSWER in probe else None
         self.control = _control_texts(tokenizer, self.source + probe)
         self.turn_texts = _turn_texts(tokenizer, probe)
-        named = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)"
-        self._control, self._overlapping = re.compile(named), re.compile(f"(?={named})")
+        pattern = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)"
+        self._control = re.compile(pattern)
+        self._overlapping = re.compile(f"(?={pattern})")
         added = tokenizer.added_tokens_decoder.values()
-        read = any(token.normalized and token.content in self.control for token in added)
-        self._normalizer = tokenizer.backend_tokenizer.normalizer if read else None
+        normalized = any(token.normalized and token.content in self.control for token in added)
+        self._normalizer = tokenizer.backend_tokenizer.normalizer if normalized else None
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text that asks for the next answer.
@@ -380,49 +396,48 @@ class ChatTemplate:
         if after is not None and text.startswith(prompt) and text.endswith(after):
             body = text[len(prompt) : len(text) - len(after)]
             if answer.content.strip() in body or _squeeze(answer.content) in _squeeze(body):
-                said = body + self._end(after)
-                return self._targets(said, len(prompt), text, spans)
+                return self._pieces(body + self._end(after), len(prompt), spans)
         return [Piece(self._rewritten(before, answer, prompt, text), True)]
 
     def _rewritten(self, before: Sequence[Message], answer: Message, prompt: str, text: str) -> str:
-        """Return what is to be said where the template shows the answer otherwise than the prompt.
+        """Return the answer's text where the template shows it otherwise than the prompt does.
 
         The answer is rendered a second time as `ANSWER`, to see what stands around it.
         """
         probe = self._render([*before, Message("assistant", ANSWER)], ask=False)[0]
-        head, found, after = probe.partition(ANSWER)
-        if not found:
+        head, separator, after = probe.partition(ANSWER)
+        if not separator:
             raise _no_targets()
         shown = text[len(head) : len(text) - len(after)]
-        whole = _squeeze(shown) == _squeeze(answer.content) and text == head + shown + after
-        said = shown if whole else answer.content.strip()
+        complete = _squeeze(shown) == _squeeze(answer.content) and text == head + shown + after
+        content = shown if complete else answer.content.strip()
         opened, between = _joint(prompt, head)
-        if "</think>" in between and "</think>" in said:
+        if "</think>" in between and "</think>" in content:
             between = ""
-        return between + _within(opened, said) + self._end(after)
+        return between + _within(opened, content) + self._end(after)
 
     def _end(self, after: str) -> str:
         """Return the end of a turn, which is what follows an answer up to its end token."""
-        before, found, _ = after.partition(self.turn_end) if self.turn_end else (after, "", "")
-        return before + found if found else self.turn_end
+        if not self.turn_end or self.turn_end not in after:
+            return self.turn_end
+        return after.partition(self.turn_end)[0] + self.turn_end
 
-    def _targets(
-        self, said: str, start: int, text: str, spans: Sequence[tuple[int, int]]
-    ) -> list[Piece]:
+    def _pieces(self, answer: str, start: int, spans: Sequence[tuple[int, int]]) -> list[Piece]:
         """Cut an answer where the template's ``{% generation %}`` marks begin and end."""
         if not self.marked:
-            return [Piece(said, True)]
-        clipped = [(max(a - start, 0), min(b - start, len(said))) for a, b in spans]
+            return [Piece(answer, True)]
+        clipped = [(max(a - start, 0), min(b - start, len(answer))) for a, b in spans]
         clipped = [(a, b) for a, b in clipped if a < b]
         if not clipped:
             raise _no_targets()
-        if not said[: clipped[0][0]].strip():  # the space before an answer is learnt, too
+        if not answer[: clipped[0][0]].strip():  # the space before an answer is learnt, too
             clipped[0] = (0, clipped[0][1])
-        if said[clipped[-1][1] :].strip() in ("", self.turn_end):  # and so is the end of a turn
-            clipped[-1] = (clipped[-1][0], len(said))
-        pieces, done = [], 0
+        if answer[clipped[-1][1] :].strip() in ("", self.turn_end):  # and so is the end of a turn
+            clipped[-1] = (clipped[-1][0], len(answer))
+        pieces = []
+        done = 0
         for a, b in clipped:
-            pieces += [Piece(said[done:a], False), Piece(said[a:b], True)]
+            pieces += [Piece(answer[done:a], False), Piece(answer[a:b], True)]
             done = b
         return [piece for piece in pieces if piece.text]
 
@@ -445,15 +460,15 @@ class ChatTemplate:
         if message.role == "assistant":
             return text
         if self._control.search(text):
-            places = [match.start() + 1 for match in self._overlapping.finditer(text)]
-            borders = zip([0, *places], [*places, len(text)], strict=True)
+            cuts = [match.start() + 1 for match in self._overlapping.finditer(text)]
+            borders = zip([0, *cuts], [*cuts, len(text)], strict=True)
             text = BREAK.join(text[start:end] for start, end in borders)
         elif self._normalizer is None:
             return text
-        parts = text.split(BREAK)
+        pieces = text.split(BREAK)
         if self._normalizer is not None:
-            parts = [self._normalizer.normalize_str(part) for part in parts]
-        if hidden := next(filter(None, map(self._control.search, parts)), None):
+            pieces = [self._normalizer.normalize_str(piece) for piece in pieces]
+        if hidden := next(filter(None, map(self._control.search, pieces)), None):
             raise DataError(
                 f"the {message.role} message holds {hidden.group()!r}, which the tokenizer cannot "
                 "read as text",
@@ -478,7 +493,7 @@ class ChatTemplate:
         self, chat: list[dict[str, str]], ask: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            rendered: Any = render_jinja_template(
+            rendered: object = render_jinja_template(  # declared as a string
                 conversations=[chat],
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.marked and not ask,
@@ -494,7 +509,7 @@ class ChatTemplate:
             raise DataError(
                 f"the chat template refuses the chat: {error}", remedy=REMEDY, reason="template"
             ) from error
-        texts, spans = rendered
+        texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
         return texts[0], list(spans[0]) if spans else []
 
     def _probe(self) -> str:
@@ -521,12 +536,12 @@ def _single(template: object) -> str:
 
 
 def _control_texts(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
-    named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
+    control = set(getattr(tokenizer, "chat_control_tokens", None) or ())
     return [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if token.content.strip()
-        and (token.special or token.content in named or token.content in template)
+        and (token.special or token.content in control or token.content in template)
     ]
 
 
@@ -548,7 +563,7 @@ def _no_targets() -> DataError:
 
 
 def _joint(prompt: str, head: str) -> tuple[str, str]:
-    """Return what the prompt says beyond `head`, and what is still missing before the answer.
+    """Return what the prompt writes beyond `head`, and what is still missing before the answer.
 
     Args:
         prompt: what inference sends.
@@ -570,22 +585,22 @@ def _joint(prompt: str, head: str) -> tuple[str, str]:
     )
 
 
-def _same_end(one: str, other: str) -> bool:
-    return len(other) >= SAME_END and one.endswith(other[-SAME_END:])
+def _same_end(left: str, right: str) -> bool:
+    return len(right) >= SAME_END and left.endswith(right[-SAME_END:])
 
 
-def _within(opened: str, said: str) -> str:
-    """Return an answer as it goes on from what the prompt has already said of it.
+def _within(opened: str, answer: str) -> str:
+    """Return an answer as it goes on from what the prompt has already written of it.
 
     A block that the prompt opens, such as ``<think>``, and the answer lacks is closed at once.
     """
     begun = opened.strip()
-    if begun and said.lstrip().startswith(begun):
-        return said.lstrip()[len(begun) :].removeprefix(opened[len(opened.rstrip()) :])
+    if begun and answer.lstrip().startswith(begun):
+        return answer.lstrip()[len(begun) :].removeprefix(opened[len(opened.rstrip()) :])
     closing = begun.replace("<", "</", 1)
-    if begun.startswith("<") and begun.endswith(">") and closing not in said:
-        return f"\n{closing}\n\n{said}"
-    return said
+    if begun.startswith("<") and begun.endswith(">") and closing not in answer:
+        return f"\n{closing}\n\n{answer}"
+    return answer
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -602,8 +617,9 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
         except (TemplateError, ValueError, TypeError):
             return None
         _, answer, tail = text.partition(PROBE_ANSWER)
-        if answer and (found := _first_token(tail.partition(PROBE_QUESTION)[0], tokenizer)):
-            return found
+        token = _first_token(tail.partition(PROBE_QUESTION)[0], tokenizer) if answer else None
+        if token:
+            return token
     return None
 
 
@@ -613,24 +629,24 @@ def _first_token(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
     special = {token.content for token in added if token.special} | {tokenizer.eos_token}
     others = {token.content for token in added if token.content.strip()}
     for names in (special, others):
-        places = [(text.find(name), -len(name), name) for name in names if name and name in text]
-        if places:
-            return min(places)[2]
+        matches = [(text.find(name), -len(name), name) for name in names if name and name in text]
+        if matches:
+            return min(matches)[2]
     return None
 
 
 def end_tokens(
-    tokenizer: PreTrainedTokenizerFast, own: int | Iterable[int] | None = None
+    tokenizer: PreTrainedTokenizerFast, eos_token_id: int | Iterable[int] | None = None
 ) -> list[int]:
     """Return the ids that end a reply, in ascending order.
 
     Args:
-        tokenizer: the model's own.
-        own: `eos_token_id` of the model's generation config.
+        tokenizer: of the model.
+        eos_token_id: of the model's generation config.
     """
     backend = tokenizer.backend_tokenizer
     names = filter(None, (tokenizer.eos_token, turn_end(tokenizer), TURN_END, END_OF_TEXT))
     ends = [backend.token_to_id(str(name)) for name in names]
-    given = [own] if isinstance(own, int) else own or []
-    ends += [token for token in given if token >= 0 and backend.id_to_token(token)]
+    configured = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    ends += [token for token in configured if token >= 0 and backend.id_to_token(token)]
     return sorted({token for token in ends if token is not None})

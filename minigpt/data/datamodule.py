@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from itertools import islice
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,24 +22,26 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.formats import Kind, Prompt, load_prompts
-from minigpt.data.order import PackedOrder, Part, histogram
+from minigpt.data.order import FileShare, PackedOrder, histogram
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids, id_count
 from minigpt.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Files = str | list[str] | dict[str, float] | None
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
-WINDOW = 1 << 16  # samples whose lengths are looked at together
+LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
 
 
-class Selection:
+class StoreSubset:
     """Some samples of a store, numbered from 0; all of them when `index` is None."""
 
     def __init__(self, store: TokenStore, index: NDArray[np.int64] | None = None) -> None:
-        self.store, self.index = store, index
+        self.store = store
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.store) if self.index is None else len(self.index)
@@ -49,24 +52,18 @@ class Selection:
 
     def statistics(self) -> dict[str, Any]:
         """Return what the store holds, and how many of the samples have how many tokens."""
-        starts = range(0, len(self), WINDOW)
-        parts = (self.lengths(np.arange(a, min(a + WINDOW, len(self)))) for a in starts)
-        known = {"file": str(self.store.source), "samples": len(self)}
-        return {**self.store.meta, **known, "lengths": histogram(parts)}
+        starts = range(0, len(self), LENGTHS_AT_A_TIME)
+        blocks = (np.arange(a, min(a + LENGTHS_AT_A_TIME, len(self))) for a in starts)
+        return {
+            **self.store.meta,
+            "file": str(self.store.source),
+            "samples": len(self),
+            "lengths": histogram(self.lengths(block) for block in blocks),
+        }
 
     def sample(self, number: int) -> Sample:
         """Read one sample."""
-        row = self.store.samples[number if self.index is None else self.index[number]]
-        prompt, first, second = int(row["prompt"]), int(row["first"]), int(row["second"])
-        start = int(row["start"])
-        end = start + prompt + first + second
-        targets = self.store.targets
-        return Sample(
-            self.store.tokens[start:end],
-            *(prompt, first, second),
-            None if targets is None else targets[start:end],
-            (str(self.store.source), int(row["line"])),
-        )
+        return self.store.sample(number if self.index is None else int(self.index[number]))
 
 
 class PackedDataset(IterableDataset[PackedBatch]):
@@ -74,71 +71,77 @@ class PackedDataset(IterableDataset[PackedBatch]):
 
     Args:
         order: the micro-batches of all processes.
-        selections: where samples are read.
+        subsets: where samples are read.
         epoch, start: the first micro-batch to read, counted over all processes.
-        rank, world: this process and how many there are. Micro-batch j goes to rank
-            j % world; where an epoch does not divide, the last ones learn nothing.
+        rank, world_size: this process and how many there are. Micro-batch j goes to rank
+            j % world_size; where an epoch does not divide, the last ones learn nothing.
     """
 
     def __init__(
         self,
         order: PackedOrder,
-        selections: Sequence[Selection],
+        subsets: Sequence[StoreSubset],
         epoch: int,
         start: int,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
-        self.order, self.selections = order, selections
-        self.epoch, self.start, self.rank, self.world = epoch, start, rank, world
+        self.order = order
+        self.subsets = subsets
+        self.epoch = epoch
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
-        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        for number, (members, filler, after) in enumerate(self._rounds()):
-            if number % workers == mine:
-                samples = [self.selections[part].sample(index) for part, index in members]
-                batch = collate(samples, resume_at=after)
-                yield batch.without_targets() if filler else batch
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        for number, (members, is_filler, resume_at) in enumerate(self._local_bins()):
+            if number % workers == worker_id:
+                samples = [self.subsets[file].sample(index) for file, index in members]
+                batch = collate(samples, resume_at)
+                yield batch.without_targets() if is_filler else batch
 
-    def _rounds(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
+    def _local_bins(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
         """Yield this process's bins, whether they only fill up, and what comes after them."""
-        round_: list[list[tuple[int, int]]] = []
+        group: list[list[tuple[int, int]]] = []  # one bin for each process
         done = self.start
-        bins = (b for j, b in enumerate(self.order.batches(self.epoch)) if j >= self.start)
-        ahead = next(bins, None)
-        while ahead is not None:
-            round_.append(ahead)
-            ahead = next(bins, None)
-            if len(round_) == self.world or ahead is None:
-                done += len(round_)
-                filler = self.rank >= len(round_)
-                after = (self.epoch, done) if ahead is not None else (self.epoch + 1, 0)
-                yield round_[0 if filler else self.rank], filler, after
-                round_ = []
+        bins = islice(self.order.batches(self.epoch), self.start, None)
+        following = next(bins, None)
+        while following is not None:
+            group.append(following)
+            following = next(bins, None)
+            if len(group) == self.world_size or following is None:
+                done += len(group)
+                is_filler = self.rank >= len(group)
+                resume_at = (self.epoch, done) if following is not None else (self.epoch + 1, 0)
+                yield group[0 if is_filler else self.rank], is_filler, resume_at
+                group = []
 
 
-class PackedLoader:
-    """Iterable of one epoch's batches that starts where the DataModule stands."""
+class PackedDataLoader:
+    """Iterable of one epoch's batches that starts at the DataModule's position."""
 
     def __init__(self, module: JSONLDataModule, training: bool) -> None:
-        self.module, self.training = module, training
+        self.module = module
+        self.training = training
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        m = self.module
-        epoch, start = m.position if self.training else (0, 0)
-        order, selections = (
-            (m.order, m.train_parts) if self.training else (m.val_order, m.val_parts)
-        )
+        module = self.module
+        if self.training:
+            order, subsets = module.order, module.train_subsets
+            epoch, start = module.position
+        else:
+            order, subsets = module.val_order, module.val_subsets
+            epoch, start = 0, 0
         assert order is not None
-        dataset = PackedDataset(order, selections, epoch, start, *m.place)
         yield from DataLoader(
-            dataset,
+            PackedDataset(order, subsets, epoch, start, module.rank, module.world_size),
             batch_size=None,
-            num_workers=m.readers,
-            pin_memory=m.beside_gpu,
-            generator=torch.Generator(),  # its own, so that reading never changes the dropout
-            worker_init_fn=leave_signals if m.readers else None,
+            num_workers=module.worker_count,
+            pin_memory=module.on_gpu,
+            generator=torch.Generator(),  # not the default one, so that dropout stays the same
+            worker_init_fn=ignore_signals if module.worker_count else None,
         )
 
 
@@ -184,22 +187,28 @@ class JSONLDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.val, self.val_share = train, val, val_share
-        self.exam, self.predict = exam or [], predict
+        self.train = train
+        self.val = val
+        self.val_share = val_share
+        self.exam = exam or []
+        self.predict = predict
         self.limits = Limits(max_length, max_prompt_length, data_limit, on_bad_row, max_bad_share)
-        self.tokens_per_batch, self.seed = tokens_per_batch, seed
-        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.tokens_per_batch = tokens_per_batch
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = cache_dir
         self.position = (0, 0)  # (epoch, micro-batches of all processes) done so far
-        self.place = (0, 1)  # (rank, world size)
-        self.beside_gpu = False
+        self.rank = 0
+        self.world_size = 1
+        self.on_gpu = False
         self.order: PackedOrder | None = None
         self.val_order: PackedOrder | None = None
-        self.train_parts: list[Selection] = []
-        self.val_parts: list[Selection] = []
+        self.train_subsets: list[StoreSubset] = []
+        self.val_subsets: list[StoreSubset] = []
         self._check()
 
     def _check(self) -> None:
-        room = self.tokens_per_batch
+        budget = self.tokens_per_batch
         longest = self.limits.max_length * (2 if self.kind == "preference" else 1)
         if bad := [path for path, weight in _weights(self.train).items() if weight <= 0]:
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
@@ -216,9 +225,9 @@ class JSONLDataModule(LightningDataModule):
                 "data.val_share and data.max_bad_share are shares, 0 to 1, but are "
                 f"{self.val_share} and {self.limits.max_bad_share}."
             )
-        if room < longest:
+        if budget < longest:
             raise ConfigError(
-                f"data.tokens_per_batch is {room}, but one sample may have {longest} tokens. "
+                f"data.tokens_per_batch is {budget}, but one sample may have {longest} tokens. "
                 f"Set it to at least {longest}, or lower max_length."
             )
 
@@ -230,9 +239,9 @@ class JSONLDataModule(LightningDataModule):
         return module.tokenizer  # type: ignore[no-any-return]
 
     @property
-    def readers(self) -> int:
+    def worker_count(self) -> int:
         """How many processes read ahead."""
-        return (2 if self.beside_gpu else 0) if self.num_workers is None else self.num_workers
+        return (2 if self.on_gpu else 0) if self.num_workers is None else self.num_workers
 
     def prepare_data(self) -> None:
         """Build the token stores, in one process only.
@@ -250,53 +259,49 @@ class JSONLDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""
         assert self.trainer is not None
-        self.place = (self.trainer.global_rank, self.trainer.world_size)
-        self.beside_gpu = self.trainer.strategy.root_device.type == "cuda"
+        self.rank = self.trainer.global_rank
+        self.world_size = self.trainer.world_size
+        self.on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if stage in ("fit", "validate", "test") and self.order is None and self.val_order is None:
             self._setup_train()
 
     def _setup_train(self) -> None:
         weights = _weights(self.train)
-        stores = {path: Selection(self._open(path)) for path in weights}
-        val = _weights(self.val)
-        if val:
-            self.val_parts = [Selection(self._open(path)) for path in val]
+        self.train_subsets = [StoreSubset(self._open(path)) for path in weights]
+        if self.val:
+            self.val_subsets = [StoreSubset(self._open(path)) for path in _weights(self.val)]
         elif self.val_share:
-            halves = [_split(s.store, self.val_share) for s in stores.values()]
-            stores = dict(zip(stores, (rest for rest, _ in halves), strict=True))
-            self.val_parts = [held for _, held in halves]
-        self.train_parts = list(stores.values())
-        counts = zip(self.train_parts, weights.values(), strict=True)
-        parts = [Part(len(s), round(weight * len(s))) for s, weight in counts]
-        for path, part, weight in zip(weights, parts, weights.values(), strict=True):
-            if not part.count:
-                raise ConfigError(
-                    f"data.train: a weight of {weight:g} leaves none of the {part.size} samples of "
-                    f"{path}. Raise it, or leave the file out."
-                )
-        if parts:
-            self.order = self._ordered(self.train_parts, parts, self.seed, *self._epoch())
-        if self.val_parts:
-            held = [Part(len(s), len(s)) for s in self.val_parts]
-            self.val_order = self._ordered(self.val_parts, held, None)
+            splits = [_split(subset.store, self.val_share) for subset in self.train_subsets]
+            self.train_subsets = [train for train, _ in splits]
+            self.val_subsets = [held_out for _, held_out in splits]
+        shares = [
+            _share(path, len(subset), weight)
+            for subset, (path, weight) in zip(self.train_subsets, weights.items(), strict=True)
+        ]
+        if shares:
+            self.order = self._ordered(self.train_subsets, shares, self.seed, *self._epoch())
+        if self.val_subsets:
+            held_out = [FileShare(len(subset), len(subset)) for subset in self.val_subsets]
+            self.val_order = self._ordered(self.val_subsets, held_out, None)
 
     def _epoch(self) -> tuple[int | None, bool]:
         """Return how many micro-batches an epoch has, if not all, and whether all are the same."""
-        trainer: Any = self.trainer
-        limit, (_, world) = trainer.limit_train_batches, self.place
-        bounded = isinstance(limit, int) and limit > 0
-        return (limit * world if bounded else None), trainer.overfit_batches > 0
+        trainer = self.trainer
+        assert trainer is not None
+        limit = trainer.limit_train_batches
+        batches = limit * self.world_size if isinstance(limit, int) and limit > 0 else None
+        return batches, trainer.overfit_batches > 0  # type: ignore[attr-defined]
 
     def _ordered(
         self,
-        selections: list[Selection],
-        parts: list[Part],
+        subsets: list[StoreSubset],
+        shares: list[FileShare],
         seed: int | None,
         limit: int | None = None,
         repeat: bool = False,
     ) -> PackedOrder:
-        lengths = [selection.lengths for selection in selections]
-        return PackedOrder(lengths, parts, self.tokens_per_batch, seed, limit=limit, repeat=repeat)
+        lengths = [subset.lengths for subset in subsets]
+        return PackedOrder(lengths, shares, self.tokens_per_batch, seed, limit=limit, repeat=repeat)
 
     def _files(self) -> list[str]:
         return [*_weights(self.train), *_weights(self.val)]
@@ -305,19 +310,19 @@ class JSONLDataModule(LightningDataModule):
         return open_store(path, self.kind, self.tokenizer, self.limits, self.cache_dir)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what the training and the held-out part of each file hold."""
-        parts = {"train": self.train_parts, "val": self.val_parts}
+        """Return what the training and the held-out samples of each file are."""
         return {
-            split: [selection.statistics() for selection in some] for split, some in parts.items()
+            "train": [subset.statistics() for subset in self.train_subsets],
+            "val": [subset.statistics() for subset in self.val_subsets],
         }
 
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:
         """Return the optimizer steps of some epochs: each epoch ends with a step."""
         assert self.order is not None
-        _, world = self.place
-        return sum(-(-self.order.count(e) // (world * accumulate)) for e in range(epochs))
+        micro_batches = self.world_size * accumulate  # of a step
+        return sum(-(-self.order.count(epoch) // micro_batches) for epoch in range(epochs))
 
-    def train_dataloader(self) -> PackedLoader:
+    def train_dataloader(self) -> PackedDataLoader:
         """Training batches.
 
         Raises:
@@ -325,18 +330,18 @@ class JSONLDataModule(LightningDataModule):
         """
         if self.order is None:
             raise ConfigError("No training data: set data.init_args.train to a JSONL file.")
-        return PackedLoader(self, training=True)
+        return PackedDataLoader(self, training=True)
 
-    def val_dataloader(self) -> PackedLoader | list[Any]:
+    def val_dataloader(self) -> PackedDataLoader | list[PackedBatch]:
         """Held-out batches, in the files' own order."""
-        return PackedLoader(self, training=False) if self.val_order else []
+        return PackedDataLoader(self, training=False) if self.val_order else []
 
-    def test_dataloader(self) -> DataLoader[list[Any]] | PackedLoader:
+    def test_dataloader(self) -> DataLoader[list[Any]] | PackedDataLoader:
         """The exam's items, which the module reads; without an exam, the held-out batches."""
         if not self.exam:
             if self.val_order is None:
                 raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
-            return PackedLoader(self, training=False)
+            return PackedDataLoader(self, training=False)
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         return self._deal([item for path in self.exam for item in module.load_exam(path)])
@@ -354,24 +359,27 @@ class JSONLDataModule(LightningDataModule):
             )
         return self._deal(load_prompts(self.predict))
 
-    def _deal(self, items: list[Any]) -> DataLoader[list[Any]]:
+    def _deal(self, items: list[T]) -> DataLoader[list[T]]:
         """Give each process its share of the items, a batch at a time."""
-        rank, world = self.place
-        return DataLoader(items[rank::world], batch_size=ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
+        local_items = items[self.rank :: self.world_size]
+        return DataLoader(local_items, batch_size=ITEMS_AT_A_TIME, collate_fn=list)  # type: ignore[arg-type]
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: object, device: torch.device, dataloader_idx: int
+    ) -> object:
         """Move packed batches, to a GPU while it computes; exam items and prompts stay."""
-        packed = isinstance(batch, PackedBatch)
-        return batch.to(device, non_blocking=self.beside_gpu) if packed else batch
+        if isinstance(batch, PackedBatch):
+            return batch.to(device, non_blocking=self.on_gpu)
+        return batch
 
     def stores(self) -> list[TokenStore]:
         """Return the stores of all training and held-out files, each once."""
-        parts = [*self.train_parts, *self.val_parts]
-        return list({(p.store.path, p.store.source): p.store for p in parts}.values())
+        stores = [subset.store for subset in (*self.train_subsets, *self.val_subsets)]
+        return list({(store.path, store.source): store for store in stores}.values())
 
     def fingerprint(self) -> str:
         """Return a digest of the training files' contents, limits and weights."""
-        stores = [(s.store.path.name.rsplit("-", 1)[-1], len(s)) for s in self.train_parts]
+        stores = [(s.store.path.name.rsplit("-", 1)[-1], len(s)) for s in self.train_subsets]
         text = json.dumps([stores, list(_weights(self.train).values())])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -401,27 +409,41 @@ def check_embedded(store: TokenStore, tokenizer: PreTrainedTokenizerFast, rows: 
     """Refuse, with a DataError, a store with an id that a model of so many rows cannot embed."""
     if id_count(tokenizer) <= rows:
         return
-    for first in range(0, len(store.tokens), TOKENS_AT_A_TIME):
-        part = store.tokens[first : first + TOKENS_AT_A_TIME]
-        if (beyond := np.flatnonzero(part >= rows)).size:
-            at = np.searchsorted(store.samples["start"], first + beyond[0], side="right") - 1
-            line = int(store.samples["line"][at])
+    for start in range(0, len(store.tokens), TOKENS_AT_A_TIME):
+        ids = store.tokens[start : start + TOKENS_AT_A_TIME]
+        if (beyond := np.flatnonzero(ids >= rows)).size:
+            position = start + beyond[0]
+            sample = np.searchsorted(store.samples["start"], position, side="right") - 1
+            line = int(store.samples["line"][sample])
             try:
-                check_ids(tokenizer, [int(part[beyond[0]])], rows)
+                check_ids(tokenizer, [int(store.tokens[position])], rows)
             except DataError as error:
                 raise error.at(store.source, line) from None
 
 
-def _split(store: TokenStore, share: float) -> tuple[Selection, Selection]:
+def _share(path: str, samples: int, weight: float) -> FileShare:
+    """Return how many of a file's samples an epoch holds."""
+    count = round(weight * samples)
+    if not count:
+        raise ConfigError(
+            f"data.train: a weight of {weight:g} leaves none of the {samples} samples of {path}. "
+            "Raise it, or leave the file out."
+        )
+    return FileShare(samples, count)
+
+
+def _split(store: TokenStore, share: float) -> tuple[StoreSubset, StoreSubset]:
     """Split a store's samples by row into (rest, held out), which is spread evenly."""
     line = np.asarray(store.samples["line"])
-    held = np.floor(line * share) > np.floor((line - 1) * share)
-    if held.all() or not held.any():
+    held_out = np.floor(line * share) > np.floor((line - 1) * share)
+    if held_out.all() or not held_out.any():
         raise ConfigError(
             f"{store.source} has too few rows to hold out a share of {share}. "
             "Give data.init_args.val, or set val_share to 0."
         )
-    return Selection(store, np.flatnonzero(~held)), Selection(store, np.flatnonzero(held))
+    return StoreSubset(store, np.flatnonzero(~held_out)), StoreSubset(
+        store, np.flatnonzero(held_out)
+    )
 
 
 class PretrainDataModule(JSONLDataModule):
@@ -442,17 +464,17 @@ class DPODataModule(JSONLDataModule):
     kind: ClassVar[Kind] = "preference"
 
 
-def leave_signals(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Leave it to the main process to stop: it still needs this worker for the current step."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # only there a process learns who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=end_when_told, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=end_at_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
-def end_when_told(main: int) -> None:
+def end_at_sigterm_of(main_process: int) -> None:
     """End at a SIGTERM of the main process; others send it to the whole group."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main_process:
         pass
     os._exit(0)

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from minigpt.errors import DataError
 
-ROUNDS = 4
-GRAIN = 16  # lengths this close count as equal, so that chance decides which ones meet
+FEISTEL_ROUNDS = 4
+LENGTH_STEP = 16  # lengths this close count as equal, so that the seed decides which ones meet
 
 
 @dataclass(frozen=True)
-class Part:
+class FileShare:
     """One file's share in an epoch: `count` of its `size` samples (more than once if larger)."""
 
     size: int
@@ -36,15 +36,15 @@ class Part:
 class PackedOrder:
     """The micro-batches of each epoch, as arrays of sample numbers.
 
-    Samples are numbered through all parts. Each epoch draws its samples by a permutation,
-    takes them window by window, and packs every window.
+    Samples are numbered through all files. Each epoch draws its samples by a permutation, and
+    packs them buffer by buffer.
 
     Args:
-        lengths: for each part, a function from sample numbers [K] to their lengths [K].
-        parts: how much of each array an epoch takes.
+        lengths: for each file, a function from sample numbers [K] to their lengths [K].
+        shares: how much of each file an epoch takes.
         budget: tokens of a micro-batch.
         seed: decides the order; None keeps the files' own order (for validation).
-        window: samples packed together.
+        buffer: samples that are drawn and packed together.
         limit: micro-batches of an epoch, if not all.
         repeat: whether each epoch is like the first one.
     """
@@ -52,71 +52,78 @@ class PackedOrder:
     def __init__(
         self,
         lengths: Sequence[Callable[[NDArray[np.int64]], NDArray[np.int64]]],
-        parts: Sequence[Part],
+        shares: Sequence[FileShare],
         budget: int,
         seed: int | None,
-        window: int = 8192,
+        buffer: int = 8192,
         limit: int | None = None,
         repeat: bool = False,
     ) -> None:
-        self.lengths, self.parts = lengths, parts
-        self.budget, self.seed, self.window = budget, seed, window
-        self.limit, self.repeat = limit, repeat
-        self.starts = np.cumsum([0, *(part.count for part in parts)])
+        self.lengths = lengths
+        self.shares = shares
+        self.budget = budget
+        self.seed = seed
+        self.buffer = buffer
+        self.limit = limit
+        self.repeat = repeat
+        self.starts = np.cumsum([0, *(share.count for share in shares)])
 
     def batches(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield an epoch's micro-batches as lists of (part, sample in that part)."""
+        """Yield an epoch's micro-batches as lists of (file, sample in that file)."""
         return islice(self._packed(0 if self.repeat else epoch), self.limit)
 
     def _packed(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
         total = int(self.starts[-1])
-        for start in range(0, total, self.window):
-            drawn = np.arange(start, min(start + self.window, total), dtype=np.int64)
+        for start in range(0, total, self.buffer):
+            drawn = np.arange(start, min(start + self.buffer, total), dtype=np.int64)
             if self.seed is not None:
                 drawn = shuffle(drawn, total, self._seed(epoch, 0))
-            part, sample = self._locate(drawn, epoch)
+            file, sample = self._locate(drawn, epoch)
             lengths = np.empty(len(drawn), np.int64)
             for number, lengths_of in enumerate(self.lengths):
-                lengths[part == number] = lengths_of(sample[part == number])
+                lengths[file == number] = lengths_of(sample[file == number])
             rng = np.random.default_rng([self.seed or 0, epoch, start])
             for members in pack(lengths, self.budget, rng):
-                yield [(int(part[i]), int(sample[i])) for i in members]
+                yield [(int(file[i]), int(sample[i])) for i in members]
 
     def count(self, epoch: int = 0) -> int:
         """Return how many micro-batches an epoch has."""
         return sum(1 for _ in self.batches(epoch))
 
-    def _seed(self, epoch: int, part: int) -> int:
-        words = np.random.SeedSequence([self.seed or 0, epoch, part]).generate_state(1)
+    def _seed(self, epoch: int, stream: int) -> int:
+        words = np.random.SeedSequence([self.seed or 0, epoch, stream]).generate_state(1)
         return int(words[0])
 
     def _locate(
         self, drawn: NDArray[np.int64], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        part = np.searchsorted(self.starts, drawn, side="right") - 1
-        inside = drawn - self.starts[part]
-        for number, share in enumerate(self.parts):
-            mine = part == number
-            if share.count == share.size or not mine.any():
+        """Return the file of each drawn number, and the sample in that file."""
+        file = np.searchsorted(self.starts, drawn, side="right") - 1
+        sample = drawn - self.starts[file]
+        for number, share in enumerate(self.shares):
+            of_file = file == number
+            if share.count == share.size or not of_file.any():
                 continue
             # A partial draw takes another stretch of one long permutation in each epoch.
-            place = inside[mine] + epoch * share.count
-            turn, place = place // share.size, place % share.size
-            for t in np.unique(turn).tolist():
-                place[turn == t] = shuffle(place[turn == t], share.size, self._seed(t, number + 1))
-            inside[mine] = place
-        return part, inside
+            index = sample[of_file] + epoch * share.count
+            permutation = index // share.size
+            index = index % share.size
+            for n in np.unique(permutation).tolist():
+                inside = permutation == n
+                index[inside] = shuffle(index[inside], share.size, self._seed(n, number + 1))
+            sample[of_file] = index
+        return file, sample
 
 
 def shuffle(index: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Map indices below `size` to their places in a pseudo-random permutation.
+    """Map indices below `size` to their positions in a pseudo-random permutation.
 
     A Feistel network on the next power of four with cycle walking (Black and Rogaway 2002):
-    any part of the permutation is computed without holding the rest.
+    any stretch of the permutation is computed without holding the rest.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64)
+    keys = np.random.SeedSequence(seed).generate_state(FEISTEL_ROUNDS, np.uint64)
 
     def network(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> np.uint64(half), x & mask
@@ -154,7 +161,7 @@ def pack(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> l
             reason="oversize",
         )
     order = rng.permutation(len(lengths))
-    order = order[np.argsort(-(lengths[order] // GRAIN), kind="stable")]
+    order = order[np.argsort(-(lengths[order] // LENGTH_STEP), kind="stable")]
     bins: list[list[int]] = [[] for _ in range(-(-int(lengths.sum()) // budget))]
     emptiest = [(0, index) for index in range(len(bins))]
     for sample in order.tolist():
@@ -179,12 +186,12 @@ def histogram(lengths: Iterable[NDArray[np.int64]]) -> list[tuple[str, int]]:
     """Return how many samples have how many tokens: (range, count), ranges by half powers of 2.
 
     Args:
-        lengths: of the samples, in as many arrays as it takes to hold only some of them.
+        lengths: of the samples, in as many arrays as bound the memory.
     """
     edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
     counts = np.zeros(len(edges) - 1, np.int64)
-    for some in lengths:
-        counts += np.histogram(some, edges)[0]
+    for block in lengths:
+        counts += np.histogram(block, edges)[0]
     used = np.flatnonzero(counts)
     labels = [f"{a}–{b - 1}" for a, b in pairwise(edges)]
     bars = list(zip(labels, counts.tolist(), strict=True))

@@ -1,7 +1,7 @@
 """The token store: a file's rows as token ids on disk, built once and memory-mapped.
 
 A store is a directory named after a digest of what it was made from (the file's content,
-the tokenizer, the limits). It is built beside its place and renamed when whole, so one
+the tokenizer, the limits). It is built beside its final path and renamed when complete, so one
 that was cut off is never used.
 
 Arrays (N tokens, S samples):
@@ -27,7 +27,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -36,7 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.data.chat import ChatCodec, Planned, Units, View, refused_texts
+from minigpt.data.batch import Sample
+from minigpt.data.chat import ChatCodec, MaskedIds, PlannedTurn, UnitIds, refused_texts
 from minigpt.data.formats import (
     BadRows,
     Chat,
@@ -57,11 +58,9 @@ log = logging.getLogger(__name__)
 FORMAT = 5
 ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
-# A sample is three runs of tokens: a text or chat has only `first`; a preference has the
-# prompt and both answers.
-SAMPLE = np.dtype(
-    [("start", "<i8"), ("line", "<i8"), ("prompt", "<i4"), ("first", "<i4"), ("second", "<i4")]
-)
+# A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
+# prompt; a preference has the prompt, the chosen and the rejected answer.
+SAMPLE = np.dtype([("start", "<i8"), ("line", "<i8"), ("prompt", "<i4"), ("answers", "<i4", (2,))])
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,23 @@ class Limits:
 
 
 @dataclass
-class Encoded:
-    """One sample on its way into the store."""
+class EncodedSample:
+    """One sample on its way into the store.
+
+    Attributes:
+        prompt: ids of what is only read.
+        answers: ids of each answer; a text or chat is a single one.
+        targets: for a chat, which ids of the answer are trained on.
+    """
 
     prompt: list[int]
-    first: list[int]
-    second: list[int] = field(default_factory=list)
+    answers: list[list[int]]
     targets: list[bool] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and all answers, one after the other."""
+        return list(chain(self.prompt, *self.answers))
 
 
 class TokenStore:
@@ -104,13 +113,29 @@ class TokenStore:
     """
 
     def __init__(self, path: Path, source: Path) -> None:
-        self.path, self.source = path, source
+        self.path = path
+        self.source = source
         self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
         self.tokens = np.memmap(path / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         self.samples = np.memmap(path / "samples.bin", dtype=SAMPLE, mode="r")
         self._lengths = np.memmap(path / "lengths.bin", dtype="<i4", mode="r")
         targets = path / "targets.bin"
         self.targets = np.memmap(targets, dtype=np.bool_, mode="r") if targets.exists() else None
+
+    def sample(self, index: int) -> Sample:
+        """Read one sample."""
+        row = self.samples[index]
+        prompt = int(row["prompt"])
+        answers = tuple(length for length in row["answers"].tolist() if length)
+        start = int(row["start"])
+        end = start + prompt + sum(answers)
+        return Sample(
+            ids=self.tokens[start:end],
+            prompt=prompt,
+            answers=answers,
+            targets=None if self.targets is None else self.targets[start:end],
+            source=(str(self.source), int(row["line"])),
+        )
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
@@ -135,20 +160,24 @@ def open_store(
     source = Path(source)
     root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
     path = root / f"{source.stem}-{digest(source, kind, tokenizer, limits)}"
-    if not _whole(path, kind):
+    if not _is_complete(path, kind):
         if path.exists():
             log.warning("The token store %s is damaged: it is built again.", path)
         _build(source, kind, tokenizer, limits, path)
     return TokenStore(path, source)
 
 
-def _whole(path: Path, kind: Kind) -> bool:
+def _is_complete(path: Path, kind: Kind) -> bool:
     """Whether a store's files have the sizes that its meta.json speaks of."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        tokens, samples, width = meta["tokens"], meta["samples"], np.dtype(meta["dtype"]).itemsize
-        sizes = {"tokens": tokens * width, "samples": samples * SAMPLE.itemsize}
-        sizes |= {"lengths": samples * 4, **({"targets": tokens} if kind == "chat" else {})}
+        sizes = {
+            "tokens": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
+            "samples": meta["samples"] * SAMPLE.itemsize,
+            "lengths": meta["samples"] * 4,
+        }
+        if kind == "chat":
+            sizes["targets"] = meta["tokens"]
         return all((path / f"{n}.bin").stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -164,7 +193,7 @@ def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits:
         raise DataError("no such file", path=source, remedy="Check the path.", reason="missing")
     with source.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = {
+    key = {
         "format": FORMAT,
         "kind": kind,
         "limits": asdict(limits),
@@ -173,7 +202,7 @@ def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits:
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": str(tokenizer.chat_template) if kind != "text" else "",
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
 
 class _Writer:
@@ -182,17 +211,21 @@ class _Writer:
     def __init__(self, directory: Path, dtype: str, with_targets: bool) -> None:
         self.dtype = np.dtype(dtype)
         self.code = self.dtype.char  # of an array, which takes short lists faster than numpy does
+        names = ["tokens", "samples", "lengths"]
+        if with_targets:
+            names.append("targets")
         self.files: dict[str, BinaryIO] = {
-            name: (directory / f"{name}.bin").open("wb")
-            for name in ("tokens", "samples", "lengths", *(["targets"] if with_targets else []))
+            name: (directory / f"{name}.bin").open("wb") for name in names
         }
         self.tokens = self.samples = self.targets = 0
 
-    def add(self, sample: Encoded, line: int) -> None:
-        ids = sample.prompt + sample.first + sample.second
-        runs = (self.tokens, line, len(sample.prompt), len(sample.first), len(sample.second))
+    def add(self, sample: EncodedSample, line: int) -> None:
+        ids = sample.ids
+        lengths = [len(answer) for answer in sample.answers]
+        lengths += [0] * (2 - len(lengths))
+        row = struct.pack("<qqiii", self.tokens, line, len(sample.prompt), *lengths)
         self.files["tokens"].write(array(self.code, ids))
-        self.files["samples"].write(struct.pack("<qqiii", *runs))  # as SAMPLE lies in memory
+        self.files["samples"].write(row)  # as SAMPLE lies in memory
         self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
@@ -216,9 +249,9 @@ def _build(
     source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits, path: Path
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.name}-*"):
-        if time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+    for abandoned in path.parent.glob(f".{path.name}-*"):
+        if time.time() - abandoned.stat().st_mtime > ABANDONED:
+            shutil.rmtree(abandoned, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
@@ -259,19 +292,19 @@ def _build(
 @contextmanager
 def _seldom_collecting() -> Iterator[None]:
     """Look for unreachable cycles seldom: rows make none, and looking takes a fifth of the time."""
-    before = gc.get_threshold()
-    gc.set_threshold(200_000, *before[1:])
+    thresholds = gc.get_threshold()
+    gc.set_threshold(200_000, *thresholds[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
 
 
 def _publish(partial: Path, path: Path, kind: Kind) -> None:
     try:
         partial.rename(path)
     except OSError:
-        if _whole(path, kind):  # another process built the same store
+        if _is_complete(path, kind):  # another process built the same store
             return
         remove_directory(path)
         partial.rename(path)
@@ -281,7 +314,12 @@ def _publish(partial: Path, path: Path, kind: Kind) -> None:
 def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
     log.info(
         "%s: %d rows, %d samples, %d tokens, %d targets, %d rows cut to the maximum length",
-        *(source, meta["rows"], meta["samples"], meta["tokens"], meta["targets"], meta["cut"]),
+        source,
+        meta["rows"],
+        meta["samples"],
+        meta["tokens"],
+        meta["targets"],
+        meta["cut"],
     )
     if summary := bad.summary():
         log.warning("%s: %s", source, summary)
@@ -289,7 +327,7 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         log.warning("%s: %s", source, unused_problem(bad.unused))
 
 
-Ahead = tuple[list[tuple[Record, Source, list[Planned]]], Future[Units]]  # a batch of rows
+Rendered = list[tuple[Record, Source, list[PlannedTurn]]]
 
 
 class Encoder:
@@ -301,7 +339,8 @@ class Encoder:
     """
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+        self.tokenizer = tokenizer
+        self.limits = limits
         self.codec = ChatCodec(tokenizer) if kind != "text" else None
         self.start = document_start(tokenizer) if kind == "text" else []
         self.end = document_end(tokenizer) if kind == "text" else -1
@@ -309,40 +348,43 @@ class Encoder:
 
     def encode(
         self, records: Iterable[tuple[Record, Source]], bad: BadRows
-    ) -> Iterator[tuple[Encoded, Source]]:
+    ) -> Iterator[tuple[EncodedSample, Source]]:
         """Yield the samples of all records, in order; rows without targets go to `bad`.
 
         While one batch of rows is tokenised, which needs no interpreter, the next is read.
         """
-        waiting: Ahead | None = None
+        ahead: tuple[Rendered, Future[UnitIds]] | None = None
         records = iter(records)
         with ThreadPoolExecutor(1) as pool:
-            while batch := list(islice(records, ROWS_AT_A_TIME)):
-                self.rows += len(batch)
-                ahead = self._start(batch, bad, pool)
-                if waiting:
-                    yield from self._finish(waiting, bad)
-                waiting = ahead
-            if waiting:
-                yield from self._finish(waiting, bad)
+            while block := list(islice(records, ROWS_AT_A_TIME)):
+                self.rows += len(block)
+                rendered = self._render(block, bad)
+                units = dict.fromkeys(
+                    u for record, _, turns in rendered for u in _units(record, turns)
+                )
+                unit_ids = pool.submit(self._tokenise, list(units))
+                if ahead:
+                    yield from self._finish(*ahead, bad)
+                ahead = (rendered, unit_ids)
+            if ahead:
+                yield from self._finish(*ahead, bad)
 
-    def _start(
-        self, batch: list[tuple[Record, Source]], bad: BadRows, pool: ThreadPoolExecutor
-    ) -> Ahead:
-        """Render a batch of records and have them tokenised."""
-        rows: list[tuple[Record, Source, list[Planned]]] = []
-        for record, source in batch:
+    def _render(self, block: list[tuple[Record, Source]], bad: BadRows) -> Rendered:
+        """Render chats as text; a row that the template refuses goes to `bad`."""
+        rendered: Rendered = []
+        for record, source in block:
             try:
-                rows.append((record, source, self._plan(record)))
+                rendered.append((record, source, self._plan(record)))
             except DataError as error:
                 bad.handle(error.at(source.path, source.line))
-        units = dict.fromkeys(u for record, _, turns in rows for u in _units(record, turns))
-        return rows, pool.submit(self._tokenise, list(units))
+        return rendered
 
-    def _finish(self, ahead: Ahead, bad: BadRows) -> Iterator[tuple[Encoded, Source]]:
-        rows, tokens = ahead
-        ids = tokens.result()
-        for record, source, turns in rows:
+    def _finish(
+        self, rendered: Rendered, unit_ids: Future[UnitIds], bad: BadRows
+    ) -> Iterator[tuple[EncodedSample, Source]]:
+        """Join the ids of rows, and cut them to the limits."""
+        ids = unit_ids.result()
+        for record, source, turns in rendered:
             samples = list(self._samples(record, turns, ids))
             if not samples:
                 problem = f"no target token is left after cutting to {self.limits.max_length}"
@@ -358,55 +400,56 @@ class Encoder:
             for sample in samples:
                 yield sample, source
 
-    def _tokenise(self, units: list[str]) -> Units:
+    def _tokenise(self, units: list[str]) -> UnitIds:
         if self.codec:
             return self.codec.encode_units(units)
         backend = self.tokenizer.backend_tokenizer
         encodings = backend.encode_batch_fast(units, add_special_tokens=False)
-        return {text: one.ids for text, one in zip(units, encodings, strict=True)}
+        return {text: encoding.ids for text, encoding in zip(units, encodings, strict=True)}
 
-    def _plan(self, record: Record) -> list[Planned]:
+    def _plan(self, record: Record) -> list[PlannedTurn]:
         if isinstance(record, Text):
             return []
         assert self.codec is not None
         if isinstance(record, Chat):
-            return self.codec.chat(record.messages)
-        return self.codec.answers(record.prompt, (record.chosen, record.rejected))
+            return self.codec.plan_chat(record.messages)
+        return self.codec.plan_answers(record.prompt, (record.chosen, record.rejected))
 
-    def _samples(self, record: Record, turns: list[Planned], ids: Units) -> Iterable[Encoded]:
+    def _samples(
+        self, record: Record, turns: list[PlannedTurn], ids: UnitIds
+    ) -> Iterable[EncodedSample]:
         if isinstance(record, Text):
             return self._split([*started(ids[record.text], self.start), self.end])
         assert self.codec is not None
         if isinstance(record, Chat):
-            return self._chat(self.codec.views(turns, ids))
-        (prompt, chosen), (_, rejected) = (self.codec.view(turn, ids) for turn in turns)
-        return self._preference(prompt, chosen.ids, rejected.ids)
+            return self._chat(self.codec.chat_samples(turns, ids))
+        (prompt, chosen), (_, rejected) = (self.codec.turn_ids(turn, ids) for turn in turns)
+        return self._preference(prompt, [chosen.ids, rejected.ids])
 
-    def _split(self, ids: list[int]) -> Iterator[Encoded]:
+    def _split(self, ids: list[int]) -> Iterator[EncodedSample]:
         """Cut a document into samples that overlap by one token: each token is learnt once."""
         step = self.limits.max_length - 1
         for start in range(0, max(1, len(ids) - 1), step):
-            yield Encoded([], ids[start : start + step + 1])
+            yield EncodedSample([], [ids[start : start + step + 1]])
 
-    def _chat(self, views: list[View]) -> Iterator[Encoded]:
+    def _chat(self, samples: list[MaskedIds]) -> Iterator[EncodedSample]:
         limit = self.limits.max_length
-        for ids, targets in views:
+        for ids, targets in samples:
             self.cut += len(ids) > limit
             if any(targets[1:limit]):
-                yield Encoded([], ids[:limit], targets=targets[:limit])
+                yield EncodedSample([], [ids[:limit]], targets[:limit])
 
-    def _preference(
-        self, prompt: list[int], chosen: list[int], rejected: list[int]
-    ) -> Iterator[Encoded]:
-        keep = self.limits.max_prompt_length or self.limits.max_length - 1
-        keep = min(keep, self.limits.max_length - 1)
-        room = self.limits.max_length - min(len(prompt), keep)
-        self.cut += len(prompt) > keep or max(len(chosen), len(rejected)) > room
-        if chosen[:room] != rejected[:room]:  # else the cut left nothing to prefer
-            yield Encoded(prompt[-keep:], chosen[:room], rejected[:room])
+    def _preference(self, prompt: list[int], answers: list[list[int]]) -> Iterator[EncodedSample]:
+        prompt_limit = self.limits.max_prompt_length or self.limits.max_length - 1
+        prompt_limit = min(prompt_limit, self.limits.max_length - 1)
+        answer_limit = self.limits.max_length - min(len(prompt), prompt_limit)
+        self.cut += len(prompt) > prompt_limit or max(map(len, answers)) > answer_limit
+        answers = [ids[:answer_limit] for ids in answers]
+        if answers[0] != answers[1]:  # else the cut left nothing to prefer
+            yield EncodedSample(prompt[-prompt_limit:], answers)
 
 
-def _units(record: Record, turns: list[Planned]) -> Iterator[str]:
+def _units(record: Record, turns: list[PlannedTurn]) -> Iterator[str]:
     if isinstance(record, Text):
         yield record.text
     for turn in turns:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
 from minigpt.data.formats import BadRows, Kind, Record, Source, guess_kind, parse_row, scan_rows
-from minigpt.data.store import Encoded, Encoder, Limits
+from minigpt.data.store import EncodedSample, Encoder, Limits
 from minigpt.errors import DataError
 from minigpt.page import escape
 
@@ -74,14 +74,15 @@ def _records(
                 raise error.at(path, line) from None
 
 
-def _parts(sample: Encoded, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
+def _parts(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
     if kind == "preference":
         yield " prompt", sample.prompt, [False] * len(sample.prompt)
-        yield " chosen", sample.first, [True] * len(sample.first)
-        yield " rejected", sample.second, [True] * len(sample.second)
+        for name, ids in zip(("chosen", "rejected"), sample.answers, strict=True):
+            yield f" {name}", ids, [True] * len(ids)
     else:
-        targets = sample.targets or [True] * len(sample.first)
-        yield "", sample.first, [False, *targets[1:]]  # nothing predicts the first token
+        ids = sample.ids
+        targets = sample.targets or [True] * len(ids)
+        yield "", ids, [False, *targets[1:]]  # nothing predicts the first token
 
 
 def _pieces(

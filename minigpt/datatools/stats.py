@@ -107,11 +107,9 @@ class _TokenCounts:
         bad = BadRows("skip", 1.0)
         rows = [(record, Source(Path(), 0)) for record in records]
         for sample, _ in self.uncut_encoder.encode(rows, bad):
-            longest = max(len(sample.first), len(sample.second))
-            self.lengths.append(len(sample.prompt) + longest)
+            self.lengths.append(len(sample.prompt) + max(map(len, sample.answers)))
         for sample, _ in self.cut_encoder.encode(rows, bad):
-            length = len(sample.prompt) + len(sample.first) + len(sample.second)
-            self.packed_lengths.append(length)
+            self.packed_lengths.append(len(sample.ids))
         texts = [text for record in records[:_TEXTS] for text in texts_of(record)]
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         self.characters += sum(map(len, texts))

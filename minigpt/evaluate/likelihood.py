@@ -44,8 +44,8 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
     alone, shared = max_positions(config), min(max_positions(config), shared_limit(config))
     members: list[Sample] = []
     for sample in samples:
-        length = sample.prompt + max(sample.first, sample.second)
-        if length > (limit := shared if sample.second else alone):
+        length = sample.prompt + max(sample.answers)
+        if length > (limit := shared if sample.prompt else alone):
             raise DataError(
                 f"{length} tokens are more than the {limit} that the model reads",
                 path=sample.source[0],
@@ -108,7 +108,7 @@ def score(
     """
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     samples = (
-        Sample(np.array(a + b), len(a), len(b), 0, None, (source, 0))
+        Sample(np.array(a + b), len(a), (len(b),), None, (source, 0))
         for a, b in (pairs[i] for i in order)
     )
     results: list[tuple[float, bool]] = []
@@ -147,9 +147,9 @@ def samples(
     """Yield what training makes of records: windows of texts, preferences cut to the length."""
     encoder = Encoder(kind, engine.tokenizer, Limits(max_length=max_length))
     for one, source in encoder.encode(rows, BadRows()):
-        ids = np.array(one.prompt + one.first + one.second)
-        runs = (len(one.prompt), len(one.first), len(one.second))
-        yield Sample(ids, *runs, None, (str(source.path), source.line))
+        answers = tuple(map(len, one.answers))
+        origin = (str(source.path), source.line)
+        yield Sample(np.array(one.ids), len(one.prompt), answers, None, origin)
 
 
 def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score]:

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -46,9 +46,9 @@ TOLERANCE = 5e-4  # of log-probabilities in fp32, relative to the largest of the
 # Of a config, what changes with loading or growing and decides nothing.
 NAMES = {"architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "use_cache"}
 SEEDS = (0, 1)  # a model that picks experts may pick others for a rounding error: not twice
-# Prompt, first and second run of tokens of each sample: texts and a preference. The long ones are
-# longer than the windows of tiny models.
-SHAPES = ((0, 23, 0), (0, 14, 0), (5, 9, 16))
+# Tokens of each sample, of its prompt and of each answer: texts and a preference. The long ones
+# are longer than the windows of tiny models.
+SHAPES = ((0, 23), (0, 14), (5, 9, 16))
 STEPS = 4  # tokens that are decoded
 
 
@@ -253,10 +253,11 @@ def _samples(model: PreTrainedModel) -> list[Sample]:
     rng = np.random.default_rng(0)
     first_id = min(shrink.SPECIAL, rows // 2)
     samples = []
-    for prompt, first, second in SHAPES:  # a preference is no longer than those that are taken
-        limit = max(1, shared_limit(model.config) - prompt) if prompt else first
-        shape = (prompt, min(first, limit), min(second, limit))
-        samples.append(Sample(rng.integers(first_id, rows, sum(shape)), *shape, None, ("", 0)))
+    for prompt, *answers in SHAPES:  # a preference is no longer than those that are taken
+        limit = max(1, shared_limit(model.config) - prompt) if prompt else max(answers)
+        lengths = tuple(min(length, limit) for length in answers)
+        ids = rng.integers(first_id, rows, prompt + sum(lengths))
+        samples.append(Sample(ids, prompt, lengths, None, ("", 0)))
     return samples
 
 
@@ -273,7 +274,7 @@ def _reference_logprobs(model: PreTrainedModel, samples: list[Sample]) -> Tensor
     with use_attention(model, "eager"):
         for sample in samples:
             prompt = sample.ids[: sample.prompt]
-            for answer in np.split(sample.ids[sample.prompt :], [sample.first]):
+            for answer in np.split(sample.ids[sample.prompt :], np.cumsum(sample.answers)):
                 if len(answer):
                     ids = torch.tensor(np.concatenate([prompt, answer]), device=device)
                     # The last one is a target only.
@@ -293,7 +294,7 @@ def _is_causal(model: PreTrainedModel, samples: list[Sample]) -> bool:
 
 def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name: str) -> str:
     """Return what is wrong when samples are read with an attention function; empty if nothing."""
-    changed = Sample(samples[0].ids[::-1].copy(), *SHAPES[0], None, ("", 0))
+    changed = replace(samples[0], ids=samples[0].ids[::-1].copy())
     device = next(model.parameters()).device
     try:
         before, after = (

@@ -181,9 +181,7 @@ def map_rows(
     if accel.enabled():
         return accel.map_rows(function, tensors, plan)
     results = []
-    for span, count in zip(
-        plan.spans.view(-1, 4).tolist(), plan.cu_queries.diff().tolist(), strict=True
-    ):
+    for span, count in zip(plan.rows, plan.cu_queries.diff().tolist(), strict=True):
         row = torch.from_numpy(positions(span)).to(tensors[0].device)
         out = function(*(x.index_select(0, row)[None] for x in tensors)).squeeze(0)
         results.append(out[-count:])

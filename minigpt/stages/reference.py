@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.data.datamodule import JSONLDataModule, PackedDataset, Selection
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.datamodule import JSONLDataModule, PackedDataset, StoreSubset
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import TokenStore
 from minigpt.files import whole_file
 from minigpt.model.packed_lm import PackedLM
@@ -57,23 +57,20 @@ def scores_of(
         broadcast: hands the first process's value to all.
     """
     path = store.path / f"reference-{model}.npy"
-    rank, world = data.place
-    kept: Scores | None = broadcast(_read(path, len(store)) if rank == 0 else None)
+    kept: Scores | None = broadcast(_read(path, len(store)) if data.rank == 0 else None)
     if kept is not None:
         log.info("The reference's log-probs are in %s.", path)
         return kept
-    whole = Selection(store)
-    order = PackedOrder(
-        [whole.lengths], [Part(len(store), len(store))], data.tokens_per_batch, None
-    )
+    share = FileShare(len(store), len(store))
+    order = PackedOrder([store.lengths], [share], data.tokens_per_batch, None)
     mine: list[tuple[int, list[float]]] = []
-    for batch in PackedDataset(order, [whole], 0, 0, rank, world):
+    for batch in PackedDataset(order, [StoreSubset(store)], 0, 0, data.rank, data.world_size):
         pairs = logprobs(batch).view(-1, 2).float().tolist()
         if len(batch.labels):  # else the batch only keeps processes in step
             mine += zip((line for _, line in batch.sources), pairs, strict=True)
     found = dict(gathered(mine))
     scores = np.array([found[line] for line in store.samples["line"].tolist()], np.float32)
-    if rank == 0:
+    if data.rank == 0:
         _write(path, scores)
     return scores
 

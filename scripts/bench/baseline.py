@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import TokenStore
 from minigpt.machine import peak_memory
 
@@ -87,7 +87,7 @@ def samples(store: TokenStore, order: Iterable[int]) -> Iterator[tuple[Row, ...]
 def blocks(config: LoopConfig, store: TokenStore, epoch: int) -> Iterator[tuple[Row, ...]]:
     """Yield all texts one after the other, in our own order, in blocks of `max_length` tokens."""
     order = PackedOrder(
-        [store.lengths], [Part(len(store), len(store))], config.tokens_per_batch, config.seed
+        [store.lengths], [FileShare(len(store), len(store))], config.tokens_per_batch, config.seed
     )
     left: list[int] = []
     for members in order.batches(epoch):

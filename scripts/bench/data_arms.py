@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import Limits, open_store
 from minigpt.machine import peak_memory
 
@@ -20,7 +20,9 @@ def store(file: Path, max_length: int, repeat: int) -> dict[str, float]:
     tokens = open_store(
         file, "text", tokenizer, Limits(max_length), file.with_name(f"cache{repeat}")
     )
-    order = PackedOrder([tokens.lengths], [Part(len(tokens), len(tokens))], 8 * max_length, seed=0)
+    order = PackedOrder(
+        [tokens.lengths], [FileShare(len(tokens), len(tokens))], 8 * max_length, seed=0
+    )
     packed = order.count()
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "tokens": tokens.meta["tokens"], "batches": packed, **peak_memory()}

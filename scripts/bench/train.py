@@ -173,10 +173,10 @@ def attention_width(config: Any) -> int:
 
 def moments(store: TokenStore) -> tuple[float, float]:
     """Return a sample's mean tokens, and the mean of its rows' squared lengths, summed."""
-    names = ("prompt", "first", "second")
-    prompt, first, second = (np.asarray(store.samples[name], float) for name in names)
-    squares = (prompt + first) ** 2 + np.where(second > 0, (prompt + second) ** 2, 0)
-    return float((prompt + first + second).mean()), float(squares.mean())
+    prompt = np.asarray(store.samples["prompt"], float)[:, None]
+    answers = np.asarray(store.samples["answers"], float)
+    squares = np.where(answers > 0, (prompt + answers) ** 2, 0).sum(1)
+    return float((prompt[:, 0] + answers.sum(1)).mean()), float(squares.mean())
 
 
 def budget(stage: str, batch_size: int, max_length: int, mean: float) -> int:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import refused_texts
 from minigpt.data.formats import BadRows, Chat, Kind, Text, read_records
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.errors import DataError
 
@@ -322,8 +322,8 @@ def read_back(store: TokenStore, records: list[Any], kind: Kind, tokenizer: Any)
     assert lines == sorted(lines)
     assert len(store.tokens) == int(store.lengths(np.arange(len(store))).sum())
     found: dict[int, list[list[list[int]]]] = {}
-    for start, line, *lengths in store.samples.tolist():
-        borders = start + np.cumsum([0, *lengths])
+    for start, line, prompt, answers in store.samples.tolist():
+        borders = start + np.cumsum([0, prompt, *answers])
         runs = [store.tokens[a:b].tolist() for a, b in pairwise(borders)]
         if store.targets is not None:
             runs.append(store.targets[borders[0] : borders[-1]].tolist())
@@ -411,7 +411,7 @@ def chat_runs(chat: Chat, ids: Callable[[str], list[int]]) -> list[tuple[list[in
 
 def packed_once(store: TokenStore) -> None:
     """An epoch holds each sample once, in micro-batches within their budget."""
-    order = PackedOrder([store.lengths], [Part(len(store), len(store))], 70, seed=1)
+    order = PackedOrder([store.lengths], [FileShare(len(store), len(store))], 70, seed=1)
     batches = list(order.batches(0))
     drawn = [sample for batch in batches for _, sample in batch]
     assert sorted(drawn) == list(range(len(store)))

@@ -26,7 +26,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def micro_batches(cli: MiniGPTCLI, epoch: int) -> list[PackedBatch]:
     data: Any = cli.datamodule
-    return list(PackedDataset(data.order, data.train_parts, epoch, 0, 0, 1))
+    return list(PackedDataset(data.order, data.train_subsets, epoch, 0, 0, 1))
 
 
 def by_hand(
@@ -106,7 +106,7 @@ def test_the_logged_loss_is_the_mean_over_targets(world: Path, fit: Fit, tmp_pat
     cli = fit("sft", data__init_args__tokens_per_batch=64)
     lm = PackedLM(load_model(world / "pretrain"))
     data: Any = cli.datamodule
-    held_out = list(PackedDataset(data.val_order, data.val_parts, 0, 0, 0, 1))
+    held_out = list(PackedDataset(data.val_order, data.val_subsets, 0, 0, 0, 1))
     with torch.no_grad():
         total = sum(lm(batch).item() for batch in held_out)
     mean = total / sum(len(batch.labels) for batch in held_out)

@@ -23,7 +23,7 @@ def test_losses_are_those_of_the_cpu(stage: str, fit: Fit, tmp_path: Path) -> No
     fit(stage, "cpu", trainer__max_steps=6)
     cli = fit(stage, "gpu", **GPU)
     assert cli.trainer.strategy.root_device.type == "cuda"
-    assert cli.datamodule.readers == 2
+    assert cli.datamodule.worker_count == 2
     cpu, gpu = (tiny_runs.metrics(tmp_path / name) for name in ("cpu", "gpu"))
     assert gpu == pytest.approx(cpu, rel=2e-3)
     assert json.loads((tmp_path / "gpu" / "summary.json").read_text())["peak_gpu_mb"] > 0

@@ -28,7 +28,7 @@ EPOCHS: dict[str, Any] = {
 def lines(cli: Any) -> list[list[int]]:
     """The rows of each micro-batch of three epochs."""
     data = cli.datamodule
-    sets = (PackedDataset(data.order, data.train_parts, epoch, 0, 0, 1) for epoch in range(3))
+    sets = (PackedDataset(data.order, data.train_subsets, epoch, 0, 0, 1) for epoch in range(3))
     return [[line for _, line in batch.sources] for one in sets for batch in one]
 
 
@@ -107,7 +107,7 @@ def test_the_last_weights_are_measured(
 def measured(cli: Any, run_dir: Path, validations: int) -> None:
     """See that the summary tells the held-out loss of the exported weights."""
     lm, data = PackedLM(load_model(run_dir)), cli.datamodule
-    held_out = list(PackedDataset(data.val_order, data.val_parts, 0, 0, 0, 1))
+    held_out = list(PackedDataset(data.val_order, data.val_subsets, 0, 0, 0, 1))
     with torch.no_grad():
         total = sum(lm(batch).item() for batch in held_out)
     loss = total / sum(len(batch.labels) for batch in held_out)

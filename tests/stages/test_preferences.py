@@ -217,7 +217,7 @@ def test_the_reference_of_a_run_from_an_adapter_has_that_adapter(
     """It is merged first: what is switched off, or trained, is this run's own."""
     cli = fit("dpo", model__init_args__lora=lora, model__init_args__init_from=str(world / "lora"))
     data = cli.datamodule
-    batch = next(iter(PackedDataset(data.order, data.train_parts, 0, 0, 0, 1)))
+    batch = next(iter(PackedDataset(data.order, data.train_subsets, 0, 0, 0, 1)))
 
     def logprobs(start: str) -> torch.Tensor:
         with torch.no_grad():

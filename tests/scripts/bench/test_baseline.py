@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import PackedBatch, collate
-from minigpt.data.datamodule import PackedDataset, Selection
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.datamodule import PackedDataset, StoreSubset
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.model.losses import dpo
 from minigpt.model.packed_lm import PackedLM
@@ -52,7 +52,7 @@ def loop(trained: Path, stage: str, **changes: Any) -> LoopConfig:
 
 
 def packed(store: TokenStore, count: int) -> PackedBatch:
-    whole = Selection(store)
+    whole = StoreSubset(store)
     return collate([whole.sample(number) for number in range(count)])
 
 
@@ -118,7 +118,7 @@ def texts(batch: PackedBatch) -> torch.Tensor:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
     store = store_of(trained, "pretrain")
-    parts, whole = [Part(len(store), len(store))], Selection(store)
+    parts, whole = [FileShare(len(store), len(store))], StoreSubset(store)
     order = PackedOrder([store.lengths], parts, 128, seed)
     ours = torch.cat([texts(batch) for batch in PackedDataset(order, [whole], 0, 0, 0, 1)])
     blocks = list(baseline.blocks(loop(trained, "pretrain", seed=seed), store, 0))

@@ -22,29 +22,26 @@ from minigpt.data.batch import (
 
 
 def text(*ids: int, line: int = 1) -> Sample:
-    return Sample(np.array(ids, np.uint16), 0, len(ids), 0, None, ("a.jsonl", line))
+    return Sample(np.array(ids, np.uint16), 0, (len(ids),), None, ("a.jsonl", line))
 
 
 def chat(ids: list[int], targets: list[int]) -> Sample:
     mask = np.array(targets, np.bool_)
-    return Sample(np.array(ids, np.uint16), 0, len(ids), 0, mask, ("a.jsonl", 1))
+    return Sample(np.array(ids, np.uint16), 0, (len(ids),), mask, ("a.jsonl", 1))
 
 
 def preference(prompt: list[int], chosen: list[int], rejected: list[int]) -> Sample:
     ids = np.array(prompt + chosen + rejected, np.uint16)
-    return Sample(ids, len(prompt), len(chosen), len(rejected), None, ("a.jsonl", 1))
+    answers = tuple(filter(None, (len(chosen), len(rejected))))
+    return Sample(ids, len(prompt), answers, None, ("a.jsonl", 1))
 
 
 def rows(plan: AttentionPlan) -> list[list[list[int]]]:
     return [group.tolist() for group in plan.gather]
 
 
-def spans(plan: AttentionPlan) -> list[Span]:
-    return [tuple(span) for span in plan.spans.view(-1, 4).tolist()]
-
-
-def plan(*made: Span) -> AttentionPlan:
-    return plan_attention(made, torch.tensor([0]))
+def plan(*rows: tuple[int, int, int, int]) -> AttentionPlan:
+    return plan_attention([Span(*row) for row in rows], torch.tensor([0]))
 
 
 # samples, ids that the model reads, positions, borders, (predict_at, label, answer) of each target
@@ -114,7 +111,7 @@ def test_collate(name: str) -> None:
         batch.predict_at.tolist(), batch.labels.tolist(), batch.answers.tolist(), strict=True
     )
     assert list(found) == targets
-    assert batch.n_answers == sum(1 + (s.second > 0) for s in samples)
+    assert batch.n_answers == sum(len(s.answers) for s in samples)
     assert (batch.n_tokens, batch.resume_at) == (sum(len(s.ids) for s in samples), (2, 3))
 
 
@@ -199,14 +196,14 @@ SAMPLES = st.lists(
 
 
 @given(SAMPLES)
-def test_last_tokens_are_left_unread_as_far_as_products_like_it(
+def test_last_tokens_are_left_unread_as_far_as_matmuls_like_it(
     shapes: list[tuple[int, int, int]],
 ) -> None:
     """Those of single tokens and of full tiles never; of others so many that a MULTIPLE is full."""
     rows = [(p, n) for p, *answers in shapes for n in answers if n]
     may = [n > 1 and (p + n) % TILE > 0 for p, n in rows]
     batch = collate([preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes])
-    unread = [n - span[3] for (_, n), span in zip(rows, spans(batch.plan), strict=True)]
+    unread = [n - span[3] for (_, n), span in zip(rows, batch.plan.rows, strict=True)]
     assert all(left in (0, int(free)) for left, free in zip(unread, may, strict=True))
     read = len(batch.input_ids)
     assert read == batch.n_tokens - sum(unread)
@@ -222,7 +219,7 @@ def test_attention_through_the_plan_equals_each_row_alone(
     """A causal mean stands for attention: what a token gets depends on all before it."""
     samples = [preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes]
     batch = collate(samples)
-    read = iter([answer for *_, answer in spans(batch.plan)])
+    read = iter([answer for *_, answer in batch.plan.rows])
     shapes = [(p, next(read), next(read) if b else 0) for p, _, b in shapes]
     values = torch.rand(len(batch.input_ids), generator=torch.manual_seed(0), dtype=torch.float64)
 
@@ -241,7 +238,7 @@ def test_attention_through_the_plan_equals_each_row_alone(
             assert torch.allclose(found[row], expected, atol=1e-12)
     assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
     grouped = {tuple(row) for group in batch.plan.gather for row in group.tolist()}
-    for span in spans(batch.plan):
+    for span in batch.plan.rows:
         row = positions(span).tolist()
         assert any(list(other[: len(row)]) == row for other in grouped)
 

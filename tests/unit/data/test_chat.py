@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import (
     ChatCodec,
-    View,
+    MaskedIds,
     end_tokens,
     has_generation_marks,
     install_template,
@@ -59,13 +59,13 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> C
     return ChatCodec(changed)
 
 
-def views(codec: ChatCodec, chat: Sequence[Message]) -> list[View]:
-    planned = codec.chat(chat)
+def views(codec: ChatCodec, chat: Sequence[Message]) -> list[MaskedIds]:
+    planned = codec.plan_chat(chat)
     units = dict.fromkeys(chain(*(unit for one in planned for unit in one.units)))
-    return codec.views(planned, codec.encode_units(list(units)))
+    return codec.chat_samples(planned, codec.encode_units(list(units)))
 
 
-def table(codec: ChatCodec, view: View) -> list[tuple[str, bool]]:
+def table(codec: ChatCodec, view: MaskedIds) -> list[tuple[str, bool]]:
     """Every token's text with whether it is a target."""
     texts = [codec.tokenizer.decode([i], skip_special_tokens=False) for i in view.ids]
     return list(zip(texts, view.targets, strict=True))
@@ -80,7 +80,7 @@ def test_targets_are_the_answers_and_the_ends_of_their_turns() -> None:
     def rows(text: str, target: bool) -> list[tuple[str, bool]]:
         return [(token, target) for token in text.split("|")]
 
-    bytes_only = tokenizers.train([], 260)  # every token is a byte or special, so easy to read
+    bytes_only = tokenizers.train_on([], 260)  # every token is a byte or special, so easy to read
     codec = ChatCodec(bytes_only)
     chat = (*CHAT[:4], Message("assistant", "no\n"))
     start, end = ("<|im_start|>", False), "<|im_end|>"
@@ -160,10 +160,10 @@ def test_a_template_that_changes_earlier_turns_is_refused(
 ) -> None:
     codec = with_template(tokenizer, REWRITING)
     with pytest.raises(DataError, match="leaves out the text of the system message") as caught:
-        codec.chat(CHAT)
+        codec.plan_chat(CHAT)
     assert caught.value.reason == "template"
     with pytest.raises(DataError, match="rewrites earlier turns") as caught:
-        codec.chat(CHAT[1:3])
+        codec.plan_chat(CHAT[1:3])
     assert caught.value.reason == "template"
     assert "model.init_args.chat_template" in str(caught.value)
 
@@ -173,14 +173,14 @@ def test_a_template_that_hides_the_answers_is_refused(
     tokenizer: PreTrainedTokenizerFast, template: str
 ) -> None:
     with pytest.raises(DataError, match="no assistant text to train on") as caught:
-        with_template(tokenizer, template).chat(CHAT[1:3])
+        with_template(tokenizer, template).plan_chat(CHAT[1:3])
     assert caught.value.reason == "no_targets"
 
 
 def test_a_template_that_refuses_a_chat_says_why(tokenizer: PreTrainedTokenizerFast) -> None:
     codec = with_template(tokenizer, REFUSING + LLAMA)
     with pytest.raises(DataError, match="chat template refuses the chat: No system") as caught:
-        codec.chat(CHAT)
+        codec.plan_chat(CHAT)
     assert caught.value.reason == "template"
     assert targets(codec, CHAT[1:3]) == ["2<|im_end|>"]
 
@@ -392,7 +392,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def answers(codec: ChatCodec, view: View) -> list[tuple[list[int], list[int]]]:
+def answers(codec: ChatCodec, view: MaskedIds) -> list[tuple[list[int], list[int]]]:
     """The targets of a sample, each with all that comes before it."""
     found, start = [], 0
     for end in range(1, len(view.ids) + 1):
@@ -414,7 +414,7 @@ def test_training_is_what_inference_sends_and_expects(
     for chat in (messages(which) for which in CHATS):
         if name == "gemma2" and chat[0].role == "system":
             with pytest.raises(DataError, match="System role not supported"):
-                codec.chat(chat)
+                codec.plan_chat(chat)
             continue
         asked = [(i, m) for i, m in enumerate(chat) if m.role == "assistant"]
         learnt = [answer for view in views(codec, chat) for answer in answers(codec, view)]

@@ -74,7 +74,9 @@ def lines(batches: Any) -> list[int]:
 
 def epoch(made: JSONLDataModule, held_out: bool) -> list[PackedBatch]:
     """Every micro-batch of an epoch, whatever process this is."""
-    order, parts = (made.val_order, made.val_parts) if held_out else (made.order, made.train_parts)
+    order, parts = (
+        (made.val_order, made.val_subsets) if held_out else (made.order, made.train_subsets)
+    )
     return [] if order is None else list(PackedDataset(order, parts, 0, 0, 0, 1))
 
 
@@ -134,14 +136,14 @@ def test_workers_read_the_same_batches(module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "beside_gpu", "readers"), [(None, False, 0), (None, True, 2), (0, True, 0)]
+    ("num_workers", "on_gpu", "expected"), [(None, False, 0), (None, True, 2), (0, True, 0)]
 )
 def test_a_gpu_is_read_ahead_for(
-    asked: int | None, beside_gpu: bool, readers: int, module: Any
+    num_workers: int | None, on_gpu: bool, expected: int, module: Any
 ) -> None:
-    made = module(num_workers=asked)
-    made.beside_gpu = beside_gpu
-    assert made.readers == readers
+    made = module(num_workers=num_workers)
+    made.on_gpu = on_gpu
+    assert made.worker_count == expected
 
 
 def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
@@ -323,7 +325,7 @@ def test_held_out_batches_stand_in_for_an_exam(module: Any, write: Any) -> None:
 def test_a_late_start_reads_no_samples_before_it(module: Any) -> None:
     made = module()
     read: list[int] = []
-    sample = made.train_parts[0].sample
-    made.train_parts[0].sample = lambda number: read.append(number) or sample(number)
-    dataset = PackedDataset(made.order, made.train_parts, 0, 3, 0, 1)
+    sample = made.train_subsets[0].sample
+    made.train_subsets[0].sample = lambda number: read.append(number) or sample(number)
+    dataset = PackedDataset(made.order, made.train_subsets, 0, 3, 0, 1)
     assert len(lines(dataset)) == len(read) < 23

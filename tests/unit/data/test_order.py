@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minigpt.data.order import GRAIN, PackedOrder, Part, pack, shuffle, utilisation
+from minigpt.data.order import LENGTH_STEP, FileShare, PackedOrder, pack, shuffle, utilisation
 from minigpt.errors import DataError
 
 Lengths = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -21,9 +21,9 @@ def lengths(index: NDArray[np.int64]) -> NDArray[np.int64]:
     return 1 + (index * 7) % 10
 
 
-def order(*parts: tuple[int, int], seed: int | None = 0, window: int = 8192) -> PackedOrder:
-    made = [Part(size, count) for size, count in parts]
-    return PackedOrder([lengths] * len(parts), made, 20, seed, window)
+def order(*parts: tuple[int, int], seed: int | None = 0, buffer: int = 8192) -> PackedOrder:
+    made = [FileShare(size, count) for size, count in parts]
+    return PackedOrder([lengths] * len(parts), made, 20, seed, buffer)
 
 
 def drawn(made: PackedOrder, epoch: int = 0) -> Counter[tuple[int, int]]:
@@ -75,24 +75,24 @@ def test_shuffle_spreads_neighbours() -> None:
     assert counts.max() < 160
 
 
-@pytest.mark.parametrize("window", [1, 7, 100, 8192])
+@pytest.mark.parametrize("buffer", [1, 7, 100, 8192])
 @pytest.mark.parametrize("seed", [0, 3, None])
-def test_an_epoch_holds_each_sample_once(seed: int | None, window: int) -> None:
-    made = order((50, 50), (1, 1), (33, 33), seed=seed, window=window)
+def test_an_epoch_holds_each_sample_once(seed: int | None, buffer: int) -> None:
+    made = order((50, 50), (1, 1), (33, 33), seed=seed, buffer=buffer)
     expected = times(0, 50) + times(1, 1) + times(2, 33)
     assert [drawn(made, epoch) for epoch in range(3)] == [expected] * 3
 
 
 def test_batches_keep_the_budget() -> None:
-    for members in order((300, 300), window=50).batches(1):
+    for members in order((300, 300), buffer=50).batches(1):
         assert 0 < sum(int(lengths(np.array(sample))) for _, sample in members) <= 20
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     def batches(seed: int, epoch: int) -> Batches:
-        return list(order((100, 100), (60, 30), seed=seed, window=32).batches(epoch))
+        return list(order((100, 100), (60, 30), seed=seed, buffer=32).batches(epoch))
 
-    one = order((100, 100), (60, 30), seed=1, window=32)
+    one = order((100, 100), (60, 30), seed=1, buffer=32)
     list(islice(one.batches(5), 3))  # leaves no trace
     for epoch in (2, 0, 2, 1):
         assert list(one.batches(epoch)) == batches(1, epoch)
@@ -101,13 +101,13 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_parts_are_mixed() -> None:
-    made = order((400, 400), (400, 400), window=64)
+    made = order((400, 400), (400, 400), buffer=64)
     first = [part for members in islice(made.batches(0), 12) for part, _ in members]
     assert 0.2 < np.mean(first) < 0.8
 
 
 def test_weights_repeat_and_thin_out() -> None:
-    made = order((20, 40), (20, 10), (20, 20), window=16)
+    made = order((20, 40), (20, 10), (20, 20), buffer=16)
     first, second = drawn(made, 0), drawn(made, 1)
     for epoch in (first, second):
         assert epoch.total() == 70
@@ -139,11 +139,11 @@ def test_turns_of_a_half_part_differ() -> None:
 
 
 def test_without_a_seed_windows_keep_the_files_order() -> None:
-    made = order((40, 40), (40, 40), seed=None, window=16)
+    made = order((40, 40), (40, 40), seed=None, buffer=16)
     flat = [40 * part + sample for members in made.batches(0) for part, sample in members]
     windows = [sorted(flat[start : start + 16]) for start in range(0, 80, 16)]
     assert windows == [list(range(start, start + 16)) for start in range(0, 80, 16)]
-    assert flat != sorted(flat)  # inside a window, packing decides
+    assert flat != sorted(flat)  # inside a buffer, packing decides
 
 
 def test_only_the_window_is_measured() -> None:
@@ -153,13 +153,13 @@ def test_only_the_window_is_measured() -> None:
         asked.append(len(index))
         return lengths(index)
 
-    made = PackedOrder([measured], [Part(10**9, 10**9)], 20, 0, window=64)
+    made = PackedOrder([measured], [FileShare(10**9, 10**9)], 20, 0, buffer=64)
     next(made.batches(0))
     assert asked == [64]
 
 
 def test_count() -> None:
-    made = order((100, 150), (10, 10), window=32)
+    made = order((100, 150), (10, 10), buffer=32)
     assert [made.count(e) for e in (0, 1)] == [len(list(made.batches(e))) for e in (0, 1)]
     assert order().count() == 0
 
@@ -189,7 +189,7 @@ def test_no_two_bins_would_fit_in_one(case: tuple[list[int], int, int]) -> None:
     lengths, budget, seed = case
     sums = sorted(sum(lengths[i] for i in members) for members in packed(lengths, budget, seed))
     smallest = -(-sum(lengths) // budget)
-    assert len(sums) == smallest or sum(sums[:2]) > budget - 2 * GRAIN
+    assert len(sums) == smallest or sum(sums[:2]) > budget - 2 * LENGTH_STEP
 
 
 @settings(max_examples=50)

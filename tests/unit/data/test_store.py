@@ -63,10 +63,10 @@ def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
 
 
 def runs(store: TokenStore) -> list[list[list[int]]]:
-    """Prompt, first and second run of each sample."""
+    """Prompt and both answers of each sample, of which the second may be empty."""
     found = []
-    for start, _, *lengths in store.samples.tolist():
-        borders = start + np.cumsum([0, *lengths])
+    for start, _, prompt, answers in store.samples.tolist():
+        borders = start + np.cumsum([0, prompt, *answers])
         found.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
     return found
 
@@ -96,7 +96,7 @@ def test_each_token_of_a_long_text_is_a_target_once(
 ) -> None:
     encoder = Encoder("text", tokenizer, Limits(limit))
     pairs = encoder.encode([(Text(text), Source(Path("a"), 1))], BadRows())
-    samples = [sample.first for sample, _ in pairs]
+    samples = [sample.ids for sample, _ in pairs]
     assert all(2 <= len(sample) <= limit for sample in samples)
     assert all(a[-1] == b[0] for a, b in pairwise(samples))
     learnt = [token for sample in samples for token in sample[1:]]
@@ -430,7 +430,7 @@ def test_an_epochs_order_holds_little_in_memory(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from minigpt.data.order import PackedOrder, Part
+from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import SAMPLE, TokenStore
 from minigpt.machine import peak_memory
 
@@ -442,7 +442,7 @@ np.zeros(1, np.uint16).tofile(at / "tokens.bin")
 (at / "meta.json").write_text('{"dtype": "uint16"}')
 store = TokenStore(at, at)
 before = peak_memory()["peak_rss_mb"]
-order = PackedOrder([store.lengths], [Part(many, many)], 4096, seed=0)
+order = PackedOrder([store.lengths], [FileShare(many, many)], 4096, seed=0)
 assert order.count() >= many // 40
 print(peak_memory()["peak_rss_mb"] - before)
 """

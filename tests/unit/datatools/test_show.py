@@ -11,7 +11,6 @@ import pytest
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import collate
-from minigpt.data.datamodule import Selection
 from minigpt.data.store import Limits, open_store
 from minigpt.datatools.show import coloured, html, plain, segments
 from minigpt.datatools.stats import measure
@@ -39,7 +38,7 @@ def test_targets_are_those_of_the_batch(
 ) -> None:
     path, tokenizer = write(ROWS[kind]), tokenizers.load(tokenizer_dir)
     store = open_store(path, kind, tokenizer, Limits(64), tmp_path / "cache")
-    samples = [Selection(store).sample(i) for i in range(len(store))]
+    samples = [store.sample(i) for i in range(len(store))]
     batch = collate(samples)
     parts = list(segments(path, tokenizer, None, 64, rows=10))
     counts = [list(map(int, re.findall(r"(\d+) t", part.heading))) for part in parts]

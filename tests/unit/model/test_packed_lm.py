@@ -109,8 +109,8 @@ def test_a_document_does_not_see_its_neighbours(family: str) -> None:
 def answers(pair: Sample) -> list[tuple[Tensor, int]]:
     """Both answers as whole sequences, and the place of their first target."""
     ids = torch.from_numpy(pair.ids.astype(np.int64))
-    prompt, first, second = ids.split([pair.prompt, pair.first, pair.second])
-    return [(torch.cat([prompt, answer]), pair.prompt) for answer in (first, second)]
+    prompt, *both = ids.split([pair.prompt, *pair.answers])
+    return [(torch.cat([prompt, answer]), pair.prompt) for answer in both]
 
 
 def answer_logprob(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
