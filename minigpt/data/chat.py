@@ -28,7 +28,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, takewhile
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
@@ -344,7 +344,7 @@ class ChatTemplate:
         self.source: str = _single(tokenizer.chat_template)
         self.native = self.source == CHAT_TEMPLATE
         self.marked = has_generation_marks(self.source)
-        self._variables: dict[str, object] = dict(tokenizer.special_tokens_map)
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
         probe = self._probe()
         self._after = probe.partition(ANSWER)[2] if ANSWER in probe else None
