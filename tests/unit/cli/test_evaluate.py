@@ -137,8 +137,8 @@ def test_the_seed_and_the_temperature_reach_the_replies(
     minigpt: Minigpt, trained: Path, files: Path
 ) -> None:
     def health(*options: object) -> dict[str, float]:
-        options = ("--prompts", "prompts.jsonl", "--max_new_tokens", "20", "--json", "s.json")
-        assert minigpt("evaluate", "--model", trained / "sft", *options, *options).status == 0
+        common = ("--prompts", "prompts.jsonl", "--max_new_tokens", "20", "--json", "s.json")
+        assert minigpt("evaluate", "--model", trained / "sft", *common, *options).status == 0
         return values(files / "s.json", trained / "sft")["prompts prompts.jsonl"]
 
     assert health() == health("--seed", "5")
