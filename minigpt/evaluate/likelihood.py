@@ -23,7 +23,7 @@ from minigpt.evaluate.scores import Score
 from minigpt.infer.engine import Engine
 from minigpt.model.conformance import require_conformance
 from minigpt.model.losses import sum_by
-from minigpt.model.packed_lm import target_logits, use_attention
+from minigpt.model.packed_lm import target_logits, token_logprobs, use_attention
 from minigpt.model.rope import max_positions, shared_limit
 
 TOKENS = 4096  # of a packed batch, at most
@@ -66,16 +66,11 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
 
 
 @torch.no_grad()
-def log_softmax(engine: Engine, batch: PackedBatch) -> Tensor:
-    """Return the log-probabilities [N, V], fp32, that a model gives at the batch's targets."""
+def batch_logits(engine: Engine, batch: PackedBatch) -> Tensor:
+    """Return the logits [N, V] by which a model predicts the targets of a batch."""
     conformance = require_conformance(engine.model, training=True)
     with use_attention(engine.model, conformance.training):
-        return target_logits(engine.model, batch, conformance.packed).float().log_softmax(-1)
-
-
-def of_labels(logp: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the labels' log-probabilities [N] out of all [N, V]."""
-    return logp.gather(1, batch.labels[:, None]).squeeze(1)
+        return target_logits(engine.model, batch, conformance.packed)
 
 
 def continuation(engine: Engine, context: str, rest: str) -> Pair:
@@ -113,9 +108,10 @@ def score(
     )
     results: list[tuple[float, bool]] = []
     for batch in batches(engine, samples):
-        logp = log_softmax(engine, batch)
-        differs = (logp.argmax(-1) != batch.labels).float()
-        sums = sum_by(of_labels(logp, batch), batch.answers, batch.n_answers)
+        logits = batch_logits(engine, batch)
+        differs = (logits.argmax(-1) != batch.labels).float()
+        logp = token_logprobs(logits, batch.labels)
+        sums = sum_by(logp, batch.answers, batch.n_answers)
         greedy = sum_by(differs, batch.answers, batch.n_answers) == 0
         results += zip(sums.tolist(), greedy.tolist(), strict=True)
         progress.step(len(results), len(pairs))
@@ -161,7 +157,8 @@ def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score
     nats, tokens, size = 0.0, 0, 0
     rows = documents(path, special_texts(engine.tokenizer))
     for batch in batches(engine, samples(engine, "text", rows, max_length)):
-        nats -= float(of_labels(log_softmax(engine, batch), batch).double().sum())
+        logp = token_logprobs(batch_logits(engine, batch), batch.labels)
+        nats -= float(logp.double().sum())
         tokens += len(batch.labels)
         size += int(sizes[batch.labels].sum())
     return {

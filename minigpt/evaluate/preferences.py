@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from minigpt.data.chat import refused_texts
 from minigpt.data.formats import BadRows, read_records
 from minigpt.errors import ModelError
-from minigpt.evaluate.likelihood import batches, log_softmax, of_labels, samples
+from minigpt.evaluate.likelihood import batch_logits, batches, samples
 from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine
 from minigpt.model.losses import sum_by
+from minigpt.model.packed_lm import token_logprobs
 
 
 def prefer(
@@ -46,12 +49,12 @@ def prefer(
     refused = refused_texts(engine.tokenizer, "preference")
     rows = read_records([path], "preference", BadRows(), special_tokens=refused)
     for batch in batches(engine, samples(engine, "preference", rows, max_length)):
-        logp = log_softmax(engine, batch)
-        rewards = of_labels(logp, batch)
+        logits = batch_logits(engine, batch)
+        rewards = token_logprobs(logits, batch.labels)
         if reference:
-            reference_logp = log_softmax(reference, batch)
-            divergence += float((logp.exp() * (logp - reference_logp)).sum(-1).double().sum())
-            rewards = beta * (rewards - of_labels(reference_logp, batch))
+            reference_logits = batch_logits(reference, batch)
+            divergence += kl_divergence(logits, reference_logits)
+            rewards = beta * (rewards - token_logprobs(reference_logits, batch.labels))
         sums = sum_by(rewards, batch.answers, batch.n_answers)
         counts = torch.bincount(batch.answers, minlength=batch.n_answers)
         margins += (sums[0::2] - sums[1::2]).tolist()
@@ -62,6 +65,13 @@ def prefer(
     if reference:
         scores["KL per token"] = Score(divergence / tokens, tokens)
     return scores | _length_bias(np.array(margins), np.array(lengths))
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> float:
+    """Return the sum over tokens of KL(model, reference), in nats, from their logits [N, V]."""
+    logp, reference_logp = (x.float().log_softmax(-1) for x in (logits, reference))
+    kl = F.kl_div(reference_logp, logp, reduction="none", log_target=True)
+    return float(kl.sum(-1).double().sum())
 
 
 def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
