@@ -1,6 +1,6 @@
 """Pieces of a self-contained HTML page: tables and charts as inline SVG, light and dark.
 
-Nothing is fetched: no script, no font, no style sheet. Whatever is not `Html` is escaped.
+Nothing is fetched: no script, no font, no style sheet. Texts that are not `Html` are escaped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 
 COLOURS = 6  # then the dashes change
-SHOWN = 300  # points of a line; more only make the file larger
+MAX_POINTS = 300  # of a line; more only make the file larger
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 230, 62, 12, 38
 
 STYLE = """
@@ -59,7 +59,7 @@ blockquote { margin: .2rem 0 1rem; padding-left: .8rem; border-left: 3px solid v
 
 
 class Html(str):
-    """Markup: what is inside was escaped already."""
+    """Markup, whose texts are escaped already."""
 
     __slots__ = ()
 
@@ -147,27 +147,28 @@ def line_chart(
         y_label: what y is, in its unit.
     """
     lines = {name: _drawn(points) for name, points in series.items()}
-    every = [point for points in lines.values() for point in points]
-    if not every:
+    all_points = [point for points in lines.values() for point in points]
+    if not all_points:
         return _figure(title, '<p class="soft">No points.</p>')
-    xs, ys = _range([x for x, _ in every]), _range([y for _, y in every])
+    xs = _range([x for x, _ in all_points])
+    ys = _range([y for _, y in all_points])
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def pixels(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - 14)
         up = (y - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
     marks = []
     for y in ticks(*ys):
-        at = place(xs[0], y)[1]
-        marks.append(f'<path d="M{LEFT} {at}H{WIDTH - 14}" stroke="var(--line)"/>')
-        marks.append(_text(LEFT - 6, at + 4, tick_label(y), "end"))
+        top = pixels(xs[0], y)[1]
+        marks.append(f'<path d="M{LEFT} {top}H{WIDTH - 14}" stroke="var(--line)"/>')
+        marks.append(_text(LEFT - 6, top + 4, tick_label(y), "end"))
     for x in ticks(*xs):
-        marks.append(_text(place(x, ys[0])[0], HEIGHT - BOTTOM + 16, tick_label(x), "middle"))
+        marks.append(_text(pixels(x, ys[0])[0], HEIGHT - BOTTOM + 16, tick_label(x), "middle"))
     marks.append(_text((LEFT + WIDTH) / 2, HEIGHT - 4, x_label, "middle"))
     for index, (name, points) in enumerate(lines.items()):
         label = name if len(lines) > 1 else ""
-        marks.append(_line([(*place(x, y), x, y) for x, y in points], index, label, x_label))
+        marks.append(_line([(*pixels(x, y), x, y) for x, y in points], index, label, x_label))
     unit = f" <small>({escape(y_label)})</small>" if y_label else ""
     box = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
     drawing = f"{box}{''.join(marks)}</svg>"
@@ -175,31 +176,31 @@ def line_chart(
 
 
 def _drawn(points: Points) -> list[tuple[float, float]]:
-    good = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    every = -(-len(good) // SHOWN) or 1
-    return good[::every] + (good[-1:] if (len(good) - 1) % every else [])
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    step = -(-len(finite) // MAX_POINTS) or 1
+    return finite[::step] + (finite[-1:] if (len(finite) - 1) % step else [])
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
-    return (0.0 if 0 <= low < high / 4 else low - room), high + room
+    margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+    return (0.0 if 0 <= low < high / 4 else low - margin), high + margin
 
 
 def _line(points: Sequence[tuple[float, ...]], index: int, name: str, x_label: str) -> str:
     colour = f"var(--c{index % COLOURS})"
     dash = ' stroke-dasharray="5 3"' if index >= COLOURS else ""
     path = "L".join(f"{left} {top}" for left, top, *_ in points)
-    drawn = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>'
-    few = 2.5 if len(points) <= 12 else 0  # a line of few points shows them
+    line = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>'
+    radius = 2.5 if len(points) <= 12 else 0  # a line of few points shows them
     step = -(-len(points) // 60) or 1
     dots = "".join(
-        f'<circle cx="{left}" cy="{top}" r="{few}" fill="{colour}" stroke="transparent" '
+        f'<circle cx="{left}" cy="{top}" r="{radius}" fill="{colour}" stroke="transparent" '
         f'stroke-width="9"><title>{escape(f"{name} " if name else "")}{escape(number(y))} at '
         f"{escape(x_label)} {escape(number(x))}</title></circle>"
         for left, top, x, y in points[::step]
     )
-    return drawn + dots
+    return line + dots
 
 
 def bar_chart(
@@ -220,14 +221,14 @@ def bar_chart(
         unit: written after each value.
     """
     full = largest or max([v for _, v in bars] + [high for _, high in intervals], default=0) or 1
-    parts = []
+    rows = []
     for index, (label, value) in enumerate(bars):
         low, high = (100 * x / full for x in intervals[index]) if intervals else (0, 0)
         whisker = f'<u style="left:{low:.2f}%;width:{high - low:.2f}%"></u>' if intervals else ""
         bar = f'<i style="width:{100 * value / full:.2f}%"></i>{whisker}'
-        said = f"{escape(value)}{escape(unit)}"
-        parts.append(f"<span>{escape(label)}</span><div>{bar}</div><b>{said}</b>")
-    return _figure(title, f'<div class="bars">{"".join(parts)}</div>')
+        figure = f"{escape(value)}{escape(unit)}"
+        rows.append(f"<span>{escape(label)}</span><div>{bar}</div><b>{figure}</b>")
+    return _figure(title, f'<div class="bars">{"".join(rows)}</div>')
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -242,5 +243,5 @@ def _legend(names: Sequence[str]) -> str:
     return f'<div class="legend">{"".join(marks)}</div>'
 
 
-def _figure(title: str, inside: str, unit: str = "") -> Html:
-    return Html(f"<figure><figcaption>{escape(title)}{unit}</figcaption>{inside}</figure>\n")
+def _figure(title: str, body: str, unit: str = "") -> Html:
+    return Html(f"<figure><figcaption>{escape(title)}{unit}</figcaption>{body}</figure>\n")

@@ -16,10 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from minigpt.infer.engine import Engine
 
 OUT = Path("outputs")
 RECORDS = OUT / "pipeline"
@@ -33,17 +36,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train and examine every stage.")
     parser.add_argument("--force", action="store_true", help="start over")
     parser.add_argument("--configs", default="configs", help="folder of the stages' configs")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     os.chdir(ROOT)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minigpt").setLevel(logging.INFO)
-    if chosen.force:
+    if args.force:
         for name in ("pipeline", "tokenizer", *STAGES):
             shutil.rmtree(OUT / name, ignore_errors=True)
     from minigpt.errors import MiniGPTError
 
     try:
-        records = run_stages(chosen.configs)
+        records = run_stages(args.configs)
     except MiniGPTError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return error.exit_code
@@ -102,8 +105,8 @@ def fit(stage: str, configs: str) -> Record:
     return json.loads((OUT / stage / "summary.json").read_text())  # type: ignore[no-any-return]
 
 
-def examine(engine: Any, *families: str) -> dict[str, float]:
-    """Let a model sit exams; return each family's share of right replies."""
+def examine(engine: Engine, *families: str) -> dict[str, float]:
+    """Run exams on a model; return each family's share of right replies."""
     from minigpt.evaluate.exam import accuracies, load_items, run_eval
     from minigpt.infer.engine import Sampling
 
@@ -117,11 +120,11 @@ def mean(scores: dict[str, float]) -> float:
     return sum(scores[family] for family in GENERAL) / len(GENERAL)
 
 
-def load(stage: str, **options: Any) -> Any:
+def load(stage: str, merged: bool = True) -> Engine:
     """Load a stage's model for inference."""
     from minigpt.infer.engine import Engine
 
-    return Engine.load(OUT / stage, **options)
+    return Engine.load(OUT / stage, merged=merged)
 
 
 def pretrain(configs: str) -> Record:
@@ -186,7 +189,7 @@ def lora(configs: str) -> Record:
     }
 
 
-def off_equals_base(engine: Any) -> bool:
+def off_equals_base(engine: Engine) -> bool:
     """Whether the model with its adapter switched off gives the base's very logits."""
     import torch
 

@@ -25,14 +25,14 @@ def main() -> int:
     parser.add_argument("--weight_decay", type=float, default=0.01, help="of matrices")
     parser.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps")
     parser.add_argument("--save_total_limit", type=int, default=2, help="checkpoints to keep")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     model = {
-        "optimizer.weight_decay": chosen.weight_decay,
+        "optimizer.weight_decay": args.weight_decay,
         "schedule.name": "cosine",
-        "schedule.warmup": chosen.warmup_ratio,
+        "schedule.warmup": args.warmup_ratio,
     }
-    keep = chosen.save_total_limit
-    return fit("PretrainModule", "PretrainDataModule", chosen, model, keep=keep)
+    keep = args.save_total_limit
+    return fit("PretrainModule", "PretrainDataModule", args, model, keep=keep)
 
 
 if __name__ == "__main__":

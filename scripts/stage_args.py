@@ -67,7 +67,7 @@ def parser_for(stage: str, defaults: Defaults) -> argparse.ArgumentParser:
 def fit(
     module: str,
     data_module: str,
-    chosen: argparse.Namespace,
+    args: argparse.Namespace,
     model: dict[str, Any],
     data: dict[str, Any] | None = None,
     keep: int = 2,
@@ -77,39 +77,39 @@ def fit(
 
     rows = 2 if data_module == "DPODataModule" else 1  # a pair may be two rows long
     options: dict[str, Any] = {
-        "run_dir": chosen.output_dir,
-        "overwrite": chosen.overwrite,
-        "ckpt_path": "auto" if chosen.resume else None,
-        "checkpoint.every": chosen.save_steps,
+        "run_dir": args.output_dir,
+        "overwrite": args.overwrite,
+        "ckpt_path": "auto" if args.resume else None,
+        "checkpoint.every": args.save_steps,
         "checkpoint.keep": keep,
         "model": module,
-        "model.init_from": chosen.model_path,
-        "model.tokenizer": chosen.tokenizer_path,
+        "model.init_from": args.model_path,
+        "model.tokenizer": args.tokenizer_path,
         **{f"model.{name}": value for name, value in model.items()},
-        "model.optimizer.lr": chosen.learning_rate,
+        "model.optimizer.lr": args.learning_rate,
         "data": data_module,
-        "data.train": chosen.data_file,
-        **validation(chosen),
-        "data.max_length": chosen.max_length,
-        "data.tokens_per_batch": chosen.batch_size * chosen.max_length * rows,
-        "data.data_limit": chosen.data_limit,
+        "data.train": args.data_file,
+        **validation(args),
+        "data.max_length": args.max_length,
+        "data.tokens_per_batch": args.batch_size * args.max_length * rows,
+        "data.data_limit": args.data_limit,
         **{f"data.{name}": value for name, value in (data or {}).items()},
-        "trainer.max_epochs": chosen.num_epochs,
-        "trainer.accumulate_grad_batches": chosen.gradient_accumulation_steps,
-        "trainer.log_every_n_steps": chosen.logging_steps,
-        "trainer.precision": "16-mixed" if chosen.fp16 else None,
+        "trainer.max_epochs": args.num_epochs,
+        "trainer.accumulate_grad_batches": args.gradient_accumulation_steps,
+        "trainer.log_every_n_steps": args.logging_steps,
+        "trainer.precision": "16-mixed" if args.fp16 else None,
     }
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return main(["fit", *given])
+    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return main(["fit", *arguments])
 
 
-def validation(chosen: argparse.Namespace) -> dict[str, Any]:
+def validation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the held-out file, or the share of rows to hold out."""
-    file = Path(chosen.data_file)
+    file = Path(args.data_file)
     beside = file.with_name(f"{file.stem}_val{file.suffix}")
-    if chosen.val_file or beside.is_file():
-        return {"data.val": chosen.val_file or str(beside)}
-    enough = (chosen.data_limit or ENOUGH_ROWS) >= ENOUGH_ROWS and has_enough_rows(file)
+    if args.val_file or beside.is_file():
+        return {"data.val": args.val_file or str(beside)}
+    enough = (args.data_limit or ENOUGH_ROWS) >= ENOUGH_ROWS and has_enough_rows(file)
     return {"data.val_share": 0.05 if enough else 0}
 
 

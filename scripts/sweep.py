@@ -23,9 +23,9 @@ from pathlib import Path
 Choice = dict[str, str]
 
 
-def grid(given: list[str]) -> Iterator[Choice]:
+def grid(axes: list[str]) -> Iterator[Choice]:
     """Yield every combination of `option=value,value`."""
-    split = [axis.partition("=") for axis in given]
+    split = [axis.partition("=") for axis in axes]
     names = [name for name, _, _ in split]
     for values in itertools.product(*(values.split(",") for _, _, values in split)):
         yield dict(zip(names, values, strict=True))
@@ -36,24 +36,24 @@ def label(choice: Choice) -> str:
     return " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in choice.items())
 
 
-def train(chosen: argparse.Namespace, choice: Choice, more: list[str]) -> float:
+def train(args: argparse.Namespace, choice: Choice, more: list[str]) -> float:
     """Make a run unless it is finished; return its held-out result, infinite where it failed."""
-    run_dir = Path(chosen.output_dir) / label(choice).replace(" ", ",")
+    run_dir = Path(args.output_dir) / label(choice).replace(" ", ",")
     summary = run_dir / "summary.json"
     if not summary.is_file():
-        configs = [word for config in chosen.config for word in ("--config", config)]
+        configs = [word for config in args.config for word in ("--config", config)]
         options = [word for name, value in choice.items() for word in (f"--{name}", value)]
         command = ["fit", *configs, "--run_dir", str(run_dir), "--overwrite", "true", *options]
-        done = subprocess.run([sys.executable, "-m", "minigpt", *command, *more])
-        if done.returncode in (75, 130):  # the sweep was asked to stop, too
-            raise SystemExit(done.returncode)
-        if done.returncode:
+        process = subprocess.run([sys.executable, "-m", "minigpt", *command, *more])
+        if process.returncode in (75, 130):  # the sweep was asked to stop, too
+            raise SystemExit(process.returncode)
+        if process.returncode:
             return math.inf
     final: dict[str, float] = json.loads(summary.read_text())["final"]
-    if chosen.metric not in final:
-        known = ", ".join(final) or "none: validate at the last step, by trainer.val_check_interval"
-        raise SystemExit(f"{run_dir} has no {chosen.metric}. It has {known}.")
-    return final[chosen.metric]
+    if args.metric not in final:
+        metrics = ", ".join(final) or "none: set trainer.val_check_interval to the last step"
+        raise SystemExit(f"{run_dir} has no {args.metric}. It has {metrics}.")
+    return final[args.metric]
 
 
 def main() -> None:
@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--grid", action="append", required=True, metavar="OPTION=V,V,…")
     parser.add_argument("--metric", default="val/loss", help="the least is best (val/loss)")
     parser.add_argument("--output_dir", required=True)
-    chosen, more = parser.parse_known_args()
-    results = [(train(chosen, choice, more), label(choice)) for choice in grid(chosen.grid)]
-    print(f"{chosen.metric:>10}")
+    args, more = parser.parse_known_args()
+    results = [(train(args, choice, more), label(choice)) for choice in grid(args.grid)]
+    print(f"{args.metric:>10}")
     for value, name in sorted(results):
         print(f"{value:10.4f}  {name}")
 

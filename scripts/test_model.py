@@ -6,9 +6,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stage_args import ROOT
+
+if TYPE_CHECKING:
+    from minigpt.infer.engine import Engine, Sampling
 
 PROMPTS = (
     "Hello!",
@@ -43,44 +46,42 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     from minigpt.errors import MiniGPTError
 
-    chosen = parse()
+    args = parse()
     try:
-        answer(chosen)
+        answer(args)
     except MiniGPTError as error:
         print(f"test_model: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def answer(chosen: argparse.Namespace) -> None:
+def answer(args: argparse.Namespace) -> None:
     """Answer the prompts, or talk."""
     from minigpt.cli.trainer import quiet
     from minigpt.infer.engine import Engine, Sampling
 
     quiet()
-    sampling = Sampling(
-        chosen.max_length, chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p
-    )
+    sampling = Sampling(args.max_length, args.temperature, top_k=args.top_k, top_p=args.top_p)
     engine = Engine.load(
-        chosen.model_path, chosen.lora_path, chosen.tokenizer_path, merged=chosen.merge_lora
+        args.model_path, args.lora_path, args.tokenizer_path, merged=args.merge_lora
     )
-    if chosen.interactive:
+    if args.interactive:
         talk(engine, sampling)
         return
-    for prompt in [chosen.prompt] if chosen.prompt else PROMPTS:
+    for prompt in [args.prompt] if args.prompt else PROMPTS:
         print(f"> {prompt}\n{reply(engine, sampling, [('user', prompt)])}\n")
 
 
-def reply(engine: Any, sampling: Any, turns: list[tuple[str, str]]) -> str:
+def reply(engine: Engine, sampling: Sampling, turns: list[tuple[str, str]]) -> str:
     """Answer a chat, or continue the last text where the model knows no chats."""
     from minigpt.data.formats import Message
 
     messages = tuple(Message(role, text) for role, text in turns)
-    asked = messages if engine.codec is not None else turns[-1][1]
-    return str(engine.complete([asked], sampling)[0].text)
+    prompt = messages if engine.codec is not None else turns[-1][1]
+    return str(engine.complete([prompt], sampling)[0].text)
 
 
-def talk(engine: Any, sampling: Any) -> None:
+def talk(engine: Engine, sampling: Sampling) -> None:
     """Read lines and answer them, with the whole dialogue as context."""
     turns: list[tuple[str, str]] = []
     while line := read_line():

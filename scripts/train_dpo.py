@@ -23,10 +23,10 @@ def main() -> int:
     parser = parser_for("dpo", DEFAULTS)
     parser.add_argument("--max_prompt_length", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--beta", type=float, default=0.1, help="pull towards the reference")
-    chosen = parser.parse_args()
-    model = {"beta": chosen.beta, "schedule.name": "cosine"}
-    data = {"max_prompt_length": chosen.max_prompt_length}
-    return fit("DPOModule", "DPODataModule", chosen, model, data)
+    args = parser.parse_args()
+    model = {"beta": args.beta, "schedule.name": "cosine"}
+    data = {"max_prompt_length": args.max_prompt_length}
+    return fit("DPOModule", "DPODataModule", args, model, data)
 
 
 if __name__ == "__main__":

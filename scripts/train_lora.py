@@ -24,14 +24,14 @@ def main() -> int:
     parser.add_argument("--lora_r", type=int, default=8, help="rank")
     parser.add_argument("--lora_alpha", type=int, default=32, help="scale, divided by the rank")
     parser.add_argument("--lora_dropout", type=float, default=0.1, help="of its input")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     model = {
-        "lora.r": chosen.lora_r,
-        "lora.alpha": chosen.lora_alpha,
-        "lora.dropout": chosen.lora_dropout,
+        "lora.r": args.lora_r,
+        "lora.alpha": args.lora_alpha,
+        "lora.dropout": args.lora_dropout,
         "schedule.name": "cosine",
     }
-    return fit("LoRAModule", "SFTDataModule", chosen, model)
+    return fit("LoRAModule", "SFTDataModule", args, model)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ DEFAULTS = Defaults(
 
 def main() -> int:
     """Parse the flags and train."""
-    chosen = parser_for("sft", DEFAULTS).parse_args()
-    return fit("SFTModule", "SFTDataModule", chosen, {"schedule.name": "cosine"})
+    args = parser_for("sft", DEFAULTS).parse_args()
+    return fit("SFTModule", "SFTDataModule", args, {"schedule.name": "cosine"})
 
 
 if __name__ == "__main__":

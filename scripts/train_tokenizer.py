@@ -19,11 +19,14 @@ def main() -> int:
     parser.add_argument("--data_file", default=str(ROOT / "data" / "pretrain.jsonl"), help="JSONL")
     parser.add_argument("--output_dir", default=str(ROOT / "mini_tokenizer"), help="where it goes")
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens in all")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     return minigpt(
         [
-            *("tokenizer", "train", "--data_file", chosen.data_file),
-            *("--output_dir", chosen.output_dir, "--vocab_size", str(chosen.vocab_size)),
+            "tokenizer",
+            "train",
+            f"--data_file={args.data_file}",
+            f"--output_dir={args.output_dir}",
+            f"--vocab_size={args.vocab_size}",
             "--overwrite",
         ]
     )

@@ -16,7 +16,7 @@ from minigpt.errors import ConfigError, DataError
 
 COUNTED_MB = 500  # of larger data files, the card gives the size instead of the rows
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-MODEL = 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
+MODEL = 'model = AutoModelForCausalLM.from_pretrained("{path}")\n'
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
 ROWS = (  # ids may leave some out, so that there are fewer tokens
     "rows = max(tokenizer.get_vocab().values()) + 1\n"
@@ -26,7 +26,7 @@ PEFT = 'model = PeftModel.from_pretrained(model, "{name}")\n'
 USES = {
     "transformers": IMPORTS + MODEL + TOKENIZER,
     "peft": "from peft import PeftModel\n" + IMPORTS + MODEL + TOKENIZER + ROWS + PEFT,
-    "gguf": "ollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {place}\n",
+    "gguf": "ollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {path}\n",
 }
 
 
@@ -71,11 +71,11 @@ class Card:
         if base and Path(base).exists():
             base = "path/to/the/base"
         head |= {"base_model": base} if base and "/the/" not in base else {}
-        use = USES[kind].format(name=self.name, place=gguf or base or self.name)
+        use = USES[kind].format(name=self.name, path=gguf or base or self.name)
         versions = [
             f"{name} {version(name)}" for name in ("minigpt", "torch", "transformers", "peft")
         ]
-        parts = [
+        sections = [
             f"---\n{yaml.safe_dump(head)}---\n# {self.name}\n\n```\n{use}```",
             table("Training", TRAINING, stages(Path(self.model))),
             *(table(t, ("measure", "value"), flat(results)) for t, results in self._results()),
@@ -83,7 +83,7 @@ class Card:
             f"## Licence\n\n{self.license or 'Not stated.'}",
             f"Made with {', '.join(versions)}.\n",
         ]
-        (directory / "README.md").write_text("\n\n".join(filter(None, parts)), encoding="utf-8")
+        (directory / "README.md").write_text("\n\n".join(filter(None, sections)), encoding="utf-8")
 
     def _results(self) -> Iterator[tuple[str, object]]:
         run = Path(self.model)

@@ -59,8 +59,9 @@ class ChatMessage(BaseModel):
     def record(self) -> Message:
         """Return the turn as the chat template takes it."""
         role = "system" if self.role == "developer" else self.role
-        parts = self.content
-        return Message(role, parts if isinstance(parts, str) else "".join(p.text for p in parts))
+        if isinstance(self.content, str):
+            return Message(role, self.content)
+        return Message(role, "".join(part.text for part in self.content))
 
 
 class StreamOptions(_Strict):
@@ -243,8 +244,8 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
             _chat_logprob(token, logprob, None if "\ufffd" in token else list(token.encode()))
             for _, token, logprob in entry.top
         ]
-        chosen = _chat_logprob(entry.token, entry.logprob, entry.bytes)
-        content.append(chosen | {"top_logprobs": top})
+        sampled = _chat_logprob(entry.token, entry.logprob, entry.bytes)
+        content.append(sampled | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def batches(config: LoopConfig, store: TokenStore) -> Iterator[tuple[dict[str, T
                 waiting = []
 
 
-def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def answer_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the summed log-prob of each row's answer, [B]."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -137,18 +137,18 @@ def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return summed
 
 
-def loss_of(model: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
+def loss_of(model: nn.Module, reference: nn.Module | None, batch: dict[str, Tensor]) -> Tensor:
     """Return the mean loss of a batch; preferences are those with a reference."""
     if reference is None:
         return model(**batch, use_cache=False).loss  # type: ignore[no-any-return]
     with torch.no_grad():
         before = answer_logprobs(reference, batch)
     ratios = 0.1 * (answer_logprobs(model, batch) - before)
-    chosen, rejected = ratios.chunk(2)
-    return -logsigmoid(chosen - rejected).mean()
+    margins = torch.sub(*ratios.chunk(2))
+    return -logsigmoid(margins).mean()
 
 
-def load(config: LoopConfig) -> Any:
+def load(config: LoopConfig) -> nn.Module:
     """Return the model, with an adapter for lora."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=torch.float32, attn_implementation="sdpa"
@@ -158,7 +158,8 @@ def load(config: LoopConfig) -> Any:
 
         adapter = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear")
         model = get_peft_model(model, adapter)
-    return model.to(config.device).train()
+    module: nn.Module = model.to(config.device)
+    return module.train()
 
 
 def train(config: LoopConfig) -> dict[str, float]:
@@ -204,7 +205,7 @@ def train(config: LoopConfig) -> dict[str, float]:
 
 
 @torch.no_grad()
-def held_out(config: LoopConfig, model: Any) -> float:
+def held_out(config: LoopConfig, model: nn.Module) -> float:
     """Return the mean loss over all tokens of the held-out texts, in nats."""
     store = TokenStore(Path(str(config.stores[1])), Path())
     rows = [row for sample in samples(store, range(len(store))) for row in sample]

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"text": "pretrain.jsonl", "chat": "sft.jsonl", "preference": "dpo.jsonl"}
@@ -34,12 +33,13 @@ print(time.process_time() - start, usage.ru_maxrss / 1000, file=sys.stderr)
 """
 
 
-def varied(value: Any, rng: random.Random, size: int) -> Any:
+def varied(value: object, rng: random.Random, size: int) -> object:
     """Return a row with a number after each text, and texts repeated up to `size` characters."""
     if isinstance(value, dict):
         return {k: v if k == "role" else varied(v, rng, size) for k, v in value.items()}
     if isinstance(value, list):
         return [varied(item, rng, size) for item in value]
+    assert isinstance(value, str)
     return "\n".join(value for _ in range(1 + size // len(value))) + f" {rng.randrange(10**6)}"
 
 

@@ -13,13 +13,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_cpp_arm import PROMPT, rate_of
 from measure import HERE, architecture, publish, run, spawn
 
 from minigpt.cli.options import CommandParser, positive
 from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 EXAMPLES = """examples:
   python scripts/bench/generate.py
@@ -85,7 +88,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 
 def arms_of(
-    model: Any, tokenizer: Any, args: Namespace, dtype: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, args: Namespace, dtype: str
 ) -> dict[str, Callable[[], float]]:
     """Return what is measured in a dtype; each arm returns its rate [tokens/s]."""
     import torch
@@ -103,7 +106,7 @@ def arms_of(
 
     def transformers() -> int:
         ids = torch.tensor([engine.encode(PROMPT)])
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]  # of the mixin, which its class adds
             ids,
             attention_mask=torch.ones_like(ids),
             pad_token_id=0,
@@ -127,7 +130,7 @@ def arms_of(
 
 
 def gguf_arm(
-    model: Any, tokenizer: Any, args: Namespace, stack: ExitStack
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, args: Namespace, stack: ExitStack
 ) -> tuple[dict[str, Callable[[], float]], str]:
     """Export to GGUF q8_0; return the arm of llama.cpp with it, and whether there is one.
 
@@ -157,7 +160,7 @@ def gguf_arm(
     return {"gguf_q8_0": arm}, "measured"
 
 
-def load(args: Namespace) -> tuple[Any, Any]:
+def load(args: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the model on the CPU and its tokenizer: one saved, or a size with random weights.
 
     Raises:
@@ -168,19 +171,18 @@ def load(args: Namespace) -> tuple[Any, Any]:
     from minigpt.model.pretrained import load_model, tokenizer_source
 
     if args.model:
-        model: Any = load_model(args.model, "sdpa").eval()
+        model = load_model(args.model, "sdpa")
         tokenizer = tokenizers.load(tokenizer_source(args.model))
     else:
         tokenizer = bytes_only()
-        sizes: Any = architecture(args.size)
-        model = build_native(Architecture(**sizes), tokenizer)
+        model = build_native(Architecture(**architecture(args.size)), tokenizer)
         model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
         model.config._attn_implementation = "sdpa"
     model.generation_config.eos_token_id = None
     return model.eval(), tokenizer
 
 
-def bytes_only() -> Any:
+def bytes_only() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are the bytes: a model without training says no words.
 
     One merge, of letters that no prompt holds, is there for llama.cpp, which loads none without.

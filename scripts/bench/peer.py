@@ -18,7 +18,7 @@ from typing import Any
 from baseline import IGNORED, MIN_STEPS, LoopConfig, samples
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from minigpt.data.store import TokenStore
@@ -35,7 +35,9 @@ class Clock(TrainerCallback):
         self.seconds = 0.0
         self.started = 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: object, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Note a step; stop when the time is over."""
         if state.global_step == 1:
             self.started = time.perf_counter()
@@ -74,11 +76,11 @@ def train(config: LoopConfig) -> dict[str, float]:
     kind, options = (DPOTrainer, DPOConfig) if config.stage == "dpo" else (SFTTrainer, SFTConfig)
 
     class Counted(kind):  # type: ignore[misc, valid-type]
-        def _prepare_dataset(self, dataset: Dataset, *more: Any) -> Dataset:
+        def _prepare_dataset(self, dataset: Dataset, *more: object) -> Dataset:
             return dataset if config.stage == "dpo" else super()._prepare_dataset(dataset, *more)
 
         def compute_loss(
-            self, model: Any, inputs: dict[str, Any], *more: Any, **options: Any
+            self, model: Any, inputs: dict[str, Any], *more: object, **options: Any
         ) -> Any:
             clock.tokens += useful(inputs)
             return super().compute_loss(model, inputs, *more, **options)

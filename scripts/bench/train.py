@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from baseline import MIN_STEPS, LoopConfig
@@ -33,7 +33,11 @@ from measure import (
 )
 
 from minigpt.cli.options import CommandParser, positive
+from minigpt.data.formats import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 EXAMPLES = """examples:
   python scripts/bench/train.py --stage pretrain --data data/pretrain.jsonl
@@ -41,7 +45,7 @@ EXAMPLES = """examples:
   python scripts/bench/train.py --stage dpo --data data/dpo.jsonl --max-length 1024 --rows 64
 """
 # Class of the module and of its data, kind of row, and the rows (pairs, blocks) of a step.
-STAGES: dict[str, tuple[str, str, Any, int]] = {
+STAGES: dict[str, tuple[str, str, Kind, int]] = {
     "pretrain": ("PretrainModule", "PretrainDataModule", "text", 8),
     "sft": ("SFTModule", "SFTDataModule", "chat", 16),
     "dpo": ("DPOModule", "DPODataModule", "preference", 4),
@@ -164,7 +168,7 @@ def new_model(args: Namespace, directory: Path) -> Path:
     return directory
 
 
-def attention_width(config: Any) -> int:
+def attention_width(config: PreTrainedConfig) -> int:
     """Return layers × heads × width of a head."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -320,16 +324,16 @@ def config(work: Workload, reference: str, run_dir: Path, seed: int) -> Result:
         "cache_dir": str(work.directory / "cache"),
     }
     # A GPU waits for each step whose numbers are written, so that most are not.
-    every = 5 if work.device == "cuda" and args.steps >= 10 else 1
+    log_every = 5 if work.device == "cuda" and args.steps >= 10 else 1
     trainer = {
         "max_steps": args.steps + 1,
-        "min_steps": 1 + min(MIN_STEPS * every, args.steps),
+        "min_steps": 1 + min(MIN_STEPS * log_every, args.steps),
         "min_epochs": 0,  # else the time is looked at after a whole epoch only
         "max_time": {"seconds": args.seconds},
         "precision": work.precision,
         "accelerator": "gpu" if work.device == "cuda" else "cpu",
         "devices": 1,  # as the plain loop
-        "log_every_n_steps": every,
+        "log_every_n_steps": log_every,
         "enable_progress_bar": False,
     }
     return {

@@ -65,28 +65,28 @@ def _spoilt(facts: list[Fact], index: int, lang: str) -> dict[str, str]:
     fact = facts[index]
     form = TELLINGS[lang][fact.attribute][0]
     other = next(f for f in facts[index + 1 :] + facts if f.attribute == fact.attribute)
-    made = {"fact": tell(fact, lang, form.replace("{v}", other.value.inline(lang)))}
+    pairs = {"fact": tell(fact, lang, form.replace("{v}", other.value.inline(lang)))}
     if lang == "zh":
-        made["order"] = tell(fact, lang, form.replace("{n}", "").replace("。", "{n}。"))
-        return made
+        pairs["order"] = tell(fact, lang, form.replace("{n}", "").replace("。", "{n}。"))
+        return pairs
     subject, verb, rest = form.split(" ", 2)
-    made["order"] = tell(fact, lang, f"{subject} {rest[:-1]} {verb}.")
-    made["agreement"] = tell(fact, lang, f"{subject} {verb.removesuffix('s')} {rest}")
+    pairs["order"] = tell(fact, lang, f"{subject} {rest[:-1]} {verb}.")
+    pairs["agreement"] = tell(fact, lang, f"{subject} {verb.removesuffix('s')} {rest}")
     article, _, noun = fact.value.inline(lang).partition(" ")
     if article in ("a", "an") and noun:
         wrong = {"a": "an", "an": "a"}[article]
-        made["article"] = tell(fact, lang, form.replace("{v}", f"{wrong} {noun}"))
-    return made
+        pairs["article"] = tell(fact, lang, form.replace("{v}", f"{wrong} {noun}"))
+    return pairs
 
 
 def _with_pronoun(fact: Fact, lang: str) -> Row:
     """Let a second sentence refer to the person as he or she."""
     first = tell(fact, lang, TELLINGS[lang][fact.attribute][0])
-    own = pronoun(fact.person, lang)
-    other = {"he": "she", "she": "he", "他": "她", "她": "他"}[own]
+    right = pronoun(fact.person, lang)
+    other = {"he": "she", "she": "he", "他": "她", "她": "他"}[right]
     second = " Everybody knows that {} does." if lang == "en" else "大家都知道{}的事。"
     return {
         "family": f"{lang}_pronoun",
-        "good": first + second.format(own),
+        "good": first + second.format(right),
         "bad": first + second.format(other),
     }

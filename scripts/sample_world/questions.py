@@ -269,6 +269,6 @@ OPENERS = {
 }
 
 
-def with_opener(rng: Random, question: str, lang: str, chance: float = 0.5) -> str:
+def with_opener(rng: Random, question: str, lang: str, probability: float = 0.5) -> str:
     """Put a polite opener before some of the training questions."""
-    return rng.choice(OPENERS[lang]) + question if rng.random() < chance else question
+    return rng.choice(OPENERS[lang]) + question if rng.random() < probability else question

@@ -65,7 +65,7 @@ def scene(rng: Random, lang: str) -> str:
     town = rng.choice(VALUES["town"]).word(lang)
     events = rng.sample(_EN_EVENT if lang == "en" else _ZH_EVENT, rng.randint(1, 2))
     if lang == "en":
-        when, what = rng.choice(_EN_SEASON)
-        return " ".join([f"{when} {what} in {town}.", *events, rng.choice(_EN_END)])
-    when, what = rng.choice(_ZH_SEASON)
-    return "".join([f"{when}，在{town}，{what}。", *events, rng.choice(_ZH_END)])
+        when, event = rng.choice(_EN_SEASON)
+        return " ".join([f"{when} {event} in {town}.", *events, rng.choice(_EN_END)])
+    when, event = rng.choice(_ZH_SEASON)
+    return "".join([f"{when}，在{town}，{event}。", *events, rng.choice(_ZH_END)])

@@ -184,16 +184,16 @@ def example(rng: Random, skill: Skill, lang: str) -> str:
     return in_prose(rng, question(skill, operands, lang, rng.randrange(3)), answer, lang)
 
 
-def _join(parts: list[str], lang: str) -> str:
-    return (", " if lang == "en" else "，").join(parts)
+def _join(words: list[str], lang: str) -> str:
+    return (", " if lang == "en" else "，").join(words)
 
 
 def _sums(rng: Random, lang: str) -> str:
     """Add one digit to several numbers with the same last digit."""
     first, second = draw_item(rng, ADD, "train")
     numbers = range(10 + int(first) % 10, 100, 10)
-    kept = [n for n in numbers if split_of(item_key((str(n), second))) == "train"]
-    drawn = rng.sample(kept, min(4, len(kept)))
+    training = [n for n in numbers if split_of(item_key((str(n), second))) == "train"]
+    drawn = rng.sample(training, min(4, len(training)))
     return _join([f"{n} + {second} = {n + int(second)}" for n in drawn], lang)
 
 
