@@ -24,7 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from minigpt.data.batch import collate
 from minigpt.model import conformance, shrink
-from minigpt.model.cached import EXPLICIT_POSITIONS, PADDED, SAME_LENGTH, UNCACHED, Cached
+from minigpt.model.cached import (
+    EXPLICIT_POSITIONS,
+    PADDED,
+    SAME_LENGTH,
+    UNCACHED,
+    TransformersDecoder,
+)
 from minigpt.model.conformance import Conformance
 from minigpt.model.packed_lm import PackedLM, forward_rows, use_attention
 
@@ -129,7 +135,7 @@ def decoding_differs(model: PreTrainedModel, proof: Conformance) -> bool:
     samples = conformance._samples(model)
     texts = [sample.ids[: 23 - 5 * at].tolist() for at, sample in enumerate(samples)]
     with use_attention(model, proof.decoding):
-        runner = Cached(model, proof.decoding_mode)
+        runner = TransformersDecoder(model, proof.decoding_mode)
         logits = [runner.admit([text[:-STEPS] for text in texts])]
         logits += [runner.step([t[at] for t in texts]) for at in range(-STEPS, 0)]
     result = torch.stack(logits, 1)  # [texts, steps + 1, V]

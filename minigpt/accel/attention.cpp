@@ -1,7 +1,7 @@
 // Causal attention of packed samples in bf16 and its gradients, for CPUs with AVX512-BF16.
 //
 // FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): instead of the weights, only each
-// query's log-sum-exp is kept for the way back. A task is one sample under one key head, with all
+// query's log-sum-exp is saved for the backward pass. A task is one sample under one key head, with all
 // query heads that share it. Nothing else writes what it writes, so results do not depend on which
 // thread does what.
 //
@@ -13,7 +13,7 @@
 // other, of which the first computes the prompt's queries and lies behind the prompt, so that the
 // queries of each row are next to each other; see AttentionPlan in data/batch.py.
 //
-// Every matrix product is made of one tile: a pair of bf16 numbers, 32 bits, of the left matrix
+// Every matmul is made of one tile: a pair of bf16 numbers, 32 bits, of the left matrix
 // against sixteen pairs next to each other of the right one, summed up in fp32.
 
 #include <immintrin.h>
@@ -60,11 +60,11 @@ void interleave(const Half* low, const Half* high, Pair* to, long width) {
 
 // 2^x: a polynomial for the fraction (Taylor, relative error below 3e-6), its exponent for the rest.
 __m512 exp2(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(1.33335581e-3f);
+    __m512 integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, integer), y = _mm512_set1_ps(1.33335581e-3f);
     for (float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
         y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(y, whole);
+    return _mm512_scalef_ps(y, integer);
 }
 
 // The first `count` of sixteen numbers.
@@ -74,7 +74,7 @@ __mmask16 first(long count) {
 
 long sixteens(long n) { return (n + 15) / 16 * 16; }
 
-// ---- matrix products
+// ---- matmuls
 
 template <int M, int N>
 void tile(const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c, long c_row,
@@ -108,8 +108,8 @@ void strip(const Pair* a, long a_row, long a_step, const Pair* b, long b_step, f
 
 // c [rows, columns] (+)= a [rows, 2 depth] b [2 depth, columns]: at most STRIP rows, and columns in
 // sixteens. A step goes from one pair of the depth to the next.
-void product(long rows, const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c,
-             long c_row, long columns, long depth, bool add = false) {
+void matmul(long rows, const Pair* a, long a_row, long a_step, const Pair* b, long b_step, float* c,
+            long c_row, long columns, long depth, bool add = false) {
     static constexpr decltype(&strip<1>) strips[] = {strip<1>, strip<2>, strip<3>,
                                                      strip<4>, strip<5>, strip<6>};
     strips[rows - 1](a, a_row, a_step, b, b_step, c, c_row, columns, depth, add);
@@ -129,7 +129,7 @@ struct Row {
     bool answers_with(const Row& other) const { return prompt_length && prompt == other.prompt; }
 };
 
-// All that forward and backward get.
+// What forward and backward get.
 struct Call {
     Heads q, k, v;
     float* lse;
@@ -163,24 +163,25 @@ std::vector<int32_t> tokens(const Row& row) {
     return at;
 }
 
-// As the right side of products along the width: [D / 2, columns], columns being the row's tokens.
+// As the right side of matmuls along the width: [D / 2, columns], columns being the row's tokens.
 void across(const Heads& x, long h, const std::vector<int32_t>& at, long width,
             std::vector<Pair>& to) {
     const long size = at.size(), columns = sixteens(size);
     to.resize(width / 2 * columns);
     for (long n = 0; n < size; n += 16) {
         // Past the row's end it is the first token's pairs, of which masks keep the results out.
-        const __m512i some = _mm512_maskz_loadu_epi32(first(size - n), &at[n]);
-        const __m512i from = _mm512_mullo_epi32(some, _mm512_set1_epi32(int(x.token / 2)));
+        const __m512i token = _mm512_maskz_loadu_epi32(first(size - n), &at[n]);
+        const __m512i from = _mm512_mullo_epi32(token, _mm512_set1_epi32(int(x.token / 2)));
         for (long d = 0; d < width / 2; ++d) {
             const Pair* ahead = x.pairs(at[std::min(n + 32 + d % 16, size - 1)], h);
             _mm_prefetch(ahead + d / 16 * 16, _MM_HINT_T0);  // each of its lines once
-            _mm512_storeu_si512(&to[d * columns + n], _mm512_i32gather_epi32(from, x.pairs(0, h) + d, 4));
+            _mm512_storeu_si512(&to[d * columns + n],
+                                _mm512_i32gather_epi32(from, x.pairs(0, h) + d, 4));
         }
     }
 }
 
-// As the right side of products along the tokens: [tokens / 2, D].
+// As the right side of matmuls along the tokens: [tokens / 2, D].
 void along(const Heads& x, long h, const std::vector<int32_t>& at, long width,
            std::vector<Pair>& to) {
     to.resize((at.size() + 1) / 2 * width);
@@ -191,8 +192,8 @@ void along(const Heads& x, long h, const std::vector<int32_t>& at, long width,
 
 // What a thread works with; each grows to the longest row it meets.
 struct Scratch {
-    std::vector<Pair> keys, keys_along, values, queries, grads, weights, of_scores;
-    std::vector<float> scores, of_weights, sums, of_keys, of_values;
+    std::vector<Pair> keys, keys_along, values, queries, grads, weights, grad_scores;
+    std::vector<float> scores, grad_weights, sums, grad_keys, grad_values;
     std::vector<Half> left;
 };
 
@@ -217,125 +218,129 @@ float softmax(const float* scores, Half* weights, long seen, long columns, float
 }
 
 void attend(const Call& call, const Heads& out, const Row& row, long begin, long key_head,
-            Scratch& own) {
+            Scratch& scratch) {
     const std::vector<int32_t> at = tokens(row);
     const long columns = sixteens(at.size()), width = call.width;
     const long group = call.heads / call.key_heads;
-    across(call.k, key_head, at, width, own.keys);
-    along(call.v, key_head, at, width, own.values);
-    own.scores.resize(STRIP * columns);
-    own.left.resize(STRIP * columns);
-    own.sums.resize(STRIP * width);
+    across(call.k, key_head, at, width, scratch.keys);
+    along(call.v, key_head, at, width, scratch.values);
+    scratch.scores.resize(STRIP * columns);
+    scratch.left.resize(STRIP * columns);
+    scratch.sums.resize(STRIP * width);
     for (long h = key_head * group; h < (key_head + 1) * group; ++h)
         for (long start = begin, end; start < long(at.size()); start = end) {
             end = std::min(start + STRIP, long(at.size()));
             long rows = end - start, seen = sixteens(end);
             float totals[STRIP];
-            product(rows, call.q.pairs(at[start], h), call.q.token / 2, 1, own.keys.data(), columns,
-                    own.scores.data(), columns, seen, width / 2);
+            matmul(rows, call.q.pairs(at[start], h), call.q.token / 2, 1, scratch.keys.data(), columns,
+                   scratch.scores.data(), columns, seen, width / 2);
             for (long r = 0; r < rows; ++r)
-                totals[r] = softmax(&own.scores[r * columns], &own.left[r * columns], start + r + 1,
-                                    seen, call.scale * LOG2E, call.lse + at[start + r] * call.heads + h);
-            product(rows, (const Pair*)own.left.data(), columns / 2, 1, own.values.data(), width,
-                    own.sums.data(), width, width, (end + 1) / 2);
+                totals[r] =
+                    softmax(&scratch.scores[r * columns], &scratch.left[r * columns], start + r + 1, seen,
+                            call.scale * LOG2E, call.lse + at[start + r] * call.heads + h);
+            matmul(rows, (const Pair*)scratch.left.data(), columns / 2, 1, scratch.values.data(), width,
+                   scratch.sums.data(), width, width, (end + 1) / 2);
             for (long r = 0; r < rows; ++r)
                 for (long d = 0; d < width; d += 16)
                     store(out.at(at[start + r], h) + d,
-                          _mm512_div_ps(load(&own.sums[r * width + d]), _mm512_set1_ps(totals[r])));
+                          _mm512_div_ps(load(&scratch.sums[r * width + d]), _mm512_set1_ps(totals[r])));
         }
 }
 
 // ---- backward
 
-// Put a query's weights in place of its scores, and return what its gradient loses to the softmax:
+// Put a query's weights in pair of its scores, and return what its gradient loses to the softmax:
 // the sum of weights times their gradients. FlashAttention-2 takes it from the output, whose rounding
 // to bf16 is as large as the gradient itself where one weight is nearly 1.
-float weigh(float* scores, const float* of_weights, float lse, float scale, long seen) {
+float weigh(float* scores, const float* grad_weights, float lse, float scale, long seen) {
     const __m512 by = _mm512_set1_ps(scale * LOG2E), shift = _mm512_set1_ps(lse);
     __m512 sum = _mm512_setzero_ps();
     for (long c = 0; c < seen; c += 16) {
         const __mmask16 visible = first(seen - c);
         __m512 w = _mm512_maskz_mov_ps(visible, exp2(_mm512_fmsub_ps(load(scores + c), by, shift)));
-        sum = _mm512_mask3_fmadd_ps(w, load(of_weights + c), sum, visible);
+        sum = _mm512_mask3_fmadd_ps(w, load(grad_weights + c), sum, visible);
         _mm512_storeu_ps(scores + c, w);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-// The gradients of a row's queries; those of its keys and values are added to own.of_keys and
-// own.of_values [tokens, D].
-void attend_back(const Call& call, const Heads& grad, const Heads& grad_q, const Row& row, long begin,
-                 long key_head, Scratch& own) {
+// The gradients of a row's queries; those of its keys and values are added to scratch.grad_keys and
+// scratch.grad_values [tokens, D].
+void attend_backward(const Call& call, const Heads& grad, const Heads& grad_q, const Row& row,
+                     long begin, long key_head, Scratch& scratch) {
     const std::vector<int32_t> at = tokens(row);
     const long columns = sixteens(at.size()), width = call.width;
     const long group = call.heads / call.key_heads;
     const __m512 scale = _mm512_set1_ps(call.scale);
-    across(call.k, key_head, at, width, own.keys);
-    along(call.k, key_head, at, width, own.keys_along);
-    across(call.v, key_head, at, width, own.values);
-    for (auto* x : {&own.of_keys, &own.of_values}) {
+    across(call.k, key_head, at, width, scratch.keys);
+    along(call.k, key_head, at, width, scratch.keys_along);
+    across(call.v, key_head, at, width, scratch.values);
+    for (auto* x : {&scratch.grad_keys, &scratch.grad_values}) {
         x->resize(at.size() * width);
         std::fill(x->begin() + begin * width, x->end(), 0.f);  // the prompt's are those so far
     }
-    for (auto* x : {&own.scores, &own.of_weights}) x->resize(STRIP * columns);
-    for (auto* x : {&own.weights, &own.of_scores}) x->resize(BLOCK / 2 * columns);
-    for (auto* x : {&own.queries, &own.grads}) x->resize(BLOCK / 2 * width);
-    own.left.resize(STRIP * columns);
-    own.sums.resize(STRIP * width);
+    for (auto* x : {&scratch.scores, &scratch.grad_weights}) x->resize(STRIP * columns);
+    for (auto* x : {&scratch.weights, &scratch.grad_scores}) x->resize(BLOCK / 2 * columns);
+    for (auto* x : {&scratch.queries, &scratch.grads}) x->resize(BLOCK / 2 * width);
+    scratch.left.resize(STRIP * columns);
+    scratch.sums.resize(STRIP * width);
     for (long h = key_head * group; h < (key_head + 1) * group; ++h)
         for (long start = begin, end; start < long(at.size()); start = end) {
             end = std::min(start + BLOCK, long(at.size()));
             for (long i = start; i < end; i += STRIP) {
                 const long rows = std::min(STRIP, end - i), seen = sixteens(i + rows);
-                product(rows, call.q.pairs(at[i], h), call.q.token / 2, 1, own.keys.data(), columns,
-                        own.scores.data(), columns, seen, width / 2);
-                product(rows, grad.pairs(at[i], h), grad.token / 2, 1, own.values.data(), columns,
-                        own.of_weights.data(), columns, seen, width / 2);
+                matmul(rows, call.q.pairs(at[i], h), call.q.token / 2, 1, scratch.keys.data(), columns,
+                       scratch.scores.data(), columns, seen, width / 2);
+                matmul(rows, grad.pairs(at[i], h), grad.token / 2, 1, scratch.values.data(), columns,
+                       scratch.grad_weights.data(), columns, seen, width / 2);
                 float lost[STRIP];
                 for (long r = 0; r < rows; ++r)
-                    lost[r] = weigh(&own.scores[r * columns], &own.of_weights[r * columns],
+                    lost[r] = weigh(&scratch.scores[r * columns], &scratch.grad_weights[r * columns],
                                     call.lse[at[i + r] * call.heads + h], call.scale, i + r + 1);
                 for (long r = 0; r < rows; r += 2) {
                     const bool two = r + 1 < rows;  // else the second is the first and sees nothing
-                    const long a = at[i + r], b = at[i + r + two], place = (i - start + r) / 2;
+                    const long a = at[i + r], b = at[i + r + two], pair = (i - start + r) / 2;
                     const long low = r * columns, high = (r + two) * columns;
-                    Pair *w = &own.weights[place * columns], *s = &own.of_scores[place * columns];
-                    const auto of_score = [&](long c, long row, float lost, long seen, __m512* w) {
-                        *w = _mm512_maskz_loadu_ps(first(seen - c), &own.scores[row + c]);
-                        __m512 y = _mm512_sub_ps(load(&own.of_weights[row + c]), _mm512_set1_ps(lost));
+                    Pair* w = &scratch.weights[pair * columns];
+                    Pair* s = &scratch.grad_scores[pair * columns];
+                    const auto score_gradient = [&](long c, long row, float lost, long seen, __m512* w) {
+                        *w = _mm512_maskz_loadu_ps(first(seen - c), &scratch.scores[row + c]);
+                        __m512 y = load(&scratch.grad_weights[row + c]);
+                        y = _mm512_sub_ps(y, _mm512_set1_ps(lost));
                         return _mm512_maskz_mul_ps(first(seen - c), *w, _mm512_mul_ps(scale, y));
                     };
                     for (long c = 0; c < seen; c += 16) {
                         __m512 w0, w1;
-                        __m512 s0 = of_score(c, low, lost[r], i + r + 1, &w0);
-                        __m512 s1 = of_score(c, high, lost[r + two], two ? i + r + 2 : 0, &w1);
+                        __m512 s0 = score_gradient(c, low, lost[r], i + r + 1, &w0);
+                        __m512 s1 = score_gradient(c, high, lost[r + two], two ? i + r + 2 : 0, &w1);
                         store_pairs(w + c, w0, w1);
                         store_pairs(s + c, s0, s1);
-                        store(&own.left[low + c], s0);
-                        if (two) store(&own.left[high + c], s1);
+                        store(&scratch.left[low + c], s0);
+                        if (two) store(&scratch.left[high + c], s1);
                     }
                     std::fill(w + seen, w + sixteens(end), 0);
                     std::fill(s + seen, s + sixteens(end), 0);
                     interleave(call.q.at(a, h), two ? call.q.at(b, h) : nullptr,
-                               &own.queries[place * width], width);
+                               &scratch.queries[pair * width], width);
                     interleave(grad.at(a, h), two ? grad.at(b, h) : nullptr,
-                               &own.grads[place * width], width);
+                               &scratch.grads[pair * width], width);
                 }
-                product(rows, (const Pair*)own.left.data(), columns / 2, 1, own.keys_along.data(),
-                        width, own.sums.data(), width, width, (i + rows + 1) / 2);
+                matmul(rows, (const Pair*)scratch.left.data(), columns / 2, 1, scratch.keys_along.data(),
+                       width, scratch.sums.data(), width, width, (i + rows + 1) / 2);
                 for (long r = 0; r < rows; ++r)
                     for (long d = 0; d < width; d += 16)
-                        store(grad_q.at(at[i + r], h) + d, load(&own.sums[r * width + d]));
+                        store(grad_q.at(at[i + r], h) + d, load(&scratch.sums[r * width + d]));
             }
             for (long n = 0; n < end; n += STRIP) {
                 const long rows = std::min(STRIP, end - n);
                 const long past = std::max(0L, (n - start) / 2);  // pairs of queries before the keys
                 const long depth = (end - start + 1) / 2 - past;
-                product(rows, &own.weights[past * columns + n], 1, columns, &own.grads[past * width],
-                        width, &own.of_values[n * width], width, width, depth, true);
-                product(rows, &own.of_scores[past * columns + n], 1, columns,
-                        &own.queries[past * width], width, &own.of_keys[n * width], width, width,
-                        depth, true);
+                matmul(rows, &scratch.weights[past * columns + n], 1, columns,
+                       &scratch.grads[past * width], width, &scratch.grad_values[n * width], width,
+                       width, depth, true);
+                matmul(rows, &scratch.grad_scores[past * columns + n], 1, columns,
+                       &scratch.queries[past * width], width, &scratch.grad_keys[n * width], width,
+                       width, depth, true);
             }
         }
 }
@@ -347,18 +352,18 @@ void write(const Heads& to, long h, const std::vector<float>& from, const Row& r
         for (long d = 0; d < width; d += 16) store(to.at(at[i], h) + d, load(&from[i * width + d]));
 }
 
-template <class Work> void each(const Call& call, Work work) {
+template <class Work> void for_each_row(const Call& call, Work work) {
     const std::vector<Sample> all = samples(call);
 #pragma omp parallel num_threads(call.threads)
     {
-        Scratch own;
+        Scratch scratch;
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < long(all.size()) * call.key_heads; ++task) {
             const Sample& sample = all[task / call.key_heads];
             for (long r = sample.begin; r < sample.end; ++r) {
                 const Row& row = call.rows[r];
                 work(row, r > sample.begin ? row.prompt_length : 0, r + 1 == sample.end,
-                     task % call.key_heads, own);
+                     task % call.key_heads, scratch);
             }
         }
     }
@@ -367,17 +372,17 @@ template <class Work> void each(const Call& call, Work work) {
 }  // namespace
 
 extern "C" void forward(const Call* call, const Heads* out) {
-    each(*call, [&](const Row& row, long begin, bool, long key_head, Scratch& own) {
-        attend(*call, *out, row, begin, key_head, own);
+    for_each_row(*call, [&](const Row& row, long begin, bool, long key_head, Scratch& scratch) {
+        attend(*call, *out, row, begin, key_head, scratch);
     });
 }
 
 extern "C" void backward(const Call* call, const Heads* grad, const Heads* grad_q,
                          const Heads* grad_k, const Heads* grad_v) {
-    each(*call, [&](const Row& row, long begin, bool last, long key_head, Scratch& own) {
-        attend_back(*call, *grad, *grad_q, row, begin, key_head, own);
+    for_each_row(*call, [&](const Row& row, long begin, bool last, long key_head, Scratch& scratch) {
+        attend_backward(*call, *grad, *grad_q, row, begin, key_head, scratch);
         const long from = last ? 0 : row.prompt_length;  // a prompt's, once all answers gave theirs
-        write(*grad_k, key_head, own.of_keys, row, from, call->width);
-        write(*grad_v, key_head, own.of_values, row, from, call->width);
+        write(*grad_k, key_head, scratch.grad_keys, row, from, call->width);
+        write(*grad_v, key_head, scratch.grad_values, row, from, call->width);
     });
 }

@@ -21,7 +21,7 @@ from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, Token
 from minigpt.infer.native import Native, Weights, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
-from minigpt.model.cached import UNCACHED, Cached
+from minigpt.model.cached import UNCACHED, TransformersDecoder
 from minigpt.model.conformance import require_conformance
 from minigpt.model.generation import reply_ends
 from minigpt.model.lora import ADAPTER, load_adapter, merge
@@ -170,10 +170,10 @@ class Engine:
         tokenizers.check_ids(self.tokenizer, ids, self.rows)
         return ids
 
-    def runner(self) -> Native | Cached:
+    def runner(self) -> Native | TransformersDecoder:
         """Return what computes the steps of a batch, over the weights as they are now."""
         if not is_native(self.model):
-            return Cached(self.model, self.mode)
+            return TransformersDecoder(self.model, self.mode)
         device = self.model.device.type
         dtype = self.model.dtype
         if torch.is_autocast_enabled(device):

@@ -42,7 +42,7 @@ class Cohort:
     cache: DynamicCache | None
 
 
-class Cached:
+class TransformersDecoder:
     """Decodes requests with a model's own forward, each group that began together by itself.
 
     Args:

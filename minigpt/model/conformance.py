@@ -30,7 +30,7 @@ from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
 from minigpt.files import cache_dir, write_json
 from minigpt.model import cached, packed_lm, rope, shrink
-from minigpt.model.cached import MODES, PADDED, Cached
+from minigpt.model.cached import MODES, PADDED, TransformersDecoder
 from minigpt.model.packed_lm import (
     PACKED,
     forward_rows,
@@ -321,12 +321,12 @@ def _decoding_mode(model: PreTrainedModel, samples: list[Sample], name: str) -> 
         truth = [forward_rows(model, torch.tensor([t], device=device))[0].float() for t in texts]
     for mode in cached.decoding_modes(model):
         with use_attention(model, name):
-            if _decodes(Cached(model, mode), texts, truth):
+            if _decodes(TransformersDecoder(model, mode), texts, truth):
                 return mode
     return ""
 
 
-def _decodes(runner: Cached, texts: list[list[int]], truth: list[Tensor]) -> bool:
+def _decodes(runner: TransformersDecoder, texts: list[list[int]], truth: list[Tensor]) -> bool:
     """Whether texts, continued together, have the logits of each alone, [L, V]; one leaves."""
     texts, truth = list(texts), list(truth)
     try:

@@ -16,7 +16,7 @@ from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import Native
-from minigpt.model.cached import Cached
+from minigpt.model.cached import TransformersDecoder
 
 Minigpt = Callable[..., Any]
 SHORT = ("--max_new_tokens", "6")
@@ -188,7 +188,7 @@ def test_an_adapter_beside_the_weights_says_the_same(trained: Path) -> None:
     prompts, how = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
     merged = Engine.load(trained / "lora")
     beside = Engine.load(trained / "lora", merged=False)
-    assert (type(merged.runner()), type(beside.runner())) == (Native, Cached)
+    assert (type(merged.runner()), type(beside.runner())) == (Native, TransformersDecoder)
     assert beside.complete(prompts, how) == merged.complete(prompts, how)
 
 

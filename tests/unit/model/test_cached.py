@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from minigpt.model.cached import Cached, decoding_modes
+from minigpt.model.cached import TransformersDecoder, decoding_modes
 from minigpt.model.packed_lm import use_attention
 from tests import tiny
 
@@ -95,7 +95,7 @@ def test_rows_of_any_model_are_decoded_as_if_alone(kind: str) -> None:
             again = model(torch.tensor([row]), use_cache=False)
             row.append(int(again.logits[0, -1].argmax()))
     with use_attention(model, "sdpa"):
-        runner = Cached(model, decoding_modes(model)[0])
+        runner = TransformersDecoder(model, decoding_modes(model)[0])
         logits = runner.admit(rows[:3])
         together = rows[:3]
         for step in range(6):

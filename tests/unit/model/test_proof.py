@@ -17,7 +17,13 @@ from minigpt.data.batch import collate
 from minigpt.errors import ModelError
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model import conformance, shrink
-from minigpt.model.cached import EXPLICIT_POSITIONS, PADDED, SAME_LENGTH, UNCACHED, Cached
+from minigpt.model.cached import (
+    EXPLICIT_POSITIONS,
+    PADDED,
+    SAME_LENGTH,
+    UNCACHED,
+    TransformersDecoder,
+)
 from minigpt.model.conformance import Conformance, conformance_of, require_conformance
 from minigpt.model.packed_lm import PACKED, PackedLM, forward_rows, use_attention
 from minigpt.model.pretrained import load_model, save_model
@@ -150,8 +156,8 @@ def test_texts_are_continued_in_the_fastest_way_that_is_exact(
 def test_what_no_way_decodes_is_refused_to_decode_alone(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = Cached._forward
-    monkeypatch.setattr(Cached, "_forward", lambda *given: whole(*given) + 1)
+    whole = TransformersDecoder._forward
+    monkeypatch.setattr(TransformersDecoder, "_forward", lambda *given: whole(*given) + 1)
     model = tiny.model("qwen3")
     assert require_conformance(model, training=True).packed
     with pytest.raises(ModelError, match=r"no mode of decoding gives what its own forward does"):
