@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 """
 
 
-def main(args: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Parse the command line and train."""
     parser = CommandParser(
         prog="minigpt tokenizer", description="Train a tokenizer on JSONL.", epilog=EXAMPLES
@@ -43,13 +43,13 @@ def main(args: list[str]) -> None:
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
     train.add_argument("--data_limit", type=positive, help="use only the first rows")
     train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    options = parser.parse_args(args)
+    args = parser.parse_args(argv)
     train_to(
-        Path(options.output_dir),
-        options.data_file,
-        options.vocab_size,
-        options.data_limit,
-        options.overwrite,
+        Path(args.output_dir),
+        args.data_file,
+        args.vocab_size,
+        args.data_limit,
+        args.overwrite,
     )
 
 

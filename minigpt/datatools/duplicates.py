@@ -1,7 +1,7 @@
 """Rows that nearly repeat each other, or an exam: found with arrays instead of loops.
 
 Text is folded (case, width) and cut into units: a Chinese or Japanese character is one, a
-word or number of other scripts is one. Runs of units are hashed in 64 bits.
+word or number of other scripts is one. n-grams of units are hashed in 64 bits.
 
 Arrays (C characters, U units, S texts):
     codes [C] uint32, units [U] uint64, owner [U] int64 the text that each unit belongs to
@@ -22,12 +22,13 @@ from minigpt.evaluate.exam import fold, load_items, normalise
 Hashes = NDArray[np.uint64]
 Owners = NDArray[np.int64]
 
-EXAM_UNITS = 13  # the run that counts as leaked (Brown et al. 2020)
+EXAM_NGRAM = 13  # units that count as leaked (Brown et al. 2020)
 SHINGLE = 5  # characters
 BANDS, ROWS = 16, 4  # of a MinHash signature: pairs above 0.8 are met with 99.98% certainty
-_COMPARED = 1 << 14  # pairs at a time
-# A run has at least 13 letters, and so at one of 4 places in turn 10 that are the question's.
-_GRAM, _APART = 10, EXAM_UNITS - 9
+_PAIRS_AT_A_TIME = 1 << 14
+# Of a shared n-gram, at least 13 letters, every 4th start gives 10 letters of the question.
+_LETTERS = 10
+_STRIDE = EXAM_NGRAM - 9
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SINGLE, _WORD = 1, 2
@@ -51,18 +52,18 @@ def tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
 
 
 @cache
-def _whole() -> NDArray[np.bool_]:
+def _folds_fully() -> NDArray[np.bool_]:
     """Return for each code point whether all letters of what it folds to are in the table.
 
     Not so are ligatures, accents that join the letter before them, and what is seldom used.
     """
-    whole = np.zeros(0x110000, np.bool_)
-    whole[0x3400:0xA000] = whole[0xAC00:0xD7A4] = True
+    fully = np.zeros(0x110000, np.bool_)
+    fully[0x3400:0xA000] = fully[0xAC00:0xD7A4] = True
     for code in (*range(0x3400), *range(0xFF00, 0xFFF0)):
-        parts = fold(chr(code))
-        joins = 0x1100 <= code < 0x1200 or any(unicodedata.category(c)[0] == "M" for c in parts)
-        whole[code] = not joins and (len(parts) == 1 or not any(map(str.isalnum, parts)))
-    return whole
+        folded = fold(chr(code))
+        joins = 0x1100 <= code < 0x1200 or any(unicodedata.category(c)[0] == "M" for c in folded)
+        fully[code] = not joins and (len(folded) == 1 or not any(map(str.isalnum, folded)))
+    return fully
 
 
 def _codes(texts: Sequence[str]) -> NDArray[np.uint32]:
@@ -93,19 +94,19 @@ def _units(texts: Sequence[str]) -> tuple[Hashes, Owners]:
     lengths = np.diff(np.append(starts, len(codes)))
     offset = np.arange(starts[0], len(codes)) - np.repeat(starts, lengths)
     powers = np.multiply.accumulate(np.full(64, _BASE, np.uint64))
-    parts = _mixed(codes[starts[0] :].astype(np.uint64) * _BASE) * powers[np.minimum(offset, 63)]
-    parts[kinds[starts[0] :] == 0] = 0
-    return np.add.reduceat(parts, starts - starts[0]), owner[starts]
+    hashes = _mixed(codes[starts[0] :].astype(np.uint64) * _BASE) * powers[np.minimum(offset, 63)]
+    hashes[kinds[starts[0] :] == 0] = 0
+    return np.add.reduceat(hashes, starts - starts[0]), owner[starts]
 
 
-def _runs(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
-    """Return the hashes of all runs of `n` units inside one text, and their owners."""
+def _ngrams(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
+    """Return the hashes of all n-grams of units inside one text, and their owners."""
     count = max(0, len(units) - n + 1)
     hashes = np.zeros(count, np.uint64)
     for i in range(n):
         hashes = hashes * _BASE + units[i : i + count]
-    whole = owner[:count] == owner[n - 1 :][:count]
-    return _mixed(hashes[whole]), owner[:count][whole]
+    inside = owner[:count] == owner[n - 1 :][:count]
+    return _mixed(hashes[inside]), owner[:count][inside]
 
 
 @cache
@@ -116,32 +117,32 @@ def _letter() -> NDArray[np.uint32]:
     return letters
 
 
-def _grams(letters: NDArray[np.uint32], apart: int) -> NDArray[np.uint32]:
-    """Return hashes, of 20 bits, of the runs of letters that begin at every so many of them."""
-    count = max(0, (len(letters) - _GRAM) // apart + 1)
+def _letter_hashes(letters: NDArray[np.uint32], stride: int) -> NDArray[np.uint32]:
+    """Return hashes, of 20 bits, of the runs of 10 letters that begin at every `stride`-th."""
+    count = max(0, (len(letters) - _LETTERS) // stride + 1)
     hashes = np.zeros(count, np.uint32)
-    for i in range(_GRAM):
-        hashes = hashes * np.uint32(0x9E3779B1) + letters[i:][: count * apart : apart][:count]
+    for i in range(_LETTERS):
+        hashes = hashes * np.uint32(0x9E3779B1) + letters[i:][: count * stride : stride][:count]
     return hashes >> np.uint32(12)
 
 
 def _bags(letters: NDArray[np.uint32], starts: Owners) -> NDArray[np.uint32]:
     """Return hashes, of 20 bits, of the letters of each text, in any order."""
-    parts = letters * np.uint32(0x9E3779B1)
-    bags: NDArray[np.uint32] = np.add.reduceat(parts * parts, starts, dtype=np.uint32)
+    hashes = letters * np.uint32(0x9E3779B1)
+    bags: NDArray[np.uint32] = np.add.reduceat(hashes * hashes, starts, dtype=np.uint32)
     return bags >> np.uint32(12)
 
 
-def _owners(starts: Owners, places: NDArray[np.int64]) -> Owners:
-    """Return which texts, by where they start, hold these places of all texts' characters."""
-    return np.unique(np.searchsorted(starts, places, "right") - 1)
+def _owners(starts: Owners, positions: NDArray[np.int64]) -> Owners:
+    """Return which texts, by where they start, hold these positions of all texts' characters."""
+    return np.unique(np.searchsorted(starts, positions, "right") - 1)
 
 
 class ExamIndex:
     """The questions of exams, to be looked up in training data.
 
-    A question leaks when a text shares a run of 13 units with it; a question of fewer units,
-    when a whole message or text equals it.
+    A question leaks when a text shares 13 units in a row with it; a question of fewer units,
+    when a message or text equals it.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -151,13 +152,13 @@ class ExamIndex:
                 asked = [m.content for m in item.messages if m.role != "system"]
                 questions += asked
                 names += [f"{path} ({item.id})"] * len(asked)
-        runs, owner = _runs(*_units(questions), EXAM_UNITS)
-        self.runs, first = np.unique(runs, return_index=True)
+        ngrams, owner = _ngrams(*_units(questions), EXAM_NGRAM)
+        self.ngrams, first = np.unique(ngrams, return_index=True)
         self.names = [names[i] for i in owner[first]]
         self.sieve, self.bags = np.zeros((2, 1 << 20), np.bool_)
         for i in set(owner.tolist()):
             letters = _letter()[_codes(questions[i : i + 1])]
-            self.sieve[_grams(letters[letters > 0], 1)] = True
+            self.sieve[_letter_hashes(letters[letters > 0], 1)] = True
         short = sorted(set(range(len(questions))) - set(owner.tolist()))
         self.short = {normalise(questions[i]): names[i] for i in short}
         for text in filter(None, self.short):
@@ -166,25 +167,26 @@ class ExamIndex:
 
     def hits(self, texts: Sequence[str]) -> dict[int, str]:
         """Return the leaked item for each of the texts that leaks one."""
-        found = {}
+        leaked = {}
         codes = _codes([*texts, "\0"])  # so each text, even an empty one, starts at a character
         starts = np.cumsum([0, *map(len, texts)])
         letters = _letter()[codes]
-        likely = self._sharing(letters, starts) if len(self.runs) else []
-        runs, owner = _runs(*_units([texts[i] for i in likely]), EXAM_UNITS)
-        place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
-        for i in np.flatnonzero(self.runs[place] == runs).tolist():
-            found[likely[owner[i]]] = self.names[place[i]]
+        likely = self._sharing(letters, starts) if len(self.ngrams) else []
+        ngrams, owner = _ngrams(*_units([texts[i] for i in likely]), EXAM_NGRAM)
+        nearest = np.minimum(np.searchsorted(self.ngrams, ngrams), len(self.ngrams) - 1)
+        for i in np.flatnonzero(self.ngrams[nearest] == ngrams).tolist():
+            leaked[likely[owner[i]]] = self.names[nearest[i]]
         for i in self._equal(codes, letters, starts) if self.short else ():
             if name := self.short.get(normalise(texts[i])):
-                found[i] = name
-        return found
+                leaked[i] = name
+        return leaked
 
     def _sharing(self, letters: NDArray[np.uint32], starts: Owners) -> list[int]:
-        """Return the texts that may share a run with a question."""
-        places = np.flatnonzero(letters)
-        at = np.flatnonzero(self.sieve[_grams(letters[places], _APART)]) * _APART
-        likely: list[int] = _owners(starts, places[at]).tolist()
+        """Return the texts that may share an n-gram with a question."""
+        positions = np.flatnonzero(letters)
+        hashes = _letter_hashes(letters[positions], _STRIDE)
+        matches = np.flatnonzero(self.sieve[hashes]) * _STRIDE
+        likely: list[int] = _owners(starts, positions[matches]).tolist()
         return likely
 
     def _equal(
@@ -192,7 +194,7 @@ class ExamIndex:
     ) -> list[int]:
         """Return the texts that may equal a question; to normalise them all takes long."""
         likely = self.bags[_bags(letters, starts)]
-        likely[_owners(starts, np.flatnonzero(~_whole()[codes]))] = True
+        likely[_owners(starts, np.flatnonzero(~_folds_fully()[codes]))] = True
         likely[:-1] &= np.diff(starts) <= self.longest + 8
         return np.flatnonzero(likely[:-1]).tolist()
 
@@ -212,13 +214,13 @@ class NearDuplicates:
     def add(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
         """Take in texts under their numbers; those of fewer than 5 characters are left out."""
         codes, kinds, owner = characters(texts)
-        runs, owner = _runs(codes[kinds > 0].astype(np.uint64), owner[kinds > 0], SHINGLE)
-        if not len(runs):
+        ngrams, owner = _ngrams(codes[kinds > 0].astype(np.uint64), owner[kinds > 0], SHINGLE)
+        if not len(ngrams):
             return
         starts = np.flatnonzero(np.diff(owner, prepend=-1))
         signature = np.empty((len(starts), BANDS * ROWS), np.uint32)
         for i, (factor, shift) in enumerate(self.factors.T):
-            hashed = ((runs * factor + shift) >> np.uint64(32)).astype(np.uint32)
+            hashed = ((ngrams * factor + shift) >> np.uint64(32)).astype(np.uint32)
             signature[:, i] = np.minimum.reduceat(hashed, starts)
         self.signatures.append(signature)
         self.numbers.append(np.asarray(numbers, np.int64)[owner[starts]])
@@ -240,11 +242,13 @@ class NearDuplicates:
                 keys = keys * _BASE + column
             order = np.argsort(keys, kind="stable")
             new = np.append(True, keys[order][1:] != keys[order][:-1])
-            alike, starts = np.flatnonzero(~new), np.flatnonzero(new)
-            for part in np.array_split(alike, len(alike) // _COMPARED + 1):
-                runs = starts[np.searchsorted(starts, part, "right") - 1]
-                for mine, other in ((order[part], order[part - 1]), (order[part], order[runs])):
-                    same = (table[mine] == table[other]).mean(1) >= threshold
-                    np.minimum.at(earlier, mine[same], other[same])
+            alike = np.flatnonzero(~new)
+            starts = np.flatnonzero(new)
+            for block in np.array_split(alike, len(alike) // _PAIRS_AT_A_TIME + 1):
+                firsts = starts[np.searchsorted(starts, block, "right") - 1]
+                for other in (order[block - 1], order[firsts]):
+                    row = order[block]
+                    same = (table[row] == table[other]).mean(1) >= threshold
+                    np.minimum.at(earlier, row[same], other[same])
         for i in np.flatnonzero(earlier < np.arange(len(table))).tolist():
             yield int(numbers[i]), int(numbers[earlier[i]])

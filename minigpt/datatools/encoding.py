@@ -18,24 +18,24 @@ CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
 _BLOCK = 1 << 20
 _C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_COMMON = 0.9  # share of characters that belong to GB2312 in text that is really GBK
+_MIN_COMMON = 0.9  # share of characters that belong to GB2312 in text that is really GBK
 
-Add = Callable[[DataError], None]
+Report = Callable[[DataError], None]
 
 
-def readable(path: Path, copy: Path, add: Add) -> Path:
+def readable(path: Path, copy: Path, report: Report) -> Path:
     """Return `path`, or `copy` as a mended UTF-8 copy with the same lines if it needs one.
 
     Mended are the encoding (GBK, GB18030, UTF-16), a byte order mark, and control characters;
-    each is reported to `add` with its line. Damaged files are returned as they are.
+    each is reported with its line. Damaged files are returned as they are.
     """
     try:
         with open_data(path) as stream:
             if all(map(_is_sound, _blocks(stream))):
                 return path
         with open_data(path) as stream, copy.open("wb") as out:
-            for line, data in enumerate(_utf8_lines(path, stream, add), 1):
-                out.write(_mended(path, line, data, add))
+            for line, data in enumerate(_utf8_lines(path, stream, report), 1):
+                out.write(_mended(path, line, data, report))
     except (OSError, EOFError, zlib.error, UnicodeError):
         return path
     return copy
@@ -55,31 +55,31 @@ def _is_sound(block: bytes) -> bool:
         return False
 
 
-def _utf8_lines(path: Path, stream: IO[bytes], add: Add) -> Iterator[bytes]:
+def _utf8_lines(path: Path, stream: IO[bytes], report: Report) -> Iterator[bytes]:
     first = next(iter(stream), b"")
     stream.seek(0)
     if not first.startswith(_UTF16):
         yield from stream
         return
-    add(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))
+    report(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))
     with io.TextIOWrapper(stream, "utf-16", newline="\n") as lines:
         yield from (line.encode() for line in lines)
 
 
-def _mended(path: Path, line: int, data: bytes, add: Add) -> bytes:
+def _mended(path: Path, line: int, data: bytes, report: Report) -> bytes:
     if line == 1 and data.startswith(codecs.BOM_UTF8):
         data = data.removeprefix(codecs.BOM_UTF8)
-        add(finding(path, line, "bom", "the file starts with a byte order mark"))
+        report(finding(path, line, "bom", "the file starts with a byte order mark"))
     try:
         data.decode()
     except UnicodeDecodeError:
         if (text := _gbk(data)) is None:
             return data
         data = text.encode()
-        add(finding(path, line, "encoding", "the line is GBK, not UTF-8"))
+        report(finding(path, line, "encoding", "the line is GBK, not UTF-8"))
     plain = data.translate(None, CONTROL_BYTES)
     if len(plain) < len(data):
-        add(finding(path, line, "control_character", "holds control characters"))
+        report(finding(path, line, "control_character", "holds control characters"))
     return plain
 
 
@@ -91,7 +91,7 @@ def _gbk(data: bytes) -> str | None:
         return None
     foreign = [char for char in text if not char.isascii()]
     common = "".join(foreign).encode("gb2312", "ignore").decode("gb2312")
-    return text if len(common) >= _COMMON * len(foreign) else None
+    return text if len(common) >= _MIN_COMMON * len(foreign) else None
 
 
 def has_odd_characters(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 Hub files come through `huggingface_hub`, which honours HF_ENDPOINT; others through plain
 HTTPS. Files are verified against the checksum that the host states. Raw GitHub files have
-none: the SHA-256 of what came is written down beside the rows.
+none: the SHA-256 of the download is written down beside the rows.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ def _instructions(path: Path) -> Rows:
         yield {key: row.get(key, "") for key in ("instruction", "input", "output")}
 
 
+class Download(NamedTuple):
+    """A file that has been fetched, and the checksum that the host states; "" if it states none."""
+
+    url: str
+    path: Path
+    revision: str
+    checksum: str
+
+
 class Home(NamedTuple):
     """Where corpora live: the repository on the hub or GitHub, and its licence as stated."""
 
@@ -82,7 +91,7 @@ class Home(NamedTuple):
 
     @property
     def page(self) -> str:
-        """The address of its own page."""
+        """The address of the repository's page."""
         return ("https://github.com/" if self.github else f"{HUB}/datasets/") + self.repository
 
 
@@ -149,26 +158,29 @@ def fetch(
 
     Raises:
         ConfigError: when the corpus is there already, or a file cannot be fetched.
-        DataError: when what came is not what the host's checksum or the format says.
+        DataError: when a file is not what the host's checksum or the format says.
     """
-    corpus, out = CORPORA[name], directory / f"{name}.jsonl"
+    corpus = CORPORA[name]
+    out = directory / f"{name}.jsonl"
     if modelscope and not corpus.home.modelscope:
         raise ConfigError(f"{name} is not on ModelScope. Leave out --source modelscope.")
     if out.exists():
         raise ConfigError(f"{out} exists already. Remove it, or choose another --output_dir.")
-    sources: dict[str, Any] = {}
+    sources: dict[str, dict[str, str]] = {}
     skipped: Counter[str] = Counter()
 
-    def every() -> Rows:
+    def converted() -> Rows:
         for file in files or corpus.files:
             path, sources[file] = _download(corpus.home, file, directory / ".downloads", modelscope)
             with progress.shown(f"converting {file}"):
                 yield from corpus.convert(path)
 
-    good = islice(_usable(every(), corpus.kind, skipped), limit)
+    written = 0
     with whole_file(out) as partial:
         with partial.open("w", encoding="utf-8") as lines:
-            written = sum(bool(lines.write(json.dumps(r, ensure_ascii=False) + "\n")) for r in good)
+            for row in islice(_usable(converted(), corpus.kind, skipped), limit):
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
         if not written:
             raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
         home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
@@ -195,26 +207,25 @@ def _download(
     try:
         if modelscope:
             url = f"{MODELSCOPE}/datasets/{home.modelscope}/resolve/master/{quoted}"
-            url, path, revision, stated = _from_web(url, directory / home.modelscope / file)
+            download = _from_web(url, directory / home.modelscope / file)
         elif home.github:
             url = f"{GITHUB}/{home.repository}/master/{quoted}"
-            url, path, revision, stated = _from_web(url, directory / home.repository / file)
+            download = _from_web(url, directory / home.repository / file)
         else:
-            url, path, revision, stated = _from_hub(
-                home.repository, file, directory / home.repository
-            )
+            download = _from_hub(home.repository, file, directory / home.repository)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(
             f"Cannot fetch {file} of {home.repository}: {error}. Run the command again to go on "
             "where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file by hand. "
             f"If it is there no more, name another with --file: they are listed at {home.page}."
         ) from error
-    found = _checksums(path)
-    if stated not in ("", *found):
+    path = download.path
+    sha256, git_sha1 = _checksums(path)
+    if download.checksum not in ("", sha256, git_sha1):
         path.unlink()
-        problem = f"its checksum is {found[0]}, but the host says {stated}"
+        problem = f"its checksum is {sha256}, but the host says {download.checksum}"
         raise DataError(problem, path=path, remedy="It was removed; run the command again.")
-    return path, {"url": url, "revision": revision, "sha256": found[0]}
+    return path, {"url": download.url, "revision": download.revision, "sha256": sha256}
 
 
 def _checksums(path: Path) -> tuple[str, str]:
@@ -227,51 +238,57 @@ def _checksums(path: Path) -> tuple[str, str]:
     return sha256.hexdigest(), git.hexdigest()
 
 
-def _from_hub(repository: str, file: str, directory: Path) -> tuple[str, Path, str, str]:
+def _from_hub(repository: str, file: str, directory: Path) -> Download:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     url = hf_hub_url(repository, file, repo_type="dataset")
-    place: Any = {"repo_id": repository, "filename": file, "repo_type": "dataset"}
     try:
-        stated = get_hf_file_metadata(url)
-        revision, etag = stated.commit_hash or "main", stated.etag or ""
-        path = Path(hf_hub_download(**place, revision=revision, local_dir=directory))
+        metadata = get_hf_file_metadata(url)
+        revision = metadata.commit_hash or "main"
+        path = hf_hub_download(
+            repository, file, repo_type="dataset", revision=revision, local_dir=directory
+        )
     except Exception as error:  # of whichever HTTP library the hub's client is built on
         raise ConnectionError(f"{url}: {error}") from error
-    return url, path, revision, etag if len(etag) in (40, 64) else ""
+    etag = metadata.etag or ""
+    return Download(url, Path(path), revision, etag if len(etag) in (40, 64) else "")
 
 
-def _from_web(url: str, path: Path) -> tuple[str, Path, str, str]:
-    """Download a file; what an earlier attempt left is gone on with if it is the same version."""
-    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".etag")
+def _from_web(url: str, path: Path) -> Download:
+    """Download a file; an earlier attempt is resumed if the host still has the same version."""
+    part = path.with_name(path.name + ".part")
+    tag = path.with_name(path.name + ".etag")
     part.parent.mkdir(parents=True, exist_ok=True)
     etag = tag.read_text() if tag.exists() else ""
     if path.exists() and tag.exists():
-        return url, path, "master", _sha256(etag)
+        return Download(url, path, "master", _sha256(etag))
     headers = {"User-Agent": "minigpt", "Accept-Encoding": "identity"}
     if etag and part.exists():
         headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
     request = urllib.request.Request(url, headers=headers)
     try:
-        opened = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or "Range" not in headers:
             raise
-        part.unlink()  # it was whole already, or is longer than the file
+        part.unlink()  # it was complete already, or is longer than the file
         return _from_web(url, path)
-    with opened as answer:
-        etag, length = answer.headers.get("ETag") or "", answer.headers.get("Content-Length")
+    with response:
+        etag = response.headers.get("ETag") or ""
+        length = response.headers.get("Content-Length")
         tag.write_text(etag)
-        with part.open("ab" if answer.status == 206 else "wb") as file:
-            came = 0
-            with progress.shown(f"fetching {path.name}"):
-                while block := answer.read(_BLOCK):
-                    came += file.write(block)
-                    progress.step(came, int(length or 0))
-    if length not in (None, str(came)):
-        raise ConnectionError(f"the connection broke after {came} of {length} bytes")
+        received = 0
+        with (
+            part.open("ab" if response.status == 206 else "wb") as file,
+            progress.shown(f"fetching {path.name}"),
+        ):
+            while block := response.read(_BLOCK):
+                received += file.write(block)
+                progress.step(received, int(length or 0))
+    if length not in (None, str(received)):
+        raise ConnectionError(f"the connection broke after {received} of {length} bytes")
     part.replace(path)
-    return url, path, "master", _sha256(etag)
+    return Download(url, path, "master", _sha256(etag))
 
 
 def _sha256(etag: str) -> str:

@@ -17,7 +17,7 @@ from minigpt.errors import DataError
 from minigpt.page import escape
 
 STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
-LOST = "\ufffd"  # what a part of a character decodes to
+REPLACEMENT = "\ufffd"  # what some bytes of a character decode to
 CSS = """<style>
 figure { margin-top: 1rem; }
 .tokens { white-space: pre-wrap; font: .9rem/1.9 ui-monospace, monospace; }
@@ -32,7 +32,7 @@ figure { margin-top: 1rem; }
 
 
 class Segment(NamedTuple):
-    """A sample, or a part of a preference: its place, and (text, is a target) for each token."""
+    """A sample, or prompt or answer of a preference, as (text, is a target) for each token."""
 
     heading: str
     tokens: list[tuple[str, bool]]
@@ -52,14 +52,13 @@ def segments(
         DataError: for a bad row.
     """
     kind = kind or guess_kind(path)
-    encoder, bad = Encoder(kind, tokenizer, Limits(max_length=max_length)), BadRows()
+    encoder = Encoder(kind, tokenizer, Limits(max_length=max_length))
     records = _records(path, kind, start, refused_texts(tokenizer, kind))
-    wanted = list(islice(records, rows))
-    for sample, source in encoder.encode(wanted, bad):
-        for part, ids, targets in _parts(sample, kind):
+    for sample, source in encoder.encode(list(islice(records, rows)), BadRows()):
+        for name, ids, targets in _named_ids(sample, kind):
             counts = f"{len(ids)} tokens, {sum(targets)} trained on"
             tokens = list(_pieces(tokenizer, ids, targets))
-            yield Segment(f"{path}:{source.line}{part}: {counts}", tokens)
+            yield Segment(f"{path}:{source.line}{name}: {counts}", tokens)
 
 
 def _records(
@@ -74,7 +73,7 @@ def _records(
                 raise error.at(path, line) from None
 
 
-def _parts(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
+def _named_ids(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
     if kind == "preference":
         yield " prompt", sample.prompt, [False] * len(sample.prompt)
         for name, ids in zip(("chosen", "rejected"), sample.answers, strict=True):
@@ -89,12 +88,12 @@ def _pieces(
     tokenizer: PreTrainedTokenizerFast, ids: list[int], targets: list[bool]
 ) -> Iterator[tuple[str, bool]]:
     """Yield tokens as text; those that share a character come together."""
-    decode, held = tokenizer.backend_tokenizer.decode, 0
+    start = 0
     for end in range(1, len(ids) + 1):
-        text = decode(ids[held:end], skip_special_tokens=False)
-        if not text.endswith(LOST) or end - held >= 4 or end == len(ids):
+        text = tokenizer.backend_tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if not text.endswith(REPLACEMENT) or end - start >= 4 or end == len(ids):
             yield text, targets[end - 1]
-            held = end
+            start = end
 
 
 def coloured(segment: Segment) -> Text:
@@ -107,21 +106,24 @@ def coloured(segment: Segment) -> Text:
 
 def plain(segment: Segment) -> str:
     """Return a segment for a terminal without colours: targets stand in ⟦ ⟧."""
-    text, before = "", False
+    text = ""
+    in_targets = False
     for piece, target in (*segment.tokens, ("", False)):
-        text += ("⟦" if target else "⟧") * (target != before) + piece
-        before = target
+        if target != in_targets:
+            text += "⟦" if target else "⟧"
+        text += piece
+        in_targets = target
     return text
 
 
-def html(parts: list[Segment]) -> str:
+def html(segments: list[Segment]) -> str:
     """Return segments as the body of an HTML page."""
     body = CSS
-    for heading, tokens in parts:
+    for heading, tokens in segments:
         body += f'<figure><figcaption>{escape(heading)}</figcaption><div class="tokens">'
         for number, (text, target) in enumerate(tokens):
-            kind = ("t" if target else "m") + " o" * (number % 2)
+            css_class = ("t" if target else "m") + " o" * (number % 2)
             shown = escape(text.replace("\n", "↵\n"))
-            body += f'<span class="{kind}">{shown}</span>'
+            body += f'<span class="{css_class}">{shown}</span>'
         body += "</div></figure>\n"
     return body

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import write_jsonl
 
-from minigpt.datatools.duplicates import EXAM_UNITS, ExamIndex, NearDuplicates, _runs, _units
+from minigpt.datatools.duplicates import EXAM_NGRAM, ExamIndex, NearDuplicates, _ngrams, _units
 from minigpt.evaluate.exam import normalise
 
 
@@ -113,7 +113,7 @@ def test_a_sieve_misses_no_leak(tmp_path: Path) -> None:
         texts.append(text)
 
     def runs(text: str) -> set[int]:
-        return set(_runs(*_units([text]), EXAM_UNITS)[0].tolist())
+        return set(_ngrams(*_units([text]), EXAM_NGRAM)[0].tolist())
 
     known, equal = set().union(*map(runs, LONG)), set(map(normalise, SHORT))
     expected = {i for i, text in enumerate(texts) if runs(text) & known or normalise(text) in equal}
