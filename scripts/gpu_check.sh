@@ -88,7 +88,7 @@ bench() {
 }
 
 unit=tests/unit stages=tests/stages distributed=tests/distributed
-tests "kernels equal fp32" "$unit/accel/test_gpu_attention.py $unit/model/test_packed_lm.py" "$unit/accel/test_cpu_attention.py"
+tests "kernels equal fp32" "$unit/accel/test_gpu_attention.py $unit/accel/test_linear_loss.py" "$unit/accel/test_cpu_attention.py"
 tests "the stages' losses are the CPU's" \
   "$stages/test_gpu.py::test_losses_are_those_of_the_cpu $stages/test_gpu.py::test_bf16_trains_alike" \
   "$stages/test_golden.py"
