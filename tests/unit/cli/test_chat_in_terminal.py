@@ -63,15 +63,15 @@ def user(text: str) -> Message:
     return Message("user", text)
 
 
-def said(text: str) -> Message:
+def assistant(text: str) -> Message:
     return Message("assistant", text)
 
 
-def test_the_whole_dialogue_is_sent(talk: Callable[..., str], sent: Sent) -> None:
+def test_all_of_the_dialogue_is_sent(talk: Callable[..., str], sent: Sent) -> None:
     out = talk("你好", "", "  and then? ")
     assert [prompt for prompt, _ in sent] == [
         [user("你好")],
-        [user("你好"), said("one."), user("and then?")],
+        [user("你好"), assistant("one."), user("and then?")],
     ]
     assert out == "> one.\n[3 tokens, N tokens/s]\n> > two.\n[3 tokens, N tokens/s]\n> \n"
     assert sent[0][1] == Sampling(512, 0.7)
@@ -94,7 +94,7 @@ def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
         options=options,
     )
     assert sent[0] == ([Message("system", "Be short."), user("a")], Sampling(512, 0.2, **SEED))
-    longer = [Message("system", "Be long."), user("a"), said("one."), user("b")]
+    longer = [Message("system", "Be long."), user("a"), assistant("one."), user("b")]
     assert sent[1][0] == longer
     assert sent[1][1] == Sampling(9, 0.2, 7, seed=3, min_p=0.1, stop=("END",))
     assert [m.role for m in sent[2][0]] == ["user", "assistant", "user", "assistant", "user"]
@@ -107,9 +107,9 @@ SEED: dict[str, Any] = {"seed": 3, "stop": ("x",)}
 
 def test_clear_and_retry(talk: Callable[..., str], sent: Sent) -> None:
     talk("a", "b", "!retry", "!clear", "c")
-    before = [user("a"), said("one."), user("b")]
+    before = [user("a"), assistant("one."), user("b")]
     assert [prompt for prompt, _ in sent] == [before[:1], before, before, [user("c")]]
-    assert [how.seed for _, how in sent] == [0, 0, 1, 1]
+    assert [sampling.seed for _, sampling in sent] == [0, 0, 1, 1]
 
 
 def test_a_saved_dialogue_goes_on(talk: Callable[..., str], sent: Sent, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_saved_dialogue_goes_on(talk: Callable[..., str], sent: Sent, tmp_path
         ("word " * 200, "the model's context length is 128"),
     ],
 )
-def test_mistakes_are_told_and_change_nothing(
+def test_mistakes_are_reported_and_change_nothing(
     talk: Callable[..., str], trained: Path, line: str, message: str
 ) -> None:
     out = talk(line.replace("{root}", str(trained)), "the cat", "!set")
@@ -151,7 +151,7 @@ def test_mistakes_are_told_and_change_nothing(
     assert "temperature=0.7 top_k=0 top_p=1.0" in out
 
 
-def test_a_place_that_cannot_be_written(talk: Callable[..., str], sent: Sent) -> None:
+def test_a_path_that_cannot_be_written(talk: Callable[..., str], sent: Sent) -> None:
     assert "Cannot write to /proc/none/chat.jsonl" in talk("a", "!save /proc/none/chat.jsonl")
 
 
@@ -176,17 +176,17 @@ def test_a_model_without_a_template_is_refused(minigpt: Minigpt, tmp_path: Path)
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own."""
+    """A program in its own pseudo-terminal."""
 
     def __init__(self, *command: str) -> None:
         self.main, side = pty.openpty()
 
-        def own_terminal() -> None:
+        def attach_terminal() -> None:
             os.setsid()
             fcntl.ioctl(side, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            command, stdin=side, stdout=side, stderr=side, preexec_fn=own_terminal
+            command, stdin=side, stdout=side, stderr=side, preexec_fn=attach_terminal
         )
         os.close(side)
         self.seen = ""
@@ -195,14 +195,14 @@ class Terminal:
         os.write(self.main, text.encode())
 
     def expect(self, pattern: str) -> str:
-        """Read until the pattern comes; what follows it is kept for the next time."""
+        """Read until the pattern comes; the text after it stays for the next call."""
         end = time.monotonic() + limit(120)
-        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+        while not (match := re.search(pattern, self.seen, re.DOTALL)):
             ready, _, _ = select.select([self.main], [], [], max(0, end - time.monotonic()))
             assert ready, f"{pattern!r} did not come; there is {self.seen[-500:]!r}"
             self.seen += os.read(self.main, 65536).decode(errors="replace")
-        self.seen = self.seen[found.end() :]
-        return found.group()
+        self.seen = self.seen[match.end() :]
+        return match.group()
 
     def listens(self) -> bool:
         """Return whether the program waits for a key."""

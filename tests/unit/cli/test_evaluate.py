@@ -19,11 +19,13 @@ from minigpt.evaluate import harness
 from minigpt.infer.engine import Engine, Sampling
 
 Minigpt = Callable[..., Any]
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 CHOICES = [
     {"family": f, "prompt": "the cat", "choices": [" sits", " runs", " sings"], "answer": i % 3}
     for i, f in enumerate("aabb")
 ]
+USER = {"role": "user", "content": "a"}
 PAIRS = [{"good": "the cat sits", "bad": "cat the sits"}, {"good": "a dog", "bad": "dog a"}]
 TASK = """task: tiny
 dataset_path: json
@@ -248,43 +250,26 @@ def test_without_the_harness(
     assert "pip install 'minigpt[lm-eval]'" in outcome.err
 
 
-GOOD = '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'
-
-
 @pytest.mark.parametrize(
-    ("kind", "row", "message"),
+    ("kind", "good", "bad", "message"),
     [
-        ("choices", '{"choices": ["b", "c"], "answer": 0}', "2: not a prompt row"),
-        ("choices", '{"prompt": "a", "choices": ["b"], "answer": 0}', "2:choices: must be a list"),
-        ("choices", '{"prompt": "a", "choices": ["b", ""], "answer": 0}', "2:choices[1]: is empty"),
-        ("choices", '{"prompt": "a", "choices": ["b", 5], "answer": 0}', "2:choices[1]: must be"),
-        ("choices", '{"prompt": "a", "choices": ["b", "b"], "answer": 0}', "2:choices: holds the"),
-        ("choices", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "2:answer: must be one"),
-        ("choices", '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "2:answer: must be"),
-        ("choices", '{"prompt": "a", "choices": ["b", "c"], "answer": true}', "2:answer: must be"),
-        ("choices", "[1]", "2: must be a JSON object"),
-        ("choices", "{", "2: invalid JSON"),
-        ("pairs", '{"good": "a"}', "2:bad: must be a string"),
-        ("pairs", '{"good": "a", "bad": "a"}', "2:bad: equals 'good'"),
-        ("pairs", '{"good": "\\ud800", "bad": "a"}', "2:good: character 1 is a lone surrogate"),
-        ("exam", '{"messages": []}', "2:messages"),
-        ("text", '{"txt": "a"}', "2: not a text row"),
-        ("preferences", '{"prompt": "a", "chosen": "b"}', "2: not a preference row"),
-        ("prompts", '{"prompt": 3}', "2:prompt: must be"),
+        ("choices", CHOICES[0], {"choices": ["b", "c"], "answer": 0}, "2: not a prompt row"),
+        ("pairs", PAIRS[0], {"good": "a"}, "2:bad: must be a string"),
+        ("exam", {"messages": [USER], "answer": "b"}, {"messages": []}, "2:messages"),
+        ("text", {"text": "a"}, {"txt": "a"}, "2: not a text row"),
+        (
+            "preferences",
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {"prompt": "a", "chosen": "b"},
+            "2: not a preference row",
+        ),
+        ("prompts", {"prompt": "a"}, {"prompt": 3}, "2:prompt: must be"),
     ],
 )
-def test_bad_rows(
-    minigpt: Minigpt, trained: Path, files: Path, kind: str, row: str, message: str
+def test_a_bad_row_is_named_before_a_model_is_loaded(
+    minigpt: Minigpt, files: Path, kind: str, good: Row, bad: Row, message: str
 ) -> None:
-    good = {
-        "choices": GOOD,
-        "pairs": '{"good": "a", "bad": "b"}\n',
-        "exam": '{"messages": [{"role": "user", "content": "a"}], "answer": "b"}\n',
-        "text": '{"text": "a"}\n',
-        "preferences": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-        "prompts": '{"prompt": "a"}\n',
-    }[kind]
-    (files / "bad.jsonl").write_text(good + row + "\n")
+    write_jsonl(files / "bad.jsonl", [good, bad])
     outcome = minigpt("evaluate", "--model", "./none", f"--{kind}", "bad.jsonl")
     assert outcome.status == 2
     assert outcome.err.startswith(f"minigpt: bad.jsonl:{message}")

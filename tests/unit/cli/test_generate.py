@@ -23,24 +23,24 @@ SHORT = ("--max_new_tokens", "6")
 
 
 class Call(NamedTuple):
-    """What the engine was asked, which engine, and the text it said."""
+    """A call of the engine, and the texts that it yielded."""
 
     engine: Engine
     prompt: str | Sequence[Message]
     sampling: Sampling
-    said: list[str]
+    texts: list[str]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What is asked of the engine, and its true replies."""
+    """The calls of the engine, with its real replies."""
     made: list[Call] = []
     stream = Engine.stream
 
     def spy(self: Engine, prompt: Any, sampling: Sampling) -> Iterator[Delta]:
         made.append(Call(self, prompt, sampling, []))
         for delta in stream(self, prompt, sampling):
-            made[-1].said.append(delta.text)
+            made[-1].texts.append(delta.text)
             yield delta
 
     monkeypatch.setattr(Engine, "stream", spy)
@@ -51,22 +51,22 @@ USER, SYSTEM = Message("user", "the cat"), Message("system", "a dog")
 
 
 @pytest.mark.parametrize(
-    ("args", "asked"),
+    ("args", "prompts"),
     [
         (["--prompt", "the cat"], (USER,)),
         (["--prompt", "the cat", "--system", "a dog"], (SYSTEM, USER)),
         (["--prompt", "the cat", "--text"], "the cat"),
     ],
 )
-def test_what_is_asked_is_what_was_given(
-    minigpt: Minigpt, trained: Path, calls: list[Call], args: list[str], asked: object
+def test_the_engine_gets_the_prompt_of_the_options(
+    minigpt: Minigpt, trained: Path, calls: list[Call], args: list[str], prompts: object
 ) -> None:
     outcome = minigpt("generate", "--model", trained / "sft", *args, *SHORT)
     assert (outcome.status, outcome.err) == (0, "")
     (call,) = calls
-    assert call.prompt == asked
-    assert outcome.out == "".join(call.said) + "\n"
-    assert len(call.said) > 1
+    assert call.prompt == prompts
+    assert outcome.out == "".join(call.texts) + "\n"
+    assert len(call.texts) > 1
     assert call.sampling == Sampling(max_new_tokens=6)
 
 
@@ -116,17 +116,17 @@ def test_a_file_of_rows_is_completed_row_by_row(
     tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", rows)
     outcome = minigpt("generate", "--model", trained / "sft", "--file", file, *more, *SHORT)
     assert (outcome.status, outcome.err) == (0, "")
-    said = [json.loads(line) for line in outcome.out.splitlines()]
-    assert [{k: v for k, v in row.items() if k != "completion"} for row in said] == rows
+    rows_out = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [{k: v for k, v in row.items() if k != "completion"} for row in rows_out] == rows
     before = (SYSTEM,) if "--system" in more else ()
     messages = tuple(Message(turn["role"], turn["content"]) for turn in chat)
-    asked: list[Any] = [
+    prompts: list[Any] = [
         text if "--text" in more else (*before, Message("user", text))
         for text in ("the cat", "a log")
     ]
-    asked.insert(1, messages)
-    replies = Engine.load(trained / "sft").complete(asked, Sampling(max_new_tokens=6))
-    assert [row["completion"] for row in said] == [reply.text for reply in replies]
+    prompts.insert(1, messages)
+    replies = Engine.load(trained / "sft").complete(prompts, Sampling(max_new_tokens=6))
+    assert [row["completion"] for row in rows_out] == [reply.text for reply in replies]
 
 
 def test_rows_are_printed_as_they_are_done(
@@ -147,8 +147,8 @@ def test_rows_are_printed_as_they_are_done(
     monkeypatch.setattr(ContinuousBatch, "step", interrupted)
     outcome = minigpt("generate", "--model", trained / "sft", "--file", file, *SHORT)
     assert (outcome.status, outcome.err) == (130, "minigpt: interrupted\n")
-    said = [json.loads(line) for line in outcome.out.splitlines()]
-    assert [row["prompt"] for row in said] == ["the cat and a dog", "a log"]
+    rows_out = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["prompt"] for row in rows_out] == ["the cat and a dog", "a log"]
 
 
 def test_replies_come_in_order_whatever_ends_first(
@@ -156,19 +156,19 @@ def test_replies_come_in_order_whatever_ends_first(
 ) -> None:
     engine = Engine.load(trained / "sft")
     prompts = ["the cat " * n for n in (9, 1, 5, 2, 7)]
-    how = [Sampling(n) for n in (1, 9, 2, 6, 3)]
-    wanted = engine.complete(prompts, how)
+    sampling = [Sampling(n) for n in (1, 9, 2, 6, 3)]
+    expected = engine.complete(prompts, sampling)
     monkeypatch.setattr("minigpt.infer.engine.SLOTS", {"cpu": 2})
-    assert list(engine.replies(prompts, how)) == wanted
+    assert list(engine.replies(prompts, sampling)) == expected
     assert not engine.complete([], Sampling())
 
 
 def test_sampling_is_seeded(minigpt: Minigpt, trained: Path) -> None:
-    def said(seed: int) -> str:
+    def generate(seed: int) -> str:
         free = ("--temperature", "5", "--seed", seed, "--max_new_tokens", "20")
         return str(minigpt("generate", "--model", trained / "sft", "--prompt", "a", *free).out)
 
-    assert said(1) == said(1) != said(2)
+    assert generate(1) == generate(1) != generate(2)
 
 
 @pytest.mark.parametrize("form", ["--model {lora}", "--model {sft} --adapter {lora}"])
@@ -185,11 +185,11 @@ def test_adapter_is_merged(minigpt: Minigpt, trained: Path, calls: list[Call], f
 
 
 def test_an_adapter_beside_the_weights_says_the_same(trained: Path) -> None:
-    prompts, how = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
+    prompts, sampling = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
     merged = Engine.load(trained / "lora")
     beside = Engine.load(trained / "lora", merged=False)
     assert (type(merged.runner()), type(beside.runner())) == (Native, TransformersDecoder)
-    assert beside.complete(prompts, how) == merged.complete(prompts, how)
+    assert beside.complete(prompts, sampling) == merged.complete(prompts, sampling)
 
 
 @pytest.mark.parametrize(

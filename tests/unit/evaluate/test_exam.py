@@ -16,7 +16,15 @@ from transformers import GenerationConfig
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
 from minigpt.errors import DataError
-from minigpt.evaluate.exam import Item, accuracies, is_correct, load_items, normalise, run_eval
+from minigpt.evaluate.exam import (
+    Item,
+    ItemKind,
+    accuracies,
+    is_correct,
+    load_items,
+    normalise,
+    run_eval,
+)
 from minigpt.infer.engine import Engine, Sampling
 
 ASKED = [{"role": "user", "content": "q"}]
@@ -74,46 +82,64 @@ def test_normalise(text: str, expected: str) -> None:
     assert normalise(text) == expected
 
 
-def write(path: Path, rows: list[Any]) -> Path:
-    write_jsonl(path, rows)
-    return path
-
-
 def test_items_of_an_exam(tmp_path: Path) -> None:
     rows = [
         {"id": 7, "family": "f", "messages": ASKED, "answer": "A", "choices": ["a", "b"]},
         {"instruction": "q", "answer": "a", "avoid": ["x"], "choices": None},
         {"messages": ASKED, "answer": 1, "choices": ["a", "b"]},
     ]
-    assert load_items(write(tmp_path / "colours.jsonl", rows), "exam") == [
+    write_jsonl(path := tmp_path / "colours.jsonl", rows)
+    assert load_items(path, "exam") == [
         Item("7", "f", MESSAGES, "a", ("a", "b"), ()),
         Item("2", "colours", MESSAGES, "a", (), ("x",)),
         Item("3", "colours", MESSAGES, "b", ("a", "b"), ()),
     ]
 
 
+GOOD = {
+    "exam": {"messages": ASKED, "answer": "a"},
+    "choices": {"prompt": "a", "choices": ["b", "c"], "answer": 0},
+    "pairs": {"good": "a", "bad": "b"},
+}
+
+
 @pytest.mark.parametrize(
-    ("row", "problem"),
+    ("kind", "changes", "problem"),
     [
-        ({"answer": "a"}, "not a prompt row"),
-        ({"messages": [], "answer": "a"}, "holds no messages"),
-        ({"messages": ASKED}, "answer: must be a string"),
-        ({"messages": ASKED, "answer": 3}, "answer: must be a string"),
-        ({"prompt": "q", "answer": "a"}, "needs messages"),
-        (
-            {"messages": ASKED, "answer": "z", "choices": ["a", "b"]},
-            "answer: must be one of the choices, or its index from 0; is 'z'",
-        ),
-        ({"messages": ASKED, "answer": "a", "choices": "ab"}, "choices: must be a list of strings"),
-        ({"messages": ASKED, "answer": "a", "avoid": ["x", " "]}, r"avoid\[1\]: is empty"),
-        ("q", "a JSON object"),
+        ("exam", {"messages": None}, "not a prompt row"),
+        ("exam", {"messages": []}, "holds no messages"),
+        ("exam", {"prompt": "q"}, "needs messages"),
+        ("exam", {"answer": None}, "answer: must be a string"),
+        ("exam", {"answer": 3}, "answer: must be a string"),
+        ("exam", {"answer": "z", "choices": ["a", "b"]}, "answer: .* index from 0; is 'z'"),
+        ("exam", {"choices": "ab"}, "choices: must be a list of strings"),
+        ("exam", {"avoid": ["x", " "]}, r"avoid\[1\]: is empty"),
+        ("choices", {"choices": ["b"]}, "choices: must be a list of at least two"),
+        ("choices", {"choices": ["b", ""]}, r"choices\[1\]: is empty"),
+        ("choices", {"choices": ["b", 5]}, r"choices\[1\]: must be"),
+        ("choices", {"choices": ["b", "b"]}, "choices: holds the same choice twice"),
+        ("choices", {"answer": 2}, "answer: must be one"),
+        ("choices", {"answer": "d"}, "answer: must be one"),
+        ("choices", {"answer": True}, "answer: must be one"),
+        ("pairs", {"bad": None}, "bad: must be a string"),
+        ("pairs", {"bad": "a"}, "bad: equals 'good'"),
+        ("pairs", {"good": "\ud800"}, "good: character 1 is a lone surrogate"),
     ],
 )
-def test_a_bad_item_is_named(tmp_path: Path, row: object, problem: str) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"messages": ASKED, "answer": "a"}, row])
+def test_a_bad_item_is_named(
+    tmp_path: Path, kind: ItemKind, changes: dict[str, Any], problem: str
+) -> None:
+    row = {key: value for key, value in {**GOOD[kind], **changes}.items() if value is not None}
+    write_jsonl(path := tmp_path / "rows.jsonl", [GOOD[kind], row])
     with pytest.raises(DataError, match=problem) as caught:
-        load_items(path, "exam")
+        load_items(path, kind)
     assert (caught.value.path, caught.value.line) == (path, 2)
+
+
+def test_an_item_is_an_object(tmp_path: Path) -> None:
+    write_jsonl(path := tmp_path / "rows.jsonl", ["q"])
+    with pytest.raises(DataError, match="must be a JSON object"):
+        load_items(path, "exam")
 
 
 END = "<end_of_turn>"
