@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.cli.options import CommandParser, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.formats import BadRows, read_records, texts_of
 from minigpt.files import whole_directory
 from minigpt.progress import shown
 
@@ -86,7 +85,6 @@ def characters_per_token(
     tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
 ) -> float:
     """Return how many characters a token stands for, over the first rows."""
-    records = read_records(files, None, BadRows("skip"), rows)
-    texts = [text for record, _ in records for text in texts_of(record)]
+    texts = list(tokenizers.training_texts(files, rows))
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return sum(map(len, texts)) / max(1, sum(len(e.ids) for e in encoded))

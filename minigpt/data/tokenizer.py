@@ -53,16 +53,11 @@ CHAT_TEMPLATE = (
 def training_texts(files: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
     """Yield the texts of JSONL files of any kind of row; at most `limit` rows in all.
 
-    Bad rows are left out and counted in the log, like those that training skips.
-
     Raises:
-        DataError: for a file that cannot be read, or when too many rows are bad.
+        DataError: for a file or row that cannot be read.
     """
-    bad = BadRows("skip")
-    for record, _ in read_records(files, None, bad, limit):
+    for record, _ in read_records(files, None, BadRows(), limit):
         yield from texts_of(record)
-    if summary := bad.summary():
-        log.warning("%s", summary)
 
 
 def train(

@@ -38,7 +38,7 @@ def test_train(minigpt: Minigpt, texts: Path, tmp_path: Path) -> None:
 
 def test_several_files_and_a_limit(minigpt: Minigpt, texts: Path, tmp_path: Path) -> None:
     more = tmp_path / "more.jsonl"
-    more.write_text('{"messages": [{"role": "user", "content": "zzzz zzzz zzzz"}]}\n' * 9)
+    more.write_text('{"prompt": "zzzz zzzz zzzz", "completion": "zzzz"}\n' * 9)
     files = ("--data_file", texts, more)
     for name, limit in (("all", 12), ("first", 3)):
         place = ("--output_dir", tmp_path / name)
@@ -57,8 +57,8 @@ def test_small_text_is_said(minigpt: Minigpt, texts: Path, tmp_path: Path) -> No
     ("row", "fragment"),
     [
         (b"{oops", ":4: invalid JSON"),
-        (b'{"n": 5}', ":4: the row holds no text"),
-        (b'{"text": "\\ud800"}', ":4: the text holds a lone surrogate"),
+        (b'{"n": 5}', ":4: not a chat row: its keys are ['n']"),
+        (b'{"text": "\\ud800"}', ":4:text: character 1 is a lone surrogate"),
         (b'{"text": "\xff"}', ":4: byte 11 of the line is not UTF-8"),
     ],
 )

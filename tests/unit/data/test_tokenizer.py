@@ -113,14 +113,20 @@ def test_files_are_read_in_turn_up_to_the_limit(write, limit: int | None, expect
     assert "".join(tokenizers.training_texts(files, limit)) == expected
 
 
-def test_bad_rows_are_left_out_and_named(write, caplog: pytest.LogCaptureFixture) -> None:
-    fine = [{"text": "fine"}]
-    path = write([*fine * 38, {"text": "a\ud800"}, {"n": 1}])
-    assert list(tokenizers.training_texts([path])) == ["fine"] * 38
-    assert f"skipped 2 bad rows: 1 lone_surrogate (first {path}:39)" in caplog.text
-    path = write([*fine, {"text": "a\ud800"}])
-    with pytest.raises(DataError, match=r"lone_surrogate \(first .*rows\.jsonl:2\)"):
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"text": "a\ud800"}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "lone surrogate"),
+        ({"n": 1}, "not a chat row"),
+        (["text"], "must be a JSON object"),
+    ],
+)
+def test_a_bad_row_is_named(write, row: object, problem: str) -> None:
+    path = write([{"text": "fine"}, row])
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2:.*{problem}") as caught:
         tokenizers.train([path], 300)
+    assert (caught.value.path, caught.value.line) == (path, 2)
 
 
 def test_the_command_makes_a_directory_that_transformers_loads(
