@@ -29,17 +29,17 @@ def assert_equals_a_mask(
         torch.randn(1, heads, total, width, generator=generator).to(like)
         for heads in (4, kv_heads, kv_heads, 4)
     )
-    own = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     wide = [x.float().requires_grad_() for x in (q, k, v)]
     mask = tiny.mask_of(shapes).to(like.device)
     expected = scaled_dot_product_attention(
         *wide, attn_mask=mask, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
-    got, _ = packed_attention(torch.nn.Module(), *own, None, plan=plan, scaling=0.3)
+    got, _ = packed_attention(torch.nn.Module(), *leaves, None, plan=plan, scaling=0.3)
     weights = weights.transpose(1, 2)
-    mine = [got, *torch.autograd.grad(got, own, weights)]
+    results = [got, *torch.autograd.grad(got, leaves, weights)]
     truth = [expected, *torch.autograd.grad(expected, wide, weights.float())]
-    for ours, theirs in zip(mine, truth, strict=True):
+    for ours, theirs in zip(results, truth, strict=True):
         assert ours.dtype == like.dtype
         assert (
             float((ours - theirs).detach().norm()) <= bound * float(theirs.detach().norm()) + 1e-5

@@ -93,11 +93,11 @@ def model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     config, kind = _CLASSES[family]
     sizes = _GPT2_SIZES if family == "gpt2" else _SIZES
     torch.manual_seed(seed)
-    made: PreTrainedModel = kind(config(**{"vocab_size": VOCABULARY, **sizes, **changes}))
+    built: PreTrainedModel = kind(config(**{"vocab_size": VOCABULARY, **sizes, **changes}))
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in built.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    return made.eval()
+    return built.eval()
 
 
 def sample(rng: np.random.Generator, *answers: int, prompt: int = 0) -> Sample:
@@ -121,8 +121,8 @@ def tokenizer(directory: Path, template: bool = True) -> str:
     """Train a tiny tokenizer and save it; without a template it ends texts and no turns."""
     corpus = directory.parent / f"{directory.name}.jsonl"
     corpus.write_text(json.dumps({"text": TEXT}))
-    made = tokenizers.train([corpus], 280) if template else _plain_tokenizer()
-    made.save_pretrained(str(directory))
+    small = tokenizers.train([corpus], 280) if template else _plain_tokenizer()
+    small.save_pretrained(str(directory))
     return str(directory)
 
 
@@ -144,12 +144,12 @@ def _plain_tokenizer() -> PreTrainedTokenizerFast:
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Return a copy that writes a BOS before each text and eos behind it, as some do."""
-    made = copy.deepcopy(tokenizer)
-    made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    ids = [(name, made.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    copied = copy.deepcopy(tokenizer)
+    copied.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = [(name, copied.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
     frame = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
-    made.backend_tokenizer.post_processor = frame
-    return made
+    copied.backend_tokenizer.post_processor = frame
+    return copied
 
 
 def preferences(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Sample]:

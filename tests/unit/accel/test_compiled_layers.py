@@ -60,8 +60,8 @@ def assert_compiled_once(
     assert compiled_graphs() == warm
     # bf16 keeps 8 bits, and is rounded in other places; on a GPU also between layers
     bound = (0.06 if device == "cpu" else 0.1) if half else 1e-5
-    for mine, truth in zip(got, plain, strict=True):
-        for a, b in zip(mine, truth, strict=True):
+    for ours, truth in zip(got, plain, strict=True):
+        for a, b in zip(ours, truth, strict=True):
             assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-6
 
 
@@ -103,8 +103,8 @@ def test_a_layer_is_compiled_as_a_whole_around_the_kernel(pairs: bool) -> None:
     lm = PackedLM(tiny.model("qwen3", head_dim=16))
     shapes = [[(40, 30, 77), (9, 3, 1)], [(20, 50, 60)], [(100, 20, 9)], [(1, 2, 2), (3, 1, 9)]]
     layouts = [[100, 60, 90], [20, 120, 7], [250], [3, 244]]
-    made = map(tiny.preferences, shapes) if pairs else map(tiny.texts, layouts)
-    assert_compiled_once(lm, [collate(samples) for samples in made], half=True, pairs=pairs)
+    all_samples = map(tiny.preferences, shapes) if pairs else map(tiny.texts, layouts)
+    assert_compiled_once(lm, [collate(samples) for samples in all_samples], half=True, pairs=pairs)
     assert not counters["graph_break"]
 
 
@@ -123,8 +123,8 @@ def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.Mon
     compile_model(lm, 256, 256, nullcontext)
     assert not torch._dynamo.config.optimize_ddp  # which would cut layers apart
     seen.clear()
-    whole = tiny.batch([128])
-    for batch in (whole, tiny.batch([127]), whole.without_targets(), tiny.batch([2] + [1] * 199)):
+    full = tiny.batch([128])
+    for batch in (full, tiny.batch([127]), full.without_targets(), tiny.batch([2] + [1] * 199)):
         lm(batch)
     assert seen == [128, 128]
 

@@ -37,10 +37,10 @@ def _unloaded() -> Iterator[None]:
     cpu_attention._library.cache_clear()
 
 
-def difference(mine: Tensor, truth: Tensor) -> float:
+def difference(results: Tensor, truth: Tensor) -> float:
     """Of the whole tensor, relative to its size; a single key's gradient may be nothing at all."""
     return float(
-        (mine.detach().float() - truth.detach()).norm()
+        (results.detach().float() - truth.detach()).norm()
         / (truth.detach().norm() + 1e-2 * truth.numel() ** 0.5)
     )
 
@@ -73,9 +73,9 @@ def test_kernel_equals_an_explicit_mask(
         *wholes, attn_mask=tiny.mask_of(shapes), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     g = weights.transpose(1, 2)
-    mine = [got, *torch.autograd.grad(got, halves, g)]
+    results = [got, *torch.autograd.grad(got, halves, g)]
     truth = [expected, *torch.autograd.grad(expected, wholes, g.float())]
-    for ours, theirs in zip(mine, truth, strict=True):
+    for ours, theirs in zip(results, truth, strict=True):
         assert difference(ours, theirs) <= 0.006  # bf16 is right to 1 in 256
 
 
@@ -89,11 +89,11 @@ def gradients(lm: PackedLM, half: bool = True) -> list[Tensor]:
 @needs_kernel
 def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = PackedLM(tiny.model("qwen3", head_dim=16))
-    exact, mine = gradients(lm, half=False), gradients(lm)
+    exact, results = gradients(lm, half=False), gradients(lm)
     monkeypatch.setattr(cpu_attention, "available", lambda: False)
     plain = gradients(lm)
-    assert any(not torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
-    for ours, without, truth in zip(mine, plain, exact, strict=True):
+    assert any(not torch.equal(a, b) for a, b in zip(plain, results, strict=True))
+    for ours, without, truth in zip(results, plain, exact, strict=True):
         assert difference(ours, truth) <= 1.2 * difference(without, truth) + 0.01
 
 
@@ -101,11 +101,11 @@ def test_a_model_with_the_kernel_is_the_same_model(monkeypatch: pytest.MonkeyPat
 def test_operators_are_what_compilers_take_them_for() -> None:
     q, k, v = (torch.randn(9, n, 16).bfloat16().requires_grad_() for n in (4, 2, 2))
     spans = tiny.plan([(3, 2, 4)]).spans
-    found = torch.library.opcheck(cpu_attention._forward, (q, k, v, spans, 0.3))
+    forward = torch.library.opcheck(cpu_attention._forward, (q, k, v, spans, 0.3))
     out, lse = cpu_attention._forward(q, k, v, spans, 0.3)
     saved = [x.detach() for x in (q, k, v, lse, spans)]
     back = torch.library.opcheck(cpu_attention._backward, (out.detach(), saved, 0.3))
-    assert {*found.values(), *back.values()} == {"SUCCESS"}
+    assert {*forward.values(), *back.values()} == {"SUCCESS"}
 
 
 @needs_kernel
@@ -136,10 +136,10 @@ def test_a_nan_stays_in_its_sample(token: int, sample: tuple[int, int], everywhe
     poisoned = [x.isnan().any((1, 2)) for x in (out, *torch.autograd.grad(out.sum(), (q, k, v)))]
     if not everywhere:
         assert poisoned[0].nonzero().flatten().tolist() == [token]
-    for found in poisoned:
-        assert found[slice(*sample)].any()
-        assert not found[: sample[0]].any()
-        assert not found[sample[1] :].any()
+    for rows in poisoned:
+        assert rows[slice(*sample)].any()
+        assert not rows[: sample[0]].any()
+        assert not rows[sample[1] :].any()
 
 
 @pytest.mark.parametrize(

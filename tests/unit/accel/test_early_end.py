@@ -45,11 +45,11 @@ def test_the_last_layer_ends_with_what_predicts_targets(
     got = torch.autograd.grad(scores[0], weights)
     del lm.hf.base_model.layers[-1].forward
     lm.linear_head.ends_early = False
-    expected, _, whole = lately(lm, batch)
-    assert whole == first
+    expected, _, last_full = lately(lm, batch)
+    assert last_full == first
     assert torch.allclose(scores, expected, rtol=1e-5)
-    for mine, theirs in zip(got, torch.autograd.grad(expected[0], weights), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(got, torch.autograd.grad(expected[0], weights), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "changes"), OTHER_LAYERS)

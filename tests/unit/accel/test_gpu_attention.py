@@ -31,17 +31,19 @@ def row_by_row(
 ) -> Tensor:
     """What torch's kernel for CUDA computes: causal, queries and keys aligned at their ends."""
     assert window_size == (-1, 0)
-    given, of_row = (x.diff().tolist() for x in (cu_queries, cu_keys))
-    assert max(given) <= max_q
-    assert max(of_row) <= max_k
-    rows = zip(q.split(given), k.split(of_row), v.split(of_row), strict=True)
+    query_counts, key_counts = (x.diff().tolist() for x in (cu_queries, cu_keys))
+    assert max(query_counts) <= max_q
+    assert max(key_counts) <= max_k
+    rows = zip(q.split(query_counts), k.split(key_counts), v.split(key_counts), strict=True)
     out = []
     for row in rows:
-        mine, keys, values = (x.transpose(0, 1)[None] for x in row)
-        shape = mine.shape[2], keys.shape[2]
+        queries, keys, values = (x.transpose(0, 1)[None] for x in row)
+        shape = queries.shape[2], keys.shape[2]
         mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
-        found = scaled_dot_product_attention(mine, keys, values, mask, scale=scale, enable_gqa=True)
-        out.append(found[0].transpose(0, 1))
+        result = scaled_dot_product_attention(
+            queries, keys, values, mask, scale=scale, enable_gqa=True
+        )
+        out.append(result[0].transpose(0, 1))
     return torch.cat(out)
 
 

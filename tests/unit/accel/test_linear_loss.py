@@ -115,11 +115,11 @@ def test_linear_losses_equal_torch(
     args = arguments(n, h, v, bias)
     exact = tuple(x.detach().double().requires_grad_() if x is not None else None for x in args[:3])
     got = gradients(ours, args)
-    for mine, torchs, truth in zip(
+    for result, torchs, truth in zip(
         got, gradients(plain, args), gradients(plain, (*exact, args[3])), strict=True
     ):
-        assert torch.allclose(mine, torchs, rtol=1e-4, atol=1e-4)
-        assert torch.allclose(mine.double(), truth, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(result, torchs, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(result.double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_cross_entropy_without_gradients_is_the_same() -> None:
@@ -160,8 +160,8 @@ def test_linear_losses_over_several_chunks(
     monkeypatch.setattr(losses, "SAVED_CHUNKS", saved)
     args = arguments(207, 8, 30, True)
     assert [len(label) for _, label in losses._chunks(args[0], args[1], args[3])] == [69, 69, 69]
-    for mine, truth in zip(gradients(ours, args), gradients(plain, args), strict=True):
-        assert torch.allclose(mine, truth, rtol=1e-4, atol=1e-3)
+    for result, truth in zip(gradients(ours, args), gradients(plain, args), strict=True):
+        assert torch.allclose(result, truth, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ def test_a_softmax_that_is_not_compiled_widens_some_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits = torch.randn(50, 30).bfloat16()
-    whole = logits.clone()
-    expected = softmax_(whole)
+    expected_probabilities = logits.clone()
+    expected = softmax_(expected_probabilities)
     monkeypatch.setattr(losses, "FP32_LOGITS", 7 * 30 + 1)
     with Largest() as largest:
         got = softmax_(logits)
     assert largest.numbers == 7 * 30
     assert torch.equal(got, expected)
-    assert torch.equal(logits, whole)
+    assert torch.equal(logits, expected_probabilities)
 
 
 @pytest.mark.parametrize("ours", [linear_cross_entropy, linear_logprobs])
@@ -218,9 +218,9 @@ def test_linear_losses_under_autocast(
     """bf16 keeps 8 bits, so single products are off by up to 2^-8; the norms stay within 2%."""
     args = arguments(200, 32, 300, True)
     with torch.autocast("cpu", torch.bfloat16):
-        mine = gradients(ours, args)
-    assert mine[0].dtype == torch.float32
-    for got, truth in zip(mine, gradients(plain, args), strict=True):
+        result = gradients(ours, args)
+    assert result[0].dtype == torch.float32
+    for got, truth in zip(result, gradients(plain, args), strict=True):
         assert got.dtype == truth.dtype
         assert (got - truth).norm() <= 0.02 * truth.norm()
 

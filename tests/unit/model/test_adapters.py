@@ -193,9 +193,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_other_adapters_are_refused_by_name(
     kind: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    config, told = REFUSED[kind]
+    config, message = REFUSED[kind]
     make(bases["llama"], tmp_path, config)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         load_model(tmp_path)
 
 
@@ -267,11 +267,11 @@ def test_an_adapter_with_new_rows_loads_with_plain_peft(
     assert torch.allclose(merged, right, atol=2e-5)
 
 
-def with_a_hole(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def with_a_hole(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Give the end of a turn an id behind some that no token has."""
-    spec = json.loads(made.backend_tokenizer.to_str())
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     token = next(token for token in spec["added_tokens"] if token["content"] == "<|im_end|>")
-    token["id"] = spec["model"]["vocab"][token["content"]] = len(made) + 20
+    token["id"] = spec["model"]["vocab"][token["content"]] = len(tokenizer) + 20
     return tokenizers.wrap(Tokenizer.from_str(json.dumps(spec)))
 
 

@@ -119,7 +119,7 @@ def test_a_run_and_its_hf_directory_are_the_same_model(saved: tuple[PackedLM, Pa
 
 
 @pytest.mark.parametrize(
-    ("place", "command"),
+    ("directory", "command"),
     [
         ("outputs/sft", "minigpt fit --config configs/sft.yaml"),
         ("outputs/dpo-2", "minigpt fit --config configs/dpo.yaml"),
@@ -128,11 +128,11 @@ def test_a_run_and_its_hf_directory_are_the_same_model(saved: tuple[PackedLM, Pa
     ],
 )
 def test_a_missing_model_names_the_command_that_makes_it(
-    place: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError) as error:
-        find_model(place)
+        find_model(directory)
     assert command in str(error.value)
     assert "make pipeline" in str(error.value)
 
@@ -147,39 +147,39 @@ def test_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Damage
 
 
-def damage(directory: Path, how: str) -> None:
+def damage(directory: Path, damage_kind: str) -> None:
     weights = directory / "model.safetensors"
-    if how == "cut":
+    if damage_kind == "cut":
         weights.write_bytes(weights.read_bytes()[:2000])
-    elif how == "garbage":
+    elif damage_kind == "garbage":
         weights.write_bytes(b"no weights" * 100)
-    elif how == "missing":
+    elif damage_kind == "missing":
         weights.unlink()
-    elif how == "empty":
+    elif damage_kind == "empty":
         weights.write_bytes(b"")
-    elif how == "incomplete":
+    elif damage_kind == "incomplete":
         state = load_file(weights)
         del state["model.norm.weight"]
         save_file(state, weights, {"format": "pt"})
-    elif how == "shapes":
+    elif damage_kind == "shapes":
         state = load_file(weights)
         state["model.norm.weight"] = torch.ones(7)
         save_file(state, weights, {"format": "pt"})
-    elif how == "config":
+    elif damage_kind == "config":
         (directory / "config.json").write_text("{")
     else:
         (directory / "config.json").write_text('{"model_type": "bert"}')
 
 
 @pytest.mark.parametrize(
-    "how",
+    "damage_kind",
     ["cut", "garbage", "missing", "empty", "incomplete", "shapes", "config", "other model"],
 )
 def test_a_damaged_model_is_a_model_error(
-    how: str, saved: tuple[PackedLM, Path], tmp_path: Path
+    damage_kind: str, saved: tuple[PackedLM, Path], tmp_path: Path
 ) -> None:
     save_model(saved[0].hf, tokenizers.load(saved[1] / "hf"), tmp_path / "hf")
-    damage(tmp_path / "hf", how)
+    damage(tmp_path / "hf", damage_kind)
     with pytest.raises(
         ModelError, match=r"hf (cannot be loaded: \S|is refused, for .*tokens after it)"
     ):
@@ -224,8 +224,8 @@ def test_a_padded_vocabulary_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer"))
-    told = f"has {len(tokenizer)} tokens but the model only {len(tokenizer) - 1}"
-    with pytest.raises(ModelError, match=told):
+    message = f"has {len(tokenizer)} tokens but the model only {len(tokenizer) - 1}"
+    with pytest.raises(ModelError, match=message):
         check_vocabulary(len(tokenizer) - 1, tokenizer)
 
 
@@ -241,10 +241,10 @@ def test_a_missing_tokenizer_names_the_command(tmp_path: Path) -> None:
 def test_code_of_others_is_never_run_nor_asked_about(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(prompt: str = "") -> str:
+    def fail_when_asked(prompt: str = "") -> str:
         pytest.fail(f"asked: {prompt}")
 
-    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("builtins.input", fail_when_asked)
     save_model(tiny.model("llama"), tokenizers.load(tiny.tokenizer(tmp_path / "t")), tmp_path / "m")
     (tmp_path / "m" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = json.loads((tmp_path / "m" / file).read_text())
@@ -293,7 +293,7 @@ def damaged_index(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (pickled, r"its weights are in pytorch_model.bin. Pickled .* can run code"),
         (without_shards, "2 of its 5 files of weights are missing, such as model-00002"),
@@ -304,37 +304,37 @@ def damaged_index(model: Path) -> None:
     ],
 )
 def test_weights_that_are_not_there_are_refused_with_the_reason(
-    harm: Callable[[Path], None], told: str, tmp_path: Path
+    harm: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "m", max_shard_size="25KB")
     load_model(tmp_path / "m")
     harm(tmp_path / "m")
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         load_model(tmp_path / "m")
 
 
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    place = tmp_path / "a" / "b"
+    directory = tmp_path / "a" / "b"
     for text in ("first", "second"):
-        with whole_directory(place) as partial:
-            assert partial.parent == place.parent
+        with whole_directory(directory) as partial:
+            assert partial.parent == directory.parent
             (partial / text).write_text(text)
-    assert [p.name for p in place.iterdir()] == ["second"]
-    assert [p.name for p in place.parent.iterdir()] == ["b"]
+    assert [p.name for p in directory.iterdir()] == ["second"]
+    assert [p.name for p in directory.parent.iterdir()] == ["b"]
 
 
-def write_half(place: Path) -> None:
-    with whole_directory(place) as partial:
+def write_half(directory: Path) -> None:
+    with whole_directory(directory) as partial:
         (partial / "new").write_text("half")
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_directory_is_left_alone_when_the_body_raises(tmp_path: Path, there: bool) -> None:
-    place = tmp_path / "b"
+    directory = tmp_path / "b"
     if there:
-        place.mkdir()
-        (place / "old").write_text("whole")
+        directory.mkdir()
+        (directory / "old").write_text("whole")
     with pytest.raises(KeyboardInterrupt):
-        write_half(place)
+        write_half(directory)
     assert [p.name for p in tmp_path.rglob("*")] == (["b", "old"] if there else [])

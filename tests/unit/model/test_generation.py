@@ -35,8 +35,8 @@ def test_a_list_of_ends_and_other_fields_survive(
     )
     save_model(model, tokenizer, tmp_path / "one")
     save_model(load_model(tmp_path / "one"), tokenizer, tmp_path / "two")
-    for place in ("one", "two"):
-        saved = json.loads((tmp_path / place / "generation_config.json").read_text())
+    for name in ("one", "two"):
+        saved = json.loads((tmp_path / name / "generation_config.json").read_text())
         ends = tokenizer.convert_tokens_to_ids([tokenizers.END_OF_TEXT, tokenizers.TURN_END])
         assert saved.pop("eos_token_id") == sorted({7, 9, *ends})
         assert saved.pop("pad_token_id") == tokenizer.pad_token_id
@@ -58,6 +58,6 @@ def test_fields_that_contradict_each_other_are_left_out(
 def test_padding_is_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.pad_token = None  # type: ignore[assignment]
     assert generation_config(model_with(pad_token_id=5), tokenizer).pad_token_id == 5
-    made = generation_config(model_with(pad_token_id=-1), tokenizer)
-    ends: Any = made.eos_token_id
-    assert made.pad_token_id == ends[0]
+    config = generation_config(model_with(pad_token_id=-1), tokenizer)
+    ends: Any = config.eos_token_id
+    assert config.pad_token_id == ends[0]

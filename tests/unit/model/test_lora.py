@@ -99,9 +99,9 @@ def test_training_moves_every_lora_b(
     family: str, checkpointing: bool, bases: dict[str, Path]
 ) -> None:
     adapted = trained(bases[family], checkpointing)
-    found = {n: p for n, p in adapted.named_parameters() if ".lora_B" in n}
-    assert found
-    assert all(p.grad is not None and p.grad.any() and p.any() for p in found.values())
+    updates = {n: p for n, p in adapted.named_parameters() if ".lora_B" in n}
+    assert updates
+    assert all(p.grad is not None and p.grad.any() and p.any() for p in updates.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -103,8 +103,8 @@ def test_batched_muon_equals_torchs(
 ) -> None:
     """In bf16, as torch iterates, nearly equal; in fp32 within what bf16 loses."""
     monkeypatch.setattr(optim, "fast_bf16", lambda device: in_bf16)
-    for mine, torchs in zip(moved(BatchedMuon), moved(torch.optim.Muon), strict=True):
-        assert (mine - torchs).norm() <= tolerance * torchs.norm()
+    for ours, torchs in zip(moved(BatchedMuon), moved(torch.optim.Muon), strict=True):
+        assert (ours - torchs).norm() <= tolerance * torchs.norm()
 
 
 def test_newton_schulz_brings_singular_values_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +129,18 @@ def test_a_matrix_without_gradient_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def names_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for group in optimizer.param_groups:
         key = f"{group.get('by', 'adamw')} {'decay' if group['weight_decay'] else 'no decay'}"
-        found.setdefault(key, []).extend(names[id(p)] for p in group["params"])
-    return found
+        groups.setdefault(key, []).extend(names[id(p)] for p in group["params"])
+    return groups
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_takes_hidden_matrices_only(family: str, tied: bool) -> None:
     model = tiny.model(family, tie_word_embeddings=tied)
-    found = names_by(model, build_optimizer(model, MUON))
+    groups = names_by(model, build_optimizer(model, MUON))
     outer = {"embed_tokens", "lm_head", "wte", "wpe"}
     expected: dict[str, list[str]] = {}
     for name, p in model.named_parameters():
@@ -149,18 +149,18 @@ def test_muon_takes_hidden_matrices_only(family: str, tied: bool) -> None:
         else:
             by = "adamw" if name.split(".")[-2] in outer else "muon"
             expected.setdefault(f"{by} decay", []).append(name)
-    assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in expected.items()}
+    assert {k: sorted(v) for k, v in groups.items()} == {k: sorted(v) for k, v in expected.items()}
     assert len(expected["muon decay"]) == 2 * (4 if family == "gpt2" else 7)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_adamw_decays_matrices_only(family: str) -> None:
     model = tiny.model(family)
-    found = names_by(model, build_optimizer(model, OptimizerOptions()))
+    groups = names_by(model, build_optimizer(model, OptimizerOptions()))
     dims = {name: p.ndim for name, p in model.named_parameters()}
-    assert {dims[name] for name in found["adamw decay"]} == {2}
-    assert {dims[name] for name in found["adamw no decay"]} == {1}
-    assert sorted(name for names in found.values() for name in names) == sorted(dims)
+    assert {dims[name] for name in groups["adamw decay"]} == {2}
+    assert {dims[name] for name in groups["adamw no decay"]} == {1}
+    assert sorted(name for names in groups.values() for name in names) == sorted(dims)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -169,11 +169,11 @@ def test_lora_matrices_are_trained(family: str, name: Any) -> None:
     model = tiny.model(family)
     add_adapter(model, Lora(r=4), "base")
     optimizer = build_optimizer(model, OptimizerOptions(name=name))
-    found = names_by(model, optimizer)
+    groups = names_by(model, optimizer)
     adapters = sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    assert [key for key, names in found.items() if names] == [f"{name} decay"]
+    assert [key for key, names in groups.items() if names] == [f"{name} decay"]
     train(model, optimizer, range(2))
-    assert sorted(found[f"{name} decay"]) == adapters
+    assert sorted(groups[f"{name} decay"]) == adapters
     assert all(".lora_" in n for n in adapters)
 
 
@@ -204,8 +204,8 @@ def test_a_reloaded_optimizer_takes_the_same_next_step(name: Any) -> None:
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(3, 5))
     train(twin, resumed, range(3, 5))
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_muon_adamw_equals_its_halves_alone() -> None:
@@ -229,8 +229,8 @@ def test_muon_adamw_equals_its_halves_alone() -> None:
         give_gradients([*apart.parameters()], seed)
         muon.step()
         adamw.step()
-    for mine, theirs in zip(together.parameters(), apart.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_schedule_reaches_both_halves() -> None:
@@ -254,8 +254,8 @@ def test_a_rate_of_zero_changes_nothing() -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     train(model, optimizer, range(2))
-    for mine, old in zip(model.parameters(), before.parameters(), strict=True):
-        assert torch.equal(mine, old)
+    for ours, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, old)
 
 
 def test_a_closure_is_run_with_gradients_and_its_loss_returned() -> None:

@@ -56,18 +56,18 @@ def documents(batch: PackedBatch) -> list[Tensor]:
 
 
 def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
-    found = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
+    grads = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
     names = (name for name, _ in model.named_parameters())
-    return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+    return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
 
 
-def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    assert mine.keys() == truth.keys()
+def assert_same(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    assert ours.keys() == truth.keys()
     largest = max(float(gradient.abs().max()) for gradient in truth.values())
     for name, gradient in truth.items():
         # Of a gradient that is 0, as that of queries which see one key, fp32's rounding is left.
         bound = 1e-4 * float(gradient.abs().max()) + 2**-22 * largest
-        assert float((mine[name] - gradient).abs().max()) <= bound, name
+        assert float((ours[name] - gradient).abs().max()) <= bound, name
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -177,8 +177,8 @@ def test_values_may_have_another_width() -> None:
     plan = tiny.plan([(0, 4, 0), (0, 3, 0)])
     out, _ = packed_attention(torch.nn.Module(), q, k, v, None, plan=plan)
     for rows in (slice(0, 4), slice(4, 7)):
-        parts = (x[:, :, rows] for x in (q, k, v))
-        alone = scaled_dot_product_attention(*parts, is_causal=True)
+        qkv = (x[:, :, rows] for x in (q, k, v))
+        alone = scaled_dot_product_attention(*qkv, is_causal=True)
         assert torch.allclose(out[:, rows], alone.transpose(1, 2), atol=1e-6)
 
 
@@ -244,8 +244,8 @@ def test_the_loss_and_its_gradients_are_the_models_own(
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     weights = [p for p in model.parameters() if p.requires_grad]
     truth = torch.autograd.grad(expected, weights)
-    for mine, theirs in zip(torch.autograd.grad(got, weights), truth, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad(got, weights), truth, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "changes"), [("qwen3", {}), ("gemma2", CHANGED["gemma2"])])

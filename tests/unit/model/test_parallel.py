@@ -48,6 +48,8 @@ def test_flattened_matrices_are_decayed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(FSDPStrategy, "_setup_model", flatten)
     FSDP1()._setup_model(model)
     assert {weight.ndim for weight in model.parameters()} == {1}
-    made = build_optimizer(model, OptimizerOptions(weight_decay=0.5))
-    decayed = {id(p) for g in made.param_groups if g["weight_decay"] == 0.5 for p in g["params"]}
+    optimizer = build_optimizer(model, OptimizerOptions(weight_decay=0.5))
+    decayed = {
+        id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.5 for p in g["params"]
+    }
     assert decayed == matrices

@@ -43,12 +43,12 @@ def model_of(kind: str, **changes: Any) -> PreTrainedModel:
 
 
 def scores_alone(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[float]:
-    found = []
+    scores = []
     with use_attention(model, "eager"):
         for ids in texts:
             logp = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-            found.append(float(logp.gather(1, ids[1:, None]).sum()))
-    return found
+            scores.append(float(logp.gather(1, ids[1:, None]).sum()))
+    return scores
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_every_kind_gives_its_own_losses(
 def test_what_leaks_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         PackedLM(model_of("mamba"))
-    said = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
-    assert len(said) == 1
-    assert "MambaForCausalLM is not exact with packed samples" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
+    assert len(messages) == 1
+    assert "MambaForCausalLM is not exact with packed samples" in messages[0]
 
 
 def saved(kind: str, directory: Path, **changes: Any) -> Path:
@@ -101,15 +101,15 @@ def saved(kind: str, directory: Path, **changes: Any) -> Path:
 
 
 def test_a_model_that_sees_what_comes_is_refused_everywhere(tmp_path: Path) -> None:
-    place = saved("bert", tmp_path / "bert")
+    directory = saved("bert", tmp_path / "bert")
     for load in (load_model, lambda p: load_model(p, "sdpa"), Engine.load):
         with pytest.raises(ModelError, match=r"bert.*is refused.*depend on the tokens after it"):
-            load(place)
+            load(directory)
 
 
 def test_a_model_is_loaded_with_the_attention_that_is_exact(tmp_path: Path) -> None:
-    place = saved("gpt_neo", tmp_path / "neo")
-    assert load_model(place).config._attn_implementation == "eager"
+    directory = saved("gpt_neo", tmp_path / "neo")
+    assert load_model(directory).config._attn_implementation == "eager"
     gemma = saved("gemma2", tmp_path / "gemma2")
     assert load_model(gemma).config._attn_implementation == PACKED
     assert Engine.load(gemma).model.config._attn_implementation == "eager"
@@ -156,8 +156,8 @@ def test_texts_are_continued_in_the_fastest_way_that_is_exact(
 def test_what_no_way_decodes_is_refused_to_decode_alone(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = TransformersDecoder._forward
-    monkeypatch.setattr(TransformersDecoder, "_forward", lambda *given: whole(*given) + 1)
+    forward = TransformersDecoder._forward
+    monkeypatch.setattr(TransformersDecoder, "_forward", lambda *given: forward(*given) + 1)
     model = tiny.model("qwen3")
     assert require_conformance(model, training=True).packed
     with pytest.raises(ModelError, match=r"no mode of decoding gives what its own forward does"):

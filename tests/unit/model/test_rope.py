@@ -85,10 +85,10 @@ def test_packed_texts_have_the_angles_of_each_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replies_are_those_of_plain_transformers(kind: str, tmp_path: Path) -> None:
-    place = saved(tmp_path, "llama")
-    model = load_model(place, "sdpa")
+    directory = saved(tmp_path, "llama")
+    model = load_model(directory, "sdpa")
     scale(model, scaling(kind))
-    engine = Engine(model.eval(), Engine.load(place).tokenizer)
+    engine = Engine(model.eval(), Engine.load(directory).tokenizer)
     assert is_native(model) is (kind != "dynamic")
     assert engine.context == 4 * LENGTH
     model.save_pretrained(tmp_path / "scaled")
@@ -103,19 +103,19 @@ def test_replies_are_those_of_plain_transformers(kind: str, tmp_path: Path) -> N
 
 
 def test_an_adapter_brings_the_scaling_of_its_base(tmp_path: Path) -> None:
-    place = saved(tmp_path, "qwen3")
-    model = load_model(place, "sdpa")
+    directory = saved(tmp_path, "qwen3")
+    model = load_model(directory, "sdpa")
     scale(model, scaling("yarn"))
-    adapted = add_adapter(model, Lora(), str(place))
+    adapted = add_adapter(model, Lora(), str(directory))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_()
-    save_adapter(adapted, Engine.load(place).tokenizer, tmp_path / "adapter")
+    save_adapter(adapted, Engine.load(directory).tokenizer, tmp_path / "adapter")
     expected = logits(adapted.eval(), IDS)
     merged = load_model(tmp_path / "adapter", "sdpa").eval()
     assert torch.allclose(logits(merged, IDS), expected, atol=1e-3)
-    beside = Engine.load(place, tmp_path / "adapter", merged=False)
+    beside = Engine.load(directory, tmp_path / "adapter", merged=False)
     assert torch.allclose(logits(beside.model, IDS), expected, atol=1e-4)
     assert beside.context == max_positions(load_config(tmp_path / "adapter")) == 4 * LENGTH
 
@@ -125,10 +125,10 @@ def test_older_stacks_find_the_scaling(tmp_path: Path) -> None:
     config = json.loads(
         (saved(tmp_path, "qwen3", rope_parameters=rope) / "config.json").read_text()
     )
-    told = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": LENGTH}
-    assert config["rope_scaling"] == told
+    expected = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": LENGTH}
+    assert config["rope_scaling"] == expected
     assert config["rope_theta"] == 1e4
-    assert load_config(tmp_path / "model").rope_parameters == {**rope, **told}
+    assert load_config(tmp_path / "model").rope_parameters == {**rope, **expected}
 
 
 def test_partial_rotary_angles_stay_partial() -> None:
@@ -173,8 +173,8 @@ def test_scalings_out_of_range(changes: dict[str, Any]) -> None:
 def test_lengths_beyond_the_positions_are_refused() -> None:
     for config in (GPT2Config(n_positions=128), OPTConfig(max_position_embeddings=128)):
         check_length(config, 128, "text")
-        told = f"max_length is 129, but {config.model_type} reads at most 128 tokens"
-        with pytest.raises(ConfigError, match=rf"{told}, as its config says\. Set it to 128\.$"):
+        message = f"max_length is 129, but {config.model_type} reads at most 128 tokens"
+        with pytest.raises(ConfigError, match=rf"{message}, as its config says\. Set it to 128\.$"):
             check_length(config, 129, "text")
     with pytest.raises(ConfigError, match=r"rope_scaling, such as \{type: yarn, factor: 3\.0\}"):
         check_length(Qwen3Config(max_position_embeddings=100), 201, "chat")
