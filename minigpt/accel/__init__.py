@@ -2,8 +2,8 @@
 
 This file is the only door. No other room imports what lies behind it, and nothing behind it is
 imported before it is needed. With the environment variable MINIGPT_ACCEL=off it stays shut:
-training takes the reference path, whose numbers are equal up to rounding, with more time and
-memory.
+training takes the reference path, whose numbers are equal up to rounding and to what dropout draws,
+with more time and memory.
 """
 
 from __future__ import annotations

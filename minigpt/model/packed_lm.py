@@ -58,9 +58,8 @@ class PackedLM(nn.Module):
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
-        from minigpt.model.conformance import (
-            require_conformance,  # which tries models by this module
-        )
+        # Late, because the proof of conformance reads batches by the functions below.
+        from minigpt.model.conformance import require_conformance
 
         super().__init__()
         self.hf = hf

@@ -39,7 +39,7 @@ from minigpt.model.sharded import load_into, saved_shapes
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class FSDP2(ModelParallelStrategy):
@@ -219,11 +219,11 @@ def flat_weights(lm: PackedLM, trainer: Trainer) -> dict[str, Tensor]:
         return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}
 
 
-def gathered(items: list[Item]) -> list[Item]:
+def gathered(items: list[T]) -> list[T]:
     """Return the items of all processes, one process after the other."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return items
-    by_process: list[list[Item]] = [[]] * torch.distributed.get_world_size()
+    by_process: list[list[T]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(by_process, items)
     return [item for gathered_items in by_process for item in gathered_items]
 
