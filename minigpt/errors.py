@@ -94,12 +94,12 @@ class DataError(MiniGPTError):
         super().__init__(self._paragraph())
 
     def _paragraph(self) -> str:
-        place = ":".join(str(part) for part in (self.path, self.line, self.field) if part)
-        text = f"{place}: {self.problem}" if place else self.problem
+        location = ":".join(str(p) for p in (self.path, self.line, self.field) if p)
+        text = f"{location}: {self.problem}" if location else self.problem
         return f"{text.rstrip('.')}. {self.remedy}" if self.remedy else text
 
     def at(self, path: str | Path, line: int | None = None) -> DataError:
-        """Return the same error with its place filled in."""
+        """Return the same error with file and line filled in."""
         return DataError(
             self.problem,
             path=path,

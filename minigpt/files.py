@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, also after a power cut."""
+"""Atomic writes: files and directories appear complete or not at all, also after a power cut."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from minigpt.errors import MiniGPTError, TrainingError, chain
 
 MANIFEST = "manifest.json"
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+ACCESS_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_dir() -> Path:
@@ -27,19 +26,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with whole_file(path) as partial:
+    """Write a text file atomically."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-class whole_directory:  # noqa: N801  (used like a function)
-    """Context manager: fill a directory beside its place, then put it there in one rename.
+class atomic_directory:  # noqa: N801  (used like a function)
+    """Context manager: fill a temporary directory, then give it the final name in one rename.
 
     The files are on the disk before the rename is.
     """
@@ -70,7 +69,7 @@ def clear_partials(directory: Path) -> None:
 
 
 def publish(partial: Path, directory: Path) -> None:
-    """Put a finished directory in its place; what was there before is removed afterwards."""
+    """Rename a finished directory to its final path; what was there is removed afterwards."""
     for path in partial.rglob("*"):
         sync(path)
     sync(partial)
@@ -110,20 +109,20 @@ def write_manifest(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """Return what is wrong with a directory that has a manifest; None when it is whole."""
+    """Return what is wrong with a directory that has a manifest; None when it is complete."""
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
     except FileNotFoundError:
         return f"its {MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
-    for name, known in files.items():
+    for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != known["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
-        if digest(path) != known["sha256"]:
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if digest(path) != expected["sha256"]:
             return f"the content of {name} is not what was written"
     return None
 
@@ -140,36 +139,36 @@ def weights_digest(directory: Path) -> str:
     return hashlib.sha256(joined.encode()).hexdigest()[:12]
 
 
-class told_when_unwritable:  # noqa: N801  (used like a function)
-    """Context manager that names what could not be written, and why.
+class explain_unwritable:  # noqa: N801  (used like a function)
+    """Context manager that turns an error of writing into a TrainingError that names the path.
 
     Args:
-        place: the file or directory that is written.
+        path: the file or directory that is written.
     """
 
-    def __init__(self, place: Any) -> None:
-        self.place = place
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if own := unwritable(error, self.place):
-            raise own from error
+        if explained := unwritable(error, self.path):
+            raise explained from error
 
 
-def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
-    """Return how to tell that a place cannot be written to; None for another error."""
+def unwritable(error: BaseException | None, path: Path | str) -> TrainingError | None:
+    """Return the error that says a path cannot be written to; None if `error` is another one."""
     if isinstance(error, MiniGPTError):
         return None
     numbers = (_system_error(e) for e in chain(error))
-    reason = next((os.strerror(n) for n in numbers if n in NO_ROOM | NO_ENTRY), None)
+    reason = next((os.strerror(n) for n in numbers if n in DISK_ERRORS | ACCESS_ERRORS), None)
     if reason is None and "inline_container" in str(error):
-        reason = "the file is not whole"  # torch hides the system's error behind its own
+        reason = "the file is incomplete"  # torch hides the system's error behind its own
     if reason is None:
         return None
     return TrainingError(
-        f"{place} could not be written: {reason}. Earlier checkpoints are intact; make room and "
+        f"{path} could not be written: {reason}. Earlier checkpoints are intact; make room and "
         "go on with --ckpt_path auto."
     )
 
@@ -177,13 +176,13 @@ def unwritable(error: BaseException | None, place: Any) -> TrainingError | None:
 def _system_error(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
-    return int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors reports it
+    return int(match[1]) if match else None
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Fill a file beside its place, then put it there in one rename; several processes may."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Fill a temporary file, then give it the final name in one rename; several processes may."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minigpt.accel.context import Context
-from minigpt.files import cache_dir, whole_file
+from minigpt.files import atomic_file, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _build() -> Path:
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()
     library = cache_dir() / "kernels" / f"attention-{digest[:16]}.so"
     if not library.exists():
-        with whole_file(library) as partial:
+        with atomic_file(library) as partial:
             command += [str(SOURCE), "-o", str(partial)]
             subprocess.run(command, check=True, capture_output=True, text=True)
     return library

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.cli.options import CommandParser, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
-from minigpt.files import whole_directory
+from minigpt.files import atomic_directory
 from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def train_to(
             merging.enter_context(shown("merging tokens"))
 
         tokenizer = tokenizers.train_on(texts(), vocab_size)
-    with writing(directory), whole_directory(directory) as partial:
+    with writing(directory), atomic_directory(directory) as partial:
         tokenizers.save(tokenizer, partial)
     rows = MEASURED if limit is None else min(limit, MEASURED)
     ratio = characters_per_token(tokenizer, files, rows)

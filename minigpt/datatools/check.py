@@ -42,7 +42,7 @@ from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
 from minigpt.datatools.encoding import CONTROL, finding, has_odd_characters, readable
 from minigpt.errors import DataError
-from minigpt.files import whole_file
+from minigpt.files import atomic_file
 
 # Training takes these rows as they are; all other findings are errors.
 HINTS = {
@@ -226,7 +226,7 @@ class Checker:
         dropped = set(self.findings.dropped.get(str(path), ()))
         mended = set(self.mended_lines[path])
         written = 0
-        with whole_file(out) as partial, partial.open("wb") as file:
+        with atomic_file(out) as partial, partial.open("wb") as file:
             try:
                 for line, row in _raw_rows(self.copies[path]):
                     if line not in dropped:

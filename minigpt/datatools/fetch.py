@@ -24,7 +24,7 @@ from minigpt import progress
 from minigpt.data.formats import Kind, iter_rows, parse_row
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
-from minigpt.files import whole_file, write_json
+from minigpt.files import atomic_file, write_json
 
 Rows = Iterator[dict[str, Any]]
 
@@ -176,7 +176,7 @@ def fetch(
                 yield from corpus.convert(path)
 
     written = 0
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         with partial.open("w", encoding="utf-8") as lines:
             for row in islice(_usable(converted(), corpus.kind, skipped), limit):
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -30,7 +30,7 @@ from minigpt.export.check import (
     require,
 )
 from minigpt.export.hf import use_plain_template
-from minigpt.files import whole_directory, whole_file
+from minigpt.files import atomic_directory, atomic_file
 from minigpt.infer.engine import Engine
 from minigpt.model.architecture import embedding_rows
 from minigpt.model.rope import rope_parameters
@@ -139,7 +139,7 @@ def export_gguf(
         expected = expected and normalized(expected, engine.tokenizer)
     use_plain_template(engine.tokenizer)
     is_file = output.suffix == ".gguf"
-    atomic: AbstractContextManager[Path] = (whole_file if is_file else whole_directory)(output)
+    atomic: AbstractContextManager[Path] = (atomic_file if is_file else atomic_directory)(output)
     with atomic as partial:
         file = partial if is_file else partial / f"{card.name}-{dtype}.gguf"
         write(engine, file, dtype, pre, card)

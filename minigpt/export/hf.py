@@ -33,7 +33,7 @@ from minigpt.export.check import (
     render,
     require,
 )
-from minigpt.files import whole_directory, write_json
+from minigpt.files import atomic_directory, write_json
 from minigpt.infer.engine import Engine
 from minigpt.model.architecture import embedding_rows
 from minigpt.model.lora import ADAPTER, merge, save_adapter
@@ -91,7 +91,7 @@ def export_hf(
     base = base_of_adapter(engine, model, adapter) if keep_adapter else None
     expected = observe(engine)
     use_plain_template(engine.tokenizer)
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         limit = SAME_WEIGHTS
         if base is not None and engine.adapter is not None:
             save_adapter(engine.adapter, engine.tokenizer, partial)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError, ModelError
-from minigpt.files import weights_digest, whole_directory, write_json
+from minigpt.files import atomic_directory, weights_digest, write_json
 from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
 from minigpt.model.rope import RopeScaling, scale
@@ -324,7 +324,7 @@ def save_adapter(
     if weights is not None:
         tied = {f"base_model.model.{name}" for name in base.all_tied_weights_keys}
         weights = {name: value for name, value in weights.items() if name not in tied}
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
         generation_config(base, tokenizer).save_pretrained(partial)

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ConfigError
-from minigpt.files import publish, told_when_unwritable, write_manifest
+from minigpt.files import explain_unwritable, publish, write_manifest
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
@@ -65,7 +65,7 @@ class FSDP2(ModelParallelStrategy):
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
-        with told_when_unwritable(path):
+        with explain_unwritable(path):
             try:
                 super().save_checkpoint(checkpoint, partial, storage_options)
             except CheckpointException as error:  # no Exception, and hides what happened

@@ -21,7 +21,7 @@ from transformers import (
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
-from minigpt.files import whole_directory
+from minigpt.files import atomic_directory
 from minigpt.model.conformance import (
     check_conformance,
     conformance_of,
@@ -222,7 +222,7 @@ def save_model(
         directory: replaced when it exists.
         weights: a full state dict, where the model's own parameters are sharded.
     """
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}

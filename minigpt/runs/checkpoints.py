@@ -20,11 +20,11 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt.errors import ModelError
 from minigpt.files import (
+    atomic_directory,
     clear_partials,
     damage,
+    explain_unwritable,
     remove_directory,
-    told_when_unwritable,
-    whole_directory,
     write_manifest,
 )
 from minigpt.model.restore import SHARDED, check_kind, load_plain
@@ -46,7 +46,7 @@ class WholeCheckpointIO(CheckpointIO):
         Raises:
             TrainingError: when it cannot be written; earlier checkpoints are untouched.
         """
-        with told_when_unwritable(path), whole_directory(Path(path)) as partial:
+        with explain_unwritable(path), atomic_directory(Path(path)) as partial:
             with (partial / STATE).open("wb") as file:
                 torch.save(checkpoint, file)
             write_manifest(partial)

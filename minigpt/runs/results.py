@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.data.formats import Message
-from minigpt.files import told_when_unwritable, write_json, write_text
+from minigpt.files import explain_unwritable, write_json, write_text
 from minigpt.machine import machine, peak_memory
 from minigpt.model.parallel import gathered
 from minigpt.runs.progress import Throughput
@@ -90,7 +90,7 @@ class RunRecorder(Callback):
         """Measure the last weights, export them and sum up."""
         if trainer.enable_validation and self.measured != trainer.global_step:
             validate(trainer)
-        with told_when_unwritable(self.run_dir / "hf"):
+        with explain_unwritable(self.run_dir / "hf"):
             pl_module.export(self.run_dir / "hf")
         if trainer.is_global_zero:
             self._write_summary(trainer, pl_module)

@@ -18,7 +18,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import JSONLDataModule, PackedDataset, StoreSubset
 from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import TokenStore
-from minigpt.files import whole_file
+from minigpt.files import atomic_file
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.parallel import gathered
 
@@ -85,7 +85,7 @@ def _read(path: Path, pairs: int) -> Scores | None:
 
 def _write(path: Path, scores: Scores) -> None:
     try:
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, scores)
     except OSError as error:  # a run can do without: the next one computes them again
         log.warning("The reference's log-probs cannot be kept in %s: %s", path, error.strerror)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from minigpt.data import store
-from minigpt.files import publish, whole_file
+from minigpt.files import atomic_file, publish
 
 
 def a_file(place: Path, partial: Path) -> None:
-    with whole_file(place) as path:
+    with atomic_file(place) as path:
         path.write_text("x")
 
 

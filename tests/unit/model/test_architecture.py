@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import install_template
 from minigpt.errors import ModelError, TokenizerError
-from minigpt.files import whole_directory
+from minigpt.files import atomic_directory
 from minigpt.model.architecture import (
     Architecture,
     build_native,
@@ -316,7 +316,7 @@ def test_weights_that_are_not_there_are_refused_with_the_reason(
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     for text in ("first", "second"):
-        with whole_directory(directory) as partial:
+        with atomic_directory(directory) as partial:
             assert partial.parent == directory.parent
             (partial / text).write_text(text)
     assert [p.name for p in directory.iterdir()] == ["second"]
@@ -324,7 +324,7 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def write_half(directory: Path) -> None:
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         (partial / "new").write_text("half")
         raise KeyboardInterrupt
 
