@@ -106,7 +106,7 @@ class ContinuousBatch:
     def __init__(self, engine: Engine, slots: int) -> None:
         self.engine = engine
         self.slots = slots
-        self._runner = engine.runner()
+        self._decoder = engine.decoder()
         self._pieces = Pieces(engine.tokenizer)
         self._rows: list[_Request] = []
         self._queue: deque[_Request] = deque()
@@ -144,9 +144,9 @@ class ContinuousBatch:
         outputs = []
         new = self._next_requests()
         if self._rows:
-            outputs.append(self._runner.step([request.last_token for request in self._rows]))
+            outputs.append(self._decoder.step([request.last_token for request in self._rows]))
         if new:
-            outputs.append(self._runner.admit([request.ids for request in new]))
+            outputs.append(self._decoder.admit([request.ids for request in new]))
             self._rows += new
         logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         tokens = sample(logits, [request.sampler for request in self._rows])
@@ -163,7 +163,7 @@ class ContinuousBatch:
     def _next_requests(self) -> list[_Request]:
         """Take the requests off the queue that begin now."""
         free = self.slots - len(self._rows)
-        if not self._runner.joins and len(self._queue) > free < self.slots / 2:
+        if not self._decoder.joins and len(self._queue) > free < self.slots / 2:
             return []  # they are computed apart from the others, which pays only for many
         new: list[_Request] = []
         while self._queue and len(new) < free:
@@ -174,7 +174,7 @@ class ContinuousBatch:
 
     def _drop(self, row: int) -> None:
         """Free a row; the last one moves there."""
-        self._runner.drop(row)
+        self._decoder.drop(row)
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last

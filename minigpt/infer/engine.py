@@ -18,7 +18,7 @@ from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, DataError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, TokenLogprob
-from minigpt.infer.native import Native, Weights, is_native
+from minigpt.infer.native import FusedWeights, NativeDecoder, is_native
 from minigpt.infer.sampling import Sampling
 from minigpt.model.architecture import cast_weights, check_vocabulary, embedding_rows
 from minigpt.model.cached import UNCACHED, TransformersDecoder
@@ -100,7 +100,7 @@ class Engine:
         self.start = tokenizers.document_start(tokenizer)
         self.context = max_positions(model.config)
         self.rows = embedding_rows(model)
-        self._weights: tuple[object, Weights] | None = None
+        self._weights: tuple[object, FusedWeights] | None = None
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(
                 "int8 weights are for Qwen3 and Llama models on a CPU, without an adapter beside "
@@ -170,8 +170,8 @@ class Engine:
         tokenizers.check_ids(self.tokenizer, ids, self.rows)
         return ids
 
-    def runner(self) -> Native | TransformersDecoder:
-        """Return what computes the steps of a batch, over the weights as they are now."""
+    def decoder(self) -> NativeDecoder | TransformersDecoder:
+        """Return the decoder of a batch, over the current weights."""
         if not is_native(self.model):
             return TransformersDecoder(self.model, self.mode)
         device = self.model.device.type
@@ -180,8 +180,8 @@ class Engine:
             dtype = torch.get_autocast_dtype(device)
         state = (dtype, *((p.data_ptr(), p._version) for p in self.model.parameters()))
         if self._weights is None or self._weights[0] != state:
-            self._weights = (state, Weights(self.model, dtype, self.int8))
-        return Native(self._weights[1])
+            self._weights = (state, FusedWeights(self.model, dtype, self.int8))
+        return NativeDecoder(self._weights[1])
 
     def complete(
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]

@@ -132,7 +132,7 @@ class Layer:
     down: Matrix
 
 
-class Weights:
+class FusedWeights:
     """A model's weights, laid out for decoding.
 
     Args:
@@ -240,7 +240,7 @@ def _length(x: Tensor, floor: Tensor) -> Tensor:
     return length.hypot_(floor)
 
 
-class Native:
+class NativeDecoder:
     """Decodes requests with fused weights over one cache of slots.
 
     The active requests are its first rows, so that a step computes with these and no more.
@@ -251,7 +251,7 @@ class Native:
 
     joins = True  # a new request is decoded together with the active ones
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: FusedWeights) -> None:
         self.weights = weights
         self.lengths: list[int] = []
         self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values

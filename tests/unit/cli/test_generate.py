@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Delta, Engine, Sampling
-from minigpt.infer.native import Native
+from minigpt.infer.native import NativeDecoder
 from minigpt.model.cached import TransformersDecoder
 
 Minigpt = Callable[..., Any]
@@ -188,7 +188,7 @@ def test_an_adapter_beside_the_weights_says_the_same(trained: Path) -> None:
     prompts, sampling = ["the cat", "a dog and", "rain"], Sampling(max_new_tokens=12)
     merged = Engine.load(trained / "lora")
     beside = Engine.load(trained / "lora", merged=False)
-    assert (type(merged.runner()), type(beside.runner())) == (Native, TransformersDecoder)
+    assert (type(merged.decoder()), type(beside.decoder())) == (NativeDecoder, TransformersDecoder)
     assert beside.complete(prompts, sampling) == merged.complete(prompts, sampling)
 
 

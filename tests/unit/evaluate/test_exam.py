@@ -150,7 +150,7 @@ GEMMA = (
 
 
 class Scripted:
-    """A runner that gives every request the same tokens."""
+    """A decoder that gives every request the same tokens."""
 
     joins = False
 
@@ -188,8 +188,8 @@ def engine(tmp_path: Path) -> Engine:
 def say(engine: Engine, text: str) -> None:
     """Make the engine say a text, special tokens included, and then go on."""
     script = engine.tokenizer.encode(text, add_special_tokens=False)
-    runner = Scripted([*script, *engine.tokenizer.encode("cat" * 20)], tiny.VOCABULARY)
-    engine.runner = lambda: runner  # type: ignore[method-assign, assignment, return-value]
+    decoder = Scripted([*script, *engine.tokenizer.encode("cat" * 20)], tiny.VOCABULARY)
+    engine.decoder = lambda: decoder  # type: ignore[method-assign, assignment, return-value]
 
 
 @pytest.mark.parametrize("end", [END, tokenizers.END_OF_TEXT, "<|observation|>"])

@@ -15,7 +15,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.infer.native import Native, Weights, is_native
+from minigpt.infer.native import FusedWeights, NativeDecoder, is_native
 from minigpt.model.cached import TransformersDecoder
 
 NATIVE = ("qwen3", "llama")
@@ -91,8 +91,8 @@ def test_greedy_ids_are_those_of_transformers(
     family: str, count: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     engine, prompt_ids = endless(family, tokenizer), prompts(count)
-    runner = Native if family in NATIVE else TransformersDecoder
-    assert isinstance(engine.runner(), runner)
+    decoder = NativeDecoder if family in NATIVE else TransformersDecoder
+    assert isinstance(engine.decoder(), decoder)
     decoded = decode(engine, prompt_ids, [Sampling(max_new_tokens=12)] * count, slots=7)
     expected: list[list[int]] = []
     for start in range(0, count, 40):
@@ -113,8 +113,8 @@ def test_untied_heads_and_bf16_weights(tokenizer: PreTrainedTokenizerFast) -> No
     near = [a == b for e, r in zip(exact, rough, strict=True) for a, b in zip(e, r, strict=True)]
     assert sum(near) > len(near) / 2
     with torch.autocast("cpu", torch.bfloat16):
-        runner: Any = engine.runner()
-    assert runner.weights.dtype == torch.bfloat16
+        decoder: Any = engine.decoder()
+    assert decoder.weights.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
@@ -126,11 +126,11 @@ def test_steps_have_the_logits_of_the_model(
 ) -> None:
     model = endless(family, tokenizer).model
     prompt_ids = [[5, 9, 7], [8] * 9, [6, 5]][:rows]
-    runner = Native(Weights(model, dtype))
-    runner.admit(prompt_ids)
+    decoder = NativeDecoder(FusedWeights(model, dtype))
+    decoder.admit(prompt_ids)
     for token in (11, 12, 13):
         prompt_ids = [[*ids, token] for ids in prompt_ids]
-        logits = runner.step([token] * rows).float()
+        logits = decoder.step([token] * rows).float()
         expected = torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompt_ids])
         assert float((logits - expected).abs().max()) < off * float(expected.abs().max())
 
@@ -138,17 +138,17 @@ def test_steps_have_the_logits_of_the_model(
 def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = Native(Weights(endless("qwen3", tokenizer).model, torch.bfloat16))
-    runner.admit([[5, 9, 7]])
+    decoder = NativeDecoder(FusedWeights(endless("qwen3", tokenizer).model, torch.bfloat16))
+    decoder.admit([[5, 9, 7]])
     seen = []
 
     def fails(*args: Any, **kwargs: Any) -> None:
         seen.append(torch.backends.mkldnn.enabled)
         raise RuntimeError("a matmul failed")
 
-    monkeypatch.setattr(runner.weights, "forward", fails)
+    monkeypatch.setattr(decoder.weights, "forward", fails)
     with pytest.raises(RuntimeError, match="a matmul failed"):
-        runner.step([11])
+        decoder.step([11])
     assert [*seen, torch.backends.mkldnn.enabled] == [False, True]
 
 
@@ -232,17 +232,17 @@ def test_the_cache_is_freed_when_there_is_nothing_to_do(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     batch = ContinuousBatch(endless("qwen3", tokenizer, max_position_embeddings=512), 8)
-    runner = batch._runner
-    assert isinstance(runner, Native)
+    decoder = batch._decoder
+    assert isinstance(decoder, NativeDecoder)
     steps = []
     for _ in range(2):
         numbers = [batch.add([5] * n, Sampling(max_new_tokens=4)) for n in (400, *range(3, 10))]
         steps.append([delta.ids for delta in batch.step()])
-        assert runner.caches[0].shape[1:4:2] == (8, 464)
+        assert decoder.caches[0].shape[1:4:2] == (8, 464)
         batch.cancel(numbers[0])
         while not batch.idle:
             batch.step()
-        assert runner.caches == []
+        assert decoder.caches == []
     assert steps[0] == steps[1]
 
 
@@ -288,8 +288,8 @@ def test_int8_weights_are_near_the_exact_ones(tokenizer: PreTrainedTokenizerFast
     prompt, following = [5, 6, 7, 8], list(range(9, 40))
     logits = []
     for int8 in (False, True):
-        runner = Native(Weights(model, torch.float32, int8))
-        rows = [runner.admit([prompt])] + [runner.step([token]) for token in following]
+        decoder = NativeDecoder(FusedWeights(model, torch.float32, int8))
+        rows = [decoder.admit([prompt])] + [decoder.step([token]) for token in following]
         logits.append(torch.cat(rows))
     assert torch.equal(logits[0][0], logits[1][0])  # prompts are read with the exact weights
     assert not torch.equal(*logits)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.infer.engine import Engine
-from minigpt.infer.native import Native
+from minigpt.infer.native import NativeDecoder
 from minigpt.model.pretrained import save_model
 
 LENGTH = 200  # angles that are off grow with the position
@@ -29,9 +29,9 @@ def test_bf16_weights_are_those_of_plain_transformers(family: str, tmp_path: Pat
     assert torch.equal(engine.model(ids[None]).logits, theirs)
     buffers = dict(plain.named_buffers())
     assert all(torch.equal(b, buffers[n]) for n, b in engine.model.named_buffers())
-    runner = engine.runner()
-    if isinstance(runner, Native):  # other products, and so other rounding
-        ours = runner.admit([ids.tolist()])[0].float().log_softmax(-1)
+    decoder = engine.decoder()
+    if isinstance(decoder, NativeDecoder):  # other matmuls, and so other rounding
+        ours = decoder.admit([ids.tolist()])[0].float().log_softmax(-1)
         exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         right = exact(ids[None]).logits[0, -1].log_softmax(-1)
         bound = 2 * float((theirs[0, -1].float().log_softmax(-1) - right).abs().max())
