@@ -49,8 +49,7 @@ class PackedLM(nn.Module):
         hf: the model; its attention becomes that by which its kind is exact.
 
     Attributes:
-        conformance: how its kind is computed; samples of one that is not exact when they are packed
-            are read each in a row of its own.
+        packed: samples are read as one row; of a kind that is not exact that way, each has a row.
         linear_head: the fast way to its loss, where there is one.
 
     Raises:
@@ -63,18 +62,19 @@ class PackedLM(nn.Module):
 
         super().__init__()
         self.hf = hf
-        self.conformance = require_conformance(hf, training=True)
+        conformance = require_conformance(hf, training=True)
+        self.packed = conformance.packed
         self.linear_head = None
         if accel.enabled():
-            with use_attention(hf, self.conformance.decoding):
-                self.linear_head = accel.linear_head(hf, self.conformance.packed)
-        hf.config._attn_implementation = self.conformance.training
-        if not self.conformance.packed:
+            with use_attention(hf, conformance.decoding):
+                self.linear_head = accel.linear_head(hf, self.packed)
+        hf.config._attn_implementation = conformance.training
+        if not self.packed:
             log.warning(
                 "%s is not exact with packed samples (%s): each has a row of its own, which "
                 "takes more time.",
                 type(hf).__name__,
-                self.conformance.problem,
+                conformance.problem,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
@@ -91,11 +91,10 @@ class PackedLM(nn.Module):
 
     def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
         """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""
-        packed = self.conformance.packed
         if self.linear_head is None:
-            logp = token_logprobs(target_logits(self.hf, batch, packed), batch.labels)
+            logp = token_logprobs(target_logits(self.hf, batch, self.packed), batch.labels)
         else:
-            hidden = read(self.hf.base_model, batch, packed)
+            hidden = read(self.hf.base_model, batch, self.packed)
             head = self.hf.get_output_embeddings()
             if not per_answer:
                 return self.linear_head.loss(head, hidden, batch)

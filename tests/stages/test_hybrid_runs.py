@@ -53,7 +53,7 @@ def test_a_hybrid_trains_by_rows_and_answers_its_sample_prompts(
         trainer__val_check_interval=3,
     )
     assert "Lfm2ForCausalLM is not exact with packed samples" in caplog.text
-    assert not cli.model.model.conformance.packed
+    assert not cli.model.model.packed
     assert len(answered) == 3  # before the first step, and twice
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
     for prompt, reply in zip(prompts, answered[-1], strict=True):

@@ -72,7 +72,7 @@ def test_every_kind_gives_its_own_losses(
 ) -> None:
     model = model_of(kind, **changes)
     lm = PackedLM(model)
-    assert lm.conformance.training == attention
+    assert model.config._attn_implementation == attention
     rng = torch.Generator().manual_seed(1)
     texts = [torch.randint(shrink.SPECIAL, 100, (n,), generator=rng) for n in (19, 30, 11)]
     samples = tiny.texts([19, 30, 11])
