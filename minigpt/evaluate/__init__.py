@@ -1,1 +1,1 @@
-"""What a model can do, in numbers that bear comparison: likelihoods, exams, generation, taste."""
+"""Measures of a model: likelihoods, exams, preferences, and the health of what it writes."""

@@ -13,7 +13,7 @@ from minigpt.infer.engine import Engine
 
 
 def _alternatives(engine: Engine, item: Item) -> list[Pair]:
-    """Return the ids of each choice with those of what stands before it."""
+    """Return each choice as a continuation of its context, in ids."""
     if isinstance(item.prompt, str) and item.prompt:
         return [continuation(engine, item.prompt, choice) for choice in item.choices]
     if item.prompt:

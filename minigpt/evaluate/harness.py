@@ -1,4 +1,4 @@
-"""Local tasks of lm-evaluation-harness, run on our models. The command keeps it offline."""
+"""Local tasks of lm-evaluation-harness, run on our models. `minigpt evaluate` keeps it offline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_NEW = 256  # tokens of a reply where the task does not say
 
 
 def load_tasks(path: str) -> dict[str, Any]:
-    """Build the tasks of a YAML file; its relative data files are looked for beside it, too.
+    """Build the tasks of a YAML file; relative paths of data files are tried beside it first.
 
     Raises:
         ConfigError: without the harness, or when it cannot build the task.

@@ -140,7 +140,7 @@ def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, 
 def samples(
     engine: Engine, kind: Kind, rows: Iterable[tuple[Record, Source]], max_length: int
 ) -> Iterator[Sample]:
-    """Yield what training makes of records: windows of texts, preferences cut to the length."""
+    """Yield records as the samples of training: windows of texts, preferences cut to a length."""
     encoder = Encoder(kind, engine.tokenizer, Limits(max_length=max_length))
     for one, source in encoder.encode(rows, BadRows()):
         answers = tuple(map(len, one.answers))

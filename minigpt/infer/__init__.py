@@ -1,1 +1,1 @@
-"""The one inference path: generate, predict, exams and the samples logged in training."""
+"""Inference: one engine for all verbs that answer, exams, predictions and logged samples."""

@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go while the others go on."""
+"""Continuous batching: requests join and leave while others are decoded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-prob, in nats, as the model has it: before temperature and filters.
+    """A token with its log-probability, in nats, before temperature and filters.
 
     Attributes:
         token: its text; bytes that are no character are replaced.
         id: its id in the vocabulary.
-        logprob: of the token.
+        logprob: its log-probability.
         bytes: its UTF-8 bytes.
-        top: (id, text, log-prob) of the likeliest tokens.
+        top: (id, text, log-probability) of the likeliest tokens.
     """
 
     token: str
@@ -46,13 +46,13 @@ class Delta:
     """What one step adds to a reply.
 
     Attributes:
-        request: number of the request.
+        request: the number that `add` returned.
         text: new text; "" while a stop text or an unfinished character is held back.
         ids: new tokens, without the one that ends the reply.
-        logprobs: where they were asked for, of the tokens whose text is certain now; without
-            those of a stop text.
+        logprobs: log-probabilities of the tokens whose text is certain now, if the request asks
+            for them; those of a stop text are left out.
         finish: why the reply ended: at an end token or a stop text, or at its longest length.
-        ended_by: the end token.
+        ended_by: the end token, if one ended the reply.
     """
 
     request: int
@@ -99,7 +99,7 @@ class ContinuousBatch:
     """Requests that are decoded together. The caller owns the thread.
 
     Args:
-        engine: whose model is used; it must stay in eval mode.
+        engine: the model and its tokenizer; the model must stay in eval mode.
         slots: how many requests are decoded at once; the others wait.
     """
 

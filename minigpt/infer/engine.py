@@ -43,11 +43,11 @@ class Reply:
     """A completion.
 
     Attributes:
-        text: its text, without a stop text.
-        ids: its tokens, with those of a stop text.
+        text: the text, without a stop text.
+        ids: the tokens, with those of a stop text.
         ended_by: the token that ended it; None when a stop text did, or it was cut off.
         finish: "stop", or "length" when it was cut off.
-        logprobs: of the tokens of the text, where they were asked for.
+        logprobs: log-probabilities of the tokens of the text, if they were asked for.
     """
 
     text: str
@@ -66,9 +66,9 @@ class Engine:
         int8: decode with int8 weights.
 
     Attributes:
-        adapter: the handle of an adapter that is computed beside the weights.
-        attention: the function by which a model of this kind is exact.
-        mode: of decoding, by which it is exact: one of `cached.MODES`.
+        adapter: the adapter, if it is computed beside the weights.
+        attention: attention function with which a model of this kind is exact.
+        mode: decoding mode with which it is exact, one of `cached.MODES`.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
         rows: how many token ids the model embeds.

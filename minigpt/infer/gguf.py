@@ -101,7 +101,7 @@ class LlamaCpp:
             return answer
 
     def complete(self, **body: object) -> Iterator[dict[str, Any]]:
-        """Ask for a completion; yield it, or its steps. Leaving early ends the request.
+        """Request a completion; yield it, or its steps. Closing the iterator ends the request.
 
         Raises:
             ModelError: when llama.cpp refuses the request, or breaks off.
@@ -154,17 +154,17 @@ class LlamaCpp:
         return prompt if prompt.startswith(bos) else bos + prompt
 
     def chat_ids_of(self, chat: list[dict[str, str]]) -> list[int]:
-        """Return the ids of the prompt that a chat becomes, as they are asked of the model."""
+        """Return the ids of the prompt that a chat becomes, as the model gets them."""
         prompt = str(self.ask("/apply-template", messages=chat).get("prompt"))
         answer = self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)
         return list(answer["tokens"])
 
 
 class Gguf:
-    """A GGUF file, asked as an `Engine` is; prompts are answered one after the other.
+    """A GGUF file with the interface of `Engine`; prompts are answered one after the other.
 
     Args:
-        file: such as `minigpt export gguf` writes.
+        file: a GGUF file, as `minigpt export gguf` writes it.
 
     Attributes:
         context: the longest sequence that is taken, in tokens.
@@ -276,7 +276,7 @@ class Gguf:
         return self._text_ids(step["content"])
 
     def _request(self, ids: list[int], sampling: Sampling, name: str = "") -> dict[str, Any]:
-        """Return what asks llama.cpp for tokens as `Sampler` draws them.
+        """Return the request by which llama.cpp draws tokens as `Sampler` does.
 
         Raises:
             ConfigError: for a prompt that fills the context, or where log-probs are asked for.
@@ -309,7 +309,7 @@ class Gguf:
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """Return what a GGUF file says about its model.
+    """Return the metadata of a GGUF file.
 
     Raises:
         ModelError: when it is damaged.

@@ -136,8 +136,8 @@ class FusedWeights:
     """A model's weights, laid out for decoding.
 
     Args:
-        model: for which `is_native` holds.
-        dtype: to compute in.
+        model: a model that `is_native` accepts.
+        dtype: the type of the activations and the exact weights.
         int8: decode with int8 weights; prompts are read with the exact ones.
     """
 
@@ -205,8 +205,8 @@ class FusedWeights:
         """Return the last layer's output [T, hidden] for a row of tokens [T].
 
         Args:
-            tokens: ids.
-            rotations: their rotary factors [T, 1, D / 2].
+            tokens: token ids.
+            rotations: the rotary factors of their positions [T, 1, D / 2].
             attend: stores keys and values, and computes the attention.
             exact: use exact weights though there are int8 ones.
         """
@@ -246,7 +246,7 @@ class NativeDecoder:
     The active requests are its first rows, so that a step computes with these and no more.
 
     Args:
-        weights: the model's.
+        weights: the fused weights of the model.
     """
 
     joins = True  # a new request is decoded together with the active ones

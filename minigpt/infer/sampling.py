@@ -23,7 +23,7 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         top_k: draw from so many of the likeliest tokens; 0 for all.
         top_p: draw from the likeliest tokens that hold this share of the probability.
-        seed: of the random generator, of which each request has one.
+        seed: seeds the random generator of the request.
         min_p: leave out tokens less likely than this share of the likeliest one.
         repetition_penalty: divides the positive logits of tokens that occurred before, prompt
             included, and multiplies the negative ones; 1 changes nothing.

@@ -48,7 +48,7 @@ class TextStream:
     """The text of a reply as its tokens arrive.
 
     Args:
-        tokenizer: turns ids into text.
+        tokenizer: decodes the tokens.
         stop: texts that end the reply.
 
     Attributes:
