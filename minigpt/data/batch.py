@@ -110,7 +110,7 @@ class PackedBatch:
         answers: [N] number of the answer each target belongs to, 0..A-1.
         n_answers: A.
         n_tokens: tokens of the data in the batch, with those that are only targets.
-        plan: who attends to whom, and what predicts the targets.
+        plan: which tokens attend to which, and which positions predict the targets.
         sources: file and line of each sample.
         resume_at: (epoch, micro-batch) that comes after this one in the whole run.
     """
@@ -195,8 +195,8 @@ def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
     """Plan the attention of a batch.
 
     Args:
-        spans: of each row, in the order of the batch, from its first token to its last.
-        predict_at: [N] of the plan.
+        spans: one per attention row, in the order of the batch.
+        predict_at: [N] positions whose hidden states predict the targets.
     """
     keys = [span.prompt_length + span.answer_length for span in spans]
     queries = list(keys)

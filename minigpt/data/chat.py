@@ -90,7 +90,7 @@ class PlannedTurn(NamedTuple):
 
     Attributes:
         turn: the prompt and the answer.
-        units: of the prompt, and of it with each further piece of the answer.
+        units: the prompt cut into units, then the prompt with each further piece of the answer.
     """
 
     turn: Turn
@@ -566,8 +566,8 @@ def _joint(prompt: str, head: str) -> tuple[str, str]:
     """Return what the prompt writes beyond `head`, and what is still missing before the answer.
 
     Args:
-        prompt: what inference sends.
-        head: what stands before the answer where the answer is shown.
+        prompt: the text that inference sends.
+        head: the text before the answer, as rendered with the answer behind it.
     """
     if prompt.startswith(head):
         return prompt[len(head) :], ""
@@ -641,8 +641,8 @@ def end_tokens(
     """Return the ids that end a reply, in ascending order.
 
     Args:
-        tokenizer: of the model.
-        eos_token_id: of the model's generation config.
+        tokenizer: the tokenizer that the model was trained with.
+        eos_token_id: the setting in the model's generation config.
     """
     backend = tokenizer.backend_tokenizer
     names = filter(None, (tokenizer.eos_token, turn_end(tokenizer), TURN_END, END_OF_TEXT))

@@ -188,9 +188,9 @@ class BadRows:
             raise _error("too_many_bad_rows", None, problem)
 
     def summary(self) -> str:
-        """Return the counts by reason with their first places in one line, "" if all are 0."""
+        """Return the counts by reason and where each came first, in one line; "" if all are 0."""
         common = self.counts.most_common()
-        reasons = ", ".join(f"{count} {why} (first {self.first[why]})" for why, count in common)
+        reasons = ", ".join(f"{count} {name} (first {self.first[name]})" for name, count in common)
         return f"skipped {self.counts.total()} bad rows: {reasons}" if common else ""
 
 
@@ -204,11 +204,11 @@ def read_records(
     """Stream the records of the files, one file after the other, at most `limit` in all.
 
     Args:
-        paths: the files.
-        kind: of all rows; None reads each row as the kind that its fields tell.
+        paths: JSONL files or JSON arrays, plain or gzipped.
+        kind: the rows' kind; None reads each row as the kind that its fields tell.
         bad: decides what becomes of bad rows, and counts them.
-        limit: of records.
-        special_tokens: see `parse_row`.
+        limit: the largest number of records.
+        special_tokens: texts that documents and answers must not hold.
 
     Raises:
         DataError: a file cannot be read or holds no rows, no row of all files can be used, or
@@ -404,8 +404,8 @@ class _RowParser:
                 raise _wrong_type(pair, "a list of a question and an answer", f"history[{i}]")
             turns += self.turns(pair[0], f"history[{i}][0]", "user")
             turns += self.turns(pair[1], f"history[{i}][1]", "assistant")
-        parts = [self.text(row.get(k) or "", k, "system") for k in ("instruction", "input")]
-        content = "\n".join(part for part in parts if part.strip())
+        texts = [self.text(row.get(k) or "", k, "system") for k in ("instruction", "input")]
+        content = "\n".join(text for text in texts if text.strip())
         return turns + self.turns(content, "instruction", "user")
 
     def turns(self, value: object, field: str, role: str) -> list[_Turn]:

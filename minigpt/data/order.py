@@ -186,7 +186,7 @@ def histogram(lengths: Iterable[NDArray[np.int64]]) -> list[tuple[str, int]]:
     """Return how many samples have how many tokens: (range, count), ranges by half powers of 2.
 
     Args:
-        lengths: of the samples, in as many arrays as bound the memory.
+        lengths: tokens of the samples, in as many arrays as bound the memory.
     """
     edges = [0, *(step << power for power in range(3, 21) for step in (2, 3)), 1 << 40]
     counts = np.zeros(len(edges) - 1, np.int64)

@@ -334,8 +334,8 @@ class Encoder:
     """Turns records into samples of at most `limits.max_length` tokens.
 
     Attributes:
-        rows: how many rows it has read.
-        cut: how many of their samples lost tokens to the maximum length.
+        rows: number of rows read.
+        cut: number of their samples that lost tokens to the maximum length.
     """
 
     def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:

@@ -76,7 +76,7 @@ def train_on(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of at most `vocab_size` tokens on a stream of texts.
 
     Args:
-        texts: what to train on; only counts of its words are held in memory.
+        texts: documents and messages; only counts of their words stay in memory.
         vocab_size: tokens in all, the 256 bytes and the special tokens included.
 
     Raises:

@@ -78,7 +78,7 @@ Records = list[tuple[int, Record]]  # good rows with their lines
 
 @dataclass(slots=True)
 class Findings(BadRows):
-    """The problems found: all are counted, and the first of each reason and file listed.
+    """The problems of the files: all are counted, and the first of each reason and file listed.
 
     Attributes:
         limit: how many of each reason and file are listed.
@@ -92,7 +92,7 @@ class Findings(BadRows):
     dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
     def handle(self, error: DataError) -> None:
-        """Take in a problem."""
+        """Count a problem, and list it if it is among the first."""
         if self.count(error.reason, str(error.path), error.line):
             error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
             self.listed.append(error.at(str(error.path), error.line))
@@ -130,9 +130,9 @@ class Checker:
     """Checks files one after the other, then what they have in common.
 
     Args:
-        findings: takes the problems in.
+        findings: collects the problems.
         scratch: a directory for mended copies.
-        kind: of all files; guessed from each file's first rows when None.
+        kind: the kind of all rows; guessed from each file's first rows when None.
         validation: files that must not share rows with those checked.
         exams: exam files that must not leak.
         tokenizer: for its special tokens and for what the maximum length leaves to train on.

@@ -146,7 +146,8 @@ class ExamIndex:
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        questions, names = [], []
+        questions: list[str] = []
+        names: list[str] = []
         for path in paths:
             for item in load_items(path, "exam"):
                 asked = [m.content for m in item.messages if m.role != "system"]

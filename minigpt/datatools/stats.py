@@ -73,7 +73,8 @@ def _scripts() -> NDArray[np.uint8]:
 
 def languages(texts: Sequence[str]) -> Counter[str]:
     """Count texts by the script of most of their letters; a tenth of kana makes Japanese."""
-    kinds, names = len(_SCRIPTS) + 1, [*(name for name, _ in _SCRIPTS), "other"]
+    names = [name for name, _ in _SCRIPTS] + ["other"]
+    kinds = len(names)
     plain = [text for text in texts if text.isascii()]
     latin = sum(map(bool, map(_LATIN.search, plain)))
     texts = [text for text in texts if not text.isascii()]
@@ -148,8 +149,8 @@ def measure(
     """Measure one file.
 
     Args:
-        path: the file.
-        kind: of its rows; guessed when None.
+        path: a JSONL file or JSON array, plain or gzipped.
+        kind: the kind of its rows; guessed when None.
         tokenizer: counts tokens; without one there is no "tokens" part.
         max_length: tokens of a sample in training.
         tokens_per_batch: the budget that samples are packed into.
@@ -276,18 +277,18 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def plots(report: dict[str, Any]) -> dict[str, list[tuple[str, float]]]:
     """Return a report's distributions: title to (label, value) bars."""
-    drawn = {
+    bars = {
         "Rows by turns": [*report["turns"].items()][:20],
         "Rows by language, %": [(k, round(v * 100, 1)) for k, v in report["languages"].items()],
     }
     if tokens := report["tokens"]:
         over = f"{tokens['over_max_length']:.1%} over {tokens['max_length']}"
-        drawn = {f"Rows by tokens ({over})": tokens["histogram"]} | drawn
+        bars = {f"Rows by tokens ({over})": tokens["histogram"]} | bars
     if bias := report["length_bias"]:
-        parts = {"chosen": bias["chosen_longer"], "equal": bias["equally_long"]}
-        parts["rejected"] = 1 - sum(parts.values())
-        drawn["Pairs by the longer answer, %"] = [(k, round(v * 100, 1)) for k, v in parts.items()]
-    return {title: bars for title, bars in drawn.items() if bars}
+        longer = {"chosen": bias["chosen_longer"], "equal": bias["equally_long"]}
+        longer["rejected"] = 1 - sum(longer.values())
+        bars["Pairs by the longer answer, %"] = [(k, round(v * 100, 1)) for k, v in longer.items()]
+    return {title: plot for title, plot in bars.items() if plot}
 
 
 def section(report: dict[str, Any]) -> str:

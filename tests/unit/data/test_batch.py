@@ -107,10 +107,10 @@ def test_collate(name: str) -> None:
     assert batch.input_ids.tolist() == ids
     assert batch.position_ids.tolist() == positions
     assert batch.cu_seqlens.tolist() == borders
-    found = zip(
+    actual = zip(
         batch.predict_at.tolist(), batch.labels.tolist(), batch.answers.tolist(), strict=True
     )
-    assert list(found) == targets
+    assert list(actual) == targets
     assert batch.n_answers == sum(len(s.answers) for s in samples)
     assert (batch.n_tokens, batch.resume_at) == (sum(len(s.ids) for s in samples), (2, 3))
 
@@ -228,14 +228,14 @@ def test_attention_through_the_plan_equals_each_row_alone(
 
     flat = torch.cat([causal(values[group]).flatten() for group in batch.plan.gather])
     assert len(set(batch.plan.scatter.tolist())) == len(values)
-    found = flat[batch.plan.scatter]
+    actual = flat[batch.plan.scatter]
     for (prompt, first, second), start in zip(shapes, batch.cu_seqlens.tolist(), strict=False):
         for skip, length in ((0, first), (first, second)):
             row = [*range(start, start + prompt)]
             row += range(start + prompt + skip, start + prompt + skip + length)
             expected = causal(values[row])
             assert torch.equal(batch.position_ids[row], torch.arange(len(row)))
-            assert torch.allclose(found[row], expected, atol=1e-12)
+            assert torch.allclose(actual[row], expected, atol=1e-12)
     assert batch.plan.longest == max(p + max(a, b) for p, a, b in shapes)
     grouped = {tuple(row) for group in batch.plan.gather for row in group.tolist()}
     for span in batch.plan.rows:
@@ -244,8 +244,8 @@ def test_attention_through_the_plan_equals_each_row_alone(
 
 
 def tensors(batch: PackedBatch) -> list[Tensor]:
-    own = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    return own + [v for v in vars(batch.plan).values() if isinstance(v, Tensor)]
+    of_batch = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    return of_batch + [v for v in vars(batch.plan).values() if isinstance(v, Tensor)]
 
 
 def test_to_moves_every_tensor_and_nothing_else() -> None:

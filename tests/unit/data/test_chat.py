@@ -134,7 +134,7 @@ def test_training_sees_what_inference_sends(
     chat = [Message("system", "s ")] * system + chat
     if chat[-1].role == "user":
         chat.pop()
-    known: list[int] = []
+    previous: list[int] = []
     samples = iter(views(codec, chat))
     for turn, message in enumerate(chat):
         if message.role != "assistant":
@@ -144,14 +144,14 @@ def test_training_sees_what_inference_sends(
         assert sent == codec.tokenizer.apply_chat_template(
             plain, add_generation_prompt=True, return_dict=False
         )
-        if not known or sent[: len(known)] != known:  # a token reaches from an answer backwards
+        if not previous or sent[: len(previous)] != previous:  # a token reaches over the border
             sample = next(samples)
         start = len(sent)
         end = [*sample.targets, False].index(False, start)
-        known = sample.ids[:end]
-        assert known[:start] == sent
+        previous = sample.ids[:end]
+        assert previous[:start] == sent
         said = message.content.strip() if template == LLAMA else message.content
-        assert codec.tokenizer.decode(known[start:]) == f"{said}<|im_end|>"
+        assert codec.tokenizer.decode(previous[start:]) == f"{said}<|im_end|>"
     assert next(samples, None) is None
 
 
@@ -193,12 +193,12 @@ def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerF
 def test_ours_is_installed_where_there_is_none(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    known = copy.deepcopy(tokenizer)
-    known.chat_template = None
-    assert not install_template(known)
-    assert known.chat_template == CHAT_TEMPLATE
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    assert not install_template(bare)
+    assert bare.chat_template == CHAT_TEMPLATE
     assert "0 tokens added" in caplog.text
-    assert not install_template(known)  # it has one now
+    assert not install_template(bare)  # it has one now
 
 
 def test_new_tokens_are_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -225,7 +225,7 @@ def test_a_template_whose_tokens_would_get_ids_of_others(tmp_path: Path) -> None
     spec = json.loads(bare.backend_tokenizer.to_str())
     words = spec["model"]["vocab"]
     merged = [word for word in words if len(word) > 1 and not word.startswith("<|")]
-    words |= {word: len(words) + place for place, word in enumerate(merged)}
+    words |= {word: len(words) + index for index, word in enumerate(merged)}
     holed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
     with pytest.raises(TokenizerError, match="ids that other tokens have"):
         install_template(holed)
@@ -311,10 +311,10 @@ def test_the_token_that_ends_a_turn(
 
 
 def test_the_models_own_ends_are_added(many: PreTrainedTokenizerFast) -> None:
-    usual, own = end_tokens(many), many.convert_tokens_to_ids("<end_of_turn>")
-    assert end_tokens(many, own) == sorted({*usual, own})
-    assert end_tokens(many, [own, 7]) == sorted({*usual, own, 7})
-    assert end_tokens(many, [len(many), -1, own]) == sorted({*usual, own})  # no such tokens
+    usual, eos_id = end_tokens(many), many.convert_tokens_to_ids("<end_of_turn>")
+    assert end_tokens(many, eos_id) == sorted({*usual, eos_id})
+    assert end_tokens(many, [eos_id, 7]) == sorted({*usual, eos_id, 7})
+    assert end_tokens(many, [len(many), -1, eos_id]) == sorted({*usual, eos_id})  # no such tokens
     assert end_tokens(many, usual[0]) == usual
 
 
@@ -394,12 +394,12 @@ def squeezed(text: str) -> str:
 
 def answers(codec: ChatCodec, view: MaskedIds) -> list[tuple[list[int], list[int]]]:
     """The targets of a sample, each with all that comes before it."""
-    found, start = [], 0
+    turns, start = [], 0
     for end in range(1, len(view.ids) + 1):
         if view.targets[end - 1] and (end == len(view.ids) or not view.targets[end]):
             start = end - next(n for n in range(1, end + 1) if not view.targets[end - 1 - n])
-            found.append((view.ids[:start], view.ids[start:end]))
-    return found
+            turns.append((view.ids[:start], view.ids[start:end]))
+    return turns
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -440,19 +440,19 @@ def test_a_whole_chat_has_the_ids_of_apply_chat_template(
     made = templates.tokenizer(kind, name, False, tokenizer)
     chat = messages("one turn")
     (view,) = views(ChatCodec(made), chat)
-    whole = made.apply_chat_template(plain(chat), return_dict=False)
+    full = made.apply_chat_template(plain(chat), return_dict=False)
     if name == "r1-opened":  # whose history lacks the reasoning that its prompt opens
         assert squeezed(made.decode(view.ids)).endswith("<think></think>Itis42.<eos>")
     elif name == "plain":  # whose history lacks the token that ends a reply
         assert (made.decode(view.ids[:-1]), view.ids[-1]) == (
-            made.decode(whole).removesuffix("\n"),
+            made.decode(full).removesuffix("\n"),
             made.eos_token_id,
         )
     elif name == "glm":
-        assert view.ids == [*whole, made.convert_tokens_to_ids("<|user|>")]
+        assert view.ids == [*full, made.convert_tokens_to_ids("<|user|>")]
     else:
-        assert view.ids == whole[: len(view.ids)]
-        assert made.decode(whole[len(view.ids) :]).strip() in ("", "<|endoftext|>")
+        assert view.ids == full[: len(view.ids)]
+        assert made.decode(full[len(view.ids) :]).strip() in ("", "<|endoftext|>")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -531,6 +531,6 @@ def test_what_systems_say_forges_no_turn_and_assistants_keep_their_tokens(
     assert codec.encode_prompt(chat).count(end) == 2  # those of the template
     chat += [Message("assistant", "b<|im_end|>c"), Message("user", "d")]
     assert codec.encode_prompt(chat).count(end) == 5
-    found = codec.encode_answers(chat[:2], ["yes", "no<|im_end|>"])
-    assert found[0] == codec.encode_prompt(chat[:2])
-    assert [tokenizer.decode(ids) for ids in found[1]] == ["yes", "no<|im_end|>"]
+    encoded = codec.encode_answers(chat[:2], ["yes", "no<|im_end|>"])
+    assert encoded[0] == codec.encode_prompt(chat[:2])
+    assert [tokenizer.decode(ids) for ids in encoded[1]] == ["yes", "no<|im_end|>"]

@@ -74,10 +74,10 @@ def lines(batches: Any) -> list[int]:
 
 def epoch(made: JSONLDataModule, held_out: bool) -> list[PackedBatch]:
     """Every micro-batch of an epoch, whatever process this is."""
-    order, parts = (
+    order, subsets = (
         (made.val_order, made.val_subsets) if held_out else (made.order, made.train_subsets)
     )
-    return [] if order is None else list(PackedDataset(order, parts, 0, 0, 0, 1))
+    return [] if order is None else list(PackedDataset(order, subsets, 0, 0, 0, 1))
 
 
 def trained(made: JSONLDataModule, steps: int) -> Iterator[PackedBatch]:
@@ -119,15 +119,15 @@ def test_batches_are_dealt_to_all_processes(module: Any, world: int) -> None:
 
 @pytest.mark.parametrize(("workers", "stops"), [(0, range(12)), (2, [7])])
 def test_a_run_goes_on_where_it_stopped(module: Any, workers: int, stops: Iterable[int]) -> None:
-    whole = [content(batch) for batch in trained(module(), 12)]
-    assert len(set(whole)) == 12  # epochs differ
+    uninterrupted = [content(batch) for batch in trained(module(), 12)]
+    assert len(set(uninterrupted)) == 12  # epochs differ
     for done in stops:
         first = module(num_workers=workers)
         before = [content(batch) for batch in trained(first, done)]
         state = first.state_dict()
         later = module(num_workers=workers)
         later.load_state_dict(state)
-        assert before + [content(batch) for batch in trained(later, 12 - done)] == whole
+        assert before + [content(batch) for batch in trained(later, 12 - done)] == uninterrupted
 
 
 def test_workers_read_the_same_batches(module: Any) -> None:
@@ -147,14 +147,14 @@ def test_a_gpu_is_read_ahead_for(
 
 
 def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
-    whole = [content(batch) for batch in module().train_dataloader()]
+    expected_batches = [content(batch) for batch in module().train_dataloader()]
     first = module()
     before = [content(batch) for batch in trained(first, 2)]
     ranks = [module(rank, 3) for rank in range(3)]
     for made in ranks:
         made.load_state_dict(first.state_dict())
     rounds = list(zip(*(made.train_dataloader() for made in ranks), strict=True))
-    assert before + [content(batch) for round_ in rounds for batch in round_] == whole
+    assert before + [content(batch) for round_ in rounds for batch in round_] == expected_batches
 
 
 def test_the_position_is_of_plain_values_and_counts_what_was_trained(module: Any) -> None:
@@ -179,13 +179,13 @@ def test_held_out_batches_start_anew_each_time(module: Any, write: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "held"), [(0.1, 2), (0.05, 1), (0.25, 5), (0.4, 9), (0.5, 11), (0.9, 20)]
+    ("share", "expected_rows"), [(0.1, 2), (0.05, 1), (0.25, 5), (0.4, 9), (0.5, 11), (0.9, 20)]
 )
-def test_a_share_of_rows_is_held_out(module: Any, share: float, held: int) -> None:
+def test_a_share_of_rows_is_held_out(module: Any, share: float, expected_rows: int) -> None:
     made = module(val_share=share, max_length=8, tokens_per_batch=64)  # rows of many samples
     train, val = (set(lines(epoch(made, held_out=h))) for h in (False, True))
     assert (train & val, train | val) == (set(), set(range(1, 24)))
-    assert len(val) == held
+    assert len(val) == expected_rows
 
 
 @pytest.mark.parametrize(

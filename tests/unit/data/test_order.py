@@ -21,9 +21,9 @@ def lengths(index: NDArray[np.int64]) -> NDArray[np.int64]:
     return 1 + (index * 7) % 10
 
 
-def order(*parts: tuple[int, int], seed: int | None = 0, buffer: int = 8192) -> PackedOrder:
-    made = [FileShare(size, count) for size, count in parts]
-    return PackedOrder([lengths] * len(parts), made, 20, seed, buffer)
+def order(*shares: tuple[int, int], seed: int | None = 0, buffer: int = 8192) -> PackedOrder:
+    made = [FileShare(size, count) for size, count in shares]
+    return PackedOrder([lengths] * len(shares), made, 20, seed, buffer)
 
 
 def drawn(made: PackedOrder, epoch: int = 0) -> Counter[tuple[int, int]]:
@@ -37,31 +37,31 @@ def times(part: int, size: int, count: int = 1) -> Counter[tuple[int, int]]:
 @pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1999, 2000])
 def test_shuffle_is_a_permutation(size: int) -> None:
     index = np.arange(size, dtype=np.int64)
-    found = {seed: shuffle(index, size, seed) for seed in range(3)}
-    for places in found.values():
-        assert sorted(places.tolist()) == index.tolist()
+    permutations = {seed: shuffle(index, size, seed) for seed in range(3)}
+    for permuted in permutations.values():
+        assert sorted(permuted.tolist()) == index.tolist()
     if size > 10:
-        assert not np.array_equal(found[0], found[1])
-        assert not np.array_equal(found[0], index)
+        assert not np.array_equal(permutations[0], permutations[1])
+        assert not np.array_equal(permutations[0], index)
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 2000), st.integers(0, 2**32 - 1))
 def test_shuffle_permutes_any_size(size: int, seed: int) -> None:
-    places = shuffle(np.arange(size, dtype=np.int64), size, seed)
-    assert sorted(places.tolist()) == list(range(size))
+    permuted = shuffle(np.arange(size, dtype=np.int64), size, seed)
+    assert sorted(permuted.tolist()) == list(range(size))
 
 
 @pytest.mark.parametrize("size", [10**6, 2**40 + 3])
 def test_shuffle_of_some_of_many(size: int) -> None:
     index = np.random.default_rng(0).choice(min(size, 10**6), 20_000, replace=False)
     before = index.copy()
-    places = shuffle(index, size, 5)
-    assert len(set(places.tolist())) == len(index)
-    assert places.min() >= 0
-    assert places.max() < size
-    assert abs(places.mean() / size - 0.5) < 0.02
-    assert np.array_equal(shuffle(index[::-1], size, 5)[::-1], places)  # nothing but a function
+    permuted = shuffle(index, size, 5)
+    assert len(set(permuted.tolist())) == len(index)
+    assert permuted.min() >= 0
+    assert permuted.max() < size
+    assert abs(permuted.mean() / size - 0.5) < 0.02
+    assert np.array_equal(shuffle(index[::-1], size, 5)[::-1], permuted)  # nothing but a function
     assert np.array_equal(index, before)
 
 

@@ -47,12 +47,12 @@ def corpus(*names: str) -> str:
 
 
 def prompts(names: tuple[str, ...]) -> list[str]:
-    found: list[str] = []
+    contents: list[str] = []
     for name in names:
         for row in rows(name):
             messages = row.get("prompt", row.get("messages", ()))
-            found += [m["content"] for m in messages if m["role"] == "user"]
-    return found
+            contents += [m["content"] for m in messages if m["role"] == "user"]
+    return contents
 
 
 def exam_prompts(family: str) -> list[str]:
@@ -192,10 +192,10 @@ def test_exam_wordings_are_held_out(family: str) -> None:
 
 
 def test_operands_of_the_exam_never_occur_in_training() -> None:
-    whole = corpus("pretrain", "sft", "dpo")
-    numbers = set(re.findall(r"\d+", whole))
+    text = corpus("pretrain", "sft", "dpo")
+    numbers = set(re.findall(r"\d+", text))
     pairs = {
-        tuple(sorted(pair, key=int)) for pair in re.findall(r"(\d+) (?:\+|or|and|和) (\d+)", whole)
+        tuple(sorted(pair, key=int)) for pair in re.findall(r"(\d+) (?:\+|or|and|和) (\d+)", text)
     }
     for text in exam_prompts("skills"):
         operands = re.findall(r"\d+", text)
@@ -217,13 +217,13 @@ def test_the_splits_of_every_skill_are_disjoint() -> None:
 
 
 def test_never_asked_facts_are_told_in_pretraining_and_never_asked_about() -> None:
-    told = corpus("pretrain")
+    pretraining = corpus("pretrain")
     asked = prompts(("sft", "sft_val", "dpo", "dpo_val"))
     replies = corpus("sft", "sft_val", "dpo", "dpo_val")
     for fact in world.build_facts(1):
         for lang in ("en", "zh") if not fact.asked else ():
             ways = [tell(fact, lang, form) for form in TELLINGS[lang][fact.attribute]]
-            assert sum(way in told for way in ways) >= 3, fact
+            assert sum(way in pretraining for way in ways) >= 3, fact
             assert not any(way in replies for way in ways), fact
             for form in questions.TRAIN[lang][fact.attribute] + questions.DEV[lang][fact.attribute]:
                 question = form.format(n=fact.person.name(lang))

@@ -64,11 +64,11 @@ def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
 
 def runs(store: TokenStore) -> list[list[list[int]]]:
     """Prompt and both answers of each sample, of which the second may be empty."""
-    found = []
+    samples = []
     for start, _, prompt, answers in store.samples.tolist():
         borders = start + np.cumsum([0, prompt, *answers])
-        found.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
-    return found
+        samples.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
+    return samples
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -141,13 +141,13 @@ def test_an_answer_that_is_only_read_is_no_target(
     opened: Opener, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     turns = ("u", "wrong", "v", "right", "w", "a")
-    whole = runs(opened("chat", [said(*turns)]))[0][1]
+    full = runs(opened("chat", [said(*turns)]))[0][1]
     row = said(*turns)
     row["messages"][1]["weight"] = 0
     row["messages"][5]["train"] = False
     store = opened("chat", [row])
     (sample,) = (row[1] for row in runs(store))
-    assert sample == whole[: len(sample)]  # with the wrong answer, and up to the right one's end
+    assert sample == full[: len(sample)]  # with the wrong answer, and up to the right one's end
     assert store.targets is not None
     learnt = [token for token, target in zip(sample, store.targets, strict=True) if target]
     assert tokenizer.decode(learnt) == "right<|im_end|>"
@@ -157,30 +157,30 @@ def test_an_answer_that_is_only_read_is_no_target(
     with pytest.raises(DataError, match="no answer is to be learnt") as caught:
         opened("chat", [said("u", "a"), row])
     assert (caught.value.reason, caught.value.line) == ("no_targets", 2)
-    kept = opened("chat", [said("u", "a"), row], on_bad_row="skip", max_bad_share=0.5)
-    assert (len(kept), kept.meta["skipped"]) == (1, {"no_targets": 1})
+    store = opened("chat", [said("u", "a"), row], on_bad_row="skip", max_bad_share=0.5)
+    assert (len(store), store.meta["skipped"]) == (1, {"no_targets": 1})
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 12, 13, 14])
+@pytest.mark.parametrize("answer_tokens", [0, 1, 2, 12, 13, 14])
 def test_a_cut_chat_gets_no_false_end_of_turn(
-    opened: Opener, tokenizer: PreTrainedTokenizerFast, kept: int
+    opened: Opener, tokenizer: PreTrainedTokenizerFast, answer_tokens: int
 ) -> None:
     rows = [said("u", "x" * 12)]
     answer = len(ids(tokenizer, "x" * 12 + "<|im_end|>"))
-    whole = runs(opened("chat", rows))[0][1]
+    full = runs(opened("chat", rows))[0][1]
     start = len(ChatCodec(tokenizer).encode_prompt(asked("u")))
-    assert len(whole) == start + answer
-    limit = start + kept
-    if not kept:
+    assert len(full) == start + answer
+    limit = start + answer_tokens
+    if not answer_tokens:
         with pytest.raises(DataError, match="no target token is left") as caught:
             opened("chat", rows, max_length=limit)
         assert (caught.value.reason, caught.value.line) == ("no_targets", 1)
         return
     store = opened("chat", rows, max_length=limit)
-    assert runs(store)[0][1] == whole[:limit]
+    assert runs(store)[0][1] == full[:limit]
     assert store.targets is not None
-    assert np.flatnonzero(store.targets).tolist() == list(range(start, min(limit, len(whole))))
-    assert store.meta["cut"] == int(kept < answer)
+    assert np.flatnonzero(store.targets).tolist() == list(range(start, min(limit, len(full))))
+    assert store.meta["cut"] == int(answer_tokens < answer)
 
 
 def test_rows_without_targets_are_skipped_and_counted_on_demand(
@@ -202,13 +202,13 @@ def test_rows_without_targets_are_skipped_and_counted_on_demand(
 PROMPT, CHOSEN, REJECTED = "what is it", "yes it is", "no"
 
 
-def parts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def pair_ids(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     prompt = ChatCodec(tokenizer).encode_prompt(asked(PROMPT))
     return [prompt, *(ids(tokenizer, f"{t}<|im_end|>") for t in (CHOSEN, REJECTED))]
 
 
 @pytest.mark.parametrize(
-    ("room", "max_prompt", "kept", "answer"),
+    ("room", "max_prompt", "prompt_tokens", "answer"),
     [
         (0, None, None, None),  # fits exactly
         (-1, None, None, -1),  # the longer answer loses its end
@@ -221,14 +221,14 @@ def test_a_preference_is_cut_at_the_prompts_start_and_the_answers_end(
     tokenizer: PreTrainedTokenizerFast,
     room: int,
     max_prompt: int | None,
-    kept: int | None,
+    prompt_tokens: int | None,
     answer: int | None,
 ) -> None:
-    prompt, chosen, rejected = parts(tokenizer)
+    prompt, chosen, rejected = pair_ids(tokenizer)
     limit = len(prompt) + max(len(chosen), len(rejected)) + room
     row = pair(PROMPT, CHOSEN, REJECTED)
     store = opened("preference", [row], max_length=limit, max_prompt_length=max_prompt)
-    expected = [prompt[-kept:] if kept else prompt, chosen[:answer], rejected]
+    expected = [prompt[-prompt_tokens:] if prompt_tokens else prompt, chosen[:answer], rejected]
     assert runs(store) == [expected]
     assert store.meta["cut"] == int(room < 0)
     assert store.meta["targets"] == len(expected[1]) + len(expected[2])
@@ -238,7 +238,7 @@ def test_a_preference_is_cut_at_the_prompts_start_and_the_answers_end(
 def test_a_prompt_leaves_an_answer_one_token_at_least(
     opened: Opener, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    prompt, chosen, rejected = parts(tokenizer)
+    prompt, chosen, rejected = pair_ids(tokenizer)
     store = opened("preference", [pair(PROMPT, CHOSEN, REJECTED)], max_length=4)
     assert runs(store) == [[prompt[-3:], chosen[:1], rejected[:1]]]
 
@@ -301,7 +301,7 @@ def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "row", "place", "reason"),
+    ("kind", "row", "location", "reason"),
     [
         ("text", {"text": "a<|im_end|>b"}, "2:text", "special_token"),
         ("text", {"text": "<|pad|>"}, "2:text", "special_token"),
@@ -312,10 +312,10 @@ def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) ->
     ],
 )
 def test_a_build_that_fails_names_the_row_and_leaves_nothing(
-    opened: Opener, kind: Kind, row: object, place: str, reason: str
+    opened: Opener, kind: Kind, row: object, location: str, reason: str
 ) -> None:
     good = {"preference": pair("u", "a", "b"), "chat": said("u", "a"), "text": {"text": "a"}}[kind]
-    with pytest.raises(DataError, match=rf"rows\.jsonl:{place}: ") as caught:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{location}: ") as caught:
         opened(kind, [good, row])
     assert (caught.value.line, caught.value.reason) == (2, reason)
     assert opened.entries() == []

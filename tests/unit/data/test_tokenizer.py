@@ -45,8 +45,8 @@ def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused(corpus_file: Path, s
 
 
 def test_special_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = [ids(tokenizer, text) for text in SPECIAL_TOKENS]
-    assert found == [[0], [1], [2], [3]]
+    encoded = [ids(tokenizer, text) for text in SPECIAL_TOKENS]
+    assert encoded == [[0], [1], [2], [3]]
     assert ids(tokenizer, f"a{TURN_END}b") == [*ids(tokenizer, "a"), 3, *ids(tokenizer, "b")]
     assert (tokenizer.eos_token, tokenizer.pad_token) == (TURN_END, PAD)
     assert tokenizers.special_texts(tokenizer) == sorted(SPECIAL_TOKENS)
@@ -174,11 +174,11 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None) ->
 
 
 @pytest.mark.parametrize(
-    ("known", "eos", "expected"),
+    ("end_token", "eos", "expected"),
     [(END_OF_TEXT, None, 1), (END_OF_TEXT, "x", 1), ("</s>", "x", 0), ("</s>", None, None)],
 )
-def test_document_end(known: str, eos: str | None, expected: int | None) -> None:
-    bpe = Tokenizer(models.WordLevel({"x": 0, known: 1}, unk_token="x"))
+def test_document_end(end_token: str, eos: str | None, expected: int | None) -> None:
+    bpe = Tokenizer(models.WordLevel({"x": 0, end_token: 1}, unk_token="x"))
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos)
     if expected is None:
         with pytest.raises(TokenizerError, match="no end-of-text token"):

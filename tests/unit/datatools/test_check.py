@@ -66,10 +66,10 @@ def test_an_error_is_found_at_its_line(reason: str, write: Any, minigpt: Any) ->
     path = write([ROWS[kind], bad])
     outcome = minigpt("data", "check", path)
     assert outcome.status == 2
-    found = next(text for text in outcome.out.splitlines() if f"[{reason}]" in text)
-    assert found.startswith(f"error: {path}:2:")
-    assert words in found
-    assert ". " in found  # what to do comes after what is wrong
+    line = next(text for text in outcome.out.splitlines() if f"[{reason}]" in text)
+    assert line.startswith(f"error: {path}:2:")
+    assert words in line
+    assert ". " in line  # what to do comes after what is wrong
     assert "2 rows checked: 1 error, 0 hints" in outcome.out
     assert outcome.err == f"minigpt: 1 error in {path}; see above\n"
 
@@ -296,8 +296,8 @@ def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, min
     report = json.loads(file.read_text())
     assert (report["rows"], report["errors"]) == (32, 30)
     assert report["counts"] == {"no_messages": 30, "duplicate": 1}
-    places = [(problem["path"], problem["line"]) for problem in report["problems"]]
-    assert places == [(str(path), line) for line in (*range(2, 22), 32)]
+    locations = [(problem["path"], problem["line"]) for problem in report["problems"]]
+    assert locations == [(str(path), line) for line in (*range(2, 22), 32)]
     everything = minigpt("data", "check", path, "--all").out
     assert everything.count("[no_messages]\n") == 30
 
@@ -349,11 +349,11 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
         try:
             written = checker.write_fixed(path, out)
         except DataError as error:
-            told = str(error)
+            message = str(error)
         else:
-            told = ""
-        if told:
-            assert told.startswith(str(path))
+            message = ""
+        if message:
+            assert message.startswith(str(path))
             assert findings.errors()
             assert not out.exists()
             data = b"\n".join(rows)

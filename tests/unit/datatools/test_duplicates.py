@@ -25,7 +25,7 @@ def jaccard(a: str, b: str) -> float:
     return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
 
 
-def found(texts: list[str], threshold: float = 0.8) -> set[tuple[int, int]]:
+def near_duplicates(texts: list[str], threshold: float = 0.8) -> set[tuple[int, int]]:
     near = NearDuplicates()
     for start in range(0, len(texts), 7):  # batches must not matter
         part = texts[start : start + 7]
@@ -34,16 +34,16 @@ def found(texts: list[str], threshold: float = 0.8) -> set[tuple[int, int]]:
 
 
 def test_pairs_have_the_similarity_that_was_asked_for() -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz天地玄黄宇宙洪荒日月盈昃辰宿列张"
     texts = []
     for number in range(150):
-        text = [chance.choice(letters) for _ in range(300)]
+        text = [rng.choice(letters) for _ in range(300)]
         texts.append("".join(text))
-        for place in chance.sample(range(300), number // 3):
-            text[place] = chance.choice(letters)
+        for index in rng.sample(range(300), number // 3):
+            text[index] = rng.choice(letters)
         texts.append("".join(text))
-    pairs = found(texts)
+    pairs = near_duplicates(texts)
     truth = {(i + 1, i): jaccard(texts[i], texts[i + 1]) for i in range(0, len(texts), 2)}
     assert {pair for pair, alike in truth.items() if alike > 0.92} <= pairs
     assert pairs <= {pair for pair, alike in truth.items() if alike > 0.62}
@@ -64,17 +64,17 @@ def test_pairs_have_the_similarity_that_was_asked_for() -> None:
     ],
 )
 def test_case_width_and_punctuation_do_not_matter(one: str, other: str, same: bool) -> None:
-    assert found([one, other], 1.0) == ({(1, 0)} if same else set())
+    assert near_duplicates([one, other], 1.0) == ({(1, 0)} if same else set())
 
 
 def test_nothing_is_like_nothing() -> None:
-    assert found([]) == set()
-    assert found(["", "!!", "ab"]) == set()
+    assert near_duplicates([]) == set()
+    assert near_duplicates(["", "!!", "ab"]) == set()
 
 
 def test_a_long_chain_of_copies_points_to_the_first() -> None:
     text = " ".join(map(str, np.arange(50)))
-    assert found([text] * 40, 1.0) == {(i, 0) for i in range(1, 40)}
+    assert near_duplicates([text] * 40, 1.0) == {(i, 0) for i in range(1, 40)}
 
 
 LONG = (
@@ -95,7 +95,7 @@ SHORT = (
 
 def test_a_sieve_misses_no_leak(tmp_path: Path) -> None:
     """What an index finds is what looking at every text finds."""
-    chance, asked = random.Random(1), LONG + SHORT
+    rng, asked = random.Random(1), LONG + SHORT
     rows = [{"messages": [{"role": "user", "content": q}], "answer": "a"} for q in asked]
     write_jsonl(path := tmp_path / "exam.jsonl", rows)
     index, texts = ExamIndex([path]), [""]
@@ -105,18 +105,19 @@ def test_a_sieve_misses_no_leak(tmp_path: Path) -> None:
         *(lambda text: f"“{text}”。", lambda text: text.replace(" ", "-")),
     )
     for _ in range(3000):
-        text = chance.choice(forms)(chance.choice(asked))
-        if chance.random() < 0.6:  # a part, somewhere in another text
-            start = chance.randrange(len(text))
-            text = text[start : start + chance.randrange(80)]
-            text = chance.choice(["", "abc ", "天地，"]) + text + chance.choice(["", " 1", "玄"])
+        text = rng.choice(forms)(rng.choice(asked))
+        if rng.random() < 0.6:  # a part, somewhere in another text
+            start = rng.randrange(len(text))
+            text = text[start : start + rng.randrange(80)]
+            text = rng.choice(["", "abc ", "天地，"]) + text + rng.choice(["", " 1", "玄"])
         texts.append(text)
 
     def runs(text: str) -> set[int]:
         return set(_ngrams(*_units([text]), EXAM_NGRAM)[0].tolist())
 
-    known, equal = set().union(*map(runs, LONG)), set(map(normalise, SHORT))
-    expected = {i for i, text in enumerate(texts) if runs(text) & known or normalise(text) in equal}
+    ngrams, equal = set().union(*map(runs, LONG)), set(map(normalise, SHORT))
+    leaks = [bool(runs(text) & ngrams) or normalise(text) in equal for text in texts]
+    expected = {i for i, leak in enumerate(leaks) if leak}
     assert index.hits(texts).keys() == expected
     assert 500 < len(expected) < 2500
     assert index.hits([]) == index.hits([""]) == {}

@@ -60,9 +60,9 @@ def test_an_answer_that_is_only_read_is_shown_so(write: Any, tokenizer_dir: Path
     part = next(segments(path, tokenizers.load(tokenizer_dir)))
     assert re.findall("⟦(.*?)⟧", plain(part)) == ["right<|im_end|>"]
     assert "assistant\nWRONG<|im_end|>" in plain(part)
-    told = measure(path, tokenizer=tokenizers.load(tokenizer_dir))
-    assert told["turns"] == {"2": 1}
-    assert told["tokens"]["mean"] == len(part.tokens)
+    report = measure(path, tokenizer=tokenizers.load(tokenizer_dir))
+    assert report["turns"] == {"2": 1}
+    assert report["tokens"]["mean"] == len(part.tokens)
 
 
 def test_a_chat_without_colours(write: Any, tokenizer_dir: Path) -> None:

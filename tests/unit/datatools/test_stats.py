@@ -79,8 +79,8 @@ def test_tokens_are_those_of_the_store(
         ],
     }
     path, tokenizer = write(rows[kind]), tokenizers.load(tokenizer_dir)
-    whole = open_store(path, kind, tokenizer, Limits(1 << 20), tmp_path / "cache").samples
-    lengths = whole["prompt"] + whole["answers"].max(1)
+    uncut = open_store(path, kind, tokenizer, Limits(1 << 20), tmp_path / "cache").samples
+    lengths = uncut["prompt"] + uncut["answers"].max(1)
     for sample in (None, 1000):
         tokens = measure(path, kind, tokenizer, 64, 256, sample)["tokens"]
         assert tokens["rows_measured"] == len(words)
@@ -103,10 +103,11 @@ def test_a_sample_is_fair(write: Any, tokenizer_dir: Path) -> None:
     tokenizer = tokenizers.load(tokenizer_dir)
     tokens = measure(path, "text", tokenizer, sample=300)["tokens"]
     assert tokens["rows_measured"] == 300
-    every = measure(path, "text", tokenizer, sample=None)["tokens"]
-    assert every["rows_measured"] == 3000
-    assert tokens["mean"] == pytest.approx(every["mean"], rel=0.1)
-    assert tokens["characters_per_token"] == pytest.approx(every["characters_per_token"], rel=0.1)
+    all_rows = measure(path, "text", tokenizer, sample=None)["tokens"]
+    assert all_rows["rows_measured"] == 3000
+    assert tokens["mean"] == pytest.approx(all_rows["mean"], rel=0.1)
+    ratio = pytest.approx(all_rows["characters_per_token"], rel=0.1)
+    assert tokens["characters_per_token"] == ratio
 
 
 def test_the_verb_prints_and_writes(
