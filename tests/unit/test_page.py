@@ -37,7 +37,7 @@ def test_what_is_not_markup_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [
         (None, "–"),
         (1234567, "1,234,567"),
@@ -46,8 +46,8 @@ def test_what_is_not_markup_is_escaped() -> None:
         (True, "True"),
     ],
 )
-def test_numbers_are_written_for_a_reader(value: object, said: str) -> None:
-    assert escape(value) == said
+def test_numbers_are_written_for_a_reader(value: object, text: str) -> None:
+    assert escape(value) == text
 
 
 def test_a_column_of_numbers_stands_to_the_right() -> None:

@@ -23,15 +23,15 @@ Minigpt = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("served") / "sft" / "hf"
-    tiny.model("qwen3", max_position_embeddings=2048).save_pretrained(place)
-    tiny.tokenizer(place)
-    return place
+    directory = tmp_path_factory.mktemp("served") / "sft" / "hf"
+    tiny.model("qwen3", max_position_embeddings=2048).save_pretrained(directory)
+    tiny.tokenizer(directory)
+    return directory
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def health(client: httpx.Client) -> Any:
@@ -45,45 +45,45 @@ def test_serving_until_a_signal_comes(
 ) -> None:
     monkeypatch.delenv("MINIGPT_API_KEY", raising=False)
     url = f"http://127.0.0.1:{free_port()}"
-    told: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
 
     def visit() -> None:
         try:
             ask()
         except BaseException:
-            if "stopped" not in told:  # or the server would go on for ever
+            if "stopped" not in seen:  # or the server would go on for ever
                 os.kill(os.getpid(), getattr(signal, sent))
             raise
 
     def ask() -> None:
         body = {"model": "b", "prompt": "the", "max_tokens": 1000, "stream": True}
         with httpx.Client(base_url=url, timeout=limit(60)) as client:
-            told["health"] = eventually(lambda: health(client))
+            seen["health"] = eventually(lambda: health(client))
             listed = client.get("/v1/models").json()["data"]
-            told["models"] = {one["id"]: one["max_model_len"] for one in listed}
-            told["long"] = client.post("/v1/completions", json=body | {"prompt": [5] * 1100})
+            seen["models"] = {one["id"]: one["max_model_len"] for one in listed}
+            seen["long"] = client.post("/v1/completions", json=body | {"prompt": [5] * 1100})
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                told["stopped"] = True
+                seen["stopped"] = True
                 os.kill(os.getpid(), getattr(signal, sent))
-                told["last"] = [line for line in lines if line][-1]
+                seen["last"] = [line for line in lines if line][-1]
 
     monkeypatch.setattr(network, "GRACE", limit(60))  # what was begun ends within it
     visitor = threading.Thread(target=visit)
     visitor.start()
-    places = [f"a={model}", f"b={model.parent}"]
-    given = ["--port", url.rpartition(":")[2], "--max_context", "1100"]
-    outcome = minigpt("serve", *places, *given)
+    models = [f"a={model}", f"b={model.parent}"]
+    options = ["--port", url.rpartition(":")[2], "--max_context", "1100"]
+    outcome = minigpt("serve", *models, *options)
     visitor.join()
     assert outcome.status == status
     assert outcome.out == f"Serving a, b at {url} (Ctrl-C stops)\n"
     assert outcome.err == ("minigpt: interrupted\n" if status else "")
-    assert told["health"] == {"status": "ok"}
-    assert told["models"] == {"a": 1100, "b": 1100}
-    assert told["long"].status_code == 400
-    assert told["long"].json()["error"]["code"] == "context_length_exceeded"
-    assert told["last"] == "data: [DONE]"  # what was begun went on to its end
+    assert seen["health"] == {"status": "ok"}
+    assert seen["models"] == {"a": 1100, "b": 1100}
+    assert seen["long"].status_code == 400
+    assert seen["long"].json()["error"]["code"] == "context_length_exceeded"
+    assert seen["last"] == "data: [DONE]"  # what was begun went on to its end
 
 
 def test_names() -> None:
@@ -127,8 +127,8 @@ def test_bad_input(
 
 
 def test_port_that_is_taken(minigpt: Minigpt) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        outcome = minigpt("serve", "a", "--port", taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        outcome = minigpt("serve", "a", "--port", listener.getsockname()[1])
     assert outcome.status == 2
     assert "Choose another --port" in outcome.err
 

@@ -26,9 +26,9 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     exam = {"scores": {"exam/skills": 0.9666, "exam/mean": 1}, "replies": [{"id": "a"}]}
     (tmp_path / "sft" / "exam.json").write_text(json.dumps(exam))
     (tmp_path / "bench.json").write_text(json.dumps({"sft": {"ratio": 3.25}, "who": "a|b\nc"}))
-    given = ["--model", tmp_path / "sft", "--output_dir", tmp_path / "out", "--name", "Mini"]
-    given += ["--license", "apache-2.0", "--results", tmp_path / "bench.json"]
-    assert minigpt("export", "hf", *given).status == 0
+    arguments = ["--model", tmp_path / "sft", "--output_dir", tmp_path / "out", "--name", "Mini"]
+    arguments += ["--license", "apache-2.0", "--results", tmp_path / "bench.json"]
+    assert minigpt("export", "hf", *arguments).status == 0
     text = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["license"] == "apache-2.0"
@@ -47,8 +47,8 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
 
 def test_results_are_read_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
-    for name, told in (("list.json", "no JSON object"), ("none.json", "cannot be read")):
-        with pytest.raises(ConfigError, match=told):
+    for name, message in (("list.json", "no JSON object"), ("none.json", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
             Card("x", str(tmp_path), results=[str(tmp_path / name)])
 
 

@@ -41,7 +41,7 @@ YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}
 CHAT = [{"role": r, "content": f"{r} 你好\n"} for r in ("system", "user", "assistant", "user")]
 TOKENS = "tokenizer.ggml"
 FEW = ("q5_1", "q5_0", "q4_1", "q4_0")  # bits, whose embeddings are q8_0
-ASKED = [
+PROMPTS = [
     f"{start} {text}"
     for start in ("the cat", "你好，", "1 + 1 =", "\N{ROCKET}")
     for text in ("", "sat", "on the mat.", "春眠不觉晓", "x = {}", "A B c?")
@@ -78,7 +78,7 @@ def test_llamacpp_computes_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check, "QUESTIONS", ASKED)
+    monkeypatch.setattr(check, "QUESTIONS", PROMPTS)
     monkeypatch.setattr(check, "NEW_TOKENS", 32)
     model = saved(family, tie_word_embeddings=tied, **SIZES)
     numbers = export(model, tmp_path / "out.gguf", dtype=dtype)
@@ -106,11 +106,11 @@ def test_a_token_that_few_bits_put_below_the_best_ones_is_compared(
 ) -> None:
     monkeypatch.setattr(check, "TOP", 1)
     monkeypatch.setattr(check, "TEXTS", 10)
-    monkeypatch.setattr(check, "QUESTIONS", ASKED)
+    monkeypatch.setattr(check, "QUESTIONS", PROMPTS)
     limits = {**gguf.LOGPROBS, "q4_1": 3.0}
     monkeypatch.setattr(gguf, "LOGPROBS", limits)
     numbers = export(saved("llama", **SIZES), tmp_path / "out.gguf", dtype="q4_1")
-    assert numbers["replies_equal"] != f"{len(ASKED)} of {len(ASKED)}"  # others were the best
+    assert numbers["replies_equal"] != f"{len(PROMPTS)} of {len(PROMPTS)}"  # others were the best
     assert 0 < numbers["max_logprob_difference"] < 3.0
 
 
@@ -128,11 +128,11 @@ def test_llamacpp_computes_scaled_positions(
     model = saved(family, rope_parameters=rope, max_position_embeddings=256, **SIZES)
     numbers = export(model, tmp_path / "out.gguf", dtype="f32")
     assert numbers["max_logprob_difference"] <= 0.01
-    said = fields(tmp_path / "out.gguf")
-    assert said[f"{family}.rope.scaling.type"] == rope["rope_type"]
-    assert said[f"{family}.rope.scaling.factor"] == 4.0
-    assert said[f"{family}.rope.scaling.original_context_length"] == 64
-    assert said[f"{family}.context_length"] == 256
+    metadata = fields(tmp_path / "out.gguf")
+    assert metadata[f"{family}.rope.scaling.type"] == rope["rope_type"]
+    assert metadata[f"{family}.rope.scaling.factor"] == 4.0
+    assert metadata[f"{family}.rope.scaling.original_context_length"] == 64
+    assert metadata[f"{family}.context_length"] == 256
 
 
 @pytest.fixture(scope="module")
@@ -148,37 +148,37 @@ def test_a_chat_through_llamacpp_is_a_chat_with_the_engine(chatting: tuple[Path,
     out, engine = chatting
     server = served(out / "tiny-f32.gguf")
     for text in ("the cat", "a dog sits on the mat", "sun"):
-        asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 12}
-        answer = server.handle_chat_completions({**asked, "temperature": 0})
+        request = {"messages": [{"role": "user", "content": text}], "max_tokens": 12}
+        answer = server.handle_chat_completions({**request, "temperature": 0})
         answer = json.loads(answer) if isinstance(answer, str) else answer
-        said = engine.complete([(Message("user", text),)], Sampling(max_new_tokens=12))[0].text
-        assert answer["choices"][0]["message"]["content"].strip() == said.strip()
+        reply = engine.complete([(Message("user", text),)], Sampling(max_new_tokens=12))[0].text
+        assert answer["choices"][0]["message"]["content"].strip() == reply.strip()
 
 
 def test_what_the_file_says(chatting: tuple[Path, Engine]) -> None:
     out, engine = chatting
-    told = fields(out / "tiny-f32.gguf")
-    assert told["general.architecture"] == "qwen3"
-    assert told["general.name"] == "tiny"
-    assert told["general.file_type"] == format_of.LlamaFileType.ALL_F32
-    assert "general.license" not in told
+    metadata = fields(out / "tiny-f32.gguf")
+    assert metadata["general.architecture"] == "qwen3"
+    assert metadata["general.name"] == "tiny"
+    assert metadata["general.file_type"] == format_of.LlamaFileType.ALL_F32
+    assert "general.license" not in metadata
     sizes = {"block_count": 2, "embedding_length": 32, "feed_forward_length": 48}
     sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8}
     sizes |= {"attention.value_length": 8, "context_length": 128, "vocab_size": 320}
     sizes |= {"rope.freq_base": 10000.0, "rope.dimension_count": 8}
-    assert {name: told[f"qwen3.{name}"] for name in sizes} == sizes
-    assert told[f"{TOKENS}.model"] == "gpt2"
-    assert told[f"{TOKENS}.pre"] == "qwen2"
-    assert told[f"{TOKENS}.add_bos_token"] is False
+    assert {name: metadata[f"qwen3.{name}"] for name in sizes} == sizes
+    assert metadata[f"{TOKENS}.model"] == "gpt2"
+    assert metadata[f"{TOKENS}.pre"] == "qwen2"
+    assert metadata[f"{TOKENS}.add_bos_token"] is False
     names = {"eos": "<|im_end|>", "padding": "<|pad|>", "bos": "<|endoftext|>"}
     for name, text in names.items():
-        assert told[f"{TOKENS}.tokens"][told[f"{TOKENS}.{name}_token_id"]] == text
-    assert told[f"{TOKENS}.token_type"] == [3] * 4 + [1] * 316
-    assert "generation -%}" not in told["tokenizer.chat_template"]
+        assert metadata[f"{TOKENS}.tokens"][metadata[f"{TOKENS}.{name}_token_id"]] == text
+    assert metadata[f"{TOKENS}.token_type"] == [3] * 4 + [1] * 316
+    assert "generation -%}" not in metadata["tokenizer.chat_template"]
     for add in (False, True):
         plain = engine.tokenizer.apply_chat_template(
             CHAT,
-            chat_template=told["tokenizer.chat_template"],
+            chat_template=metadata["tokenizer.chat_template"],
             tokenize=False,
             add_generation_prompt=add,
         )
@@ -254,15 +254,15 @@ def no_template(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "held"), [(other_template, "FROM"), (no_template, 'TEMPLATE """{{ .Prompt }}"""\n')]
+    ("change", "line"), [(other_template, "FROM"), (no_template, 'TEMPLATE """{{ .Prompt }}"""\n')]
 )
 def test_other_templates(
-    change: Callable[[Any], None], held: str, saved: Saved, tmp_path: Path, caplog: Any
+    change: Callable[[Any], None], line: str, saved: Saved, tmp_path: Path, caplog: Any
 ) -> None:
     out = tmp_path / "out"
     export(saved("llama", change), out)
     text = (out / "Modelfile").read_text()
-    assert held in text
+    assert line in text
     assert "im_start" not in text
     assert ("not ChatML" in caplog.text) is (change is other_template)
     assert ("tokenizer.chat_template" in fields(out / "tiny-f16.gguf")) is (
@@ -278,10 +278,12 @@ LLAMA3_CHAT = (
 
 def llama3(tokenizer: Any) -> Any:
     """BOS before each text and chat, and turns that end with another token than eos."""
-    made = tiny.with_bos(tokenizer)
-    made.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>", "<|more|>"]})
-    made.chat_template = LLAMA3_CHAT
-    return made
+    tokenizer = tiny.with_bos(tokenizer)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|start|>", "<|stop|>", "<|more|>"]}
+    )
+    tokenizer.chat_template = LLAMA3_CHAT
+    return tokenizer
 
 
 def test_every_end_token_and_bos_are_exported(saved: Saved, tmp_path: Path) -> None:
@@ -293,9 +295,9 @@ def test_every_end_token_and_bos_are_exported(saved: Saved, tmp_path: Path) -> N
     numbers = export(model, tmp_path / "out", dtype="f32")
     assert numbers["chats_rendered_equal"] == numbers["chats_with_equal_ids"] == "3 of 3"
     assert numbers["text_start"] == [ids["bos"]]
-    told = fields(tmp_path / "out" / "tiny-f32.gguf")
-    assert {name: told[f"{TOKENS}.{name}_token_id"] for name in ids} == ids
-    assert told[f"{TOKENS}.add_bos_token"] is True
+    metadata = fields(tmp_path / "out" / "tiny-f32.gguf")
+    assert {name: metadata[f"{TOKENS}.{name}_token_id"] for name in ids} == ids
+    assert metadata[f"{TOKENS}.add_bos_token"] is True
     stops = re.findall('stop "(.*)"', (tmp_path / "out" / "Modelfile").read_text())
     assert {"</s>", "<|stop|>", "<|more|>"} <= set(stops)
 
@@ -323,10 +325,10 @@ def test_the_types_of_tokens(saved: Saved, tmp_path: Path) -> None:
         tokenizer.add_tokens([AddedToken("the cat", normalized=False)])
 
     numbers = export(saved("llama", add, vocab_size=320), tmp_path / "out.gguf", dtype="f32")
-    told = fields(tmp_path / "out.gguf")
-    tokens, types = told[f"{TOKENS}.tokens"], told[f"{TOKENS}.token_type"]
-    place = tokens.index("the cat")
-    assert types == [3] * 4 + [1] * (place - 4) + [4] + [5] * (319 - place)
+    metadata = fields(tmp_path / "out.gguf")
+    tokens, types = metadata[f"{TOKENS}.tokens"], metadata[f"{TOKENS}.token_type"]
+    index = tokens.index("the cat")
+    assert types == [3] * 4 + [1] * (index - 4) + [4] + [5] * (319 - index)
     assert tokens[-1] == "[UNUSED319]"
     assert len(tokens) == 320
     assert numbers["max_error_F32"] == 0
@@ -390,11 +392,11 @@ def test_a_tokenizer_with_qwens_normalizer(saved: Saved, tmp_path: Path, caplog:
 
 def test_texts_of_bytes_that_the_vocabulary_lacks_are_no_evidence(tmp_path: Path) -> None:
     """As SmolLM2 lacks some control characters: they are dropped by one and not by the other."""
-    made = plain(BYTES, alphabet=[s for s in BYTES.alphabet() if s not in "\u0101\u0113"])
-    assert not check.is_covered(made, "a\u0001")
-    assert not check.is_covered(made, "\u0013 b")
-    assert check.is_covered(made, "a\u0002 你好")
-    save_model(tiny.model("llama"), made, tmp_path / "model")
+    tokenizer = plain(BYTES, alphabet=[s for s in BYTES.alphabet() if s not in "\u0101\u0113"])
+    assert not check.is_covered(tokenizer, "a\u0001")
+    assert not check.is_covered(tokenizer, "\u0013 b")
+    assert check.is_covered(tokenizer, "a\u0002 你好")
+    save_model(tiny.model("llama"), tokenizer, tmp_path / "model")
     numbers = export(tmp_path / "model", tmp_path / "out.gguf", dtype="f32")
     assert numbers["texts_with_equal_ids"] == "3000 of 3000"
 
@@ -405,14 +407,14 @@ def test_differences_are_shown_and_can_be_accepted(
     """A file that says of itself that its tokenizer takes digits one by one."""
     save_model(tiny.model("llama"), plain(BYTES), tmp_path / "model")
     monkeypatch.setattr(gguf, "pre_tokenizer", lambda tokenizer: "smollm")
-    given = ["export", "gguf", "--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
-    refused = minigpt(*given)
+    arguments = ["export", "gguf", "--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    refused = minigpt(*arguments)
     assert refused.status == 2
     shown = r"token ids differ .*text_with_other_ids '.*' becomes \[.*\], not \[.*\]"
     assert re.search(shown, refused.err)
     assert "--accept_differences" in refused.err
     assert not (tmp_path / "out").exists()
-    accepted = minigpt(*given, "--accept_differences")
+    accepted = minigpt(*arguments, "--accept_differences")
     assert accepted.status == 0
     assert "accepted_differences: token ids differ" in accepted.out
     card = (tmp_path / "out" / "README.md").read_text()
@@ -433,19 +435,19 @@ def test_llama_3s_rotary_angles(
 
 
 def with_normalizer() -> Any:
-    made = plain(BYTES)
-    made.backend_tokenizer.normalizer = normalizers.NFKC()
-    return made
+    tokenizer = plain(BYTES)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
 
 
 def with_greedy_token() -> Any:
-    made = plain(BYTES)
-    made.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", lstrip=True)]})
-    return made
+    tokenizer = plain(BYTES)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", lstrip=True)]})
+    return tokenizer
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("make", "message"),
     [
         (with_normalizer, "because of its normalizer"),
         (with_greedy_token, "because of an added token"),
@@ -460,13 +462,13 @@ def with_greedy_token() -> Any:
         (lambda: plain(BYTES, ignore_merges=True), "because of its model"),
     ],
 )
-def test_tokenizers_that_llamacpp_computes_otherwise(made: Callable[[], Any], told: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be exported to GGUF.*" + told):
-        gguf.pre_tokenizer(made())
+def test_tokenizers_that_llamacpp_computes_otherwise(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be exported to GGUF.*" + message):
+        gguf.pre_tokenizer(make())
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "told"),
+    ("family", "changes", "message"),
     [
         ("gpt2", {}, "gpt2"),
         ("mistral", {}, "mistral"),
@@ -483,10 +485,10 @@ def test_tokenizers_that_llamacpp_computes_otherwise(made: Callable[[], Any], to
     ],
 )
 def test_models_that_are_refused(
-    family: str, changes: dict[str, Any], told: str, saved: Saved, tmp_path: Path
+    family: str, changes: dict[str, Any], message: str, saved: Saved, tmp_path: Path
 ) -> None:
     model = saved(family, **changes)
-    with pytest.raises(ConfigError, match=f"does not support {told}: it is for plain"):
+    with pytest.raises(ConfigError, match=f"does not support {message}: it is for plain"):
         export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -525,7 +527,7 @@ def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told", "name"),
+    ("spoil", "message", "name"),
     [
         (wrong_theta, "log-probabilities differ", "out"),
         (wrong_merges, "token ids differ", "out.gguf"),
@@ -536,7 +538,7 @@ def wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_failed_check_leaves_nothing(
     spoil: Callable[[pytest.MonkeyPatch], None],
-    told: str,
+    message: str,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
     saved: Saved,
@@ -545,7 +547,7 @@ def test_a_failed_check_leaves_nothing(
     model = saved("qwen3")
     before = set(tmp_path.iterdir())
     spoil(monkeypatch)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         export(model, tmp_path / name, dtype="f32")
     assert set(tmp_path.iterdir()) == before
 
@@ -557,8 +559,8 @@ def test_llama_rows_in_transformers_order_would_be_found(
 
     def plain_order(engine: Engine) -> Any:
         for name, value in tensors(engine):
-            own = name.replace("blk", "model.layers").replace("attn_q", "self_attn.q_proj")
-            yield name, engine.model.state_dict()[own].numpy() if "attn_q." in name else value
+            parameter = name.replace("blk", "model.layers").replace("attn_q", "self_attn.q_proj")
+            yield name, engine.model.state_dict()[parameter].numpy() if "attn_q." in name else value
 
     monkeypatch.setattr(gguf, "tensors", plain_order)
     with pytest.raises(ModelError, match="log-probabilities differ"):
@@ -584,31 +586,33 @@ def test_without_gguf_the_extra_is_named(
     minigpt: Minigpt, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", without("gguf"))
-    given = ["--model", trained / "sft", "--output", tmp_path / "out.gguf"]
-    outcome = minigpt("export", "gguf", *given)
+    arguments = ["--model", trained / "sft", "--output", tmp_path / "out.gguf"]
+    outcome = minigpt("export", "gguf", *arguments)
     assert outcome.status == 2
     assert "pip install 'minigpt[gguf]'" in outcome.err
 
 
 def test_the_command(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
-    given = ["--model", trained / "lora", "--license", "mit", "--dtype", "q4_0"]
-    outcome = minigpt("export", "gguf", *given, "--output_dir", tmp_path / "out")
+    arguments = ["--model", trained / "lora", "--license", "mit", "--dtype", "q4_0"]
+    outcome = minigpt("export", "gguf", *arguments, "--output_dir", tmp_path / "out")
     assert outcome.status == 0
     assert outcome.out.startswith(f"exported to {tmp_path / 'out'}\n")
     assert "max_logprob_difference: " in outcome.out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("lora-q4_0.gguf", "Modelfile", "README.md")
+        "lora-q4_0.gguf",
+        "Modelfile",
+        "README.md",
     }
     assert fields(tmp_path / "out" / "lora-q4_0.gguf")["general.license"] == "mit"
     file = ["--output", tmp_path / "lora.gguf"]
-    assert minigpt("export", "gguf", *given, *file).status == 0
-    assert minigpt("export", "gguf", *given, *file).status == 2
-    assert minigpt("export", "gguf", *given, *file, "--overwrite").status == 0
+    assert minigpt("export", "gguf", *arguments, *file).status == 0
+    assert minigpt("export", "gguf", *arguments, *file).status == 2
+    assert minigpt("export", "gguf", *arguments, *file, "--overwrite").status == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out", "lora.gguf"}
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ([], "one of the arguments --output_dir --output is required"),
         (["--output", "a.bin"], "--output names a file ending in .gguf"),
@@ -619,8 +623,8 @@ def test_the_command(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
         (["--output", "a.gguf", "--keep_adapter"], "unrecognized arguments: --keep_adapter"),
     ],
 )
-def test_bad_command_lines(minigpt: Minigpt, args: list[str], told: str) -> None:
+def test_bad_command_lines(minigpt: Minigpt, args: list[str], message: str) -> None:
     outcome = minigpt("export", "gguf", "--model", "x", *args)
     assert (outcome.status, outcome.out) == (2, "")
     assert outcome.err.count("\n") == 1
-    assert told in outcome.err
+    assert message in outcome.err

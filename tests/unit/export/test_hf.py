@@ -61,10 +61,10 @@ def test_a_run_loads_in_plain_transformers(minigpt: Minigpt, trained: Path, tmp_
         assert texts[0] == texts[1]
     assert tokenizer.get_vocab() == engine.tokenizer.get_vocab()
     assert tokenizer.all_special_ids == engine.tokenizer.all_special_ids
-    said = engine.complete([(Message("user", "the cat"),)], Sampling(max_new_tokens=8))[0]
+    reply = engine.complete([(Message("user", "the cat"),)], Sampling(max_new_tokens=8))[0]
     ids = torch.tensor([engine.encode((Message("user", "the cat"),))])
-    grown = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
-    assert grown[: len(said.ids)] == said.ids
+    generated = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+    assert generated[: len(reply.ids)] == reply.ids
 
 
 SFT = [("hf", "sft"), ("gguf", "sft")]
@@ -103,14 +103,14 @@ def test_what_older_stacks_read(minigpt: Minigpt, trained: Path, tmp_path: Path)
     assert minigpt("export", "hf", "--model", trained / "sft", "--output_dir", out).status == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["torch_dtype"], config["rope_theta"]) == ("float32", 10000.0)
-    told = json.loads((out / "tokenizer_config.json").read_text())
-    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     # transformers 4 wants a mapping under the newer name, and fails on a list.
-    assert "extra_special_tokens" not in told
-    assert set(told["additional_special_tokens"]) == {"<|endoftext|>", "<|im_start|>"}
-    assert told["model_max_length"] == 128
-    assert "generation -%}" not in told["chat_template"]
-    assert told["chat_template"] == (out / "chat_template.jinja").read_text()
+    assert "extra_special_tokens" not in config
+    assert set(config["additional_special_tokens"]) == {"<|endoftext|>", "<|im_start|>"}
+    assert config["model_max_length"] == 128
+    assert "generation -%}" not in config["chat_template"]
+    assert config["chat_template"] == (out / "chat_template.jinja").read_text()
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in out.iterdir())
 
 
@@ -128,14 +128,16 @@ def test_other_families(
 
 def gemma(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """BOS before each text, and turns that end with another token than eos."""
-    made = tiny.with_bos(tokenizer)
-    made.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
-    made.chat_template = (
+    tokenizer = tiny.with_bos(tokenizer)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}
+    )
+    tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
         "<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     )
-    return made
+    return tokenizer
 
 
 def test_every_end_token_and_bos_are_exported(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def test_a_model_without_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [False, True])
 def test_an_adapter_is_merged(minigpt: Minigpt, trained: Path, tmp_path: Path, named: bool) -> None:
     lora, out = trained / "lora", tmp_path / "merged"
-    given = ["--model", trained / "sft", "--adapter", lora] if named else ["--model", lora]
-    assert minigpt("export", "hf", *given, "--output_dir", out).status == 0
+    arguments = ["--model", trained / "sft", "--adapter", lora] if named else ["--model", lora]
+    assert minigpt("export", "hf", *arguments, "--output_dir", out).status == 0
     beside = Engine.load(lora, merged=False)
     base = logits(load_model(trained / "sft", "sdpa"))
     merged = logits(AutoModelForCausalLM.from_pretrained(out))
@@ -177,8 +179,8 @@ def test_an_adapter_is_merged(minigpt: Minigpt, trained: Path, tmp_path: Path, n
 
 def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
     lora, out = trained / "lora", tmp_path / "adapter"
-    given = ["--model", lora, "--output_dir", out, "--keep_adapter"]
-    assert minigpt("export", "hf", *given).status == 0
+    arguments = ["--model", lora, "--output_dir", out, "--keep_adapter"]
+    assert minigpt("export", "hf", *arguments).status == 0
     base = AutoModelForCausalLM.from_pretrained(trained / "sft" / "hf")
     adapted = PeftModel.from_pretrained(base, str(out))
     assert torch.equal(logits(adapted), logits(Engine.load(lora, merged=False).model))
@@ -190,9 +192,9 @@ def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_
     assert "base_model:" not in card
     assert str(trained) not in card
     killed, other = (tmp_path / f".{target}-cut_off_" for target in ("adapter", "adapter-2"))
-    for path in (killed, other):
-        path.mkdir()
-    named = minigpt("export", "hf", *given, "--base_model_name", "me/sft", "--overwrite")
+    for directory in (killed, other):
+        directory.mkdir()
+    named = minigpt("export", "hf", *arguments, "--base_model_name", "me/sft", "--overwrite")
     assert not killed.exists()
     other.rmdir()  # another export's
     assert named.status == 0
@@ -251,7 +253,7 @@ def spoil_template(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (spoil_weights, "logits differ"),
         (spoil_tokens, "token ids differ"),
@@ -260,25 +262,25 @@ def spoil_template(engine: Any) -> None:
 )
 def test_a_failed_check_leaves_nothing(
     spoil: Callable[[Any], None],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     trained: Path,
     tmp_path: Path,
 ) -> None:
     """What is spoilt after the model was observed is found in the export."""
     spoil_after_observing(monkeypatch, spoil)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         hf.export_hf(str(trained / "sft"), tmp_path / "out", Card("x", ""))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [(spoil_ends, "replies end with .*, 9"), (spoil_start, "a text begins with")],
 )
 def test_a_lost_end_or_start_is_found(
     spoil: Callable[[Any], None],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     saved: Callable[..., Path],
     tmp_path: Path,
@@ -286,7 +288,7 @@ def test_a_lost_end_or_start_is_found(
     model = saved("llama", gemma)
     GenerationConfig(eos_token_id=[1, 9]).save_pretrained(model)
     spoil_after_observing(monkeypatch, spoil)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         hf.export_hf(str(model), tmp_path / "out", Card("x", ""))
     assert not (tmp_path / "out").exists()
 
@@ -349,7 +351,7 @@ def test_a_template_that_needs_its_marks_is_refused(saved: Callable[..., Path]) 
 
 
 @pytest.mark.parametrize(
-    ("place", "more", "told"),
+    ("path", "more", "message"),
     [
         ("notes", [], "no place for an export: it holds notes.txt"),
         ("notes", ["--overwrite"], "no place for an export: it holds notes.txt"),
@@ -368,9 +370,9 @@ def test_places_that_are_taken(
     monkeypatch: pytest.MonkeyPatch,
     trained: Path,
     tmp_path: Path,
-    place: str,
+    path: str,
     more: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained / "sft", "sft", ignore=shutil.ignore_patterns("checkpoints"))
@@ -378,9 +380,9 @@ def test_places_that_are_taken(
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("[1]")
     before = sorted(tmp_path.rglob("*"))
-    outcome = minigpt("export", "hf", "--model", "sft", "--output_dir", place, *more)
+    outcome = minigpt("export", "hf", "--model", "sft", "--output_dir", path, *more)
     assert (outcome.status, outcome.out) == (2, "")
     assert outcome.err.startswith("minigpt: ")
     assert outcome.err.count("\n") == 1
-    assert told in outcome.err
+    assert message in outcome.err
     assert sorted(tmp_path.rglob("*")) == before

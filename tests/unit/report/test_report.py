@@ -27,8 +27,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes = dict(tiny_runs.RUN)
         if stage == "sft":
             changes["data__init_args__exam"] = [str(root / "exam.jsonl")]
-        made = tiny_runs.config(root, stage, root / name, **changes)
-        assert main(tiny_runs.arguments("fit", made)) == 0
+        config = tiny_runs.config(root, stage, root / name, **changes)
+        assert main(tiny_runs.arguments("fit", config)) == 0
     assert main(["test", "--config", str(root / "sft/config.yaml")]) == 0
     return root
 
@@ -47,8 +47,8 @@ def test_a_run_is_read_whole(runs: Path) -> None:
 
 def test_the_report_of_several_runs(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
     output = tmp_path / "out/report.html"
-    places = (runs / "pretrain", runs / "again", runs / "sft")
-    outcome = minigpt("report", *places, "--output", output)
+    run_dirs = (runs / "pretrain", runs / "again", runs / "sft")
+    outcome = minigpt("report", *run_dirs, "--output", output)
     assert (outcome.status, outcome.err) == (0, "")
     page, text = output.read_text(), output.with_suffix(".md").read_text()
     summary = json.loads((runs / "sft/summary.json").read_text())
@@ -151,10 +151,10 @@ def test_whatever_a_run_holds_there_is_a_report(runs: Path, tmp_path: Path, cont
     shutil.copytree(runs / "sft", tmp_path / "sft")
     (event,) = (tmp_path / "sft").glob("events.out.tfevents.*")
     for name in ("config.yaml", "summary.json", "metrics.jsonl", "exam.json", event.name):
-        place = tmp_path / name / "sft"
-        shutil.copytree(runs / "sft", place)
-        (place / name).write_bytes(content)
-        write_report([place], tmp_path / "report.html")
+        copy = tmp_path / name / "sft"
+        shutil.copytree(runs / "sft", copy)
+        (copy / name).write_bytes(content)
+        write_report([copy], tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert page.endswith("</html>\n")
         assert "<h2>Runs</h2>" in page
@@ -189,7 +189,7 @@ def test_markup_in_a_run_is_text(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (("none",), "There is no run in none"),
         ((".",), "minigpt fit"),
@@ -204,12 +204,12 @@ def test_bad_input(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     args: tuple[str, ...],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sft").symlink_to(runs / "sft")
     (tmp_path / "file").touch()
     outcome = minigpt("report", *args)
     assert outcome.status == 2
-    assert told in outcome.err
+    assert message in outcome.err
     assert outcome.err.count("\n") == 1
