@@ -135,13 +135,13 @@ def test_it_goes_on_after_the_last_finished_stage(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], failing: str
 ) -> None:
     names = list(RECORDS)
-    place = names.index(failing)
-    assert run(failing=failing) == (2, names[:place])
+    index = names.index(failing)
+    assert run(failing=failing) == (2, names[:index])
     assert capsys.readouterr().err.endswith("pipeline: it broke\n")
     assert not (tmp_path / "outputs/pipeline/report.json").exists()
-    assert run() == (0, names[place:])
-    told = capsys.readouterr().out
-    assert [name for name in names if f"[{name}] done before" in told] == names[:place]
+    assert run() == (0, names[index:])
+    output = capsys.readouterr().out
+    assert [name for name in names if f"[{name}] done before" in output] == names[:index]
 
 
 @pytest.mark.parametrize("lost", RECORDS)
@@ -154,8 +154,8 @@ def test_what_follows_a_stage_that_is_made_anew_is_made_anew(
         (tmp_path / f"outputs/{name}/checkpoints").mkdir()
     names = list(RECORDS)
     assert run() == (0, names[names.index(lost) :])
-    kept = {path.parent.name for path in tmp_path.glob("outputs/*/checkpoints")}
-    assert kept == set(names[: names.index(lost) + 1])
+    remaining = {path.parent.name for path in tmp_path.glob("outputs/*/checkpoints")}
+    assert remaining == set(names[: names.index(lost) + 1])
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

@@ -37,12 +37,12 @@ COMMON = {
 
 def stage(model: str | None, out: str, data: str, *sizes: float, **more: Any) -> dict[str, Any]:
     names = ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate")
-    places = {
+    paths = {
         "model_path": model and str(ROOT / "outputs" / model),
         "output_dir": str(ROOT / "outputs" / out),
         "data_file": str(ROOT / "data" / data),
     }
-    return {**COMMON, **places, **dict(zip(names, sizes, strict=True)), **more}
+    return {**COMMON, **paths, **dict(zip(names, sizes, strict=True)), **more}
 
 
 DEFAULTS = {
@@ -95,15 +95,16 @@ Script = Callable[..., Outcome]
 
 def run_script(name: str, *args: object) -> int:
     """Run a script in this process, as `python NAME.py ARGS` would."""
-    kept = sys.argv, sys.path[:], logging.getLogger().handlers[:]
-    sys.argv, sys.path[:0] = [f"{name}.py", *map(str, args)], [str(SCRIPTS)]
+    saved = sys.argv, sys.path[:], logging.getLogger().handlers[:]
+    sys.argv = [f"{name}.py", *map(str, args)]
+    sys.path.insert(0, str(SCRIPTS))
     logging.getLogger().handlers[:] = []
     try:
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     finally:
-        sys.argv, sys.path[:], logging.getLogger().handlers[:] = kept
+        sys.argv, sys.path[:], logging.getLogger().handlers[:] = saved
     raise AssertionError("a script ends with its exit status")
 
 
@@ -126,21 +127,21 @@ def script(capsys: pytest.CaptureFixture[str]) -> Script:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_flags_and_defaults(monkeypatch: pytest.MonkeyPatch, script: Script, name: str) -> None:
-    found: list[Namespace] = []
+    parsed: list[Namespace] = []
 
     def stop(_: object, args: object = None) -> Namespace:
-        found.append(parse(_, args))
+        parsed.append(parse(_, args))
         raise SystemExit(0)
 
     from argparse import ArgumentParser
 
     parse = ArgumentParser.parse_args
     monkeypatch.setattr(ArgumentParser, "parse_args", stop)
-    given = [f"--{flag}" for flag, value in DEFAULTS[name].items() if value is False]
-    for args, changed in (([], False), (given, True)):
+    switches = [f"--{flag}" for flag, value in DEFAULTS[name].items() if value is False]
+    for args, changed in (([], False), (switches, True)):
         assert script(name, *args).status == 0
-        wanted = DEFAULTS[name].items()
-        assert vars(found.pop()) == {k: changed if v is False else v for k, v in wanted}
+        expected = DEFAULTS[name].items()
+        assert vars(parsed.pop()) == {k: changed if v is False else v for k, v in expected}
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -151,9 +152,9 @@ def test_help_names_every_default(
     outcome = script(name, "--help")
     assert outcome.status == 0
     entries = [" ".join(entry.split()) for entry in outcome.out.split("\n  --")]
-    told = {entry.split()[0]: entry for entry in entries}
+    helps = {entry.split()[0]: entry for entry in entries}
     for flag, value in DEFAULTS[name].items():
-        assert value in (None, False) or told[flag].endswith(f" (default: {value})")
+        assert value in (None, False) or helps[flag].endswith(f" (default: {value})")
 
 
 EVERY_FLAG = {
@@ -169,14 +170,14 @@ EVERY_FLAG = {
 def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     from minigpt.cli import trainer as cli
 
-    made: list[cli.MiniGPTCLI] = []
+    clis: list[cli.MiniGPTCLI] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda self, _: made.append(self))
+    monkeypatch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda self, _: clis.append(self))
     flags = [f"--{k}={v}" for k, v in EVERY_FLAG.items() if k in DEFAULTS[name]]
     assert run_script(name, *flags, "--fp16", "--overwrite") == 0
-    config = made[0].config["fit"]
+    config = clis[0].config["fit"]
     model, data, rows = config.model.init_args, config.data.init_args, 2 if "dpo" in name else 1
-    assert (str(made[0].run_dir), config.overwrite) == ("out", True)
+    assert (str(clis[0].run_dir), config.overwrite) == ("out", True)
     assert (model.init_from, model.tokenizer) == ("model", "tok")
     assert (model.optimizer.name, model.optimizer.lr) == ("adamw", 0.25)
     assert model.schedule.name == "cosine"
@@ -203,7 +204,7 @@ RUNS = ("pretrain_test", "sft_test", "dpo_test", "lora_test")
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The quick start's chain from scripts/ with relative paths, and what each stage said."""
+    """The quick start's chain from scripts/ with relative paths, and the stages' stderr."""
     out = tmp_path_factory.mktemp("chain")
     near = Path(os.path.relpath(out, SCRIPTS))
     tokenizer, (pretrain, sft, dpo, lora) = near / "tokenizer", (near / run for run in RUNS)
@@ -218,15 +219,15 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         "train_lora": f"--model_path {sft} --output_dir {lora} {SHORT} "
         "--data_file ../data/lora_medical.jsonl --batch_size 4 --lora_r 8 --lora_alpha 32",
     }
-    said = {}
+    output = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(SCRIPTS)
         for name, args in calls.items():
-            heard = io.StringIO()
-            patch.setattr(sys, "stderr", heard)
+            stderr = io.StringIO()
+            patch.setattr(sys, "stderr", stderr)
             assert run_script(name, *args.split()) == 0
-            said[name] = heard.getvalue()
-    return out, said
+            output[name] = stderr.getvalue()
+    return out, output
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -236,9 +237,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_each_stage_reads_what_the_one_before_wrote(chain: tuple[Path, dict[str, str]]) -> None:
     out, _ = chain
     summaries = [json.loads((out / run / "summary.json").read_text()) for run in RUNS]
-    assert [s["stage"] for s in summaries] == [
-        *("PretrainModule", "SFTModule", "DPOModule", "LoRAModule")
-    ]
+    stages = ["PretrainModule", "SFTModule", "DPOModule", "LoRAModule"]
+    assert [summary["stage"] for summary in summaries] == stages
     pretrain, sft, dpo, _ = (out / run for run in RUNS)
     for before, after in ((pretrain, sft), (sft, dpo)):
         old, new = weights(before), weights(after)
@@ -248,11 +248,12 @@ def test_each_stage_reads_what_the_one_before_wrote(chain: tuple[Path, dict[str,
     adapter = json.loads((out / "lora_test" / "hf" / "adapter_config.json").read_text())
     assert Path(adapter["base_model_name_or_path"]) == (out / "sft_test" / "hf").resolve()
     for run in RUNS:
-        mine, first = (p / "tokenizer.json" for p in (out / run / "hf", out / "tokenizer"))
-        assert json.loads(mine.read_text())["model"] == json.loads(first.read_text())["model"]
+        files = (out / run / "hf" / "tokenizer.json", out / "tokenizer" / "tokenizer.json")
+        saved, original = (json.loads(file.read_text())["model"] for file in files)
+        assert saved == original
 
 
-def test_fp16_on_a_cpu_is_told_in_one_line(chain: tuple[Path, dict[str, str]]) -> None:
+def test_fp16_on_a_cpu_is_named_in_one_line(chain: tuple[Path, dict[str, str]]) -> None:
     if torch.cuda.is_available():
         pytest.skip("fp16 is what a GPU trains in")
     for name in TRAINING:
@@ -270,28 +271,28 @@ def ask(script: Script, chain: tuple[Path, dict[str, str]], *args: object) -> li
 
 
 def test_built_in_prompts(script: Script, chain: tuple[Path, dict[str, str]]) -> None:
-    asked = [line for line in ask(script, chain) if line.startswith("> ")]
-    assert len(asked) >= 5
-    assert "> Hello!" in asked
+    prompts = [line for line in ask(script, chain) if line.startswith("> ")]
+    assert len(prompts) >= 5
+    assert "> Hello!" in prompts
 
 
 @pytest.mark.parametrize("form", [(), ("--merge_lora",)], ids=["beside", "merged"])
 def test_adapter(script: Script, chain: tuple[Path, dict[str, str]], form: tuple[str, ...]) -> None:
     lora = ("--lora_path", chain[0] / "lora_test", "--tokenizer_path", chain[0] / "tokenizer")
-    said = ask(script, chain, "--prompt", "Hello!", *lora, *form)
-    assert said[0] == "> Hello!"
-    assert said == ask(script, chain, "--prompt", "Hello!", "--merge_lora", *lora)
+    lines = ask(script, chain, "--prompt", "Hello!", *lora, *form)
+    assert lines[0] == "> Hello!"
+    assert lines == ask(script, chain, "--prompt", "Hello!", "--merge_lora", *lora)
 
 
 def test_dialogue(
     script: Script, monkeypatch: pytest.MonkeyPatch, chain: tuple[Path, dict[str, str]]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\nAnd you?\n\nnever read\n"))
-    said = "\n".join(ask(script, chain, "--interactive"))
-    assert said.count("> ") == 3
-    assert "never read" not in said
+    output = "\n".join(ask(script, chain, "--interactive"))
+    assert output.count("> ") == 3
+    assert "never read" not in output
     first = ask(script, chain, "--prompt", "Hello!")
-    assert said.startswith("> " + "\n".join(first[1:]).rstrip())
+    assert output.startswith("> " + "\n".join(first[1:]).rstrip())
 
 
 @pytest.mark.parametrize(
@@ -322,15 +323,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minigpt.__main__ import main
 
     root = tiny_runs.write_data(tmp_path_factory.mktemp("small"))
-    made = tiny_runs.config(root, "pretrain", root / "pretrain")
-    assert main(tiny_runs.arguments("fit", made)) == 0
+    config = tiny_runs.config(root, "pretrain", root / "pretrain")
+    assert main(tiny_runs.arguments("fit", config)) == 0
     return root
 
 
 def sft_flags(small: Path, out: object, *more: object) -> list[str]:
-    places = ("--model_path", small / "pretrain", "--data_file", small / "sft.jsonl")
+    paths = ("--model_path", small / "pretrain", "--data_file", small / "sft.jsonl")
     sizes = ("--max_length", 64, "--batch_size", 4, "--gradient_accumulation_steps", 2)
-    return [str(x) for x in (*places, "--output_dir", out, *sizes, *more)]
+    return [str(x) for x in (*paths, "--output_dir", out, *sizes, *more)]
 
 
 def steps(run: Path) -> list[int]:
@@ -361,11 +362,11 @@ def test_resume_and_overwrite(
 def test_rows_are_held_out_where_no_file_lies_beside(
     script: Script, small: Path, tmp_path: Path
 ) -> None:
-    alone = tmp_path / "alone.jsonl"
+    file = tmp_path / "rows.jsonl"
     rows = (small / "sft.jsonl").read_text().splitlines(keepends=True)
     for count, held_out in ((48, True), (30, False)):
-        alone.write_text("".join(rows[:count]))
-        flags = sft_flags(small, tmp_path / f"run{count}", "--data_file", alone)
+        file.write_text("".join(rows[:count]))
+        flags = sft_flags(small, tmp_path / f"run{count}", "--data_file", file)
         assert script("train_sft", *flags, "--num_epochs", 1).status == 0
         summary = json.loads((tmp_path / f"run{count}" / "summary.json").read_text())
         assert ("val/loss" in summary["final"]) is held_out

@@ -23,15 +23,16 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_every_combination_has_a_name(sweep: Any) -> None:
-    made = [sweep.label(choice) for choice in sweep.grid([f"{NAME}=adamw,muon", f"{LR}=1e-3,1e-2"])]
-    assert made == [f"name={name} lr={lr}" for name in ("adamw", "muon") for lr in ("1e-3", "1e-2")]
+    choices = sweep.grid([f"{NAME}=adamw,muon", f"{LR}=1e-3,1e-2"])
+    names = [f"name={name} lr={lr}" for name in ("adamw", "muon") for lr in ("1e-3", "1e-2")]
+    assert [sweep.label(choice) for choice in choices] == names
 
 
 def test_runs_are_made_once_and_listed_best_first(
     sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = tiny_runs.config(tiny_runs.write_data(tmp_path), "pretrain", tmp_path / "unused")
-    (tmp_path / "config.yaml").write_text(json.dumps(made))
+    config = tiny_runs.config(tiny_runs.write_data(tmp_path), "pretrain", tmp_path / "unused")
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
     out = tmp_path / "out"
     again = out / "lr=1e-9"  # as if made before
     again.mkdir(parents=True)

@@ -52,8 +52,8 @@ def loop(trained: Path, stage: str, **changes: Any) -> LoopConfig:
 
 
 def packed(store: TokenStore, count: int) -> PackedBatch:
-    whole = StoreSubset(store)
-    return collate([whole.sample(number) for number in range(count)])
+    selection = StoreSubset(store)
+    return collate([selection.sample(number) for number in range(count)])
 
 
 def padded(store: TokenStore, count: int) -> dict[str, torch.Tensor]:
@@ -118,14 +118,14 @@ def texts(batch: PackedBatch) -> torch.Tensor:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
     store = store_of(trained, "pretrain")
-    parts, whole = [FileShare(len(store), len(store))], StoreSubset(store)
-    order = PackedOrder([store.lengths], parts, 128, seed)
-    ours = torch.cat([texts(batch) for batch in PackedDataset(order, [whole], 0, 0, 0, 1)])
+    mixture, selection = [FileShare(len(store), len(store))], StoreSubset(store)
+    order = PackedOrder([store.lengths], mixture, 128, seed)
+    ours = torch.cat([texts(batch) for batch in PackedDataset(order, [selection], 0, 0, 0, 1)])
     blocks = list(baseline.blocks(loop(trained, "pretrain", seed=seed), store, 0))
     theirs = torch.tensor([ids for ((ids, _),) in blocks]).flatten()
     assert len(theirs) == len(ours) // 16 * 16
     assert torch.equal(theirs, ours[: len(theirs)])
-    taken = torch.cat(
+    read = torch.cat(
         [
             batch["input_ids"].flatten()
             for batch, _, _ in islice(
@@ -133,7 +133,7 @@ def test_pretraining_reads_texts_in_our_order(seed: int, trained: Path) -> None:
             )
         ]
     )
-    assert torch.equal(taken, theirs[: len(taken)])
+    assert torch.equal(read, theirs[: len(read)])
 
 
 def test_slow_steps_are_measured_more_than_once(trained: Path) -> None:
@@ -159,18 +159,18 @@ def test_it_trains(stage: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert math.isfinite(done["loss"])
     assert done["peak_rss_mb"] > 100
     start = load_file(trained / "pretrain" / "hf" / "model.safetensors")
-    own = dict(models[0].named_parameters())
+    parameters = dict(models[0].named_parameters())
     name = "model.layers.0.mlp.up_proj"
     if stage == "lora":
         assert torch.equal(
-            own[f"base_model.model.{name}.base_layer.weight"], start[f"{name}.weight"]
+            parameters[f"base_model.model.{name}.base_layer.weight"], start[f"{name}.weight"]
         )
-        assert own[f"base_model.model.{name}.lora_B.default.weight"].abs().max() > 0
-        trained_ones = [name for name, p in own.items() if p.requires_grad]
+        assert parameters[f"base_model.model.{name}.lora_B.default.weight"].abs().max() > 0
+        trained_ones = [name for name, p in parameters.items() if p.requires_grad]
         assert all("lora_" in name for name in trained_ones)
         assert len(trained_ones) == 2 * 7 * 2  # all linear layers of two decoder layers
     else:
-        assert not torch.equal(own[f"{name}.weight"], start[f"{name}.weight"])
+        assert not torch.equal(parameters[f"{name}.weight"], start[f"{name}.weight"])
 
 
 def test_fp16_takes_the_steps_of_fp32(trained: Path) -> None:

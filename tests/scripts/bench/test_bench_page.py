@@ -174,8 +174,8 @@ def test_time_to_loss(
     trained: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bench: Any
 ) -> None:
     tiny_runs.write_data(tmp_path)
-    given = str(tmp_path / "tokenizer")
-    tokens = 290 if trained else len(tokenizers.load(given))
+    tokenizer = str(tmp_path / "tokenizer")
+    tokens = 290 if trained else len(tokenizers.load(tokenizer))
     size = {"model": {"init_args": {"architecture": tiny_runs.ARCHITECTURE}}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(size))
     configs: list[dict[str, Any]] = []
@@ -199,7 +199,7 @@ def test_time_to_loss(
         "--val",
         str(tmp_path / "pretrain_val.jsonl"),
     ]
-    work = ["--vocabulary", "290"] if trained else ["--tokenizer", given]
+    work = ["--vocabulary", "290"] if trained else ["--tokenizer", tokenizer]
     work += ["--size", str(tmp_path / "tiny.yaml")]
     work += ["--seconds", "2", "--share", "4", "--baseline_lrs", "1e-2", "1e-3", "--decay", "0.25"]
     work += ["--tokens_per_batch", "128", "--max_length", "64", "--rows", "40", "--lr", "2e-2"]
@@ -216,7 +216,7 @@ def test_time_to_loss(
     assert report["times_sooner"] == pytest.approx(2.0 / report["seconds"])
     short, long = configs
     assert (short["trainer"]["max_steps"], short["data"]["init_args"]["val"]) == (10, None)
-    assert not any(made["model"]["init_args"]["compile_layers"] for made in configs)
+    assert not any(config["model"]["init_args"]["compile_layers"] for config in configs)
     steps = report["runs"]["minigpt"]["steps"]
     assert long["trainer"]["max_steps"] == steps
     optimizer = {"name": "muon", "lr": 0.02, "adamw_lr": 0.003}

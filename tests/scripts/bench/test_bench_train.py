@@ -98,7 +98,7 @@ def test_stages(
     assert report["versions"]["torch"]
 
 
-def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Workload:
+def work_of(trained: Path, size: Path, directory: Path, **changes: Any) -> train.Workload:
     args = {
         "stage": "pretrain",
         "data": str(trained / "pretrain.jsonl"),
@@ -112,7 +112,7 @@ def work_of(trained: Path, size: Path, place: Path, **changes: Any) -> train.Wor
         "optimizer": "adamw",
         "steps": 2,
     }
-    return train.prepare(Namespace(**{**args, "seconds": 1, **changes}), place)
+    return train.prepare(Namespace(**{**args, "seconds": 1, **changes}), directory)
 
 
 def test_a_tokenizer_is_trained_unless_given(trained: Path, size: Path, tmp_path: Path) -> None:
@@ -128,11 +128,11 @@ def test_more_than_the_model_reads_is_refused(trained: Path, size: Path, tmp_pat
 def test_a_gpu_is_asked_for_its_numbers_less_often(
     trained: Path, size: Path, tmp_path: Path
 ) -> None:
-    for device, steps, every in (("cpu", 10, 1), ("cuda", 9, 1), ("cuda", 10, 5)):
+    for device, steps, log_every in (("cpu", 10, 1), ("cuda", 9, 1), ("cuda", 10, 5)):
         work = work_of(trained, size, tmp_path, steps=steps)
         trainer = train.config(replace(work, device=device), "model", tmp_path, 0)["trainer"]
-        assert trainer["log_every_n_steps"] == every
-        assert trainer["min_steps"] // every >= 2  # lines, or there is no time between them
+        assert trainer["log_every_n_steps"] == log_every
+        assert trainer["min_steps"] // log_every >= 2  # lines, or there is no time between them
         assert trainer["accelerator"] == ("gpu" if device == "cuda" else "cpu")
 
 
@@ -258,10 +258,10 @@ def test_an_arm_that_fails_says_why() -> None:
 
 def test_the_peak_of_memory_is_a_process_own() -> None:
     """Not the one of the process that started it, which Linux hands down otherwise."""
-    held = bytearray(200_000_000)
+    memory = bytearray(200_000_000)
     code = "from minigpt.machine import peak_memory; print(peak_memory()['peak_rss_mb'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 5 < int(done.stdout) < 100 < len(held) / 1e6
+    assert 5 < int(done.stdout) < 100 < len(memory) / 1e6
 
 
 def test_a_slow_matmul_is_not_measured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

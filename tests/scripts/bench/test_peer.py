@@ -48,9 +48,9 @@ def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     results = dict(zip(sizes, json.loads(result.read_text()), strict=True))
-    for stage, whole in tokens.items():
+    for stage, total in tokens.items():
         assert results[stage]["steps"] == 3
-        assert results[stage]["tokens"] == 3 * whole, stage
+        assert results[stage]["tokens"] == 3 * total, stage
         assert results[stage]["seconds"] > 0
         assert results[stage]["peak_rss_mb"] > 100
 

@@ -72,12 +72,12 @@ def test_generation_is_deterministic_and_equals_the_committed_files(tmp_path: Pa
     script = ROOT / "scripts" / "make_sample_data.py"
     for _ in range(2):  # written again, a link does not change what it points to
         subprocess.run([sys.executable, str(script), "--output_dir", str(tmp_path)], check=True)
-    made = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.jsonl")}
-    assert set(made) == {p.relative_to(DATA) for p in DATA.rglob("*.jsonl")}
-    for name, path in made.items():
+    written = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.jsonl")}
+    assert set(written) == {p.relative_to(DATA) for p in DATA.rglob("*.jsonl")}
+    for name, path in written.items():
         assert (DATA / name).read_bytes() == path.read_bytes(), name
         assert (DATA / name).is_symlink() == path.is_symlink(), name
-    contents = [path.read_bytes() for path in made.values() if not path.is_symlink()]
+    contents = [path.read_bytes() for path in written.values() if not path.is_symlink()]
     assert len(set(contents)) == len(contents)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 import tiny
-from serving import HTML, SAID, Served, recite, running
+from serving import ANSWER, HTML, Served, recite, running
 
 from minigpt.infer.engine import Engine
 
@@ -20,7 +20,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
     tiny.tokenizer(root / "base", template=False)
     return {
         "base": Engine.load(root / "base"),
-        "sft": recite(root / "sft", SAID),
+        "sft": recite(root / "sft", ANSWER),
         "html": recite(root / "html", HTML),
     }
 

@@ -23,22 +23,21 @@ from minigpt.serve.app import create_app
 from minigpt.serve.network import Server
 from minigpt.serve.worker import Worker
 
-SAID = (
+ANSWER = (
     "你好，世界！🎉 A 👩‍🚀 says: 再见。"  # in the tiny tokenizer every character is several tokens
 )
 HTML = """<img src=x onerror="document.title='ran'"><script>document.title='ran'</script>"""
-ASKED = "the cat"
+QUESTION = "the cat"
 
 
-def recite(directory: Path, said: str) -> Engine:
-    """Teach a tiny model to answer `ASKED` with a text."""
+def recite(directory: Path, answer: str) -> Engine:
+    """Teach a tiny model to answer `QUESTION` with a text."""
     model = tiny.model("qwen3", max_position_embeddings=512)
     model.save_pretrained(directory)
     tiny.tokenizer(directory)
     engine = Engine.load(directory)
-    prompt = engine.encode([Message("user", ASKED)])
-    answer = engine.encode(said)
-    ids = torch.tensor([[*prompt, *answer, engine.tokenizer.eos_token_id]])
+    prompt = engine.encode([Message("user", QUESTION)])
+    ids = torch.tensor([[*prompt, *engine.encode(answer), engine.tokenizer.eos_token_id]])
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
     optimizer = torch.optim.AdamW(engine.model.parameters(), lr=0.01)

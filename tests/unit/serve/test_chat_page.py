@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from patience import eventually
 from playwright.sync_api import Browser, Locator, Page, Route, expect
-from serving import ASKED, HTML, SAID, Served
+from serving import ANSWER, HTML, QUESTION, Served
 
 from minigpt.infer.continuous_batch import ContinuousBatch
 
-LONG = ASKED + " on"  # nothing learnt by heart
+LONG = QUESTION + " on"  # nothing learnt by heart
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def reply(page: Page, name: str = "sft") -> Locator:
 
 
 def test_asking(opened: Page) -> None:
-    ask(opened, ASKED)
-    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    ask(opened, QUESTION)
+    expect(reply(opened).locator(".said")).to_have_text(ANSWER)
     expect(reply(opened)).to_contain_text(re.compile(r"\d+ tokens · [\d.]+ tokens/s"))
     expect(opened.get_by_role("status")).to_have_text("Answer finished.")
     expect(opened.get_by_label("Message")).to_have_value("")
@@ -106,14 +106,14 @@ def test_what_is_sent(opened: Page) -> None:
     }
     roles = [message["role"] for message in sent[1]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
-    said = opened.locator(".reply .said").first.evaluate("(node) => node.textContent")
-    assert sent[1]["messages"][2]["content"] == said
+    answer = opened.locator(".reply .said").first.evaluate("(node) => node.textContent")
+    assert sent[1]["messages"][2]["content"] == answer
 
 
 def test_several_models_side_by_side(opened: Page) -> None:
     choose(opened, "base", "sft", "html")
-    ask(opened, ASKED)
-    expect(reply(opened, "sft").locator(".said")).to_have_text(SAID)
+    ask(opened, QUESTION)
+    expect(reply(opened, "sft").locator(".said")).to_have_text(ANSWER)
     expect(reply(opened, "html").locator(".said")).to_have_text(HTML)
     expect(reply(opened, "base")).to_contain_text("continues text")
     boxes = [reply(opened, name).bounding_box() for name in ("base", "sft", "html")]
@@ -123,7 +123,7 @@ def test_several_models_side_by_side(opened: Page) -> None:
 
 def test_what_a_model_says_is_never_run(opened: Page) -> None:
     choose(opened, "html")
-    ask(opened, ASKED)
+    ask(opened, QUESTION)
     expect(reply(opened, "html").locator(".said")).to_have_text(HTML)
     ask(opened, HTML)
     expect(opened.locator(".asked .said").last).to_have_text(HTML)
@@ -172,14 +172,14 @@ def test_stop(opened: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_regenerate_and_edit(opened: Page) -> None:
-    ask(opened, ASKED)
-    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    ask(opened, QUESTION)
+    expect(reply(opened).locator(".said")).to_have_text(ANSWER)
     ask(opened, "more")
     finished(opened)
     expect(opened.get_by_role("button", name="Regenerate")).to_have_count(1)  # of the last turn
     opened.get_by_role("button", name="Edit").first.click()
     box = opened.get_by_label("Edit message")
-    expect(box).to_have_value(ASKED)
+    expect(box).to_have_value(QUESTION)
     expect(box).to_be_focused()
     opened.keyboard.press("Escape")
     expect(opened.locator(".turn")).to_have_count(2)
@@ -190,19 +190,19 @@ def test_regenerate_and_edit(opened: Page) -> None:
     expect(opened.locator(".asked .said")).to_have_text("another")
     expect(opened.get_by_role("button", name="Regenerate")).to_be_visible()
     opened.get_by_role("button", name="Edit").click()
-    box.fill(ASKED)
+    box.fill(QUESTION)
     opened.keyboard.press("Enter")
-    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    expect(reply(opened).locator(".said")).to_have_text(ANSWER)
     with opened.expect_response("**/v1/chat/completions"):
         opened.get_by_role("button", name="Regenerate").click()
-    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    expect(reply(opened).locator(".said")).to_have_text(ANSWER)
     opened.get_by_role("button", name="New chat").click()
     expect(opened.locator(".turn")).to_have_count(0)
     expect(opened.get_by_text("What would you like to ask?")).to_be_visible()
 
 
 def test_an_edit_without_a_model_takes_nothing_back(opened: Page) -> None:
-    for text in (ASKED, "more"):
+    for text in (QUESTION, "more"):
         ask(opened, text)
         finished(opened)
     opened.get_by_role("button", name="Edit").first.click()
@@ -221,11 +221,11 @@ def test_copy(opened: Page, clipboard: bool) -> None:
     opened.evaluate("window.kept = navigator.clipboard")
     if not clipboard:
         opened.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    ask(opened, ASKED)
-    expect(reply(opened).locator(".said")).to_have_text(SAID)
+    ask(opened, QUESTION)
+    expect(reply(opened).locator(".said")).to_have_text(ANSWER)
     reply(opened).get_by_role("button", name="Copy").click()
     expect(opened.get_by_role("status")).to_have_text("Copied")
-    assert opened.evaluate("window.kept.readText()") == SAID
+    assert opened.evaluate("window.kept.readText()") == ANSWER
 
 
 def test_enter_of_an_input_method_sends_nothing(opened: Page) -> None:
@@ -264,7 +264,7 @@ def test_narrow_screen(browser: Browser, served: Served) -> None:
     page = context.new_page()
     page.goto(served.url)
     choose(page, "sft", "html")
-    ask(page, ASKED)
+    ask(page, QUESTION)
     expect(page.get_by_role("button", name="Regenerate")).to_have_count(2)
     page.get_by_role("button", name="Settings").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

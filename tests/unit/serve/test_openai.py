@@ -9,17 +9,17 @@ from typing import Any
 import openai
 import pytest
 import tiny
-from serving import ASKED, SAID, Served
+from serving import ANSWER, QUESTION, Served
 
 from minigpt.data.formats import Message
 from minigpt.infer.continuous_batch import ContinuousBatch
 
 CHAT: dict[str, Any] = {
     "model": "sft",
-    "messages": [{"role": "user", "content": ASKED}],
+    "messages": [{"role": "user", "content": QUESTION}],
     "temperature": 0,
 }
-TEXT: dict[str, Any] = {"model": "base", "prompt": ASKED, "max_tokens": 12, "temperature": 1.0}
+TEXT: dict[str, Any] = {"model": "base", "prompt": QUESTION, "max_tokens": 12, "temperature": 1.0}
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -35,14 +35,14 @@ def test_models(client: openai.OpenAI) -> None:
 def test_chat(client: openai.OpenAI, served: Served) -> None:
     reply = client.chat.completions.create(**CHAT)
     (choice,) = reply.choices
-    assert (choice.message.role, choice.message.content) == ("assistant", SAID)
+    assert (choice.message.role, choice.message.content) == ("assistant", ANSWER)
     assert (choice.finish_reason, choice.logprobs) == ("stop", None)
     assert (reply.object, reply.model) == ("chat.completion", "sft")
     assert reply.id.startswith("chatcmpl-")
     assert reply.usage is not None
-    said = served.worker.engines["sft"].encode(SAID)
-    assert reply.usage.completion_tokens == len(said)
-    assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(said)
+    expected = served.worker.engines["sft"].encode(ANSWER)
+    assert reply.usage.completion_tokens == len(expected)
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(expected)
 
 
 def test_stream(client: openai.OpenAI) -> None:
@@ -50,18 +50,18 @@ def test_stream(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(**CHAT, stream=True, stream_options=options))
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
-    *told, last = chunks
-    parts = [chunk.choices[0].delta.content or "" for chunk in told]
-    assert "".join(parts) == SAID
-    assert all(part in SAID for part in parts)  # no half characters
-    assert len(parts) > 15
-    assert [chunk.choices[0].delta.role for chunk in told] == ["assistant"] + [None] * (
-        len(told) - 1
+    *deltas, last = chunks
+    texts = [chunk.choices[0].delta.content or "" for chunk in deltas]
+    assert "".join(texts) == ANSWER
+    assert all(part in ANSWER for part in texts)  # no half characters
+    assert len(texts) > 15
+    assert [chunk.choices[0].delta.role for chunk in deltas] == ["assistant"] + [None] * (
+        len(deltas) - 1
     )
-    assert [c.choices[0].finish_reason for c in told] == [None] * (len(told) - 1) + ["stop"]
-    assert {chunk.usage for chunk in told} == {None}
-    whole = client.chat.completions.create(**CHAT)
-    assert (last.choices, last.usage) == ([], whole.usage)
+    assert [c.choices[0].finish_reason for c in deltas] == [None] * (len(deltas) - 1) + ["stop"]
+    assert {chunk.usage for chunk in deltas} == {None}
+    complete = client.chat.completions.create(**CHAT)
+    assert (last.choices, last.usage) == ([], complete.usage)
 
 
 def test_stream_ends_with_done(served: Served) -> None:
@@ -85,12 +85,12 @@ def test_text(client: openai.OpenAI, served: Served) -> None:
 
 
 def test_prompts_of_every_form(client: openai.OpenAI, served: Served) -> None:
-    ids = served.worker.engines["base"].encode(ASKED)
-    asked = TEXT | {"temperature": 0}
-    (alone,) = client.completions.create(**asked).choices
-    for prompt, count in ((ids, 1), ([ASKED, ASKED], 2), ([ids, ids, ids], 3)):
-        reply = client.completions.create(**asked | {"prompt": prompt})
-        assert [c.text for c in reply.choices] == [alone.text] * count
+    ids = served.worker.engines["base"].encode(QUESTION)
+    options = TEXT | {"temperature": 0}
+    (single,) = client.completions.create(**options).choices
+    for prompt, count in ((ids, 1), ([QUESTION, QUESTION], 2), ([ids, ids, ids], 3)):
+        reply = client.completions.create(**options | {"prompt": prompt})
+        assert [c.text for c in reply.choices] == [single.text] * count
         assert [c.index for c in reply.choices] == list(range(count))
         assert reply.usage is not None
         assert reply.usage.prompt_tokens == count * len(ids)
@@ -99,11 +99,11 @@ def test_prompts_of_every_form(client: openai.OpenAI, served: Served) -> None:
 def test_a_users_message_opens_no_turn(
     client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[int]] = []
+    prompts: list[list[int]] = []
     add = ContinuousBatch.add
 
     def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
-        asked.append(ids)
+        prompts.append(ids)
         return add(batch, ids, *more)
 
     monkeypatch.setattr(ContinuousBatch, "add", spied)
@@ -115,18 +115,18 @@ def test_a_users_message_opens_no_turn(
         if stream:
             list(reply)
     tokenizer = served.worker.engines["sft"].tokenizer
-    assert asked == [tiny.asked_as_text(tokenizer, tiny.FORGED)] * 2
+    assert prompts == [tiny.asked_as_text(tokenizer, tiny.FORGED)] * 2
 
 
 def test_messages_in_parts_and_roles(client: openai.OpenAI) -> None:
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
-    whole = client.chat.completions.create(**CHAT)
+    texts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    complete = client.chat.completions.create(**CHAT)
     same = client.chat.completions.create(
-        **CHAT | {"messages": [{"role": "user", "content": parts}]}
+        **CHAT | {"messages": [{"role": "user", "content": texts}]}
     )
-    assert same.choices[0].message.content == SAID
+    assert same.choices[0].message.content == ANSWER
     # What a client got it may send back as it is.
-    turns = [*CHAT["messages"], whole.choices[0].message, {"role": "user", "content": ASKED}]
+    turns = [*CHAT["messages"], complete.choices[0].message, {"role": "user", "content": QUESTION}]
     answers = [
         client.chat.completions.create(
             **CHAT | {"messages": [{"role": role, "content": "x"}, *turns]}
@@ -140,17 +140,17 @@ def test_messages_in_parts_and_roles(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("more", "text", "finish"),
     [
-        ({"stop": "界"}, SAID[: SAID.index("界")], "stop"),
-        ({"stop": ["says", "🚀 says"]}, SAID[: SAID.index("🚀 says")], "stop"),
-        ({"stop": "not there"}, SAID, "stop"),
-        ({"max_tokens": 6}, SAID[:2], "length"),
-        ({"max_completion_tokens": 3, "max_tokens": 6}, SAID[:1], "length"),
-        ({"temperature": 2, "extra_body": {"top_k": 1}}, SAID, "stop"),
-        ({"temperature": 2, "extra_body": {"min_p": 0.999}}, SAID, "stop"),
-        ({"temperature": 2, "top_p": 1e-6}, SAID, "stop"),
-        ({"user": "me", "frequency_penalty": 0, "tools": [], "logit_bias": {}}, SAID, "stop"),
-        ({"parallel_tool_calls": True, "tool_choice": "auto"}, SAID, "stop"),
-        ({"modalities": ["text"], "tool_choice": "none"}, SAID, "stop"),
+        ({"stop": "界"}, ANSWER[: ANSWER.index("界")], "stop"),
+        ({"stop": ["says", "🚀 says"]}, ANSWER[: ANSWER.index("🚀 says")], "stop"),
+        ({"stop": "not there"}, ANSWER, "stop"),
+        ({"max_tokens": 6}, ANSWER[:2], "length"),
+        ({"max_completion_tokens": 3, "max_tokens": 6}, ANSWER[:1], "length"),
+        ({"temperature": 2, "extra_body": {"top_k": 1}}, ANSWER, "stop"),
+        ({"temperature": 2, "extra_body": {"min_p": 0.999}}, ANSWER, "stop"),
+        ({"temperature": 2, "top_p": 1e-6}, ANSWER, "stop"),
+        ({"user": "me", "frequency_penalty": 0, "tools": [], "logit_bias": {}}, ANSWER, "stop"),
+        ({"parallel_tool_calls": True, "tool_choice": "auto"}, ANSWER, "stop"),
+        ({"modalities": ["text"], "tool_choice": "none"}, ANSWER, "stop"),
     ],
 )
 def test_options(client: openai.OpenAI, more: dict[str, Any], text: str, finish: str) -> None:
@@ -162,97 +162,100 @@ def test_options(client: openai.OpenAI, more: dict[str, Any], text: str, finish:
 
 
 def test_repetition_penalty_changes_the_answer(client: openai.OpenAI) -> None:
-    asked = TEXT | {"temperature": 0, "max_tokens": 40}
-    plain = client.completions.create(**asked)
-    other = client.completions.create(**asked, extra_body={"repetition_penalty": 3.0})
+    options = TEXT | {"temperature": 0, "max_tokens": 40}
+    plain = client.completions.create(**options)
+    other = client.completions.create(**options, extra_body={"repetition_penalty": 3.0})
     assert plain.choices[0].text != other.choices[0].text
 
 
 def test_seeds_and_choices(client: openai.OpenAI) -> None:
-    def said(**more: Any) -> list[str]:
+    def texts(**more: Any) -> list[str]:
         return [choice.text for choice in client.completions.create(**TEXT | more).choices]
 
-    assert said(seed=5) == said(seed=5) != said(seed=6)
-    assert said() != said()
-    three = said(seed=5, n=3)
-    assert three[:1] == said(seed=5)
+    assert texts(seed=5) == texts(seed=5) != texts(seed=6)
+    assert texts() != texts()
+    three = texts(seed=5, n=3)
+    assert three[:1] == texts(seed=5)
     assert len(set(three)) == 3
     chunks = list(client.completions.create(**TEXT | {"seed": 5, "n": 3}, stream=True))
     for index in range(3):
-        parts = [c.choices[0].text for c in chunks if c.choices[0].index == index]
-        assert "".join(parts) == three[index]
+        pieces = [c.choices[0].text for c in chunks if c.choices[0].index == index]
+        assert "".join(pieces) == three[index]
 
 
 def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
-    def told(choices: list[Any]) -> list[Any]:
+    def logprobs(choices: list[Any]) -> list[Any]:
         return [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
 
-    asked = CHAT | {"logprobs": True, "top_logprobs": 2, "max_tokens": 7}
-    tokens = told(client.chat.completions.create(**asked).choices)
+    options = CHAT | {"logprobs": True, "top_logprobs": 2, "max_tokens": 7}
+    tokens = logprobs(client.chat.completions.create(**options).choices)
     assert len(tokens) == 7
-    assert bytes(b for token in tokens for b in token.bytes[:]).decode(errors="ignore") == SAID[:2]
+    content = bytes(b for token in tokens for b in token.bytes)
+    assert content.decode(errors="ignore") == ANSWER[:2]
     for token in tokens:
         likeliest, second = token.top_logprobs
         assert token.logprob == likeliest.logprob >= second.logprob
         assert likeliest.bytes in (None, token.bytes)
-    chunks = list(client.chat.completions.create(**asked, stream=True))
-    assert told([chunk.choices[0] for chunk in chunks]) == tokens
-    alone = told(client.chat.completions.create(**asked | {"top_logprobs": 0}).choices)
-    assert [token.logprob for token in alone] == [token.logprob for token in tokens]
-    assert {len(token.top_logprobs) for token in alone} == {0}
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert logprobs([chunk.choices[0] for chunk in chunks]) == tokens
+    single = logprobs(client.chat.completions.create(**options | {"top_logprobs": 0}).choices)
+    assert [token.logprob for token in single] == [token.logprob for token in tokens]
+    assert {len(token.top_logprobs) for token in single} == {0}
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_logprobs_of_a_text(client: openai.OpenAI, held: bool) -> None:
-    asked = TEXT | {"logprobs": 3, "seed": 2}
-    if held:  # the first characters, as they may become a stop text
-        asked["stop"] = client.completions.create(**asked).choices[0].text[:8] + "~~"
-    told = client.completions.create(**asked).choices[0].logprobs
-    assert told is not None
-    assert told.tokens is not None
-    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(12)]
-    assert all(logprob <= 0 for logprob in told.token_logprobs or [])
-    assert all(1 <= len(top) <= 3 for top in told.top_logprobs or [])
-    chunks = list(client.completions.create(**asked, stream=True))
+@pytest.mark.parametrize("held_back", [False, True])
+def test_logprobs_of_a_text(client: openai.OpenAI, held_back: bool) -> None:
+    options = TEXT | {"logprobs": 3, "seed": 2}
+    if held_back:  # the first characters, as they may become a stop text
+        options["stop"] = client.completions.create(**options).choices[0].text[:8] + "~~"
+    reply = client.completions.create(**options).choices[0].logprobs
+    assert reply is not None
+    assert reply.tokens is not None
+    assert reply.text_offset == [len("".join(reply.tokens[:i])) for i in range(12)]
+    assert all(logprob <= 0 for logprob in reply.token_logprobs or [])
+    assert all(1 <= len(top) <= 3 for top in reply.top_logprobs or [])
+    chunks = list(client.completions.create(**options, stream=True))
     streamed = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
-    for field, values in told:
+    for field, values in reply:
         assert [v for part in streamed for v in getattr(part, field)] == values
 
 
 @pytest.mark.parametrize("stop", ["你", "界", "says", "s: 再", "not there"])
 def test_logprobs_end_with_the_text(client: openai.OpenAI, stop: str) -> None:
-    def told(choices: list[Any]) -> list[Any]:
+    def logprobs(choices: list[Any]) -> list[Any]:
         return [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
 
-    asked = CHAT | {"logprobs": True, "stop": stop}
-    reply = client.chat.completions.create(**asked)
+    options = CHAT | {"logprobs": True, "stop": stop}
+    reply = client.chat.completions.create(**options)
     tokens = reply.choices[0].logprobs.content
-    assert bytes(b for token in tokens for b in token.bytes).decode() == SAID.partition(stop)[0]
+    assert bytes(b for token in tokens for b in token.bytes).decode() == ANSWER.partition(stop)[0]
     assert reply.usage is not None
-    held = reply.usage.completion_tokens - len(tokens)
-    assert held == 0 if stop == "not there" else held >= 2
-    chunks = list(client.chat.completions.create(**asked, stream=True))
-    assert told([chunk.choices[0] for chunk in chunks]) == tokens
+    left_out = reply.usage.completion_tokens - len(tokens)
+    assert left_out == 0 if stop == "not there" else left_out >= 2
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert logprobs([chunk.choices[0] for chunk in chunks]) == tokens
     shown = spoken = b""
     for chunk in chunks:
         shown += (chunk.choices[0].delta.content or "").encode()
-        spoken += bytes(b for token in told(chunk.choices) for b in token.bytes)
+        spoken += bytes(b for token in logprobs(chunk.choices) for b in token.bytes)
         assert spoken.startswith(shown)
 
 
 @pytest.mark.parametrize("stop", ["你", "A", "s: 再"])
 def test_logprobs_of_a_text_end_with_it(client: openai.OpenAI, served: Served, stop: str) -> None:
-    engine, said = served.worker.engines["sft"], SAID.partition(stop)[0]
-    prompt, cut = engine.encode([Message("user", ASKED)]), len(engine.encode(said)) if said else 0
-    asked = CHAT | {"prompt": prompt, "logprobs": 1, "max_tokens": 100}
-    del asked["messages"]
-    whole = client.completions.create(**asked).choices[0].logprobs
-    (choice,) = client.completions.create(**asked, stop=stop).choices
-    chunks = list(client.completions.create(**asked, stop=stop, stream=True))
+    engine = served.worker.engines["sft"]
+    text = ANSWER.partition(stop)[0]
+    prompt = engine.encode([Message("user", QUESTION)])
+    cut = len(engine.encode(text)) if text else 0
+    options = CHAT | {"prompt": prompt, "logprobs": 1, "max_tokens": 100}
+    del options["messages"]
+    complete = client.completions.create(**options).choices[0].logprobs
+    (choice,) = client.completions.create(**options, stop=stop).choices
+    chunks = list(client.completions.create(**options, stop=stop, stream=True))
     streamed = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
-    assert choice.text == said
-    assert whole is not None
-    for field, values in whole:
+    assert choice.text == text
+    assert complete is not None
+    for field, values in complete:
         assert getattr(choice.logprobs, field) == values[:cut]
         assert [v for part in streamed for v in getattr(part, field)] == values[:cut]
 
@@ -273,9 +276,9 @@ async def gathered(served: Served, bodies: list[dict[str, Any]]) -> list[str]:
 
 
 def test_parallel_streams_say_what_each_says_alone(served: Served, client: openai.OpenAI) -> None:
-    prompts = [ASKED * (1 + seed % 5) for seed in range(64)]
+    prompts = [QUESTION * (1 + seed % 5) for seed in range(64)]
     bodies = [TEXT | {"seed": seed, "prompt": prompts[seed]} for seed in range(64)]
     together = asyncio.run(gathered(served, bodies))
-    alone = [client.completions.create(**body).choices[0].text for body in bodies]
-    assert together == alone
+    single = [client.completions.create(**body).choices[0].text for body in bodies]
+    assert together == single
     assert len(set(together)) == 64

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import eventually
 from prometheus_client.parser import text_string_to_metric_families
-from serving import ASKED, SAID, Served, running
+from serving import ANSWER, QUESTION, Served, running
 
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
@@ -26,12 +26,12 @@ from minigpt.serve import network
 
 CHAT: dict[str, Any] = {
     "model": "sft",
-    "messages": [{"role": "user", "content": ASKED}],
+    "messages": [{"role": "user", "content": QUESTION}],
     "temperature": 0,
 }
 LONG: dict[str, Any] = {
     "model": "base",
-    "prompt": ASKED,
+    "prompt": QUESTION,
     "max_tokens": 4000,
     "temperature": 0,
     "stream": True,
@@ -47,7 +47,7 @@ def _server_is_well(request: pytest.FixtureRequest) -> Iterator[None]:
         served: Served = request.getfixturevalue("served")
         eventually(lambda: not served.worker.completions)
         answer = served.post(CHATS, json=CHAT).json()
-        assert answer["choices"][0]["message"]["content"] == SAID
+        assert answer["choices"][0]["message"]["content"] == ANSWER
         assert all(batch.idle for batch in served.worker.batches.values())
 
 
@@ -105,8 +105,8 @@ def test_what_is_refused(
     param: str | None,
     words: str,
 ) -> None:
-    usual = CHAT if path == CHATS else {"model": "base"} if path == TEXTS else {}
-    answer = served.post(path, content=json.dumps(usual | more), headers=JSON)
+    default = CHAT if path == CHATS else {"model": "base"} if path == TEXTS else {}
+    answer = served.post(path, content=json.dumps(default | more), headers=JSON)
     assert answer.status_code == status
     error = error_of(answer)
     assert (error["code"], error["param"]) == (code, param)
@@ -253,9 +253,11 @@ def test_slow_reader_holds_up_nobody(
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         eventually(lambda: served.worker.load("base") == 4)
         answer = served.post(CHATS, json=CHAT).json()  # while the other does not read
-        assert answer["choices"][0]["message"]["content"] == SAID
-        mine = connection.getsockname()
-        eventually(lambda: mine not in [at.client for at in served.server.server_state.connections])
+        assert answer["choices"][0]["message"]["content"] == ANSWER
+        address = connection.getsockname()
+        eventually(
+            lambda: address not in [at.client for at in served.server.server_state.connections]
+        )
         assert served.worker.load("base") == 0
         received = b""
         with contextlib.suppress(ConnectionResetError):
@@ -275,8 +277,8 @@ def test_body_limit(engines: dict[str, Engine]) -> None:
 
 def test_key(engines: dict[str, Engine]) -> None:
     with running(engines, key="sesame ä") as served:
-        for given_key in (None, "Bearer", "Bearer wrong", "Basic sesame", "Bearer \xff"):
-            headers = {} if given_key is None else {"authorization": given_key.encode("latin-1")}
+        for key_header in (None, "Bearer", "Bearer wrong", "Basic sesame", "Bearer \xff"):
+            headers = {} if key_header is None else {"authorization": key_header.encode("latin-1")}
             for path in ("/v1/models", "/metrics", "/openapi.json"):
                 answer = served.get(path, headers=headers)
                 assert answer.status_code == 401
