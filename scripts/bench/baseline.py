@@ -71,16 +71,20 @@ class LoopConfig:
 def samples(store: TokenStore, order: Iterable[int]) -> Iterator[tuple[Row, ...]]:
     """Yield a text or chat as one row, a preference as two: prompt + chosen, prompt + rejected."""
     for index in order:
-        start, _, *lengths = store.samples[index].tolist()
-        prompt, first, second = lengths
-        ids = store.tokens[start : start + sum(lengths)].tolist()
-        mask = store.targets[start : start + len(ids)] if store.targets is not None else None
-        labels = [i if mask is None or mask[n] else IGNORED for n, i in enumerate(ids)]
-        ignored = [IGNORED] * prompt
-        border = prompt + first
-        rows = [(ids[:border], ignored + labels[prompt:border])]
-        if second:
-            rows.append((ids[:prompt] + ids[border:], ignored + labels[border:]))
+        sample = store.sample(index)
+        ids = sample.ids.tolist()
+        labels = list(ids)
+        if sample.targets is not None:
+            labels = [
+                i if target else IGNORED for i, target in zip(ids, sample.targets, strict=True)
+            ]
+        prompt = ids[: sample.prompt]
+        rows = []
+        start = sample.prompt
+        for length in sample.answers:
+            end = start + length
+            rows.append((prompt + ids[start:end], [IGNORED] * len(prompt) + labels[start:end]))
+            start = end
         yield tuple(rows)
 
 
