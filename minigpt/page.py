@@ -30,7 +30,7 @@ h3 { font-size: 1.05rem; } figcaption { font-weight: 600; font-size: .95rem; }
 p.soft, small, .legend { color: var(--soft); } a { color: var(--c0); }
 .charts { display: grid; gap: 1rem; margin: 1rem 0; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
-figure, details, .tile { margin: 0; padding: .8rem 1rem; background: var(--card);
+figure, details { margin: 0; padding: .8rem 1rem; background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; } details { margin: .6rem 0; }
 summary { cursor: pointer; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
@@ -53,8 +53,6 @@ th, td { padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); } th { color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { overflow-x: auto; font: .82rem/1.45 ui-monospace, monospace; white-space: pre-wrap; }
-blockquote { margin: .2rem 0 1rem; padding-left: .8rem; border-left: 3px solid var(--line);
-  white-space: pre-wrap; }
 """
 
 
@@ -65,7 +63,7 @@ class Html(str):
 
 
 def escape(text: object) -> Html:
-    """Return a value as text of a page; `Html` stays what it is."""
+    """Return a value as text of a page; `Html` is not escaped again."""
     return text if isinstance(text, Html) else Html(html.escape(number(text)))
 
 

@@ -167,7 +167,7 @@ def load(config: LoopConfig) -> nn.Module:
 
 
 def train(config: LoopConfig) -> dict[str, float]:
-    """Train until the steps or the seconds are over; return what it took."""
+    """Train until the steps or the seconds are over; return its figures."""
     model = load(config)
     reference = copy.deepcopy(model).eval() if config.stage == "dpo" else None
     parameters = [p for p in model.parameters() if p.requires_grad]

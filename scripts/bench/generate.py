@@ -183,7 +183,7 @@ def load(args: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def bytes_only() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are the bytes: a model without training says no words.
+    """Return a tokenizer whose tokens are the bytes: an untrained model needs no words.
 
     One merge, of letters that no prompt holds, is there for llama.cpp, which loads none without.
     """

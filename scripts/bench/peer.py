@@ -71,7 +71,7 @@ def rows(config: LoopConfig, store: TokenStore) -> Dataset:
 
 
 def train(config: LoopConfig) -> dict[str, float]:
-    """Train until the steps or the seconds are over; return what it took."""
+    """Train until the steps or the seconds are over; return its figures."""
     clock = Clock(config)
     kind, options = (DPOTrainer, DPOConfig) if config.stage == "dpo" else (SFTTrainer, SFTConfig)
 

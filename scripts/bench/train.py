@@ -281,7 +281,7 @@ def our_start(work: Workload) -> Result:
 
 
 def fit(work: Workload, options: Result) -> Result:
-    """Run `minigpt fit`; return what it took, and its speed after the first step."""
+    """Run `minigpt fit`; return its times, and its speed after the first step."""
     file = work.directory / "fit.yaml"
     file.write_text(json.dumps(options))  # JSON is YAML
     started = spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")

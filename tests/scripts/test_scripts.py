@@ -47,7 +47,13 @@ def stage(model: str | None, out: str, data: str, *sizes: float, **more: Any) ->
 
 DEFAULTS = {
     "pretrain": stage(
-        *(None, "pretrain", "pretrain.jsonl", 2, 16, 5, 5e-4),
+        None,
+        "pretrain",
+        "pretrain.jsonl",
+        2,
+        16,
+        5,
+        5e-4,
         tokenizer_path=str(ROOT / "mini_tokenizer"),
         weight_decay=0.01,
         warmup_ratio=0.1,
@@ -56,7 +62,13 @@ DEFAULTS = {
     "train_sft": stage("pretrain", "sft", "mini/sft.jsonl", 4, 8, 3, 1e-5),
     "train_dpo": stage("sft", "dpo", "dpo.jsonl", 2, 16, 3, 5e-6, max_prompt_length=256, beta=0.1),
     "train_lora": stage(
-        *("sft", "lora", "lora_medical.jsonl", 4, 8, 3, 1e-4),
+        "sft",
+        "lora",
+        "lora_medical.jsonl",
+        4,
+        8,
+        3,
+        1e-4,
         lora_r=8,
         lora_alpha=32,
         lora_dropout=0.1,

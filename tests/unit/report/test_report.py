@@ -95,7 +95,12 @@ def test_scores_are_shown_with_the_runs(runs: Path, minigpt: Minigpt, tmp_path: 
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "{", "[]", "{}", '{"models": {"a": 1}}', '{"models": {"a": {"b": {"c": 1}}}}'),
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"models": {"a": 1}}',
+        '{"models": {"a": {"b": {"c": 1}}}}',
         '{"models": {"a": {"b": {"c": {"value": "x"}}}}}',
         '{"models": {"a": {"b": {"c": {}}}}}',
     ],
