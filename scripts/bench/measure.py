@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -35,6 +36,8 @@ HALVES = {"bf16-mixed": "bf16", "16-mixed": "fp16"}  # what is multiplied in hal
 
 def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
     """Run a benchmark as a verb is run: errors in one paragraph; return the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("minigpt").setLevel(logging.INFO)
     try:
         with ended_whole():
             main(sys.argv[1:] if arguments is None else arguments)
