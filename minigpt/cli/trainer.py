@@ -9,37 +9,47 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
-import minigpt.stages  # noqa: F401  (makes the short class names known)
+import minigpt.stages  # noqa: F401  (registers the short class names)
 from minigpt.cli.parser import OptionError, Parser, check_configs, explained
+from minigpt.cli.settings import (
+    check_numbers,
+    check_weights,
+    choose_precision,
+    is_first_process,
+    join_launcher,
+)
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
-from minigpt.model.optimizer import fast_bf16
+from minigpt.lightning_internals import FitLoop, VerbCLI, observe_children
 from minigpt.model.parallel import FSDP2, check_strategy, sharding
-from minigpt.runs.checkpoints import Checkpoints, WholeCheckpointIO, newest_checkpoint, verify
+from minigpt.runs.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint, verify
+from minigpt.runs.claim import claim, leftovers, locked
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
 from minigpt.runs.progress import StepProgress, Throughput
-from minigpt.runs.results import MakeRoom, PredictionWriter, RunRecorder, SampleText
-from minigpt.runs.resume import FitLoop, SameRun
-from minigpt.runs.stopping import (
-    RunStatus,
-    Stopping,
-    locked,
-    observe,
-    own_words,
-    signals_given_back,
+from minigpt.runs.results import (
+    Hyperparameter,
+    PredictionWriter,
+    RemoveStaleRun,
+    RunRecorder,
+    SampleText,
 )
+from minigpt.runs.resume import ExactResume
+from minigpt.runs.status import RunStatus, as_user_error
+from minigpt.runs.stopping import Stopping, restored_signals
 from minigpt.stages.base import BaseModule
 
 log = logging.getLogger("minigpt")
@@ -80,15 +90,15 @@ class SaveConfig(SaveConfigCallback):
     For `fit` only: testing a run does not change what made it.
     """
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing: the run may still be refused, and the directory hold another's config."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save it."""
         super().setup(trainer, pl_module, "fit")
 
 
-class MiniGPTCLI(LightningCLI):
+class MiniGPTCLI(VerbCLI):
     """The verbs that need a Trainer.
 
     Args:
@@ -141,42 +151,46 @@ class MiniGPTCLI(LightningCLI):
         """Add the run directory and what happens in it."""
         parser.add_argument("--run_dir", type=str, default="outputs/run", help="Where the run is.")
         parser.add_argument(
-            *("--overwrite",), type=bool, default=False, help="Start over in a used run directory."
+            "--overwrite", type=bool, default=False, help="Start over in a used run directory."
         )
         parser.add_argument(
-            *("--predictions",), type=str | None, default=None, help="Where predict writes."
+            "--predictions", type=str | None, default=None, help="Where predict writes."
         )
         parser.add_argument(
-            *("--allow_changes",),
+            "--allow_changes",
             type=bool,
             default=False,
             help="Go on from a checkpoint with other data, tokenizer or base.",
         )
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
 
-    def _parse_ckpt_path(self) -> None:
-        """Keep the config as it is: Lightning would put a checkpoint's old values over it."""
+    @property
+    def options(self) -> Namespace:
+        """The options of the verb."""
+        options = self.config[self.verb]
+        assert isinstance(options, Namespace)
+        return options
 
     @property
     def run_dir(self) -> Path:
         """The run directory."""
-        return Path(self._get(self.config, "run_dir"))
+        return Path(self.options.run_dir)
 
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the run directory and the hardware."""
-        config = self.config[self.verb]
+        config = self.options
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
             if first := is_first_process():
-                self.held.enter_context(locked(self.run_dir))
+                self.until_end.enter_context(locked(self.run_dir))
             self.status = RunStatus(self.run_dir, first)
-            observe(self.status, self.held)
+            observe_children(self.status.after_loss, self.until_end)
             check_numbers(config)
             check_weights(config.trainer.precision)
         self._settle_start(config)
         config.weights_only = True  # no checkpoint may run code
         if self.verb in ("validate", "test"):
-            config.verbose = False  # the results are told in our own lines
+            config.verbose = False  # our own lines show the results
         config.trainer.precision = choose_precision(
             config.trainer.precision, config.trainer.accelerator, config.trainer.strategy
         )
@@ -186,7 +200,7 @@ class MiniGPTCLI(LightningCLI):
         if "TORCHELASTIC_RUN_ID" in os.environ and config.trainer.devices == "auto":
             join_launcher(config.trainer)
 
-    def _settle_start(self, config: Any) -> None:
+    def _settle_start(self, config: Namespace) -> None:
         if config.get("ckpt_path") == "auto":
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
@@ -198,66 +212,67 @@ class MiniGPTCLI(LightningCLI):
         elif self.verb == "fit" and is_first_process():
             self.stale = claim(self.run_dir, config.overwrite)
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb, ready for signals: data is prepared before any callback is asked."""
+    def before_verb(self) -> None:
+        """Handle signals from here on: data is prepared before any callback is called."""
         if self.verb == "fit":
             self.stopping.install()
-        super()._run_subcommand(subcommand)
 
     @contextmanager
     def _ended_in_order(self) -> Iterator[None]:
-        """Hold what a `fit` takes until its end, and note in its run directory how it ended."""
-        with signals_given_back(), ExitStack() as self.held:
+        """Release what a `fit` takes at its end, and note in its run directory how it ended."""
+        with restored_signals(), ExitStack() as self.until_end:
             try:
                 yield
             except BaseException as error:
                 if self.status is None:
                     raise
-                own = own_words(error, self.run_dir)
-                if not isinstance(own, RunExistsError):  # what is there stays as it is
-                    self.status.end(own)
-                if own is error:
+                user_error = as_user_error(error, self.run_dir)
+                if not isinstance(user_error, RunExistsError):  # what is there stays as it is
+                    self.status.end(user_error)
+                if user_error is error:
                     raise
-                raise own from error
+                raise user_error from error
 
     def instantiate_classes(self) -> None:
-        """Build the stage; what its classes refuse is told in their own words."""
+        """Build the stage; what its classes refuse keeps their message."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            own = next((e for e in chain(error) if isinstance(e, MiniGPTError)), None)
-            if own is None:
+            ours = next((e for e in chain(error) if isinstance(e, MiniGPTError)), None)
+            if ours is None:
                 raise
-            raise own from error
+            raise ours from error
 
     def after_instantiate_classes(self) -> None:
         """Let validate, test and predict use the run's own model."""
-        if self.verb == "fit" or self._get(self.config, "ckpt_path"):
+        if self.verb == "fit" or self.options.get("ckpt_path"):
             return
         if not (self.run_dir / "hf").is_dir():
             raise ModelError(
                 f"There is no trained model in {self.run_dir}. Train it with: minigpt fit "
                 "--config CONFIG, or name another run with --run_dir."
             )
-        self.model.trained = str(self.run_dir)
+        self.model.use_run(self.run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run directory's loggers and callbacks."""
         config = self.config_init[self.verb]
-        own: list[Any] = [self.throughput, RunRecorder(self.run_dir, self.throughput), SampleText()]
+        recorder = RunRecorder(self.run_dir, self.throughput, self._hyperparameters())
+        callbacks: list[Callback] = [self.throughput, recorder, SampleText()]
         if self.verb == "fit":
-            own.insert(0, MakeRoom(self.stale))
-            saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
             assert self.status is not None
+            saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
             self.stopping = Stopping(saving, self.status)
-            same = SameRun(config.allow_changes, self._options(), config.ckpt_path)
-            own += [self.status, same, self.stopping, saving]
+            stage_options = self.options.model.as_dict()["init_args"]
+            resume = ExactResume(config.allow_changes, stage_options, config.ckpt_path)
+            callbacks.insert(0, RemoveStaleRun(self.stale))
+            callbacks += [self.status, resume, self.stopping, saving]
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
-            own.append(PredictionWriter(Path(target)))
+            callbacks.append(PredictionWriter(Path(target)))
         if config.trainer.enable_progress_bar is not False:
-            own.append(StepProgress(self.throughput))
-        config.trainer.callbacks = [*(config.trainer.callbacks or []), *own]
+            callbacks.append(StepProgress(self.throughput))
+        config.trainer.callbacks = [*(config.trainer.callbacks or []), *callbacks]
         if config.trainer.logger is None and self.verb == "fit":
             config.trainer.logger = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
         elif config.trainer.logger is None:
@@ -270,156 +285,18 @@ class MiniGPTCLI(LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         check_strategy(trainer.strategy)
         if not isinstance(trainer.strategy, FSDP2):
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         FitLoop.put_in(trainer)
-        trainer.hyper = self._hyperparameters()  # type: ignore[attr-defined]
         return trainer
 
-    def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = self.config[self.verb].model.as_dict()["init_args"]
-        return options
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        config = self.config[self.verb]
-        chosen = {"model": config.model, "data": config.data}
-        flat: dict[str, Any] = {}
-        for section, values in chosen.items():
-            for name, value in values.as_dict().get("init_args", {}).items():
-                parts = value.items() if isinstance(value, dict) else [("", value)]
-                flat |= {f"{section}/{name}/{key}".rstrip("/"): v for key, v in parts}
+    def _hyperparameters(self) -> dict[str, Hyperparameter]:
+        """Return the options of model and data by names such as model/optimizer/lr."""
+        flat: dict[str, object] = {}
+        for section, options in (("model", self.options.model), ("data", self.options.data)):
+            for name, value in options.as_dict().get("init_args", {}).items():
+                items = value.items() if isinstance(value, dict) else [("", value)]
+                flat |= {f"{section}/{name}/{key}".rstrip("/"): item for key, item in items}
         return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
-
-
-def is_first_process() -> bool:
-    """Whether no launcher has made this process another one's helper."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(int(os.environ.get(name, "0")) <= 0 for name in names)
-
-
-def join_launcher(trainer: Any) -> None:
-    """Use the processes that `torchrun` or `accelerate launch` has started."""
-    here, all_ = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    trainer.devices, trainer.num_nodes = here, all_ // here
-
-
-def choose_precision(asked: Any, accelerator: str, strategy: Any = "auto") -> Any:
-    """Return the precision to train in: as asked, or what the hardware multiplies fast.
-
-    A CPU does not train in fp16: 16-mixed becomes bf16-mixed where the CPU has it, and
-    fp32 where bf16 would be emulated. FSDP2 does not train in 16-mixed. Said in one line.
-    """
-    asked = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(asked), asked)
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if asked is not None and not (on_cpu and asked == "16-mixed"):
-        return asked
-    chosen = fast_precision(accelerator, on_cpu)
-    if asked == "16-mixed":
-        fast = chosen == "bf16-mixed"
-        told = ": bf16 is used" if fast else ", nor has this one native bf16: fp32 is used"
-        log.info("fp16 does not train on a CPU%s.", told)
-    else:
-        if chosen == "16-mixed" and str(getattr(strategy, "class_path", "")).endswith(".FSDP2"):
-            chosen = "32-true"
-        log.info("Precision: %s (chosen by hardware).", chosen)
-    return chosen
-
-
-def fast_precision(accelerator: str, on_cpu: bool) -> str:
-    """Return the precision that the hardware multiplies fast.
-
-    GPUs before Ampere (compute capability 8.0) emulate bf16; from Volta (7.0) on their tensor
-    cores multiply fp16. AMD's compute bf16.
-    """
-    if on_cpu:
-        return "bf16-mixed" if fast_bf16(torch.device("cpu")) else "32-true"
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"  # such as MPS, which is untested
-    if fast_bf16(torch.device("cuda")):
-        return "bf16-mixed"
-    return "16-mixed" if torch.cuda.get_device_capability() >= (7, 0) else "32-true"
-
-
-# What a run writes; a new run removes these and nothing else. It writes config.yaml over.
-RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json", "status.json")
-
-
-def claim(run_dir: Path, overwrite: bool) -> list[Path]:
-    """Return what an earlier run left in a run directory.
-
-    Raises:
-        RunExistsError: when it holds a run and `overwrite` is false.
-    """
-    used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
-    if used and not overwrite:
-        raise RunExistsError(
-            f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto "
-            "(scripts: --resume), start over with --overwrite true (scripts: --overwrite), or "
-            "choose another --run_dir (scripts: --output_dir)."
-        )
-    return leftovers(run_dir, RUN_FILES)
-
-
-def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
-    """Return which of the named files, and TensorBoard's, an earlier run left."""
-    left = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
-    return [path for path in left if path.exists()]
-
-
-def check_numbers(config: Any) -> None:
-    """Refuse numbers that Lightning would take, or refuse in a traceback.
-
-    Raises:
-        ConfigError: for the first one that is out of range.
-    """
-    trainer = config.trainer
-    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    limits = {
-        "trainer.max_steps": (trainer.max_steps, trainer.max_steps == -1),
-        "trainer.max_epochs": (trainer.max_epochs, trainer.max_epochs in (None, -1)),
-        "trainer.accumulate_grad_batches": (trainer.accumulate_grad_batches, False),
-        "trainer.log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps is None),
-        "trainer.val_check_interval": (interval, not isinstance(interval, int)),
-        "trainer.check_val_every_n_epoch": (epochs, epochs is None),
-        "checkpoint.every": (config.checkpoint.every, False),
-        "checkpoint.keep": (config.checkpoint.keep, False),
-    }
-    for name, (value, unset) in limits.items():
-        if not unset and value < 1:
-            raise ConfigError(f"{name} must be at least 1, but is {value}.")
-    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
-        value = getattr(trainer, name)
-        if isinstance(value, float) and 0 < value < 1:
-            raise ConfigError(
-                f"trainer.{name} must be a whole number of batches, but is {value}: how many there "
-                "are is known only when they are packed."
-            )
-    if isinstance(interval, float) and (interval != 1 or epochs is None):
-        raise ConfigError(
-            "trainer.val_check_interval must be a whole number of batches between validations, "
-            f"but is {interval}. For one at the end of each epoch leave it out and set "
-            "trainer.check_val_every_n_epoch to 1."
-        )
-    endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
-    if endless and not trainer.fast_dev_run:
-        raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")
-
-
-def check_weights(precision: Any) -> None:
-    """Refuse to train weights in fp16, and say what weights in bf16 lose.
-
-    Raises:
-        ConfigError: for 16-true.
-    """
-    if precision == "16-true":
-        raise ConfigError(
-            "trainer.precision 16-true keeps weights and the optimizer's moments in fp16, in which "
-            "the squares of small gradients are 0. Train in 16-mixed, bf16-mixed or bf16-true."
-        )
-    if precision == "bf16-true":
-        log.warning(
-            "bf16-true keeps the weights in 8 bits of precision: an update of less than 1/512 of "
-            "a weight is lost. bf16-mixed keeps them in fp32."
-        )
 
 
 def run(args: list[str]) -> MiniGPTCLI:

@@ -236,7 +236,7 @@ class JSONLDataModule(LightningDataModule):
         """The tokenizer of the module in training."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        return module.tokenizer  # type: ignore[no-any-return]
+        return module.source.tokenizer  # type: ignore[no-any-return]
 
     @property
     def worker_count(self) -> int:
@@ -252,9 +252,9 @@ class JSONLDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        module.check_length(self.limits.max_length, self.kind)
+        module.source.check_length(self.limits.max_length, self.kind)
         for path in self._files():
-            check_embedded(self._open(path), self.tokenizer, module.rows())
+            check_embedded(self._open(path), self.tokenizer, module.source.rows())
 
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""

@@ -248,6 +248,9 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError("Nothing to train: every parameter is frozen.")
+    if options.name == "muon" and any(hasattr(p, "dimensions") for p in trainable):
+        log.warning("FSDP1 flattens matrices, which Muon needs unflattened: AdamW is used.")
+        options = OptimizerOptions(name="adamw", lr=options.adamw_lr)
     fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in trainable)
     sharded = any(hasattr(p, "device_mesh") for p in trainable)
     hidden = hidden_matrices(model) if options.name == "muon" else set()
@@ -271,31 +274,6 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
 
 def _with_dims(params: Iterable[nn.Parameter], test: Callable[[int], bool]) -> list[nn.Parameter]:
     return [p for p in params if test(getattr(p, "dimensions", p.ndim))]  # FSDP1 flattens weights
-
-
-def scale_and_clip(
-    grads: list[Tensor],
-    scale: Tensor,
-    norm: Tensor,
-    clip: float | None,
-    algorithm: str | None,
-) -> None:
-    """Scale gradients in place, and clip what comes out.
-
-    Args:
-        grads: of all parameters.
-        scale: a factor, of no dimension.
-        norm: of the scaled gradients.
-        clip: the bound, if any.
-        algorithm: "value" bounds each number, to -clip..clip; else the norm is bounded.
-    """
-    by_value = algorithm == "value"
-    if clip and not by_value:
-        scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, scale)
-    if clip and by_value:
-        for grad in grads:
-            grad.clamp_(-clip, clip)
 
 
 def build_schedule(

@@ -32,7 +32,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ConfigError
-from minigpt.files import explain_unwritable, publish, write_manifest
+from minigpt.files import publish, explain_unwritable, write_manifest
+from minigpt.lightning_internals import AllProcessesStrategy
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
@@ -42,19 +43,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class FSDP2(ModelParallelStrategy):
-    """Lightning's FSDP2, with sharded checkpoints that are whole or absent.
+class FSDP2(AllProcessesStrategy):
+    """Lightning's FSDP2, with sharded checkpoints that are complete or absent."""
 
-    All processes share the weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1)
-
-    def setup_environment(self) -> None:
-        """Count the processes, then join them."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the norm over the shards of all processes, a scalar."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
@@ -112,10 +107,17 @@ class FSDP1(FSDPStrategy):
     It flattens the weights and gives each process a part of them.
     """
 
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        for weight in model.parameters():  # whether a weight is decayed is seen by its dimensions
+    def setup(self, trainer: Trainer) -> None:
+        """Note each weight's dimensions, which decide about its decay, before it is flattened."""
+        for weight in trainer.lightning_module.parameters():
             weight.dimensions = weight.ndim  # type: ignore[attr-defined]
-        return super()._setup_model(model)
+        super().setup(trainer)
+
+    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the norm over the parts of all processes, a scalar."""
+        squares = torch.nn.utils.get_total_norm(gradients).square()
+        torch.distributed.all_reduce(squares)
+        return squares.sqrt()
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -198,44 +200,39 @@ def _average_on_gloo(lm: PackedLM) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def full_weights(lm: PackedLM) -> dict[str, Tensor] | None:
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether one process alone cannot compute with the model."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def gather_weights(strategy: Strategy, lm: PackedLM) -> dict[str, Tensor] | None:
     """Gather a sharded model's weights by name; None when it is not sharded.
 
-    Every process must call this; only rank 0 gets the tensors.
+    Every process must call this; only the first one needs what it returns.
     """
+    if isinstance(strategy, FSDPStrategy):
+        assert isinstance(strategy.model, nn.Module)
+        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+            flat = lm.hf.state_dict()
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): weight.detach().cpu().clone()
+                for name, weight in flat.items()
+            }
     if not any(isinstance(p, DTensor) for p in lm.parameters()):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    states: dict[str, Any] = get_model_state_dict(lm, options=options)
-    return {name.removeprefix("hf."): v for name, v in states.items() if torch.is_tensor(v)}
+    state = get_model_state_dict(lm, options=options)
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name.removeprefix("hf."): value for name, value in weights.items()}
 
 
-def flat_weights(lm: PackedLM, trainer: Trainer) -> dict[str, Tensor]:
-    """Gather the weights of a model that FSDP1 has wrapped; every process must call this."""
-    sharded = trainer.strategy.model
-    assert sharded is not None
-    with FullyShardedDataParallel.summon_full_params(sharded, writeback=False):
-        states = lm.hf.state_dict().items()
-        return {n.replace("_fsdp_wrapped_module.", ""): v.detach().cpu().clone() for n, v in states}
-
-
-def gathered(items: list[T]) -> list[T]:
+def gathered(local: list[T]) -> list[T]:
     """Return the items of all processes, one process after the other."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return items
-    by_process: list[list[T]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(by_process, items)
-    return [item for gathered_items in by_process for item in gathered_items]
-
-
-def gradient_norm(grads: list[Tensor], flat_shards: bool) -> Tensor:
-    """Return the norm of all gradients, of which FSDP1 gives each process another part."""
-    norm = torch.nn.utils.get_total_norm(grads)
-    if flat_shards:
-        squares = norm.square()
-        torch.distributed.all_reduce(squares)
-        return squares.sqrt()
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return local
+    lists: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(lists, local)
+    return [item for items in lists for item in items]
 
 
 def leave_group() -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints: whole or absent, verified before they are used, the newest ones kept.
+"""Checkpoints: complete or absent, verified before they are used; the newest ones stay.
 
 A checkpoint is a directory `checkpoints/step=N` with `state.pt` (or the shards of FSDP2) and
-a manifest of sizes and checksums. It is filled beside its place and renamed when all of it
+a manifest of sizes and checksums. It is filled under another name and renamed when all of it
 is on the disk.
 """
 
@@ -28,6 +28,7 @@ from minigpt.files import (
     write_manifest,
 )
 from minigpt.model.restore import SHARDED, check_kind, load_plain
+from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ STATE = "state.pt"
 ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
 
 
-class WholeCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Writes and reads one process's checkpoint directories."""
 
     def save_checkpoint(
@@ -77,12 +78,16 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, run_dir: Path, every: int, keep: int) -> None:
-        self.directory, self.every, self.keep = run_dir / "checkpoints", every, keep
-        self.saved = 0
+        self.directory = run_dir / "checkpoints"
+        self.every = every
+        self.keep = keep
+        self.saved_step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not save again what the run goes on from; clear what was cut off."""
-        self.saved, self.last = trainer.global_step, pl_module.total_steps()
+        assert isinstance(pl_module, BaseModule)
+        self.saved_step = trainer.global_step
+        self.last_step = pl_module.total_steps()
         if trainer.is_global_zero:
             run_dir = self.directory.parent
             clear_partials(run_dir / "hf")
@@ -91,10 +96,15 @@ class Checkpoints(Checkpoint):
             set_aside(run_dir, trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
-        """Save after an optimizer step whose turn it is."""
-        if trainer.global_step % self.every == 0 or trainer.global_step >= self.last:
+        """Save every so many optimizer steps, and after the last one."""
+        if trainer.global_step % self.every == 0 or trainer.global_step >= self.last_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,9 +113,9 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Save now, unless this step is saved already; remove what is too old."""
-        if trainer.global_step == self.saved:
+        if trainer.global_step == self.saved_step:
             return
-        self.saved = trainer.global_step
+        self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
         if trainer.is_global_zero:
             old = list(newest_first(self.directory.parent))[self.keep :]
@@ -119,8 +129,9 @@ def set_aside(run_dir: Path, step: int) -> None:
     They no longer count, so neither `auto` nor `keep` takes them for the run's own. They are
     removed with the first checkpoint that is saved after them.
     """
-    found = newest_first(run_dir)
-    aside = [path for path in found if number(path) > step or damage(path) is not None]
+    aside = [
+        path for path in newest_first(run_dir) if number(path) > step or damage(path) is not None
+    ]
     for path in aside:
         target = path.with_name(ASIDE + path.name)
         remove_directory(target)
@@ -128,7 +139,9 @@ def set_aside(run_dir: Path, step: int) -> None:
     if aside:
         log.warning(
             "The run goes on after step %d, without %s: kept as %s* until the next checkpoint.",
-            *(step, ", ".join(path.name for path in aside), run_dir / "checkpoints" / ASIDE),
+            step,
+            ", ".join(path.name for path in aside),
+            run_dir / "checkpoints" / ASIDE,
         )
 
 
@@ -139,8 +152,8 @@ def number(checkpoint: Path) -> int:
 
 def newest_first(run_dir: Path) -> Iterator[Path]:
     """Yield a run's checkpoints, whole or not, the one with the most steps first."""
-    found = (run_dir / "checkpoints").glob("step=*")
-    named = [path for path in found if path.name.removeprefix("step=").isdigit()]
+    directories = (run_dir / "checkpoints").glob("step=*")
+    named = [path for path in directories if path.name.removeprefix("step=").isdigit()]
     yield from sorted(named, key=number, reverse=True)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.files import write_text
+from minigpt.lightning_internals import purge_after
 
 # Charts that show training and validation together, in TensorBoard's "Custom scalars" tab.
 LAYOUT = {
@@ -31,19 +33,19 @@ class RunTensorBoard(TensorBoardLogger):
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(save_dir=str(run_dir), name="", version="", default_hp_metric=False)
-        self.laid_out = False
+        self.layout_written = False
 
     @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars; the first call also writes the layout."""
-        if not self.laid_out:
-            self.laid_out = True
+        if not self.layout_written:
+            self.layout_written = True
             self.experiment.add_custom_scalars(LAYOUT)
         super().log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step)
 
     def rewind(self, steps: int, _: bool) -> None:
         """Let TensorBoard hide what an earlier process logged after `steps` optimizer steps."""
-        self._kwargs["purge_step"] = steps  # the first step is logged as 0
+        purge_after(self, steps)  # the first step is logged as 0
 
 
 class JSONLLogger(Logger):
@@ -62,12 +64,13 @@ class JSONLLogger(Logger):
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [ln for ln in lines if ln.endswith("}\n") and json.loads(ln)["step"] < steps]
-        last = json.loads(kept[-1]) if kept else {}
-        later = steps > 1 or len(kept) > 1  # than the validation before the first step
-        if validation_due and last.get("step") == steps - 1 and "val/loss" in last and later:
-            kept.pop()
-        write_text(self.path, "".join(kept))
+        before = [ln for ln in lines if ln.endswith("}\n") and json.loads(ln)["step"] < steps]
+        last = json.loads(before[-1]) if before else {}
+        is_validation = last.get("step") == steps - 1 and "val/loss" in last
+        only_first = steps <= 1 and len(before) <= 1  # the validation before the first step
+        if validation_due and is_validation and not only_first:
+            before.pop()
+        write_text(self.path, "".join(before))
 
     @property
     def name(self) -> str:
@@ -80,7 +83,7 @@ class JSONLLogger(Logger):
         return ""
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: object, **__: object) -> None:
         """Nothing: config.yaml holds them."""
 
     @rank_zero_only

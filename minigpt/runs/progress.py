@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -11,13 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minigpt.data.batch import PackedBatch
+from minigpt.stages.base import BaseModule
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
-
-
-def log_every(trainer: Trainer) -> int:
-    """Return the optimizer steps between two logged ones."""
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 class Throughput(Callback):
@@ -30,7 +25,9 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self.tokens, self.seconds, self.rate = 0, 0.0, 0.0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.rate = 0.0
         self._mark = 0.0
         self._last = (0, 0.0)
         self._step = 0
@@ -49,14 +46,21 @@ class Throughput(Callback):
             self._tick()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Count a micro-batch; log the rate with the other metrics."""
+        assert isinstance(pl_module, BaseModule)
         assert isinstance(batch, PackedBatch)
         self.tokens += batch.n_tokens * trainer.world_size
         self._tick()
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if stepped and trainer.global_step % log_every(trainer) == 0:
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if stepped and trainer.global_step % pl_module.log_every == 0:
             tokens, seconds = self._last
             if self.seconds > seconds and self.tokens > tokens:
                 self.rate = (self.tokens - tokens) / (self.seconds - seconds)
@@ -65,7 +69,8 @@ class Throughput(Callback):
 
     def _tick(self) -> None:
         now = time.perf_counter()
-        self.seconds, self._mark = self.seconds + now - self._mark, now
+        self.seconds += now - self._mark
+        self._mark = now
 
     @property
     def mean(self) -> float:
@@ -83,7 +88,8 @@ class StepProgress(ProgressBar):
         self.bar: Progress | None = None
         self.enabled = True
         self.held_out: float | None = None
-        self._spoken, self._shown = 0.0, -1
+        self._printed_at = 0.0
+        self._shown_step = -1
 
     def disable(self) -> None:
         """Be silent (Lightning calls this on all ranks but the first)."""
@@ -93,20 +99,24 @@ class StepProgress(ProgressBar):
         """Speak again."""
         self.enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
+        assert isinstance(pl_module, BaseModule)
         super().on_train_start(trainer, pl_module)
         self.total = pl_module.total_steps()
         self.first = trainer.global_step
-        self._spoken = time.monotonic()
+        self._printed_at = time.monotonic()
         if self.enabled and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
-                *(BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")),
-                *(TextColumn("left"), TimeRemainingColumn()),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = self.bar.add_task("training", total=self.total, told="")
+            self.task = self.bar.add_task("training", total=self.total, numbers="")
             self.bar.start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,21 +125,30 @@ class StepProgress(ProgressBar):
         self.held_out = None if loss is None else float(loss)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
-        """Show the step; of its numbers, only those that the host has already."""
-        if not self.enabled or trainer.global_step == self._shown:
+        """Show the step; of its numbers, only those that are on the host already."""
+        assert isinstance(pl_module, BaseModule)
+        if not self.enabled or trainer.global_step == self._shown_step:
             return
-        step = self._shown = trainer.global_step
-        told = self._told(pl_module.step_totals)
+        step = trainer.global_step
+        self._shown_step = step
+        numbers = self._numbers(pl_module.step_totals)
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, told=told)
-        elif time.monotonic() - self._spoken > LINE_EVERY:
-            self._spoken = time.monotonic()
+            self.bar.update(self.task, completed=step, numbers=numbers)
+        elif time.monotonic() - self._printed_at > LINE_EVERY:
+            self._printed_at = time.monotonic()
             left = self.throughput.seconds / max(1, step - self.first) * (self.total - step)
-            self.console.print(f"step {step}/{self.total}  {told}  {left:.0f} s left", style="dim")
+            self.console.print(
+                f"step {step}/{self.total}  {numbers}  {left:.0f} s left", style="dim"
+            )
 
-    def _told(self, totals: dict[str, float]) -> str:
+    def _numbers(self, totals: dict[str, float]) -> str:
         parts = [f"loss {totals['loss'] / max(1.0, totals['count']):.3f}" if totals else ""]
         parts.append(f"val {self.held_out:.3f}" if self.held_out is not None else "")
         parts.append(f"{self.throughput.rate or self.throughput.mean:,.0f} tokens/s")

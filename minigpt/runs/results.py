@@ -7,26 +7,32 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.data.formats import Message
 from minigpt.files import explain_unwritable, write_json, write_text
+from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
-from minigpt.model.parallel import gathered
+from minigpt.model.lora import save_adapter
+from minigpt.model.parallel import gather_weights, gathered, is_sharded
+from minigpt.model.pretrained import save_model
 from minigpt.runs.progress import Throughput
-from minigpt.runs.resume import validate
+from minigpt.stages.base import BaseModule
+from minigpt.stages.evaluation import Completion
 
 log = logging.getLogger(__name__)
 
+Hyperparameter = int | float | str
 
-class MakeRoom(Callback):
+
+class RemoveStaleRun(Callback):
     """Removes what an earlier run left, once nothing of the new one can be refused any more.
 
     Args:
@@ -50,14 +56,19 @@ class RunRecorder(Callback):
 
     Args:
         run_dir: gets `hf/`, `summary.json` and, after `minigpt test`, `exam.json`.
-        throughput: where the speed is read.
+        throughput: measures the speed.
+        hyperparameters: logged with the final metrics.
     """
 
-    def __init__(self, run_dir: Path, throughput: Throughput) -> None:
-        self.run_dir, self.throughput = run_dir, throughput
+    def __init__(
+        self, run_dir: Path, throughput: Throughput, hyperparameters: dict[str, Hyperparameter]
+    ) -> None:
+        self.run_dir = run_dir
+        self.throughput = throughput
+        self.hyperparameters = hyperparameters
         self.before: dict[str, float] = {}
         self.final: dict[str, float] = {}
-        self.measured = 0  # optimizer steps before the last validation
+        self.validated_step = 0
         self.started = time.time()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +79,8 @@ class RunRecorder(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         held_out = {k: v for k, v in metrics.items() if k.startswith("val/")}
         if not trainer.sanity_checking:
-            self.final, self.measured = held_out, trainer.global_step
+            self.final = held_out
+            self.validated_step = trainer.global_step
         else:
             self.before = held_out
             for logger in trainer.loggers:
@@ -77,83 +89,102 @@ class RunRecorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on cannot measure again."""
         seconds = time.time() - self.started
-        final = {"final": self.final, "measured": self.measured}
-        return {"before": self.before, **final, "seconds": seconds}
+        return {
+            "before": self.before,
+            "final": self.final,
+            "measured": self.validated_step,
+            "seconds": seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.before, self.final = state_dict["before"], state_dict["final"]
-        self.measured = state_dict.get("measured", 0)
+        self.before = state_dict["before"]
+        self.final = state_dict["final"]
+        self.validated_step = state_dict.get("measured", 0)
         self.started -= state_dict["seconds"]
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the last weights, export them and sum up."""
-        if trainer.enable_validation and self.measured != trainer.global_step:
-            validate(trainer)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the last weights, export them and write the summary."""
+        assert isinstance(pl_module, BaseModule)
+        if trainer.enable_validation and self.validated_step != trainer.global_step:
+            validate_now(trainer)
         with explain_unwritable(self.run_dir / "hf"):
-            pl_module.export(self.run_dir / "hf")
+            export(pl_module, self.run_dir / "hf")
         if trainer.is_global_zero:
             self._write_summary(trainer, pl_module)
+            final = {f"final/{name}": value for name, value in self.final.items()}
             for logger in trainer.loggers:
-                hyper = getattr(trainer, "hyper", {})
-                logger.log_hyperparams(hyper, {f"final/{k}": v for k, v in self.final.items()})
+                logger.log_hyperparams(self.hyperparameters, final)
 
-    def _write_summary(self, trainer: Trainer, pl_module: Any) -> None:
-        summary = {
-            "stage": type(pl_module).__name__,
+    def _write_summary(self, trainer: Trainer, module: BaseModule) -> None:
+        summary: dict[str, Any] = {
+            "stage": type(module).__name__,
             "steps": trainer.global_step,
             "seconds": round(time.time() - self.started, 1),
-            "tokens_seen": pl_module.tokens_seen,
+            "tokens_seen": module.tokens_seen,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             **peak_memory(),
             "before": self.before,
             "final": self.final,
-            "data": trainer.datamodule.statistics(),  # type: ignore[attr-defined]
+            "data": module.data.statistics(),
             "machine": machine(),
         }
         write_json(self.run_dir / "summary.json", summary)
-        told = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
+        message = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
         if "val/loss" in self.final:
             before = self.before.get("val/loss", math.nan)
-            told += f"; held-out loss {before:.3f} → {self.final['val/loss']:.3f}"
-        log.info("%s. The model is in %s", told, self.run_dir / "hf")
+            message += f"; held-out loss {before:.3f} → {self.final['val/loss']:.3f}"
+        log.info("%s. The model is in %s", message, self.run_dir / "hf")
 
-    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the exam's result and every reply."""
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the exam's result and all replies."""
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, BaseModule)
         scores = {k: float(v) for k, v in trainer.callback_metrics.items()}
         replies = [
             {
-                "id": one.item.id,
-                "family": one.item.family,
-                "answer": one.item.answer,
-                "reply": one.reply,
-                "ended": one.ended,
-                "right": one.correct,
+                "id": result.item.id,
+                "family": result.item.family,
+                "answer": result.item.answer,
+                "reply": result.reply,
+                "ended": result.ended,
+                "right": result.correct,
             }
-            for one in pl_module.exam_results
+            for result in pl_module.exam_results
         ]
         write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
         for name, score in scores.items():
             log.info("%s: %.4g", name, score)
 
 
+def export(module: BaseModule, directory: Path) -> None:
+    """Write the model (or its adapter) as a directory that the next stage starts from.
+
+    All processes must call this; the first one writes.
+    """
+    weights = gather_weights(module.trainer.strategy, module.model)
+    if not module.trainer.is_global_zero:
+        return
+    if module.adapter is not None:
+        save_adapter(module.adapter, module.tokenizer, directory, weights)
+    else:
+        save_model(module.model.hf, module.tokenizer, directory, weights)
+
+
 class SampleText(Callback):
     """Logs replies to fixed prompts as text at each validation."""
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask and log."""
-        prompts: list[str] = pl_module.sample_prompts
-        if not prompts or trainer.state.fn != "fit":
+        assert isinstance(pl_module, BaseModule)
+        prompts = pl_module.sample_prompts
+        # One process alone cannot compute with shards.
+        if not prompts or trainer.state.fn != "fit" or is_sharded(trainer.strategy):
             return
-        sharded = pl_module.device_mesh is not None or isinstance(trainer.strategy, FSDPStrategy)
-        if sharded:  # one process alone cannot compute with shards
-            return
-        asked = (
-            [(Message("user", prompt),) for prompt in prompts] if pl_module.needs_chat else prompts
-        )
+        chats = [(Message("user", prompt),) for prompt in prompts]
+        asked = chats if pl_module.source.chat else prompts
         replies = pl_module.engine().complete(asked, pl_module.sampling)
         text = "\n\n".join(
             f"**{prompt}**\n\n> {reply.text}"
@@ -165,7 +196,7 @@ class SampleText(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions as JSONL, in the order of the prompts, whole or not at all.
+    """Writes predictions as JSONL, in the order of the prompts, completely or not at all.
 
     Args:
         path: each line is the prompt's row with a `completion` added.
@@ -176,13 +207,17 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Sequence[Completion]],
+        batch_indices: Sequence[object],
     ) -> None:
         """Gather all processes' predictions and write them."""
-        every = gathered([done for batch in predictions for done in batch])
+        completions = gathered([one for batch in predictions for one in batch])
         if trainer.is_global_zero:
-            rows = sorted(every, key=lambda done: done[0])
-            done = ({**row, "completion": text} for _, row, text in rows)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+            ordered = sorted(completions, key=lambda completion: completion[0])
+            rows = ({**row, "completion": text} for _, row, text in ordered)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(self.path, "".join(lines))
-            log.info("%d completions written to %s", len(rows), self.path)
+            log.info("%d completions written to %s", len(ordered), self.path)

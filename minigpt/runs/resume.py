@@ -1,9 +1,10 @@
-"""Going on with a run: the same data, tokenizer and base, the same chance, the same threads."""
+"""Exact resume: the same data, tokenizer and base; the same random numbers; the same threads."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,59 +12,83 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerFast
 
 from minigpt import accel
 from minigpt.errors import ConfigError
 from minigpt.files import weights_digest
+from minigpt.lightning_internals import (
+    batches_started,
+    restart_at,
+    validate_now,
+    validation_follows,
+)
 from minigpt.model.parallel import gathered
 from minigpt.model.pretrained import find_model
 from minigpt.runs.checkpoints import saved_state
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
+from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
-# The state of one does not fit another.
+# What may not change at all: the state of one does not fit another.
 FIXED = {"stage", "method", "architecture", "vocabulary"}
-# Options of a stage that are compared by content or in other words, or do not move the weights.
+# Options of a stage that are compared by content or under other names, or do not move the weights.
 # A spike's policy may change: it is how one goes on after a spike.
-APART = {"init_from", "tokenizer", "optimizer", "lora", "reference"}
-APART |= {"activation_checkpointing", "compile_layers", "sample_prompts", "sampling", "spike"}
+NOT_COMPARED = {
+    "activation_checkpointing",
+    "compile_layers",
+    "init_from",
+    "lora",
+    "optimizer",
+    "reference",
+    "sample_prompts",
+    "sampling",
+    "spike",
+    "tokenizer",
+}
 
 
 @dataclass
-class Boundary:
-    """Where an optimizer step left a run; a checkpoint describes this, whenever it is saved.
+class ResumePoint:
+    """The state of a run after an optimizer step, which is what a checkpoint describes.
 
     Args:
         batches: micro-batches of this process so far.
         validation_due: whether a validation comes before the next batch.
-        chance: state of the generators that dropout draws from, CPU first and then GPU.
+        rng_states: of the generators that dropout draws from, CPU first and then GPU.
     """
 
     batches: int = 0
     validation_due: bool = False
-    chance: list[Tensor] = field(default_factory=list)
+    rng_states: list[Tensor] = field(default_factory=list)
 
 
-class SameRun(Callback):
-    """Keeps in each checkpoint what made it, and compares before a run goes on from it.
+class ExactResume(Callback):
+    """Saves in each checkpoint what made it, and compares before a run goes on from it.
 
     Args:
-        allow_changes: go on with other data, tokenizer, base or options, and only say so.
+        allow_changes: go on with other data, tokenizer, base or options, and only warn.
         options: the stage's, as in the config.
-        start: the checkpoint that the run goes on from.
+        checkpoint: the one that the run goes on from.
     """
 
-    def __init__(self, allow_changes: bool, options: dict[str, Any], start: str | None) -> None:
-        self.allow_changes, self.options, self.start = allow_changes, options, start
-        self.known: dict[str, str] = {}
+    def __init__(
+        self, allow_changes: bool, options: Mapping[str, object], checkpoint: str | None
+    ) -> None:
+        self.allow_changes = allow_changes
+        self.options = options
+        self.checkpoint = checkpoint
+        self.identity: dict[str, str] = {}
         self.changed: list[str] = []
-        self.fresh: list[dict[str, Any]] = []
-        self.chance: list[Tensor] = []
+        self.configured_groups: list[dict[str, Any]] = []
+        self.rng_states_to_restore: list[Tensor] = []
         self.resumed = False
-        self.step, self.last, self.boundary = -1, 0, Boundary()
+        self.step = -1
+        self.last_step = 0
+        self.point = ResumePoint()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare, before a model is built and weights are loaded into it.
@@ -71,213 +96,199 @@ class SameRun(Callback):
         Raises:
             ConfigError: when the run is not the one that the checkpoint belongs to.
         """
-        self.known = identity(trainer, pl_module, self.options)
-        if self.start is not None:
-            self._compare(saved_state(Path(self.start)).get("run", {}), self.known)
+        assert isinstance(pl_module, BaseModule)
+        self.identity = run_identity(trainer, pl_module, self.options)
+        if self.checkpoint is not None:
+            saved = saved_state(Path(self.checkpoint)).get("run", {})
+            if "stage" in saved:
+                saved["stage"] = stage_name(saved["stage"])
+            self._compare(saved, self.identity)
 
-    def _compare(self, then: dict[str, str], now: dict[str, str]) -> None:
-        self.changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+    def _compare(self, saved: dict[str, str], now: dict[str, str]) -> None:
+        names = saved.keys() | now.keys()
+        self.changed = sorted(name for name in names if saved.get(name) != now.get(name))
         if not self.changed:
             return
-        told = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in self.changed)
+        changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in self.changed)
         fixed = FIXED.intersection(self.changed)
         if fixed or not self.allow_changes:
             override = "" if fixed else ", or go on all the same with --allow_changes true"
             raise ConfigError(
-                f"This is not the run that the checkpoint belongs to: {told}. Put it back, "
+                f"This is not the run that the checkpoint belongs to: {changes}. Put it back, "
                 f"or start a new run{override}."
             )
-        log.warning("Going on although this is another run: %s.", told)
+        log.warning("Going on although this is another run: %s.", changes)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the optimizer's options before a checkpoint's are put over them."""
+        """Remember the optimizer's options before a checkpoint's replace them."""
         groups = trainer.optimizers[0].param_groups
-        self.fresh = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self.configured_groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in groups
+        ]
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
-        """Note where the run stands after an optimizer step."""
+        """Note the state of the run after an optimizer step."""
         if trainer.global_step != self.step:
-            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-            due = loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
-            ends = trainer.global_step >= self.last and trainer.enable_validation
-            self._note(trainer, pl_module, due or ends)
+            ends = trainer.global_step >= self.last_step and trainer.enable_validation
+            self._note(trainer, pl_module, validation_follows(trainer) or ends)
 
     def _note(self, trainer: Trainer, pl_module: LightningModule, validation_due: bool) -> None:
         self.step = trainer.global_step
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self.boundary = Boundary(batches, validation_due, chance(pl_module.device))
+        states = rng_states(pl_module.device)
+        self.point = ResumePoint(batches_started(trainer), validation_due, states)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the validation after the last step is done."""
-        self.boundary.validation_due = False
+        self.point.validation_due = False
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the run's identity and circumstances, and where its last step left it."""
-        checkpoint["run"] = self.known
+        """Add the run's identity, its circumstances, and the state after its last step."""
+        assert isinstance(pl_module, BaseModule)
+        checkpoint["run"] = self.identity
         checkpoint["machine"] = circumstances(trainer, pl_module)
         checkpoint["boundary"] = {
-            "batches": self.boundary.batches,
-            "validation_due": self.boundary.validation_due,
-            "chance": gathered([self.boundary.chance]),
+            "batches": self.point.batches,
+            "validation_due": self.point.validation_due,
+            "chance": gathered([self.point.rng_states]),
         }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up the threads and the state of chance."""
+        """Restore the number of threads and whether layers are compiled; read the resume point."""
         if trainer.state.fn != "fit":
             return
+        assert isinstance(pl_module, BaseModule)
         machine = checkpoint.get("machine", {})
         if pl_module.compiled is None:
             pl_module.compiled = machine.get("compiled")
-        take_up_machine(machine, circumstances(trainer, pl_module))
-        then: dict[str, Any] = checkpoint["boundary"]
-        chances, rank = then.pop("chance"), trainer.global_rank
-        self.boundary = Boundary(**then, chance=chances[rank] if rank < len(chances) else [])
+        restore_machine(machine, circumstances(trainer, pl_module))
+        saved = checkpoint["boundary"]
+        states, rank = saved["chance"], trainer.global_rank
+        self.point = ResumePoint(
+            saved["batches"], saved["validation_due"], states[rank] if rank < len(states) else []
+        )
         self.resumed = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take up the run where the checkpoint left it."""
-        self.last = pl_module.total_steps()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on where the checkpoint was saved."""
+        assert isinstance(pl_module, BaseModule)
+        self.last_step = pl_module.total_steps()
         if not self.resumed:
-            return self._note(trainer, pl_module, False)
-        self._take_up_rates(trainer)
-        self.step, self.chance = trainer.global_step, self.boundary.chance
+            self._note(trainer, pl_module, False)
+            return
+        self._restore_rates(trainer)
+        self.step = trainer.global_step
+        self.rng_states_to_restore = self.point.rng_states
         for logger in trainer.loggers:
             if isinstance(logger, JSONLLogger | RunTensorBoard):
-                logger.rewind(trainer.global_step, self.boundary.validation_due)
-        start_clean(trainer, self.boundary.batches)
-        if self.boundary.validation_due:
-            validate(trainer)
-        return None
+                logger.rewind(trainer.global_step, self.point.validation_due)
+        epoch, _ = pl_module.data.position
+        restart_at(trainer, epoch, self.point.batches)
+        if self.point.validation_due:
+            validate_now(trainer)
 
-    def _take_up_rates(self, trainer: Trainer) -> None:
+    def _restore_rates(self, trainer: Trainer) -> None:
         """Put changed options in force, and the rate that the run's length gives this step.
 
         A checkpoint holds the rate of the length that the run had then.
         """
-        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
         groups = trainer.optimizers[0].param_groups
         if {"optimizer", "schedule"}.intersection(self.changed):
-            schedule.base_lrs = [group["initial_lr"] for group in self.fresh]
-            for group, fresh in zip(groups, self.fresh, strict=True):
-                group.update(fresh)
+            schedule.base_lrs = [group["initial_lr"] for group in self.configured_groups]
+            for group, configured in zip(groups, self.configured_groups, strict=True):
+                group.update(configured)
         rates = zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, peak, factor in rates:
             group["lr"] = peak * factor(schedule.last_epoch)
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Take up the state of chance with the first batch."""
-        if self.chance:
-            torch.set_rng_state(self.chance[0])
-            if pl_module.device.type == "cuda" and len(self.chance) > 1:
-                torch.cuda.set_rng_state(self.chance[1], pl_module.device)
-            self.chance = []
+        """Restore the states of the random generators with the first batch."""
+        if self.rng_states_to_restore:
+            torch.set_rng_state(self.rng_states_to_restore[0])
+            if pl_module.device.type == "cuda" and len(self.rng_states_to_restore) > 1:
+                torch.cuda.set_rng_state(self.rng_states_to_restore[1], pl_module.device)
+            self.rng_states_to_restore = []
 
 
-class FitLoop(_FitLoop):
-    """Lightning's, but a run that was cut off after its last step still gets its end."""
-
-    @classmethod
-    def put_in(cls, trainer: Trainer) -> None:
-        """Let a trainer use this loop."""
-        old = trainer.fit_loop
-        trainer.fit_loop = cls(trainer, old.min_epochs, old.max_epochs)
-        trainer.fit_loop.epoch_loop = old.epoch_loop
-
-    @property
-    def skip(self) -> bool:
-        """Whether there is nothing to do, not even the export at the end."""
-        return bool(self.trainer.limit_train_batches == 0)
-
-
-def start_clean(trainer: Any, batches: int) -> None:
-    """Let Lightning begin an epoch at the DataModule's position, with nothing half done.
-
-    Its own way of going on guesses from counters what was under way, and takes the end of an
-    epoch of unknown length for its middle. A checkpoint describes the end of an optimizer step,
-    so there is nothing to guess.
-    """
-    fit = trainer.fit_loop
-    for loop in (fit, fit.epoch_loop, fit.epoch_loop.val_loop):
-        loop._restarting = False
-        loop.reset_restart_stage()
-    fit.epoch_loop._batches_that_stepped = trainer.global_step
-    epoch, _ = trainer.datamodule.position
-    counts = [(fit.epoch_loop.batch_progress.total, batches)]
-    counts += [(fit.epoch_progress.total, epoch), (fit.epoch_progress.current, epoch)]
-    for count, done in counts:
-        count.ready = count.started = count.processed = count.completed = done
-
-
-def validate(trainer: Any) -> None:
-    """Validate the weights after the last optimizer step; logged as that step's."""
-    loop = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped -= 1
-    trainer.validating = True
-    loop.val_loop.run()
-    trainer.training = True
-    loop._batches_that_stepped += 1
-
-
-def chance(device: torch.device) -> list[Tensor]:
-    """Return the state of this process's generators."""
+def rng_states(device: torch.device) -> list[Tensor]:
+    """Return the states of this process's generators."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def take_up_machine(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Use as many threads as before, and say what else is different."""
-    if then.get("threads", now["threads"]) != now["threads"]:
-        torch.set_num_threads(then["threads"])  # sums depend on how many threads share them
-        log.info("Threads: %d, as before.", then["threads"])
+def restore_machine(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Use as many threads as before, and warn of what else is different."""
+    if saved.get("threads", now["threads"]) != now["threads"]:
+        torch.set_num_threads(saved["threads"])  # sums depend on how many threads share them
+        log.info("Threads: %d, as before.", saved["threads"])
     for name in ("processes", "precision", "torch", "compiled", "attention"):
-        if then.get(name, now[name]) != now[name]:
+        before = saved.get(name, now[name])
+        if before != now[name]:
             log.warning(
                 "%s: %s before, %s now. The order of data is the same; numbers agree up to "
                 "rounding.",
-                *(name, then[name], now[name]),
+                name,
+                before,
+                now[name],
             )
 
 
-def identity(trainer: Any, pl_module: Any, options: dict[str, Any]) -> dict[str, str]:
+def run_identity(
+    trainer: Trainer, module: BaseModule, options: Mapping[str, object]
+) -> dict[str, str]:
     """Return what makes a run this run, as short texts that can be compared and read."""
-    data = trainer.datamodule
-    rates = asdict(pl_module.optimizer_options)
-    own = {name: value for name, value in options.items() if name not in APART}
-    if "architecture" in own:
-        own["architecture"] = dict(own["architecture"])
-        own["dropout"] = own["architecture"].pop("dropout")  # fits any weights
-    known = {
-        "stage": type(pl_module).__name__,
-        "method": f"{rates.pop('name')}, {pl_module.lora or 'all weights'}",
-        "optimizer": listed(rates),
-        "tokenizer": tokenizer_digest(pl_module.tokenizer),
-        "vocabulary": str(len(pl_module.tokenizer)),
+    data = module.data
+    rates = asdict(module.optimizer_options)
+    compared = {name: value for name, value in options.items() if name not in NOT_COMPARED}
+    architecture = compared.get("architecture")
+    if isinstance(architecture, Mapping):
+        sizes = dict(architecture)
+        compared["dropout"] = sizes.pop("dropout")  # fits any weights
+        compared["architecture"] = sizes
+    identity = {
+        "stage": stage_name(type(module).__name__),
+        "method": f"{rates.pop('name')}, {module.lora or 'all weights'}",
+        "optimizer": as_text(rates),
+        "tokenizer": tokenizer_digest(module.tokenizer),
+        "vocabulary": str(len(module.tokenizer)),
         "data": data.fingerprint(),
         "seed": str(data.seed),
         "tokens_per_batch": str(data.tokens_per_batch),
         "batches_per_step": str(trainer.accumulate_grad_batches * trainer.world_size),
         "gradient_clip_val": clipping(trainer),
-        **{name: listed(value) for name, value in own.items()},
+        **{name: as_text(value) for name, value in compared.items()},
         **epoch_limits(trainer),
     }
-    if pl_module.needs_base:
-        known["base"] = model_digest(pl_module.init_from)
-    return known
+    if module.needs_base:
+        assert module.start.init_from is not None
+        identity["base"] = model_digest(module.start.init_from)
+    return identity
+
+
+def stage_name(module_class: str) -> str:
+    """Return the stage of a module's class: `LoRAModule` is `SFTModule` with an adapter."""
+    return "SFTModule" if module_class == "LoRAModule" else module_class
 
 
 def epoch_limits(trainer: Trainer) -> dict[str, str]:
     """Return what makes an epoch shorter than the data."""
-    names = {"limit_train_batches": 1.0, "overfit_batches": 0.0}
-    values = {name: getattr(trainer, name) for name in names}
-    return {name: str(value) for name, value in values.items() if value != names[name]}
+    defaults = {"limit_train_batches": 1.0, "overfit_batches": 0.0}
+    values = {name: getattr(trainer, name) for name in defaults}
+    return {name: str(value) for name, value in values.items() if value != defaults[name]}
 
 
 def clipping(trainer: Trainer) -> str:
@@ -286,33 +297,33 @@ def clipping(trainer: Trainer) -> str:
     return f"{trainer.gradient_clip_val}{by}"
 
 
-def listed(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return an option as a short text."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     return str(value)
 
 
-def circumstances(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+def circumstances(trainer: Trainer, module: BaseModule) -> dict[str, Any]:
     """Return what may change the last bits of a sum."""
-    half = str(trainer.precision).startswith("bf16") and pl_module.device.type == "cpu"
+    half = str(trainer.precision).startswith("bf16") and module.device.type == "cpu"
     return {
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
-        "compiled": pl_module.compiled,
+        "compiled": module.compiled,
         "attention": accel.attention_name(half),
     }
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a digest of a tokenizer's vocabulary and template."""
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def model_digest(place: str) -> str:
+def model_digest(location: str) -> str:
     """Return a digest of a model's weight files; of its name, for one on a hub."""
-    found = find_model(place)
-    return weights_digest(found) if isinstance(found, Path) else found
+    model = find_model(location)
+    return weights_digest(model) if isinstance(model, Path) else model

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
 from minigpt.model.packed_lm import PackedLM
-from minigpt.model.pretrained import load_model
-from minigpt.model.rope import scale
-from minigpt.stages.base import BaseModule, Step
+from minigpt.stages.base import BaseModule, LossSums
 from minigpt.stages.reference import digest_of, scores_of
 
 
@@ -36,8 +33,6 @@ class DPOModule(BaseModule):
         kwargs: see `BaseModule`.
     """
 
-    keeps_base = True
-
     def __init__(
         self,
         beta: float = 0.1,
@@ -54,34 +49,38 @@ class DPOModule(BaseModule):
             )
         if not beta > 0:
             raise ConfigError(f"model.beta must be above 0, but is {beta}.")
-        self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
+        self.beta = beta
+        self.loss = loss
+        self.label_smoothing = label_smoothing
         self.reference = reference
         self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
-        self._known: dict[tuple[str, int], Tensor] = {}
+        self._precomputed: dict[tuple[str, int], Tensor] = {}  # [2] log-probs by file and line
 
-    def before_adapter(self, lm: PackedLM) -> None:
+    @property
+    def needs_base(self) -> bool:
+        """The model that a run starts from takes part to the end."""
+        return True
+
+    def build_model(self) -> PackedLM:
         """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
-        if self.reference == "precomputed" and self.trained is None:
-            self._digest = digest_of(lm, str(self.trainer.precision))
-        if self.lora is None and self.trained is None:
-            self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+        lm = super().build_model()
+        if self.source is self.start:
+            if self.reference == "precomputed":
+                self._digest = digest_of(lm, str(self.trainer.precision))
+            if self.lora is None:
+                self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+        return lm
 
     def on_fit_start(self) -> None:
-        """Use the reference up before training, if asked to."""
+        """Compute the log-probs of a precomputed reference before training."""
         super().on_fit_start()
         if self.reference == "precomputed":
             self.precompute()
 
     def on_validation_start(self) -> None:
-        """Load the reference where a trained run is only validated."""
-        if self.trained is not None and not self._frozen:
-            assert self.init_from is not None
-            start = load_model(self.init_from)
-            resize_vocabulary(start, embedding_rows(self.model.hf))
-            if self.rope_scaling is not None:
-                scale(start, self.rope_scaling)
-            frozen = PackedLM(start)
-            self._frozen.append(frozen.requires_grad_(False).eval())
+        """Load the reference where a finished run is only validated."""
+        if self.source is not self.start and not self._frozen:
+            self._frozen.append(PackedLM(self.start.build()).requires_grad_(False).eval())
 
     def on_test_start(self) -> None:
         """Load the reference also where the held-out pairs are the test."""
@@ -92,15 +91,15 @@ class DPOModule(BaseModule):
         return [self.model, *(lm.to(self.device) for lm in self._frozen)]
 
     def precompute(self) -> None:
-        """Learn the reference's log-probs of all pairs, then let the frozen copy go."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        known: dict[tuple[str, int], Tensor] = {}
-        for store in data.stores():
-            share = self.trainer.strategy.broadcast
-            scores = torch.from_numpy(scores_of(store, data, self._digest, self._score, share))
+        """Compute the reference's log-probs of all pairs, then drop the frozen copy."""
+        precomputed: dict[tuple[str, int], Tensor] = {}
+        for store in self.data.stores():
+            broadcast = self.trainer.strategy.broadcast
+            scores = scores_of(store, self.data, self._digest, self._score, broadcast)
+            on_device = torch.from_numpy(scores).to(self.device)
             sources = ((str(store.source), line) for line in store.samples["line"].tolist())
-            known.update(zip(sources, scores.to(self.device), strict=True))
-        self._known = known
+            precomputed.update(zip(sources, on_device, strict=True))
+        self._precomputed = precomputed
         self._frozen.clear()
 
     def _score(self, batch: PackedBatch) -> Tensor:
@@ -110,27 +109,28 @@ class DPOModule(BaseModule):
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """Return the reference's summed log-prob of each answer, [2P]."""
-        if self._known:
-            return torch.stack([self._known[source] for source in batch.sources]).flatten()
+        if self._precomputed:
+            return torch.stack([self._precomputed[source] for source in batch.sources]).flatten()
         if self._frozen:
-            return self._frozen[0].to(self.device)(batch, per_answer=True)  # type: ignore[no-any-return]
+            frozen: Tensor = self._frozen[0].to(self.device)(batch, per_answer=True)
+            return frozen
+        assert self.adapter is not None
         training = self.model.training
         self.model.eval()
-        with self.peft[0].disable_adapter():
+        with self.adapter.disable_adapter():
             scores: Tensor = self.model(batch, per_answer=True)
         self.model.train(training)
         return scores
 
-    def step(self, batch: PackedBatch) -> Step:
+    def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed DPO loss of all pairs, and the sums behind its metrics."""
-        learns = len(batch.labels) > 0  # else the batch only keeps processes in step
+        learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
         policy = self.model(batch, per_answer=True)
         reference = self.reference_logprobs(batch)
         lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)
         pairs = dpo(policy, reference, lengths, self.beta, self.loss, self.label_smoothing)
-        weight = float(learns)
         margins = pairs.chosen_rewards - pairs.rejected_rewards
-        sums: dict[str, Tensor | float] = {
+        metrics: dict[str, Tensor | float] = {
             "rewards/chosen": pairs.chosen_rewards.sum(),
             "rewards/rejected": pairs.rejected_rewards.sum(),
             "rewards/margin": margins.sum(),
@@ -138,4 +138,4 @@ class DPOModule(BaseModule):
             "logps/chosen": policy[0::2].sum(),
             "logps/rejected": policy[1::2].sum(),
         }
-        return Step(pairs.losses.sum() * weight, len(margins) * learns, sums)
+        return LossSums(pairs.losses.sum() * float(learns), len(margins) * learns, metrics)

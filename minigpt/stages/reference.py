@@ -1,4 +1,4 @@
-"""The reference's log-probs of preference pairs: computed once for each store, and kept in it."""
+"""The reference's log-probs of preference pairs: computed once and saved with the token store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +28,14 @@ Scores = NDArray[np.float32]  # [S, 2] summed log-probs of the chosen and the re
 
 def digest_of(lm: PackedLM, precision: str) -> str:
     """Return a digest of all that decides a model's log-probs of given tokens."""
-    known = lm.hf.config.to_dict()
-    parts = {"precision": precision, **{k: v for k, v in known.items() if not k.startswith("_")}}
-    total = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    config = lm.hf.config.to_dict()
+    public = {name: value for name, value in config.items() if not name.startswith("_")}
+    settings = {"precision": precision, **public}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(lm.state_dict().items()):
-        total.update(name.encode())
-        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return total.hexdigest()[:20]
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:20]
 
 
 def scores_of(
@@ -43,11 +43,11 @@ def scores_of(
     data: JSONLDataModule,
     model: str,
     logprobs: Callable[[PackedBatch], Tensor],
-    broadcast: Callable[[Any], Any],
+    broadcast: Callable[[Scores | None], Scores | None],
 ) -> Scores:
-    """Return the log-probs of all pairs of a store, from disk where they lie there already.
+    """Return the log-probs of all pairs of a store, from disk where they were saved before.
 
-    The first process decides and reads; computing is shared among all processes.
+    The first process decides and reads; all processes share the computing.
 
     Args:
         store: the pairs; its name stands for its content, the tokenizer and the limits.
@@ -57,19 +57,19 @@ def scores_of(
         broadcast: hands the first process's value to all.
     """
     path = store.path / f"reference-{model}.npy"
-    kept: Scores | None = broadcast(_read(path, len(store)) if data.rank == 0 else None)
-    if kept is not None:
+    saved = broadcast(_read(path, len(store)) if data.rank == 0 else None)
+    if saved is not None:
         log.info("The reference's log-probs are in %s.", path)
-        return kept
+        return saved
     share = FileShare(len(store), len(store))
     order = PackedOrder([store.lengths], [share], data.tokens_per_batch, None)
-    mine: list[tuple[int, list[float]]] = []
+    local: list[tuple[int, list[float]]] = []
     for batch in PackedDataset(order, [StoreSubset(store)], 0, 0, data.rank, data.world_size):
-        pairs = logprobs(batch).view(-1, 2).float().tolist()
-        if len(batch.labels):  # else the batch only keeps processes in step
-            mine += zip((line for _, line in batch.sources), pairs, strict=True)
-    found = dict(gathered(mine))
-    scores = np.array([found[line] for line in store.samples["line"].tolist()], np.float32)
+        values = logprobs(batch).view(-1, 2).float().tolist()
+        if len(batch.labels):  # otherwise the batch only keeps processes in step
+            local += zip((line for _, line in batch.sources), values, strict=True)
+    by_line = dict(gathered(local))
+    scores = np.array([by_line[line] for line in store.samples["line"].tolist()], np.float32)
     if data.rank == 0:
         _write(path, scores)
     return scores
@@ -77,10 +77,10 @@ def scores_of(
 
 def _read(path: Path, pairs: int) -> Scores | None:
     try:
-        kept: Scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or damaged: it is computed anew
+        scores: Scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # missing or damaged: they are computed anew
         return None
-    return kept if kept.shape == (pairs, 2) and kept.dtype == np.float32 else None
+    return scores if scores.shape == (pairs, 2) and scores.dtype == np.float32 else None
 
 
 def _write(path: Path, scores: Scores) -> None:
@@ -88,4 +88,4 @@ def _write(path: Path, scores: Scores) -> None:
         with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, scores)
     except OSError as error:  # a run can do without: the next one computes them again
-        log.warning("The reference's log-probs cannot be kept in %s: %s", path, error.strerror)
+        log.warning("The reference's log-probs cannot be saved in %s: %s", path, error.strerror)

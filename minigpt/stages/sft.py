@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from minigpt.data.batch import PackedBatch
-from minigpt.stages.base import BaseModule, Step, bits_per_byte
+from minigpt.stages.base import BaseModule, LossSums, bits_per_byte
 
 
 class SFTModule(BaseModule):
     """Cross-entropy on assistant tokens and the token that ends their turn."""
 
-    def step(self, batch: PackedBatch) -> Step:
+    def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed cross-entropy of the assistant's tokens, in nats."""
-        return Step(self.model(batch), len(batch.labels))
+        return LossSums(self.model(batch), len(batch.labels))
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Add bits per byte of the assistant's text."""

@@ -120,7 +120,8 @@ def prepare(args: Namespace, directory: Path) -> Workload:
     """Make the tokenizer, the model's start and the token store."""
     import torch
 
-    from minigpt.cli.trainer import choose_precision, quiet
+    from minigpt.cli.settings import choose_precision
+    from minigpt.cli.trainer import quiet
     from minigpt.data import tokenizer as tokenizers
     from minigpt.model.pretrained import find_model, load_model
     from minigpt.model.rope import check_length

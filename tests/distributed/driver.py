@@ -18,9 +18,10 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import minigpt.model.optimizer as optim
-import minigpt.stages.base as base
+import minigpt.stages.setup as setup
 from minigpt.cli.trainer import run
 from minigpt.model.parallel import leave_group
+from minigpt.stages.base import BaseModule
 
 RATE = 0.5
 
@@ -47,14 +48,14 @@ def let_fsdp1_use_cpus() -> None:
 
 def draw_otherwise() -> None:
     """Build models after other random numbers than the first process, which starts all alike."""
-    own = base.BaseModule.configure_model
+    own = BaseModule.configure_model
 
-    def build(self: base.BaseModule) -> None:
+    def build(self: BaseModule) -> None:
         if self.lm is None and int(os.environ["RANK"]) > 0:
             torch.manual_seed(99)
         own(self)
 
-    base.BaseModule.configure_model = build  # type: ignore[method-assign]
+    BaseModule.configure_model = build  # type: ignore[method-assign]
 
 
 def main(file: str) -> None:
@@ -64,9 +65,9 @@ def main(file: str) -> None:
     if not torch.cuda.is_available():
         let_fsdp1_use_cpus()
     draw_otherwise()
-    own = base.build_optimizer
+    own = setup.build_optimizer
     for job in json.loads(Path(file).read_text()):
-        base.build_optimizer = sgd if job["sgd"] else own
+        setup.build_optimizer = sgd if job["sgd"] else own
         run(job["args"])
     leave_group()
 

@@ -192,16 +192,16 @@ class Poison(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.seen == self.number and trainer.global_rank == self.rank:
-            step = pl_module.step
+            compute_loss = pl_module.compute_loss
 
             def poisoned(batch: Any) -> Any:
-                made = step(batch)
-                made.loss = made.loss * self.value
+                sums = compute_loss(batch)
+                sums.loss = sums.loss * self.value
                 self.file.write_text("".join(f"{path}:{row}\n" for path, row in batch.sources))
-                pl_module.step = step
-                return made
+                pl_module.compute_loss = compute_loss
+                return sums
 
-            pl_module.step = poisoned
+            pl_module.compute_loss = poisoned
         self.seen += 1
 
 

@@ -50,4 +50,4 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, lr=0.2)
 
-    monkeypatch.setattr("minigpt.stages.base.build_optimizer", build)
+    monkeypatch.setattr("minigpt.stages.setup.build_optimizer", build)

@@ -25,7 +25,7 @@ COMPILE = "model__init_args__compile_layers"
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[PackedLM]:
     """Note which models are to be compiled, and leave them as they are."""
     noted: list[PackedLM] = []
-    monkeypatch.setattr("minigpt.stages.base.compile_model", lambda lm, *_: noted.append(lm))
+    monkeypatch.setattr("minigpt.stages.setup.compile_model", lambda lm, *_: noted.append(lm))
     return noted
 
 

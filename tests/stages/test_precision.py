@@ -16,7 +16,7 @@ from tiny_runs import Fit
 
 from minigpt.errors import ConfigError, TrainingError
 from minigpt.model.pretrained import load_model
-from minigpt.stages.base import Step
+from minigpt.stages.base import LossSums
 from minigpt.stages.sft import SFTModule
 
 Scaler = Callable[[float], None]
@@ -61,15 +61,15 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[range], None]:
     """Let the gradients of some steps, numbered from 0, overflow."""
 
     def at(steps: range) -> None:
-        own = SFTModule.step
+        compute_loss = SFTModule.compute_loss
 
-        def step(module: Any, batch: Any) -> Step:
-            made = own(module, batch)
-            if made.loss.requires_grad and module.trainer.global_step in steps:
-                made.loss.register_hook(lambda gradient: gradient * math.inf)
-            return made
+        def overflowing(module: Any, batch: Any) -> LossSums:
+            sums = compute_loss(module, batch)
+            if sums.loss.requires_grad and module.trainer.global_step in steps:
+                sums.loss.register_hook(lambda gradient: gradient * math.inf)
+            return sums
 
-        monkeypatch.setattr(SFTModule, "step", step)
+        monkeypatch.setattr(SFTModule, "compute_loss", overflowing)
 
     return at
 
@@ -107,7 +107,7 @@ def test_fp16_takes_the_steps_of_fp32(
 def test_fp16_leaves_a_step_out_whose_loss_jumps(
     name: str, fit: Fit, fp16: Scaler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("minigpt.stages.guard.LossWatch.jumps", lambda *_: True)
+    monkeypatch.setattr("minigpt.stages.step.LossWatch.jumps", lambda *_: True)
     fp16(2.0**12)
     changes = {"model__init_args__optimizer": optimizer(name)}
     cli = fit("sft", model__init_args__spike={"action": "skip"}, **changes)

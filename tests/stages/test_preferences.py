@@ -40,7 +40,7 @@ def test_precomputed_and_live_reference_give_the_same_losses(tmp_path: Path, fit
         assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
     assert live._frozen
     assert not cached._frozen
-    assert len(cached._known) == 58
+    assert len(cached._precomputed) == 58
 
 
 def test_precomputed_is_live_in_bf16_as_well(
@@ -92,7 +92,7 @@ def test_the_same_rows_in_two_files(world: Path, tmp_path: Path, fit: Fit) -> No
     shutil.copy(world / "dpo.jsonl", tmp_path)
     copied = {"data__init_args__val": str(tmp_path / "dpo.jsonl")}
     made = fit("dpo", "run", **copied, model__init_args__reference="precomputed").model
-    assert len(made._known) == 96
+    assert len(made._precomputed) == 96
 
 
 def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
@@ -118,7 +118,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     plain = DPOModule.reference_logprobs
 
     def counted(self: DPOModule, batch: Any) -> Any:
-        if not self._known:
+        if not self._precomputed:
             seen.append(batch.n_answers // 2)
         return plain(self, batch)
 
@@ -199,10 +199,14 @@ def test_adapter_off_equals_a_frozen_copy(
 ) -> None:
     fit("dpo", "off", model__init_args__lora=LORA)
 
-    def keep(self: DPOModule, lm: Any) -> None:
-        self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+    build_model = DPOModule.build_model
 
-    monkeypatch.setattr(DPOModule, "before_adapter", keep)
+    def with_copy(self: DPOModule) -> PackedLM:
+        lm = build_model(self)
+        self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+        return lm
+
+    monkeypatch.setattr(DPOModule, "build_model", with_copy)
     fit("dpo", "copy", model__init_args__lora=LORA)
     losses = tiny_runs.metrics(tmp_path / "off")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)

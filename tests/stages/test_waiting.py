@@ -70,9 +70,9 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Refuse to wait for a GPU from the third step's batch on to its gradients; gives how strict
     each step was.
     """
-    step, clip, move = (
+    step, finish, move = (
         BaseModule.training_step,
-        BaseModule.configure_gradient_clipping,
+        BaseModule.on_before_optimizer_step,
         JSONLDataModule.transfer_batch_to_device,
     )
     modes: list[int] = []
@@ -84,7 +84,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def loosely(module: Any, *args: Any, **kwargs: Any) -> None:
         modes.append(torch.cuda.get_sync_debug_mode())
         torch.cuda.set_sync_debug_mode("default")
-        clip(module, *args, **kwargs)
+        finish(module, *args, **kwargs)
 
     def moved(data: Any, *args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -93,7 +93,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return batch
 
     monkeypatch.setattr(BaseModule, "training_step", strictly)
-    monkeypatch.setattr(BaseModule, "configure_gradient_clipping", loosely)
+    monkeypatch.setattr(BaseModule, "on_before_optimizer_step", loosely)
     monkeypatch.setattr(JSONLDataModule, "transfer_batch_to_device", moved)
     yield modes
     torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import Namespace
 
 from minigpt.__main__ import main
+from minigpt.cli import settings
 from minigpt.cli import trainer as cli
 from minigpt.model.architecture import build_native
 from minigpt.model.parallel import FSDP2
@@ -65,7 +66,7 @@ def test_stage_config(build: Build, stage: str) -> None:
 def test_overlay(build: Build, monkeypatch: pytest.MonkeyPatch, stage: str, overlay: Path) -> None:
     if overlay.stem in NOT_HERE and not torch.cuda.is_available():
         monkeypatch.setattr(cli.MiniGPTCLI, "instantiate_trainer", lambda *_, **__: None)
-    monkeypatch.setattr(cli, "fast_precision", lambda *_: "bf16-mixed")
+    monkeypatch.setattr(settings, "fast_precision", lambda *_: "bf16-mixed")
     made = build(CONFIGS / f"{stage}.yaml", overlay)
     chosen = made.config["fit"].as_dict()
     for section, values in yaml.safe_load(overlay.read_text()).items():
@@ -129,12 +130,14 @@ def test_precision_of_each_combination(
     trainer: dict[str, Any] = {"accelerator": "auto", "strategy": "auto"}
     for file in files:
         trainer |= yaml.safe_load(file.read_text())["trainer"]
-    chosen = cli.choose_precision(trainer["precision"], trainer["accelerator"], trainer["strategy"])
+    chosen = settings.choose_precision(
+        trainer["precision"], trainer["accelerator"], trainer["strategy"]
+    )
     by_any, on_cpu, in_fsdp2 = LIKED[machine]
     liked = on_cpu if hardware == "cpu" else by_any
     assert chosen == (liked if size or hardware else "32-true")  # the demo itself
     as_class = Namespace(class_path="minigpt.model.parallel.FSDP2")
-    assert cli.choose_precision(None, "auto", as_class) == in_fsdp2
+    assert settings.choose_precision(None, "auto", as_class) == in_fsdp2
 
 
 def test_fsdp_runs_fsdp2_here(build: Build) -> None:

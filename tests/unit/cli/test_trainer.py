@@ -65,7 +65,6 @@ def test_unknown_verb(minigpt: Minigpt) -> None:
 VERBS = [*((verb,) for verb in TRAINER_VERBS), ("tokenizer",), ("tokenizer", "train")]
 OTHERS = [(verb,) for verb in COMMANDS if verb != "tokenizer"]
 PARTS = {"data": ("check", "stats", "show", "fetch"), "export": ("hf", "gguf")}
-PARTS["bench"] = ("train", "data", "generate")
 OTHERS += [(verb, part) for verb, parts in PARTS.items() for part in parts]
 
 
@@ -138,29 +137,29 @@ def test_precision_on_a_cpu(
     chosen: str,
     line: str,
 ) -> None:
-    from minigpt.cli import trainer as cli
+    from minigpt.cli import settings
 
-    monkeypatch.setattr(cli, "fast_bf16", lambda _: fast)
+    monkeypatch.setattr(settings, "fast_bf16", lambda _: fast)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     caplog.set_level("INFO")
-    assert cli.choose_precision(asked, "auto") == chosen
+    assert settings.choose_precision(asked, "auto") == chosen
     assert len(caplog.messages) == bool(line)
     assert line in "".join(caplog.messages)
 
 
 @pytest.mark.parametrize(("ranks", "first"), [({}, True), ({"RANK": "1"}, False)])
 def test_first_process(monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], first: bool) -> None:
-    from minigpt.cli import trainer as cli
+    from minigpt.cli import settings
 
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    assert cli.is_first_process() is first
+    assert settings.is_first_process() is first
 
 
 def test_processes_of_a_launcher_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt.cli import trainer as cli
+    from minigpt.cli import settings
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "6")
@@ -168,5 +167,5 @@ def test_processes_of_a_launcher_are_joined(monkeypatch: pytest.MonkeyPatch) -> 
     class Options:
         accelerator, devices, num_nodes = "auto", "auto", 1
 
-    cli.join_launcher(Options)
+    settings.join_launcher(Options)
     assert (Options.devices, Options.num_nodes) == (2, 3)

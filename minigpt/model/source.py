@@ -1,0 +1,163 @@
+"""Where a run's model and tokenizer come from, and how they are prepared for training."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from minigpt.data import tokenizer as tokenizers
+from minigpt.data.chat import install_template
+from minigpt.errors import ConfigError
+from minigpt.model.architecture import (
+    Architecture,
+    build_native,
+    check_same_tokens,
+    check_sizes,
+    check_vocabulary,
+    embedding_rows,
+    fit_vocabulary,
+    native_config,
+)
+from minigpt.model.lora import ADAPTER
+from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
+from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelSource:
+    """A model to start from, with its tokenizer.
+
+    Args:
+        init_from: run directory, HF directory or hub id; None for random weights.
+        tokenizer_path: directory or hub id of the tokenizer; by default the model's own.
+        chat_template: file of a Jinja template, or the name of one of the tokenizer's templates;
+            by default the tokenizer's own, or MiniGPT's.
+        rope_scaling: lets rotary positions reach beyond the length that the model was trained on.
+        architecture: sizes of a native model with random weights, for stages that may begin with
+            one.
+        chat: whether the tokenizer needs a chat template.
+
+    Raises:
+        ConfigError: when neither a model nor sizes and a tokenizer are given.
+    """
+
+    init_from: str | None = None
+    tokenizer_path: str | None = None
+    chat_template: str | None = None
+    rope_scaling: RopeScaling | None = None
+    architecture: Architecture | None = None
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.init_from is not None:
+            return
+        if self.architecture is None:
+            raise ConfigError(
+                "Set model.init_args.init_from to the model to start from, such as "
+                "outputs/pretrain."
+            )
+        if self.tokenizer_path is None:
+            raise ConfigError(
+                "Set model.init_args.tokenizer to a tokenizer directory, or init_from to a model."
+            )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that travels with the model, with a chat template where needed.
+
+        Raises:
+            ModelError: when it is missing, or not the one that the model was trained with.
+        """
+        location = self.tokenizer_path
+        if location is None:
+            assert self.init_from is not None
+            location = str(tokenizer_source(self.init_from))
+        tokenizer = tokenizers.load(location, self.chat_template)
+        if self.tokenizer_path and self.init_from:
+            check_same_tokens(tokenizer, find_model(self.init_from))
+        self._ids_before_template = tokenizers.id_count(tokenizer)
+        if self.chat:
+            install_template(tokenizer)
+        return tokenizer
+
+    def _template_adds_tokens(self) -> bool:
+        return tokenizers.id_count(self.tokenizer) > self._ids_before_template
+
+    def config(self) -> PreTrainedConfig:
+        """Return the config of the model, before its rotary positions are scaled.
+
+        Raises:
+            ConfigError: when sizes are given that the model of `init_from` does not have.
+        """
+        if self.init_from is None:
+            assert self.architecture is not None
+            return native_config(self.architecture, self.tokenizer)
+        config = load_config(self.init_from)
+        if self.architecture is not None:
+            check_sizes(self.architecture, config)
+        return config
+
+    def build(self) -> PreTrainedModel:
+        """Return the model, on the CPU in fp32.
+
+        Raises:
+            ModelError: when it cannot be loaded, or its vocabulary is not the tokenizer's.
+        """
+        if self.init_from is None:
+            assert self.architecture is not None
+            model = build_native(self.architecture, self.tokenizer)
+        else:
+            model = load_model(self.init_from)
+            check_vocabulary(embedding_rows(model), self.tokenizer)
+            if self._template_adds_tokens():
+                fit_vocabulary(model, self.tokenizer)
+        if self.rope_scaling is not None:
+            scale(model, self.rope_scaling)
+            self.tokenizer.model_max_length = max_positions(model.config)
+        return model
+
+    def rows(self) -> int:
+        """Return how many token ids the model embeds when training begins.
+
+        Raises:
+            ModelError: when the tokenizer is another model's.
+        """
+        rows = int(self.config().get_text_config(decoder=True).vocab_size)
+        check_vocabulary(rows, self.tokenizer)
+        # An adapter brings rows for tokens that its run added; the config is that of its base.
+        grows = self._template_adds_tokens() or self._is_adapter()
+        return max(rows, tokenizers.id_count(self.tokenizer)) if grows else rows
+
+    def _is_adapter(self) -> bool:
+        if self.init_from is None:
+            return False
+        model = find_model(self.init_from)
+        return isinstance(model, Path) and (model / ADAPTER).is_file()
+
+    def check_length(self, length: int, kind: str) -> None:
+        """Refuse samples that are longer than the model reads.
+
+        Args:
+            length: of samples in tokens, at most.
+            kind: of the records: text, chat or preference.
+
+        Raises:
+            ConfigError: for them.
+        """
+        config = self.config()
+        if self.rope_scaling is not None:
+            scale_config(config, self.rope_scaling)
+        check_length(config, length, kind)
+
+    @property
+    def name(self) -> str:
+        """The model as an adapter's config names its base: an absolute path, or a hub id."""
+        assert self.init_from is not None
+        model = find_model(self.init_from)
+        return str(model.resolve()) if isinstance(model, Path) else model

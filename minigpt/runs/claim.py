@@ -1,0 +1,64 @@
+"""Claiming a run directory: one process locks it, and an earlier run goes only when asked."""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from minigpt.errors import ConfigError, RunExistsError
+
+# What a run writes; a new run removes these and nothing else. It writes config.yaml over.
+RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json", "status.json")
+
+
+def claim(run_dir: Path, overwrite: bool) -> list[Path]:
+    """Return what an earlier run left in a run directory.
+
+    Raises:
+        RunExistsError: when it holds a run and `overwrite` is false.
+    """
+    used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
+    if used and not overwrite:
+        raise RunExistsError(
+            f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto "
+            "(scripts: --resume), start over with --overwrite true (scripts: --overwrite), or "
+            "choose another --run_dir (scripts: --output_dir)."
+        )
+    return leftovers(run_dir, RUN_FILES)
+
+
+def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
+    """Return which of the named files, and TensorBoard's, an earlier run left."""
+    paths = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
+    return [path for path in paths if path.exists()]
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make and hold a run directory; the system lets go of it even when the process is killed.
+
+    Raises:
+        RunExistsError: when another process trains in it.
+        ConfigError: when it cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
+        ) from error
+    with lock as file:
+        try:
+            # Not flock, which readers that outlive a killed run would go on to hold.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExistsError(
+                f"Another process is training in {run_dir}. Wait for it, or choose another "
+                "--run_dir."
+            ) from error
+        yield

@@ -1,0 +1,112 @@
+"""How a run ends: the error that a user reads, the exit code, and `status.json`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.files import unwritable, write_json
+
+log = logging.getLogger(__name__)
+
+SIGNALS: dict[int, int] = {
+    signal.SIGTERM: PREEMPTED,
+    signal.SIGINT: INTERRUPTED,
+    signal.SIGUSR1: PREEMPTED,
+}
+
+LOST = (
+    "Another process of this run has died or does not answer; its own output says why. "
+    "Go on from the last checkpoint with --ckpt_path auto."
+)
+GRACE_SECONDS = 10  # in which the first process may end by itself when another has failed
+
+
+def stopped(number: int, step: int | None) -> Stopped:
+    """Return the error that ends a run which was asked to stop."""
+    name = signal.Signals(number).name
+    saved = "before training began" if step is None else f"step {step} is saved"
+    return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
+
+
+def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
+    """Return the error that a user reads for a failure; an unexpected one stays as it is."""
+    if isinstance(error, MiniGPTError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return stopped(signal.SIGINT, None)
+    if isinstance(error, SystemExit):
+        return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
+    is_nccl = isinstance(error, torch.distributed.DistBackendError)
+    is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    if is_nccl or is_gloo:
+        return ProcessLost(LOST)
+    files = (e.filename for e in chain(error) if isinstance(e, OSError) and e.filename)
+    return unwritable(error, next(files, run_dir)) or error
+
+
+class RunStatus(Callback):
+    """Writes `status.json`, since launchers hide the exit codes of their children.
+
+    Args:
+        run_dir: where it is written.
+        first: whether this process writes it.
+    """
+
+    def __init__(self, run_dir: Path, first: bool) -> None:
+        self.path = run_dir / "status.json"
+        self.first = first
+        self.trainer: Trainer | None = None
+        self.exit_code: int | None = None  # how the run has ended
+
+    def _write(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        if self.first:
+            step = self.trainer and self.trainer.global_step
+            status = {"state": state, "exit_code": exit_code, "step": step}
+            write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run is under way."""
+        self.trainer = trainer
+        self._write("running", None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run is finished: the model is exported."""
+        self._write("finished", 0)
+        self.exit_code = 0
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, error: BaseException
+    ) -> None:
+        """The run ended otherwise."""
+        self.end(as_user_error(error, self.path.parent))
+
+    def end(self, error: BaseException) -> None:
+        """Write what ended the run, unless that is written."""
+        if self.exit_code:
+            return
+        self.exit_code = code = error.exit_code if isinstance(error, MiniGPTError) else 1
+        states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+        try:
+            self._write(states.get(code, "failed"), code, str(error))
+        except OSError as failure:  # a full disk must not hide why the run failed
+            log.warning("%s could not be written: %s", self.path, failure.strerror)
+
+    def after_loss(self) -> int:
+        """Return the exit status of a run of which another process has failed.
+
+        Called in a thread; the run mostly notices by itself, which ends the thread too.
+        """
+        time.sleep(GRACE_SECONDS)
+        if self.exit_code is None:
+            print(f"minigpt: {LOST}", file=sys.stderr)
+            self.end(ProcessLost(LOST))
+        return self.exit_code or 0
