@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from minigpt.data.batch import AttentionPlan, PackedBatch
@@ -38,9 +37,8 @@ class PackedModel(Protocol):
         """Return the summed loss [], or each answer's summed log-probability [A]."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def enabled() -> bool:
-    """Whether the fast paths are taken: unless the environment variable MINIGPT_ACCEL is `off`.
+def read_switch() -> bool:
+    """Whether the environment variable MINIGPT_ACCEL is on, which it is by default.
 
     Raises:
         ConfigError: when it is neither `on` nor `off`.
@@ -49,6 +47,9 @@ def enabled() -> bool:
     if value not in ("on", "off"):
         raise ConfigError(f"The environment variable {SWITCH} must be on or off, but is {value}.")
     return value == "on"
+
+
+ENABLED = read_switch()
 
 
 def attention(
@@ -119,7 +120,7 @@ def compiling_pays(trainer: Trainer, model: nn.Module, batches: int) -> bool:
         model: to be trained.
         batches: micro-batches of the run.
     """
-    if not enabled():
+    if not ENABLED:
         return False
     from minigpt.accel.compiled_layers import pays
 
@@ -144,7 +145,7 @@ def compile_model(
     """
     from minigpt.accel import compiled_layers
 
-    if enabled():
+    if ENABLED:
         compiled_layers.compile_model(lm, tokens, positions, precision, pairs)
     else:
         compiled_layers.log.warning("Not compiled, as %s=off.", SWITCH)
@@ -156,7 +157,7 @@ def attention_name(bf16_on_cpu: bool) -> str:
     Args:
         bf16_on_cpu: the run computes in bf16 on a CPU.
     """
-    if not enabled():
+    if not ENABLED:
         return "reference"
     from minigpt.accel import cpu_attention
 

@@ -151,7 +151,7 @@ def _code() -> str:
     """Return a digest of what a proof depends on besides the config."""
     modules = (cached, packed_lm, rope, shrink)
     files = [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
-    if accel.enabled():
+    if accel.ENABLED:
         files += sorted(Path(accel.__file__).parent.glob("*.py"))
     sources = [file.read_text(encoding="utf-8") for file in files]
     versions = [transformers.__version__, torch.__version__]

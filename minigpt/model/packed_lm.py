@@ -65,7 +65,7 @@ class PackedLM(nn.Module):
         conformance = require_conformance(hf, training=True)
         self.packed = conformance.packed
         self.linear_head = None
-        if accel.enabled():
+        if accel.ENABLED:
             with use_attention(hf, conformance.decoding):
                 self.linear_head = accel.linear_head(hf, self.packed)
         hf.config._attn_implementation = conformance.training
@@ -176,7 +176,7 @@ def map_rows(
     Returns:
         [T, ...].
     """
-    if accel.enabled():
+    if accel.ENABLED:
         return accel.map_rows(function, tensors, plan)
     results = []
     for span, count in zip(plan.rows, plan.cu_queries.diff().tolist(), strict=True):
@@ -274,7 +274,7 @@ def packed_attention(
     dtype = _matmul_dtype(query)
     # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
-    if accel.enabled() and softcap is None and s_aux is None:
+    if accel.ENABLED and softcap is None and s_aux is None:
         out = accel.attention(q, k, v, plan, scaling, dropout, sliding_window)
     else:
         attend = partial(

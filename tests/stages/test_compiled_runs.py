@@ -17,7 +17,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.packed_lm import PackedLM
 from minigpt.runs.results import SampleText
 
-pytestmark = pytest.mark.skipif(not accel.enabled(), reason="MINIGPT_ACCEL=off")
+pytestmark = pytest.mark.skipif(not accel.ENABLED, reason="MINIGPT_ACCEL=off")
 COMPILE = "model__init_args__compile_layers"
 
 

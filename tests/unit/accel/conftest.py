@@ -9,5 +9,5 @@ from minigpt import accel
 
 @pytest.fixture(autouse=True)
 def _switched_on() -> None:
-    if not accel.enabled():
+    if not accel.ENABLED:
         pytest.skip("MINIGPT_ACCEL=off")

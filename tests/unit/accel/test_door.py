@@ -37,7 +37,7 @@ def test_switched_off_the_numbers_are_the_same(
 ) -> None:
     batch = collate([*tiny.preferences([(9, 5, 14), (3, 1, 2)]), *tiny.texts([20, 1, 7])])
     fast = results(PackedLM(tiny.model(family, **changes)), batch, per_answer)
-    monkeypatch.setenv(accel.SWITCH, "off")
+    monkeypatch.setattr(accel, "ENABLED", False)
     lm = PackedLM(tiny.model(family, **changes))
     assert lm.linear_head is None
     for ours, theirs in zip(fast, results(lm, batch, per_answer), strict=True):
@@ -47,7 +47,7 @@ def test_switched_off_the_numbers_are_the_same(
 def test_switched_off_nothing_is_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(accel.SWITCH, "off")
+    monkeypatch.setattr(accel, "ENABLED", False)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     accel.compile_model(PackedLM(tiny.model("llama")), 256, 256, torch.no_grad)
     assert caplog.messages == ["Not compiled, as MINIGPT_ACCEL=off."]
@@ -59,4 +59,4 @@ def test_switched_off_nothing_is_compiled(
 def test_the_switch_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(accel.SWITCH, "0")
     with pytest.raises(ConfigError, match="MINIGPT_ACCEL must be on or off, but is 0"):
-        accel.enabled()
+        accel.read_switch()

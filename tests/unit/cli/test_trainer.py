@@ -95,7 +95,7 @@ def test_ctrl_c_ends_with_130(
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("minigpt.stages.sft.SFTModule.step", interrupt)
+    monkeypatch.setattr("minigpt.stages.sft.SFTModule.compute_loss", interrupt)
     try:
         outcome = fit("sft")
     finally:
