@@ -121,3 +121,17 @@ def measured(cli: Any, run_dir: Path, validations: int) -> None:
 def test_a_run_without_held_out_rows_ends(fit: Fit, tmp_path: Path) -> None:
     fit("sft", data__init_args__val=None, data__init_args__val_share=0.0)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"] == {}
+
+
+def test_lora_and_sft_with_an_adapter_are_one_stage(fit: Fit, tmp_path: Path) -> None:
+    adapter = {"model__init_args__lora": {"r": 4, "dropout": 0.0}}
+    fit("lora", "whole", trainer__max_steps=6, **adapter)
+    fit("lora", "run", trainer__max_steps=3, **adapter)
+    (tmp_path / "run" / "hf").rename(tmp_path / "first")
+    named_sft = {"model__class_path": "SFTModule", **adapter}
+    fit("lora", "run", "--ckpt_path", "auto", trainer__max_steps=6, **named_sft)
+    losses = [tiny_runs.metrics(tmp_path / name) for name in ("run", "whole")]
+    assert len(losses[0]) == 6
+    assert losses[0][:3] == losses[1][:3]
+    with pytest.raises(ConfigError, match="method was"):
+        fit("lora", "run", "--ckpt_path", "auto", trainer__max_steps=8, model__init_args__lora={})
