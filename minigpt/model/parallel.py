@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ConfigError
-from minigpt.files import publish, explain_unwritable, write_manifest
+from minigpt.files import explain_unwritable, publish, write_manifest
 from minigpt.lightning_internals import AllProcessesStrategy
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
