@@ -106,8 +106,8 @@ def dispatch(verb: str, *rest: str) -> None:
     elif verb in COMMANDS:
         importlib.import_module(f"minigpt.cli.{verb}").main(list(rest))
     else:
-        known = ", ".join(TRAINER_VERBS | COMMANDS)
-        raise MiniGPTError(f"Unknown verb: {verb}. Known: {known}. See: minigpt --help")
+        verbs = ", ".join(TRAINER_VERBS | COMMANDS)
+        raise MiniGPTError(f"Unknown verb: {verb}. Known: {verbs}. See: minigpt --help")
 
 
 @contextmanager

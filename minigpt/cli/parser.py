@@ -1,7 +1,7 @@
 """The parser behind fit, validate, test and predict: errors and help that can be read.
 
 jsonargparse says what it tried; a user needs to know which option, where it stands and
-what it takes. So its complaints become `OptionError`s, and `explained` adds the place.
+what it takes. So its complaints become `OptionError`s, and `explained` adds where it was given.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ _REMEDY = {
 
 
 class OptionError(ConfigError):
-    """A complaint about one option, before it is known where the option was given.
+    """A complaint about one option, without where the option was given.
 
     Args:
         problem: what is wrong, in words.
         key: dotted path of the option, without `init_args`; "" for none.
-        known: options that might have been meant.
+        options: names that might have been meant.
     """
 
-    def __init__(self, problem: str, key: str = "", known: Sequence[str] = ()) -> None:
-        self.problem, self.key, self.known = problem, key, known
+    def __init__(self, problem: str, key: str = "", options: Sequence[str] = ()) -> None:
+        self.problem = problem
+        self.key = key
+        self.options = options
         super().__init__(f"{key}: {problem}" if key else problem)
 
 
@@ -68,22 +70,23 @@ class Parser(LightningArgumentParser):
         """Raise the parser's complaint as an error about one option."""
         below = [getattr(action, "_name_parser_map", {}).values() for action in self._actions]
         parsers: list[Any] = [self, *(parser for verbs in below for parser in verbs)]
-        known = [action.dest for parser in parsers for action in parser._actions]
-        raise understood(message, ex, known) from ex
+        options = [action.dest for parser in parsers for action in parser._actions]
+        raise as_option_error(message, ex, options) from ex
 
 
-def understood(message: str, ex: BaseException | None, known: Sequence[str]) -> OptionError:
+def as_option_error(message: str, ex: BaseException | None, options: Sequence[str]) -> OptionError:
     """Turn a complaint of jsonargparse into one about an option."""
     inner = next((e for e in chain(ex) if isinstance(e, OptionError)), None)
-    found = _KEY.match(message)
-    key, problem = (found[1], message[found.end() :]) if found else ("", message)
+    key, problem = "", message
+    if match := _KEY.match(message):
+        key, problem = match[1], message[match.end() :]
     if inner is not None:
-        whole = f"{key}.{inner.key}".strip(".")
-        return OptionError(inner.problem, whole, inner.known)
+        path = f"{key}.{inner.key}".strip(".")
+        return OptionError(inner.problem, path, inner.options)
     for pattern in _UNKNOWN:
         if match := pattern.search(problem):
             name = ".".join(match.groups())
-            return OptionError("there is no such option", f"{key}.{name}".strip("."), known)
+            return OptionError("there is no such option", f"{key}.{name}".strip("."), options)
     if "arguments are required" in problem:
         missing = problem.rpartition(": ")[2]
         if ".model" not in missing:
@@ -106,41 +109,44 @@ def in_words(problem: str) -> str:
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = text.replace("Expected a ", "must be ").replace(". Got value: ", ", but is ")
-    told = "but is" in text or "there is no" in text or not value[0]
-    return text if told else f"{text}, but is {value[0]:.60}"
+    is_complete = "but is" in text or "there is no" in text or not value[0]
+    return text if is_complete else f"{text}, but is {value[0]:.60}"
 
 
 def explained(error: OptionError, args: Sequence[str]) -> ConfigError:
-    """Return the error with the place of its option and a remedy.
+    """Return the error with where its option was given, and a remedy.
 
     Args:
-        error: what the parser found.
+        error: of the parser.
         args: the command line.
     """
     last = error.key.rpartition(".")[2]
-    names = sorted({name.rpartition(".")[2] for name in error.known})
+    names = sorted({name.rpartition(".")[2] for name in error.options})
     close = difflib.get_close_matches(last, names, 1, 0.78)
     remedy = f"Did you mean {close[0]}? " if close else ""
-    place = located(error.key, args) if error.key else ""
-    remedy += _CLASSES.get(error.key) or _REMEDY[bool(error.known)]
-    return ConfigError(f"{place}: {error.problem}. {remedy}" if place else f"{error}. {remedy}")
+    location = locate(error.key, args) if error.key else ""
+    remedy += _CLASSES.get(error.key) or _REMEDY[bool(error.options)]
+    return ConfigError(
+        f"{location}: {error.problem}. {remedy}" if location else f"{error}. {remedy}"
+    )
 
 
-def located(key: str, args: Sequence[str]) -> str:
+def locate(key: str, args: Sequence[str]) -> str:
     """Return where an option is given: `file:line: path`, or as it stands on the command line."""
     for arg in args:
         name = arg.partition("=")[0]
         if name.startswith("--") and name[2:].replace("init_args.", "") == key:
             return name
     for file in reversed(list(config_files(args))):
-        if found := walk(yaml.compose(file.read_text(encoding="utf-8")), key.split(".")):
-            line, path = found
+        tree = yaml.compose(file.read_text(encoding="utf-8"))
+        if position := follow(tree, key.split(".")):
+            line, path = position
             return f"{file}:{line}: {path}"
     return key
 
 
-def walk(node: Any, parts: list[str], path: str = "") -> tuple[int, str] | None:
-    """Follow a dotted path in a YAML file; return its line and the whole path."""
+def follow(node: Any, parts: list[str], path: str = "") -> tuple[int, str] | None:
+    """Follow a dotted path in a YAML file; return its line and its full path."""
     if not isinstance(node, yaml.MappingNode):
         return None
     below = {name.value: (name, value) for name, value in node.value}
@@ -148,9 +154,9 @@ def walk(node: Any, parts: list[str], path: str = "") -> tuple[int, str] | None:
     if step not in below:
         return None
     name, value = below[step]
-    whole = f"{path}.{step}".strip(".")
+    full = f"{path}.{step}".strip(".")
     rest = parts if step != parts[0] else parts[1:]
-    return walk(value, rest, whole) if rest else (name.start_mark.line + 1, whole)
+    return follow(value, rest, full) if rest else (name.start_mark.line + 1, full)
 
 
 def config_files(args: Sequence[str]) -> Iterator[Path]:
@@ -189,6 +195,6 @@ def check_configs(args: Sequence[str]) -> None:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{place}: invalid YAML: {problem}. Mend the indentation or brackets there."
+    return f"{position}: invalid YAML: {problem}. Mend the indentation or brackets there."

@@ -63,7 +63,7 @@ Options of the stage are model.init_args.* and data.init_args.*. They are listed
 EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml
   minigpt fit --config configs/sft.yaml --config configs/hardware/ddp.yaml
-  minigpt fit --config configs/sft.yaml --run_dir outputs/mine --trainer.max_steps 100
+  minigpt fit --config configs/sft.yaml --run_dir outputs/short --trainer.max_steps 100
   minigpt fit --config configs/sft.yaml --ckpt_path auto
   minigpt validate --config configs/sft.yaml
   minigpt test --config configs/sft.yaml

@@ -151,14 +151,14 @@ def number(checkpoint: Path) -> int:
 
 
 def newest_first(run_dir: Path) -> Iterator[Path]:
-    """Yield a run's checkpoints, whole or not, the one with the most steps first."""
+    """Yield a run's checkpoints, also damaged ones, the one with the most steps first."""
     directories = (run_dir / "checkpoints").glob("step=*")
     named = [path for path in directories if path.name.removeprefix("step=").isdigit()]
     yield from sorted(named, key=number, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint; damaged ones are named and passed over."""
+    """Return the newest undamaged checkpoint; damaged ones are named in a warning."""
     for path in newest_first(run_dir):
         if (problem := damage(path)) is None:
             return path

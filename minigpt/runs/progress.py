@@ -74,7 +74,7 @@ class Throughput(Callback):
 
     @property
     def mean(self) -> float:
-        """Useful tokens per second over the whole run so far."""
+        """Useful tokens per second over the run so far."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 

@@ -20,8 +20,8 @@ class DPOModule(BaseModule):
     """Make chosen answers likelier than rejected ones, relative to the reference.
 
     The reference is the model as the run started. Under LoRA it is the model with the
-    adapter off, so no copy is kept. (A run that starts from an adapter merges it first, so
-    the adapter that is switched off here is always this run's own.)
+    adapter off, so no copy is needed. (A run that starts from an adapter merges it first, so
+    the adapter that is switched off here is always the one that this run trains.)
 
     Args:
         beta: strength of the pull towards the reference.

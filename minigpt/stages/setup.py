@@ -105,8 +105,8 @@ class ModelHooks(LightningModule):
         # Generation takes unsharded weights.
         if self.device_mesh is not None and self.trainer.state.fn in ("fit", "validate"):
             shard(self.lm, self.device_mesh)
-        total, trained = count_parameters(self.lm)
-        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
+        total, trainable = count_parameters(self.lm)
+        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trainable:,}")
 
     def build_model(self) -> PackedLM:
         """Return the model before training, without this run's adapter."""
@@ -152,9 +152,9 @@ class ModelHooks(LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["loss_watch"] = self.loss_watch.state_dict()
         if self.adapter is not None:
-            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            trainable = {name for name, p in self.named_parameters() if p.requires_grad}
             weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {n: w for n, w in weights.items() if n in trained}
+            checkpoint["state_dict"] = {n: w for n, w in weights.items() if n in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the weights fit; continue the count of tokens and the loss watch.

@@ -16,7 +16,7 @@ from driver import never, sgd  # type: ignore[import-not-found]
 from patience import limit
 
 import minigpt.model.optimizer as optim
-import minigpt.stages.base as base
+import minigpt.stages.setup as setup
 from minigpt.cli.trainer import run
 from minigpt.model.pretrained import load_model
 
@@ -86,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with patch.context() as only:
             only.setattr(optim, "fast_bf16", never)
             if alone["sgd"]:
-                only.setattr(base, "build_optimizer", sgd)
+                only.setattr(setup, "build_optimizer", sgd)
             run(alone["args"])
     jobs = [job(root, stage, kind, name, **two(name)) for stage, kind, name in ALL]
     torchrun(root, [*jobs, *later_jobs(root)])
