@@ -98,10 +98,10 @@ class ModelHooks(LightningModule):
             if self.lora is not None and self.source is self.start:
                 self._adapter.append(add_adapter(self.lm.hf, self.lora, self.source.name))
                 self.strict_loading = False  # checkpoints hold the adapter only
+            sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer))
+            self.register_buffer("token_bytes", sizes, persistent=False)  # int64: is never cast
         if self.activation_checkpointing:
             checkpoint_activations(self.lm.hf)
-        sizes = torch.tensor(tokenizers.token_bytes(self.tokenizer))  # int64: no precision casts it
-        self.register_buffer("token_bytes", sizes, persistent=False)
         # Generation takes unsharded weights.
         if self.device_mesh is not None and self.trainer.state.fn in ("fit", "validate"):
             shard(self.lm, self.device_mesh)

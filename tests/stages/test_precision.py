@@ -111,7 +111,7 @@ def test_fp16_leaves_a_step_out_whose_loss_jumps(
     fp16(2.0**12)
     changes = {"model__init_args__optimizer": optimizer(name)}
     cli = fit("sft", model__init_args__spike={"action": "skip"}, **changes)
-    start, end = (load_model(cli.model.init_from), load_model(tmp_path / "run"))
+    start, end = (load_model(cli.model.start.init_from), load_model(tmp_path / "run"))
     for weight, value in end.state_dict().items():
         assert torch.equal(value, start.state_dict()[weight]), weight
 

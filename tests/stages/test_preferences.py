@@ -106,7 +106,7 @@ def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
     cache = {"data__init_args__cache_dir": str(tmp_path / "cache")}
     fit("dpo", "run", **cache, model__init_args__reference="precomputed")
     assert len(tiny_runs.metrics(tmp_path / "run")) == 3
-    assert "cannot be kept in" in caplog.text
+    assert "cannot be saved in" in caplog.text
     assert "No space left on device" in caplog.text
     files = {path.name for path in (tmp_path / "cache").glob("*/*")}
     assert files == {"meta.json", "tokens.bin", "samples.bin", "lengths.bin"}
