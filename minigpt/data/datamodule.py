@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,29 @@ Files = str | list[str] | dict[str, float] | None
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
 LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
+
+
+class ModelLimits(Protocol):
+    """What samples must fit: `minigpt.model.source.ModelSource`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer."""
+
+    def rows(self) -> int:
+        """Return how many token ids the model embeds."""
+
+    def check_length(self, length: int, kind: Kind) -> None:
+        """Refuse samples of so many tokens if the model does not read them."""
+
+
+class StageModule(Protocol):
+    """What the data asks of the module that it feeds: `minigpt.stages.base.BaseModule`."""
+
+    source: ModelLimits
+
+    def load_exam(self, path: str) -> Sequence[object]:
+        """Return the items of an exam file."""
 
 
 class StoreSubset:
@@ -232,11 +255,15 @@ class JSONLDataModule(LightningDataModule):
             )
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the module in training."""
+    def module(self) -> StageModule:
+        """The module that the data feeds."""
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        return module.source.tokenizer  # type: ignore[no-any-return]
+        return cast(StageModule, self.trainer.lightning_module)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the module."""
+        return self.module.source.tokenizer
 
     @property
     def worker_count(self) -> int:
@@ -250,11 +277,10 @@ class JSONLDataModule(LightningDataModule):
             ConfigError: when samples may be longer than the model reads.
             DataError: for a row with a token that the model cannot embed.
         """
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        module.source.check_length(self.limits.max_length, self.kind)
+        source = self.module.source
+        source.check_length(self.limits.max_length, self.kind)
         for path in self._files():
-            check_embedded(self._open(path), self.tokenizer, module.source.rows())
+            check_embedded(self._open(path), source.tokenizer, source.rows())
 
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""
@@ -336,15 +362,14 @@ class JSONLDataModule(LightningDataModule):
         """Held-out batches, in the files' own order."""
         return PackedDataLoader(self, training=False) if self.val_order else []
 
-    def test_dataloader(self) -> DataLoader[list[Any]] | PackedDataLoader:
+    def test_dataloader(self) -> DataLoader[list[object]] | PackedDataLoader:
         """The exam's items, which the module reads; without an exam, the held-out batches."""
         if not self.exam:
             if self.val_order is None:
                 raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
             return PackedDataLoader(self, training=False)
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        return self._deal([item for path in self.exam for item in module.load_exam(path)])
+        items = [item for path in self.exam for item in self.module.load_exam(path)]
+        return self._deal(items)
 
     def predict_dataloader(self) -> DataLoader[list[Prompt]]:
         """The prompts to complete.
