@@ -50,9 +50,11 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
             world_size=world,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             lightning_module=SimpleNamespace(
-                tokenizer=tokenizer,
-                check_length=lambda length, kind: None,
-                rows=lambda: 1 << 20,
+                source=SimpleNamespace(
+                    tokenizer=tokenizer,
+                    check_length=lambda length, kind: None,
+                    rows=lambda: 1 << 20,
+                ),
                 load_exam=lambda path: list(iter_rows(path)),
             ),
         )
