@@ -34,15 +34,15 @@ class AttentionPlan:
     """Which tokens attend to which: causal rows, each a text, or a prompt and an answer to it.
 
     Attributes:
-        spans: [4R] of each row where its prompt begins and its length, the same of the answer (a
-            text is all answer). Answers to one prompt follow each other. Stays where it was made.
+        spans: [4R] int32, (prompt start, prompt length, answer start, answer length) of each row;
+            a text is all answer. Answers to one prompt follow each other. Always on the CPU.
         cu_queries: [R+1] borders in the batch of the tokens whose results a row gives. A shared
             prompt takes its result from the first of its rows.
         cu_keys: [R+1] borders of what the rows attend to, row after row.
         keys: positions in the batch of what the rows attend to; None when that is the batch.
         longest: tokens of the longest row. longest_queries: most results of a row.
-        full: how many rows at the front are as long as the longest, where they hold most tokens
-            and nothing is shared; else 0.
+        full: how many leading rows have the length of the longest, which one dense kernel can
+            compute; 0 unless they hold most tokens and no prompt is shared.
         predict_at: [N] positions whose hidden states predict the targets; behind the last
             layer's attention no others matter.
     """
@@ -272,50 +272,73 @@ def _answer_targets(sample: Sample, start: int, length: int) -> NDArray[np.bool_
     return targets
 
 
+def _tokens_to_drop(samples: Sequence[Sample]) -> int:
+    """Return how many last tokens of answers the batch leaves out.
+
+    The last token of an answer predicts nothing. All that may go do, except for up to
+    `MULTIPLE` - 1 of them, with which the batch has a length of a multiple of it.
+    """
+    droppable = sum(_may_skip_last(s.prompt, length) for s in samples for length in s.answers)
+    n_tokens = sum(len(sample.ids) for sample in samples)
+    retained = (droppable - n_tokens) % MULTIPLE
+    return droppable - retained if retained <= droppable else droppable
+
+
 def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
-    """Pack samples into one batch, in the order given."""
-    spans: list[Span] = []
-    ids: list[NDArray[np.integer]] = []
+    """Pack samples into one batch, in the order given.
+
+    A prompt of 3 tokens p with two answers, a and b, becomes (with no token dropped):
+
+        input_ids     p0 p1 p2 a0 a1 b0 b1 b2
+        position_ids   0  1  2  3  4  3  4  5
+        cu_seqlens    [0, 8]
+        spans         [(0, 3, 3, 2), (0, 3, 5, 3)]: the prompt's start and length, the answer's
+        labels        a0 a1 b0 b1 b2
+        predict_at     2  3  2  5  6: p2 predicts a0 and b0
+        answers        0  0  1  1  1
+
+    Args:
+        samples: at least one.
+        resume_at: of the batch.
+    """
+    input_ids: list[NDArray[np.integer]] = []
     position_ids: list[NDArray[np.integer]] = []
-    borders = [0]
     labels: list[NDArray[np.integer]] = []
     predict_at: list[NDArray[np.integer]] = []
     answers: list[NDArray[np.integer]] = []
-    n_tokens = sum(len(sample.ids) for sample in samples)
-    unread = sum(_may_skip_last(s.prompt, length) for s in samples for length in s.answers)
-    spare = (unread - n_tokens) % MULTIPLE  # so many last tokens are read all the same
-    unread -= spare if spare <= unread else 0
+    cu_seqlens = [0]
+    spans: list[Span] = []
+    to_drop = _tokens_to_drop(samples)
     for sample in samples:
-        prompt_start = borders[-1]
-        prompt = sample.prompt
-        ids.append(sample.ids[:prompt])
+        prompt_start, prompt = cu_seqlens[-1], sample.prompt
+        input_ids.append(sample.ids[:prompt])
         position_ids.append(np.arange(prompt))
-        read_to = prompt_start + prompt  # in the batch
-        answer_at = prompt  # in the sample
+        end_in_batch = prompt_start + prompt
+        start_in_sample = prompt
         for length in sample.answers:
-            answer = sample.ids[answer_at : answer_at + length]
-            skip_last = unread > 0 and _may_skip_last(prompt, length)
-            unread -= skip_last
-            span = Span(prompt_start, prompt, read_to, length - skip_last)
-            targets = _answer_targets(sample, answer_at, length)
-            before = positions(span)[max(prompt - 1, 0) : prompt + length - 1]
-            labels.append(answer[targets])
-            predict_at.append(before[targets[0 if prompt else 1 :]])
-            answers.append(np.full(len(labels[-1]), len(spans)))
-            ids.append(answer[: span.answer_length])
+            drop_last = to_drop > 0 and _may_skip_last(prompt, length)
+            to_drop -= drop_last
+            answer = sample.ids[start_in_sample : start_in_sample + length]
+            targets = _answer_targets(sample, start_in_sample, length)
+            span = Span(prompt_start, prompt, end_in_batch, length - drop_last)
+            predictors = positions(span)[max(prompt - 1, 0) : prompt + length - 1]
+            input_ids.append(answer[: span.answer_length])
             position_ids.append(np.arange(prompt, prompt + span.answer_length))
+            labels.append(answer[targets])
+            predict_at.append(predictors[targets[0 if prompt else 1 :]])
+            answers.append(np.full(len(labels[-1]), len(spans)))
             spans.append(span)
-            answer_at += length
-            read_to += span.answer_length
-        borders.append(read_to)
+            end_in_batch += span.answer_length
+            start_in_sample += length
+        cu_seqlens.append(end_in_batch)
     return PackedBatch(
-        input_ids=_join(ids),
+        input_ids=_join(input_ids),
         position_ids=_join(position_ids),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
         labels=_join(labels),
         answers=_join(answers),
         n_answers=len(spans),
-        n_tokens=n_tokens,
+        n_tokens=sum(len(sample.ids) for sample in samples),
         plan=plan_attention(spans, _join(predict_at)),
         sources=tuple(sample.source for sample in samples),
         resume_at=resume_at,

@@ -409,7 +409,7 @@ class JSONLDataModule(LightningDataModule):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def advance(self, position: tuple[int, int]) -> None:
-        """Note where a run goes on that is cut off from now on."""
+        """Set the position that the next checkpoint saves."""
         self.position = position
 
     def state_dict(self) -> dict[str, Any]:

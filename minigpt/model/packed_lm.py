@@ -36,7 +36,7 @@ PACKED = "minigpt_packed"  # the name under which transformers finds `packed_att
 # Arguments of attention that say what the plan says, or ask for more results.
 UNUSED = {"is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
 UNUSED |= {"output_router_logits", "return_dict", "logits_to_keep", "deterministic"}
-LOGITS = 2**24  # that are fp32 at a time
+MAX_FP32_LOGITS = 2**24  # at a time
 
 
 class PackedLM(nn.Module):
@@ -46,7 +46,7 @@ class PackedLM(nn.Module):
     and FSDP2 have the parameters at hand.
 
     Args:
-        hf: the model; its attention becomes that by which its kind is exact.
+        hf: the model; its attention is set to one that passed the proof of conformance.py.
 
     Attributes:
         packed: samples are read as one row; of a kind that is not exact that way, each has a row.
@@ -94,7 +94,7 @@ class PackedLM(nn.Module):
         if self.linear_head is None:
             logp = token_logprobs(target_logits(self.hf, batch, self.packed), batch.labels)
         else:
-            hidden = read(self.hf.base_model, batch, self.packed)
+            hidden = forward_batch(self.hf.base_model, batch, self.packed)
             head = self.hf.get_output_embeddings()
             if not per_answer:
                 return self.linear_head.loss(head, hidden, batch)
@@ -107,7 +107,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 
     Some rows are widened to fp32 at a time, and again in the backward pass.
     """
-    rows = max(1, LOGITS // logits.shape[1])
+    rows = max(1, MAX_FP32_LOGITS // logits.shape[1])
     chunks = zip(logits.split(rows), labels.split(rows), strict=True)
     return torch.cat(
         [
@@ -123,13 +123,13 @@ def _token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def target_logits(hf: PreTrainedModel, batch: PackedBatch, packed: bool) -> Tensor:
-    """Return the logits [N, V] that predict the targets; arguments as for `read`."""
+    """Return the logits [N, V] that predict the targets; arguments as for `forward_batch`."""
     if packed and "logits_to_keep" in inspect.signature(hf.forward).parameters:
-        return read(hf, batch, packed, logits_to_keep=batch.predict_at)
-    return read(hf, batch, packed).index_select(0, batch.predict_at)
+        return forward_batch(hf, batch, packed, logits_to_keep=batch.predict_at)
+    return forward_batch(hf, batch, packed).index_select(0, batch.predict_at)
 
 
-def read(model: nn.Module, batch: PackedBatch, packed: bool, **options: Tensor) -> Tensor:
+def forward_batch(model: nn.Module, batch: PackedBatch, packed: bool, **options: Tensor) -> Tensor:
     """Return a model's first output for the tokens of a batch, [T, ·].
 
     Args:

@@ -39,12 +39,13 @@ from minigpt.stages.step import (
 
 @dataclass
 class LossSums:
-    """What a stage makes of one micro-batch.
+    """Loss, number of terms and metrics of one micro-batch, as sums.
 
     Attributes:
         loss: sum of the losses, a scalar; its gradient trains the model.
         count: how many terms it sums: targets, or pairs.
-        metrics: sums behind the stage's metrics, scalars; logged divided by `count`.
+        metrics: sums behind the stage's metrics, scalars; logged divided by `count`. The same
+            names in every process, and none that `BaseModule` uses.
     """
 
     loss: Tensor
@@ -61,7 +62,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
         chat_template: file of a Jinja template, or the name of one of the tokenizer's; saved with
             the run, so that all that follows uses it. By default the tokenizer's own, or ours.
         optimizer: AdamW or Muon, and their rates.
-        schedule: of the learning rate.
+        schedule: warm-up and decay of the learning rate.
         lora: train a low-rank adapter instead of all weights.
         activation_checkpointing: compute activations twice instead of storing them.
         compile_layers: compile the model's layers with torch.compile; by default where that pays:
@@ -118,7 +119,11 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
 
     @abstractmethod
     def compute_loss(self, batch: PackedBatch) -> LossSums:
-        """Return the stage's loss on a batch, as sums."""
+        """Return the stage's loss on a batch, as sums.
+
+        Fillers come here, too: batches without targets, which keep processes in step at the end of
+        an epoch. For them the count is 0, and the loss is 0 with a graph to all parameters.
+        """
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Turn sums into what is logged: means over `count`.
@@ -153,7 +158,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the batch's summed loss over a constant; `finish_step` gives the exact scale."""
         sums = self.compute_loss(batch)
-        self.micro_batches.sums.add(self._named(sums, batch), self.device)
+        self.micro_batches.sums.add(self._sums_of(sums, batch), self.device)
         self.micro_batches.add(sums.loss, batch)
         return sums.loss / self.loss_divisor
 
@@ -207,24 +212,29 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add a held-out batch."""
-        self.validation_sums.add(self._named(self.compute_loss(batch), batch), self.device)
+        self.validation_sums.add(self._sums_of(self.compute_loss(batch), batch), self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out means, each over all targets of all processes."""
         if self.validation_sums.values:
-            values = self.metrics(to_floats(self.validation_sums.over_processes()))
+            values = self.metrics(to_floats(self.validation_sums.all_reduced()))
             self.log_dict({f"val/{k}": v for k, v in values.items()}, rank_zero_only=True)
 
-    def _named(self, sums: LossSums, batch: PackedBatch) -> dict[str, Tensor | float]:
-        learns = sums.count > 0  # a batch that only keeps processes in step teaches nothing
-        return {
+    def _sums_of(self, sums: LossSums, batch: PackedBatch) -> dict[str, Tensor | float]:
+        has_targets = sums.count > 0
+        ours: dict[str, Tensor | float] = {
             "loss": sums.loss,
             "count": float(sums.count),
-            "tokens": float(batch.n_tokens if learns else 0),
+            "tokens": float(batch.n_tokens if has_targets else 0),
             "bytes": self.token_bytes[batch.labels].sum(),
-            # Without pairs, references still have log-probs.
-            **{name: value if learns else 0.0 for name, value in sums.metrics.items()},
         }
+        if reserved := sorted(ours.keys() & sums.metrics.keys()):
+            raise ConfigError(
+                f"{type(self).__name__}.compute_loss has a metric named {reserved[0]}, which is a "
+                "sum of every stage. Give it another name."
+            )
+        # The metrics of a filler, such as log-probs of a reference, belong to no term.
+        return ours | {n: value if has_targets else 0.0 for n, value in sums.metrics.items()}
 
 
 def bits_per_byte(totals: dict[str, float]) -> float:

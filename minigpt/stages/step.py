@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SETTLING_STEPS = 20  # before a jump can be distinguished from the start of training
 MEAN_DECAY = 0.95  # of the running mean of the loss
 ROWS_NAMED = 5  # in an error
-SIGNAL = "signal/"  # before a signal's number: how many processes have received it
+SIGNAL = "signal/"  # + a signal's number: how many processes received it (runs/stopping.py)
 INTERNAL_SUMS = ("count", "tokens", "bytes", "norm")  # are not logged as metrics
 
 
@@ -36,11 +36,11 @@ def finish_step(module: BaseModule, optimizer: torch.optim.Optimizer) -> None:
 
     Before: Lightning ran `training_step` and the backward pass of each micro-batch; it divided each
     loss by `accumulate_grad_batches`, and averaged the gradients over all processes.
-    After: Lightning calls `optimizer.step()` and the scheduler.
+    After: Lightning lets the optimizer update the weights, and steps the scheduler.
 
-    Both divisions are undone here and replaced by one, by the number of all targets (or pairs) of
-    the step. So a short last step of an epoch, micro-batches of unequal size and another number of
-    processes change nothing.
+    Three divisions (by `loss_divisor` in `training_step`, and Lightning's two) are undone here and
+    replaced by one, by the number of all targets (or pairs) of the step. So a short last step of an
+    epoch, micro-batches of unequal size and another number of processes change nothing.
 
     Raises:
         TrainingError: when the loss or a gradient is not finite, the loss jumps and `spike.action`
@@ -48,17 +48,18 @@ def finish_step(module: BaseModule, optimizer: torch.optim.Optimizer) -> None:
     """
     trainer, micro_batches = module.trainer, module.micro_batches
     scaler = unscale(module, optimizer)
-    sums = micro_batches.sums.over_processes()
+    # With them, callbacks have added how many processes received a signal (runs/stopping.py).
+    sums = micro_batches.sums.all_reduced()
 
-    # Scale to the mean over all targets.
-    averaged_over = trainer.accumulate_grad_batches * trainer.world_size
-    scale = module.loss_divisor * averaged_over / sums["count"].clamp(min=1).float()
+    # The factor that makes the gradients those of the mean over all targets, and their norm then.
+    lightning_divisor = trainer.accumulate_grad_batches * trainer.world_size
+    scale = module.loss_divisor * lightning_divisor / sums["count"].clamp(min=1).float()
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = scale * gradient_norm(trainer.strategy, gradients)
-    totals = to_floats({**sums, "norm": norm})  # the only time that a step waits for the device
+    totals = to_floats({**sums, "norm": norm})  # one read-back for all of them
 
-    # Check, then clip.
-    if may_update(trainer.global_step + 1, totals, micro_batches, module.loss_watch, scaler):
+    # Check; then scale and clip in place.
+    if check_step(trainer.global_step + 1, totals, micro_batches, module.loss_watch, scaler):
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         scale_and_clip(gradients, scale, norm, clip, algorithm)
     else:
@@ -88,7 +89,7 @@ class Sums:
             value = value.detach() if isinstance(value, Tensor) else value
             self.values[name] = self.values.get(name, zero) + value
 
-    def over_processes(self) -> dict[str, Tensor]:
+    def all_reduced(self) -> dict[str, Tensor]:
         """Return the sums over all processes, which must hold the same names."""
         distributed = torch.distributed
         if not (self.values and distributed.is_available() and distributed.is_initialized()):
@@ -122,7 +123,7 @@ class MicroBatches:
         self.losses.append((loss.detach(), batch.sources))
         self.resume_at = batch.resume_at
 
-    def rows(self) -> str:
+    def describe_rows(self) -> str:
         """Return the rows behind losses that are not finite (else all), over all processes."""
         local = [(bool(torch.isfinite(loss)), row) for loss, rows in self.losses for row in rows]
         rows = gathered(local)
@@ -173,8 +174,8 @@ class LossWatch:
         self.mean = 0.0
         self.steps = 0
 
-    def jumps(self, loss: float) -> bool:
-        """Whether a step's loss is a jump; if not, it enters the mean."""
+    def observe(self, loss: float) -> bool:
+        """Return whether a step's loss is a jump; add it to the mean if it is not."""
         if self.steps >= SETTLING_STEPS and loss > self.spike.factor * self.mean:
             return True
         self.steps += 1
@@ -207,21 +208,27 @@ def unscale(module: BaseModule, optimizer: torch.optim.Optimizer) -> GradScaler 
     return scaler
 
 
-def may_update(
+def check_step(
     step: int,
     totals: dict[str, float],
     micro_batches: MicroBatches,
     watch: LossWatch,
     scaler: GradScaler | None = None,
 ) -> bool:
-    """Whether the optimizer may update the weights; all processes come to the same answer.
+    """Check the numbers of a step, and add its loss to the running mean.
+
+    All processes come to the same answer.
 
     Args:
         step: number of the optimizer step, from 1.
         totals: sums over all processes, with `loss` and `count`, and the gradient's `norm`.
-        micro_batches: of the step, for the rows that an error names.
+        micro_batches: name the rows in an error.
         watch: judges whether the loss jumps.
-        scaler: of fp16, which leaves steps out whose gradients overflow, and lowers its scale.
+        scaler: fp16's GradScaler, which skips updates whose gradients overflow, and lowers its
+            scale.
+
+    Returns:
+        False to skip the update.
 
     Raises:
         TrainingError: when the loss or the norm is not finite, the loss jumps and `spike.action`
@@ -234,32 +241,37 @@ def may_update(
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
             f"Step {step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}, so no "
-            f"update was made. The rows: {micro_batches.rows()}. Look at them, lower the learning "
-            "rate, or go on from the last good checkpoint with --ckpt_path auto."
+            f"update was made. The rows: {micro_batches.describe_rows()}. Look at them, lower the "
+            "learning rate, or go on from the last good checkpoint with --ckpt_path auto."
         )
     action = watch.spike.action
-    if action == "off" or not watch.jumps(loss):
+    if action == "off" or not watch.observe(loss):
         return True
     message = f"Step {step}: the loss jumped to {loss:.4g} (mean {watch.mean:.4g})"
     if action == "stop":
-        raise TrainingError(f"{message}, and spike.action is stop. Rows: {micro_batches.rows()}.")
+        raise TrainingError(
+            f"{message}, and spike.action is stop. Rows: {micro_batches.describe_rows()}."
+        )
     skipped = action == "skip"
-    log.warning("%s; rows: %s%s.", message, micro_batches.rows(), "; left out" if skipped else "")
+    log.warning(
+        "%s; rows: %s%s.", message, micro_batches.describe_rows(), "; left out" if skipped else ""
+    )
     return not skipped
 
 
 def check_scale(step: int, scale: float, micro_batches: MicroBatches) -> None:
-    """Stop a run whose gradients overflow in fp16 at a loss scale that makes nothing larger.
+    """Check that fp16's loss scale can still be lowered.
 
     Raises:
-        TrainingError: for it.
+        TrainingError: when it is 1 or less, and the gradients overflow all the same.
     """
     if scale <= 1:
         raise TrainingError(
             f"Step {step}: the gradients overflow in fp16 even at a loss scale of {scale:g}; the "
-            f"steps before were left out while it was halved. The rows: {micro_batches.rows()}. "
-            "Train with --trainer.precision bf16-mixed or 32-true, lower the learning rate, or go "
-            "on from the last good checkpoint with --ckpt_path auto."
+            "steps before were left out while it was halved. The rows: "
+            f"{micro_batches.describe_rows()}. Train with --trainer.precision bf16-mixed or "
+            "32-true, lower the learning rate, or go on from the last good checkpoint with "
+            "--ckpt_path auto."
         )
 
 
@@ -273,7 +285,7 @@ def scale_and_clip(
     """Scale gradients in place, and clip what comes out.
 
     Args:
-        gradients: of all parameters.
+        gradients: tensors of any shapes, one for each parameter.
         scale: factor, a scalar.
         norm: of the scaled gradients, a scalar.
         clip: the bound, if any.

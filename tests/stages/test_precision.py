@@ -107,7 +107,7 @@ def test_fp16_takes_the_steps_of_fp32(
 def test_fp16_leaves_a_step_out_whose_loss_jumps(
     name: str, fit: Fit, fp16: Scaler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("minigpt.stages.step.LossWatch.jumps", lambda *_: True)
+    monkeypatch.setattr("minigpt.stages.step.LossWatch.observe", lambda *_: True)
     fp16(2.0**12)
     changes = {"model__init_args__optimizer": optimizer(name)}
     cli = fit("sft", model__init_args__spike={"action": "skip"}, **changes)

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import metrics
+from tiny_runs import Fit, metrics
 
 from minigpt.cli.trainer import run
+from minigpt.data.batch import PackedBatch
+from minigpt.errors import ConfigError
+from minigpt.stages.base import LossSums
+from minigpt.stages.sft import SFTModule
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 
@@ -42,4 +46,15 @@ def test_the_toy_stage_of_the_page_trains(
     held_out = metrics(tmp_path / "toy", "val/loss")
     assert held_out[-1] < held_out[0]
     assert (tmp_path / "toy" / "hf" / "model.safetensors").is_file()
-    assert metrics(tmp_path / "toy", "train/targets_per_chat")[0] > 1
+    assert metrics(tmp_path / "toy", "train/targets_per_sample")[0] > 1
+
+
+def test_a_metric_named_like_a_sum_of_every_stage_is_refused(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute_loss(module: SFTModule, batch: PackedBatch) -> LossSums:
+        return LossSums(module.model(batch), len(batch.labels), {"count": 1.0})
+
+    monkeypatch.setattr(SFTModule, "compute_loss", compute_loss)
+    with pytest.raises(ConfigError, match="has a metric named count, which is"):
+        fit("sft")

@@ -27,7 +27,7 @@ ALLOWED = {
     "infer": {"data", "model"},
     "stages": {"data", "model", "infer", "accel", "evaluate"},
     "runs": {"data", "model", "accel", "stages"},
-    "datatools": {"data", "report", "evaluate"},
+    "datatools": {"data", "evaluate"},
     "evaluate": {"data", "model", "infer"},
     "export": {"data", "model", "infer"},
     "report": {"data", "evaluate"},
