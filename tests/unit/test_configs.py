@@ -164,7 +164,7 @@ def _stub(
 def test_size(build: Build, size: str, parameters: int) -> None:
     file = CONFIGS / "size" / f"{size}.yaml"
     made = build(CONFIGS / "pretrain.yaml", file)
-    a = made.model.architecture
+    a = made.model.start.architecture
     assert (a.head_dim, a.tied) == (128 if size == "125m" else 64, True)
     assert f"{parameters / 1e6:.1f}M parameters" in file.read_text()
     with torch.device("meta"):

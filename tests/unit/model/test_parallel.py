@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from minigpt.errors import ConfigError
@@ -38,15 +37,15 @@ def test_lightnings_own_sharding_is_refused() -> None:
 
 
 def test_flattened_matrices_are_decayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flatten(_: Any, model: torch.nn.Module) -> torch.nn.Module:
-        for weight in model.parameters():
+    def flatten(_: FSDPStrategy, trainer: Any) -> None:
+        for weight in trainer.lightning_module.parameters():
             weight.data = weight.data.flatten()
-        return model
 
     model = tiny.model("qwen3")
     matrices = {id(weight) for weight in model.parameters() if weight.ndim == 2}
-    monkeypatch.setattr(FSDPStrategy, "_setup_model", flatten)
-    FSDP1()._setup_model(model)
+    monkeypatch.setattr(FSDPStrategy, "setup", flatten)
+    trainer: Any = SimpleNamespace(lightning_module=model)
+    FSDP1().setup(trainer)
     assert {weight.ndim for weight in model.parameters()} == {1}
     optimizer = build_optimizer(model, OptimizerOptions(weight_decay=0.5))
     decayed = {
