@@ -1,9 +1,9 @@
 """Speed and nothing else: faster ways to compute what `model` computes plainly.
 
-This file is the only door. No other room imports what lies behind it, and nothing behind it is
-imported before it is needed. With the environment variable MINIGPT_ACCEL=off it stays shut:
-training takes the reference path, whose numbers are equal up to rounding and to what dropout draws,
-with more time and memory.
+This file is the only entry point: no other package imports the rest of `accel`, which is imported
+when it is needed. With the environment variable MINIGPT_ACCEL=off training takes the reference
+path. Its numbers are equal up to rounding and to what dropout draws, but on a GPU under bf16
+autocast, where `accel` holds the residual stream in bf16. It takes more time and memory.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def linear_head(hf: PreTrainedModel, packed: bool) -> LinearHead | None:
     """Prepare a model for training, and return how to compute the loss of its head by chunks.
 
     On a GPU under autocast, its layers add to bf16. Where its last layer allows it, and batches
-    are read `packed`, that layer goes on from its attention with the targets' predictors alone.
+    are read `packed`, that layer computes what follows its attention only for the positions that
+    predict targets.
 
     Returns:
         None for a model whose logits are not its head applied to the last hidden states.

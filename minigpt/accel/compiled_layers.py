@@ -66,9 +66,9 @@ def compile_model(
     """Compile a model's layers and its softmax in place, and let batches through to warm up.
 
     The compiler fits its kernels to the first batch that it sees. It is always the same one, so
-    that a run that goes on has the kernels that it had before.
+    that a resumed run has the kernels that it had before.
 
-    Where compiling fails, in whatever way, the model goes on as it is, which is told in a line.
+    Where compiling fails, in whatever way, the model stays as it is, with a warning.
     Arguments as for `accel.compile_model`.
     """
     # Else DDP cuts a layer that it finds not compiled yet at the borders of its buckets.

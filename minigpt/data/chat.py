@@ -40,7 +40,8 @@ from minigpt.errors import DataError, TokenizerError
 
 log = logging.getLogger(__name__)
 
-ANCHORS = ("\n", "a", ".")  # texts before which a text can be tokenised as in the middle of one
+# Prefixes with which a tokenizer may encode a text without adding a space before it.
+ANCHORS = ("\n", "a", ".")
 MIDDLES = ("x", "end|>", " x")
 # Halves of surrogate pairs: no valid text holds them, so they cannot be confused with content.
 BREAK = "\ud800"
@@ -67,7 +68,7 @@ class Piece(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What inference sends, and what the model is to say then."""
+    """A prompt as inference sends it, and the answer that is trained behind it."""
 
     prompt: str
     answer: list[Piece]
@@ -78,7 +79,7 @@ class MaskedIds(NamedTuple):
 
     Attributes:
         ids: [n] token ids.
-        targets: [n] bool, which of them the model must say.
+        targets: [n] bool, which of them are trained.
     """
 
     ids: list[int]
@@ -86,7 +87,7 @@ class MaskedIds(NamedTuple):
 
 
 class PlannedTurn(NamedTuple):
-    """A turn that is to be tokenised.
+    """A turn with its texts split into units, each of which is encoded once.
 
     Attributes:
         turn: the prompt and the answer.
@@ -150,9 +151,9 @@ class ChatCodec:
         return PlannedTurn(turn, units)
 
     def units(self, text: str, before: Sequence[str] = ()) -> list[str]:
-        """Cut a rendered text where the pieces are tokenised apart all the same.
+        """Split a rendered text at the added tokens, where the tokenizer splits it anyway.
 
-        A unit that begins with `BREAK` goes on in the middle of a text.
+        A unit that begins with `BREAK` continues a text, so that no space may be put before it.
 
         Args:
             text: the rendered text.
@@ -254,16 +255,16 @@ class ChatCodec:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _find_anchor(self) -> tuple[str, list[int]]:
-        """Return a text, with its ids, behind which no space is put before another text."""
+        """Return a prefix, with its ids, after which the tokenizer puts no space before a text."""
         added = self.tokenizer.added_tokens_decoder.values()
         plain = [t.content for t in added if t.content in self._borders and not t.rstrip]
         for anchor in (*plain[:1], *ANCHORS):
             ids = self._ids(anchor)
-            if all(self._goes_on(anchor, ids, text) for text in MIDDLES):
+            if all(self._is_safe_prefix(anchor, ids, text) for text in MIDDLES):
                 return anchor, ids
         return "", []
 
-    def _goes_on(self, anchor: str, anchor_ids: list[int], text: str) -> bool:
+    def _is_safe_prefix(self, anchor: str, anchor_ids: list[int], text: str) -> bool:
         ids = self._ids(anchor + text)
         return (
             _starts_with(ids, anchor_ids) and self._decoded(ids) == self._decoded(anchor_ids) + text

@@ -260,7 +260,7 @@ def _build(
         encoder = Encoder(kind, tokenizer, limits)
         refused = refused_texts(tokenizer, kind)
         records = read_records([source], kind, bad, limits.data_limit, refused)
-        with closing(writer), _seldom_collecting():
+        with closing(writer), _rare_garbage_collection():
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
             writer.sync()
@@ -290,7 +290,7 @@ def _build(
 
 
 @contextmanager
-def _seldom_collecting() -> Iterator[None]:
+def _rare_garbage_collection() -> Iterator[None]:
     """Look for unreachable cycles seldom: rows make none, and looking takes a fifth of the time."""
     thresholds = gc.get_threshold()
     gc.set_threshold(200_000, *thresholds[1:])
@@ -351,9 +351,13 @@ class Encoder:
     ) -> Iterator[tuple[EncodedSample, Source]]:
         """Yield the samples of all records, in order; rows without targets go to `bad`.
 
-        While one batch of rows is tokenised, which needs no interpreter, the next is read.
+        While the tokenizer's threads encode one block of rows, the next is read.
+
+        Args:
+            records: with where each comes from.
+            bad: raises or counts rows that cannot be used.
         """
-        ahead: tuple[Rendered, Future[UnitIds]] | None = None
+        pending: tuple[Rendered, Future[UnitIds]] | None = None
         records = iter(records)
         with ThreadPoolExecutor(1) as pool:
             while block := list(islice(records, ROWS_AT_A_TIME)):
@@ -363,11 +367,11 @@ class Encoder:
                     u for record, _, turns in rendered for u in _units(record, turns)
                 )
                 unit_ids = pool.submit(self._tokenise, list(units))
-                if ahead:
-                    yield from self._finish(*ahead, bad)
-                ahead = (rendered, unit_ids)
-            if ahead:
-                yield from self._finish(*ahead, bad)
+                if pending:
+                    yield from self._finish(*pending, bad)
+                pending = (rendered, unit_ids)
+            if pending:
+                yield from self._finish(*pending, bad)
 
     def _render(self, block: list[tuple[Record, Source]], bad: BadRows) -> Rendered:
         """Render chats as text; a row that the template refuses goes to `bad`."""

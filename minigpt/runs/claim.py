@@ -54,7 +54,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         ) from error
     with lock as file:
         try:
-            # Not flock, which readers that outlive a killed run would go on to hold.
+            # Not flock, which child processes that outlive a killed run would still hold.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunExistsError(

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 # What may not change at all: the state of one does not fit another.
 FIXED = {"stage", "method", "architecture", "vocabulary"}
 # Options of a stage that are compared by content or under other names, or do not move the weights.
-# A spike's policy may change: it is how one goes on after a spike.
+# A spike's policy may change, so that one can resume after a spike.
 NOT_COMPARED = {
     "activation_checkpointing",
     "compile_layers",
@@ -70,9 +70,9 @@ class ExactResume(Callback):
     """Saves in each checkpoint what made it, and compares before a run goes on from it.
 
     Args:
-        allow_changes: go on with other data, tokenizer, base or options, and only warn.
+        allow_changes: resume with other data, tokenizer, base or options, and only warn.
         options: the stage's, as in the config.
-        checkpoint: the one that the run goes on from.
+        checkpoint: its path, when the run resumes from one.
     """
 
     def __init__(

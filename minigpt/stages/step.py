@@ -263,7 +263,7 @@ def check_scale(step: int, scale: float, micro_batches: MicroBatches) -> None:
     """Check that fp16's loss scale can still be lowered.
 
     Raises:
-        TrainingError: when it is 1 or less, and the gradients overflow all the same.
+        TrainingError: when it is 1 or less, and the gradients still overflow.
     """
     if scale <= 1:
         raise TrainingError(
