@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 driver.py JOBS.json
 
-A job is {"args": command line, "sgd": whether to train with plain SGD}.
+A job is {"args": command line, "sgd": whether to train with plain SGD}. How often each job called
+torch.distributed.all_reduce is written beside the file, as JOBS.all_reduces.json.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ def draw_otherwise() -> None:
     BaseModule.configure_model = build  # type: ignore[method-assign]
 
 
+def count_all_reduces() -> list[int]:
+    """Return a list whose one number counts the calls from now on."""
+    calls = [0]
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    return calls
+
+
 def main(file: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -66,9 +80,14 @@ def main(file: str) -> None:
         let_fsdp1_use_cpus()
     draw_otherwise()
     own = setup.build_optimizer
+    calls, counts = count_all_reduces(), []
     for job in json.loads(Path(file).read_text()):
         setup.build_optimizer = sgd if job["sgd"] else own
+        before = calls[0]
         run(job["args"])
+        counts.append(calls[0] - before)
+    if os.environ["RANK"] == "0":
+        Path(file).with_suffix(".all_reduces.json").write_text(json.dumps(counts))
     leave_group()
 
 

@@ -24,9 +24,9 @@ def test_one_process_trains_as_one_device(device: str, tmp_path: Path) -> None:
     place = {"trainer__accelerator": device}
     run(tiny_runs.arguments("fit", tiny_runs.config(root, "pretrain", root / "alone", **place)))
     jobs = []
-    for strategy in ("ddp", "fsdp"):
-        changes = {**place, "trainer__strategy": strategy}
-        made = tiny_runs.config(root, "pretrain", root / strategy, **changes)
+    for name, strategy, steps in (("ddp", "ddp", 3), ("fsdp", "fsdp", 3), ("longer", "ddp", 5)):
+        changes = {**place, "trainer__strategy": strategy, "trainer__max_steps": steps}
+        made = tiny_runs.config(root, "pretrain", root / name, **changes)
         jobs.append({"args": tiny_runs.arguments("fit", made), "sgd": False})
     file = root / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -38,3 +38,5 @@ def test_one_process_trains_as_one_device(device: str, tmp_path: Path) -> None:
         assert tiny_runs.metrics(root / strategy) == pytest.approx(
             tiny_runs.metrics(root / "alone"), rel=1e-5 if device == "cpu" else 1e-3
         )
+    ddp, _, longer = json.loads((root / "jobs.all_reduces.json").read_text())
+    assert longer - ddp == 2  # one for each optimizer step, beside those of the gradients
