@@ -333,6 +333,8 @@ def unused_fields(row: object, kind: Kind) -> set[str]:
             if isinstance(message, dict) and len(message) > 2:  # more than role and content
                 fields = of_messages & message.keys()
                 named.update(name for name in fields if message[name] not in _EMPTY_VALUES)
+                if ROLES.get(str(message.get("role", message.get("from")))) != "assistant":
+                    named.update(name for name in ("weight", "train") if message.get(name))
     return named
 
 

@@ -282,6 +282,12 @@ CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
         ("chat", {"messages": said("u", "a"), "tools": CALLS}, {"tools"}),
         ("chat", {"prompt": "u", "completion": "a", "label": False}, {"label"}),
         ("chat", {"messages": [answer("a") | {"weight": 0, "name": "n"}], "id": 1}, set()),
+        ("chat", {"messages": [{"role": "user", "content": "q", "weight": 0}, answer("a")]}, set()),
+        (
+            "chat",  # only answers are learnt
+            {"messages": [{"role": "user", "content": "q", "train": True}, answer("a")]},
+            {"train"},
+        ),
         ("chat", {"messages": [answer("a") | {"tool_calls": []}], "tools": None}, set()),
         (
             "preference",
