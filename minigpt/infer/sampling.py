@@ -12,6 +12,10 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 
 PARTIAL_SORT = 1024  # likeliest tokens that are sorted first, before all are
+# Dividing by less could give 0/0 in fp32. At this temperature already, a token whose logit is lower
+# by 1e-4 is never drawn.
+LEAST_TEMPERATURE = 1e-6
+PENALTIES = (0.01, 100)  # beyond, penalised logits could overflow fp32
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class Sampling:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be at least 0": self.temperature >= 0,
+            "temperature must be at least 0, and finite": 0 <= self.temperature < math.inf,
             "top_k must be at least 0": self.top_k >= 0,
             "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
             "min_p must lie in [0, 1)": 0 <= self.min_p < 1,
-            "repetition_penalty must be positive": 0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty must lie in [{PENALTIES[0]}, {PENALTIES[1]}]": (
+                PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]
+            ),
             "a stop text must not be empty": all(self.stop),
             "logprobs must be at least 0": self.logprobs is None or self.logprobs >= 0,
         }
@@ -101,7 +107,7 @@ class Sampler:
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return logits [V] over the temperature, with -inf where a token may not be drawn."""
-    scaled = (logits - logits.max()) / sampling.temperature
+    scaled = (logits - logits.max()) / max(sampling.temperature, LEAST_TEMPERATURE)
     cut = scaled.new_tensor(-math.inf)  # each filter keeps the tokens from a certain logit on
     if sampling.top_k or sampling.top_p < 1:
         cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)

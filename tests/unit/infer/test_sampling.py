@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,35 @@ from transformers import (
 
 from minigpt.errors import ConfigError
 from minigpt.infer.sampling import PARTIAL_SORT, Sampler, Sampling, filtered, sample
+
+
+@given(
+    temperature=st.floats(0, 1e308),
+    top_k=st.integers(0, 10**9),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1, exclude_max=True),
+    penalty=st.floats(0.01, 100),
+    seed=st.integers(0, 2**63 - 1),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
+)
+def test_whatever_numbers_are_accepted_give_a_token(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
+    seed: int,
+    scale: float,
+) -> None:
+    sampling = Sampling(1, temperature, top_k, top_p, seed, min_p, penalty)
+    logits = scale * torch.randn(40, generator=torch.Generator().manual_seed(seed % 99))
+    assert 0 <= Sampler(sampling, [3, 5]).sample(logits) < 40
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token() -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-46, 5e-324, 1e-7):
+        assert Sampler(Sampling(1, temperature), []).sample(logits) == int(logits.argmax())
 
 
 @given(
@@ -97,7 +127,11 @@ def test_each_row_has_its_sampling() -> None:
         ({"top_p": 0.0}, "top_p must lie"),
         ({"top_p": 1.1}, "top_p must lie"),
         ({"min_p": 1.0}, "min_p must lie"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must lie in \[0.01, 100\]"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty must lie in"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must lie in"),
+        ({"temperature": math.inf}, "temperature must be at least 0, and finite"),
+        ({"temperature": math.nan}, "temperature must be at least 0, and finite"),
         ({"stop": ("a", "")}, "stop text must not be empty"),
         ({"logprobs": -1}, "logprobs must be at least 0"),
     ],

@@ -148,6 +148,7 @@ def test_messages_in_parts_and_roles(client: openai.OpenAI) -> None:
         ({"temperature": 2, "extra_body": {"top_k": 1}}, ANSWER, "stop"),
         ({"temperature": 2, "extra_body": {"min_p": 0.999}}, ANSWER, "stop"),
         ({"temperature": 2, "top_p": 1e-6}, ANSWER, "stop"),
+        ({"temperature": 1e-46}, ANSWER, "stop"),
         ({"user": "me", "frequency_penalty": 0, "tools": [], "logit_bias": {}}, ANSWER, "stop"),
         ({"parallel_tool_calls": True, "tool_choice": "auto"}, ANSWER, "stop"),
         ({"modalities": ["text"], "tool_choice": "none"}, ANSWER, "stop"),
