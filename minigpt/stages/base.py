@@ -228,7 +228,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
             "tokens": float(batch.n_tokens if has_targets else 0),
             "bytes": self.token_bytes[batch.labels].sum(),
         }
-        if reserved := sorted(ours.keys() & sums.metrics.keys()):
+        if reserved := sorted(sums.metrics.keys() & {"loss", *INTERNAL_SUMS}):
             raise ConfigError(
                 f"{type(self).__name__}.compute_loss has a metric named {reserved[0]}, which is a "
                 "sum of every stage. Give it another name."

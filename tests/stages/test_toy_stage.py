@@ -49,12 +49,13 @@ def test_the_toy_stage_of_the_page_trains(
     assert metrics(tmp_path / "toy", "train/targets_per_sample")[0] > 1
 
 
+@pytest.mark.parametrize("name", ["count", "norm"])
 def test_a_metric_named_like_a_sum_of_every_stage_is_refused(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
+    name: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compute_loss(module: SFTModule, batch: PackedBatch) -> LossSums:
-        return LossSums(module.model(batch), len(batch.labels), {"count": 1.0})
+        return LossSums(module.model(batch), len(batch.labels), {name: 1.0})
 
     monkeypatch.setattr(SFTModule, "compute_loss", compute_loss)
-    with pytest.raises(ConfigError, match="has a metric named count, which is"):
+    with pytest.raises(ConfigError, match=f"has a metric named {name}, which is"):
         fit("sft")
