@@ -9,7 +9,7 @@ update. Prints the files, each with the lines of the
 bodies of the functions that ran, without docstrings and blank lines.
 
     python scripts/walk.py             # the files
-    python scripts/walk.py --functions # each function, in the order of first calls
+    python scripts/walk.py --functions # before them each function, in the order of first calls
     python scripts/walk.py --anchors   # put the lines of today into docs/architecture.md
 """
 
@@ -49,7 +49,9 @@ Calls = dict[tuple[Path, int], str]  # (file, first line) to qualified name, in 
 def main() -> int:
     """Trace a step and print what ran."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--functions", action="store_true", help="list each function")
+    parser.add_argument(
+        "--functions", action="store_true", help="list each function before the files"
+    )
     parser.add_argument("--anchors", action="store_true", help="update the links of the page")
     args = parser.parse_args()
     if args.anchors:
@@ -61,10 +63,10 @@ def main() -> int:
         for (file, line), name in calls.items():
             lines = len(body_lines(file, line))
             print(f"{lines:5} lines  {file.relative_to(ROOT)}:{line}  {name}")
-    else:
-        for file, lines in lines_by_file(calls).items():
-            print(f"{lines:5} lines  {file.relative_to(ROOT)}")
+        print()
     sizes = lines_by_file(calls)
+    for file, lines in sizes.items():
+        print(f"{lines:5} lines  {file.relative_to(ROOT)}")
     print(f"{sum(sizes.values()):5} lines in {len(sizes)} files")
     return 0
 
