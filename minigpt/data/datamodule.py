@@ -279,8 +279,9 @@ class JSONLDataModule(LightningDataModule):
         """
         source = self.module.source
         source.check_length(self.limits.max_length, self.kind)
+        rows = source.rows()
         for path in self._files():
-            check_embedded(self._open(path), source.tokenizer, source.rows())
+            check_embedded(self._open(path), source.tokenizer, rows)
 
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""
