@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,7 +101,9 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
             raise ConfigError(
                 "model.compile_layers and model.activation_checkpointing exclude each other."
             )
-        self.start = self.model_source(init_from, tokenizer, chat_template, rope_scaling)
+        self.start = self.model_source(
+            partial(ModelSource, init_from, tokenizer, chat_template, rope_scaling)
+        )
         self.source = self.start
         self.optimizer_options = optimizer
         self.schedule_options = schedule
@@ -138,15 +142,13 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
             if name not in INTERNAL_SUMS and not name.startswith(SIGNAL)
         }
 
-    def model_source(
-        self,
-        init_from: str | None,
-        tokenizer: str | None,
-        chat_template: str | None,
-        rope_scaling: RopeScaling | None,
-    ) -> ModelSource:
-        """Return where the stage's model comes from."""
-        return ModelSource(init_from, tokenizer, chat_template, rope_scaling)
+    def model_source(self, from_options: Callable[..., ModelSource]) -> ModelSource:
+        """Return where the stage's model comes from.
+
+        Args:
+            from_options: `ModelSource` with the module's options; it takes the other arguments.
+        """
+        return from_options()
 
     @property
     def needs_base(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from minigpt.data.batch import PackedBatch
 from minigpt.model.architecture import Architecture
-from minigpt.model.rope import RopeScaling
 from minigpt.model.source import ModelSource
 from minigpt.stages.base import BaseModule, LossSums, bits_per_byte
 
@@ -28,17 +28,9 @@ class PretrainModule(BaseModule):
         self._architecture = architecture
         super().__init__(**kwargs)
 
-    def model_source(
-        self,
-        init_from: str | None,
-        tokenizer: str | None,
-        chat_template: str | None,
-        rope_scaling: RopeScaling | None,
-    ) -> ModelSource:
+    def model_source(self, from_options: Callable[..., ModelSource]) -> ModelSource:
         """Return random weights of the sizes given, or the model to go on from; without chats."""
-        return ModelSource(
-            init_from, tokenizer, chat_template, rope_scaling, self._architecture, chat=False
-        )
+        return from_options(architecture=self._architecture, chat=False)
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed cross-entropy of all next tokens, in nats."""
