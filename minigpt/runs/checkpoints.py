@@ -95,14 +95,7 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(partial, ignore_errors=True)
             set_aside(run_dir, trainer.global_step)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save every so many optimizer steps, and after the last one."""
         if trainer.global_step % self.every == 0 or trainer.global_step >= self.last_step:
             self.save(trainer)

@@ -124,14 +124,7 @@ class StepProgress(ProgressBar):
         loss = trainer.callback_metrics.get("val/loss")
         self.held_out = None if loss is None else float(loss)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Show the step; of its numbers, only those that are on the host already."""
         assert isinstance(pl_module, BaseModule)
         if not self.enabled or trainer.global_step == self._shown_step:

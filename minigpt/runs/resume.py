@@ -126,14 +126,7 @@ class ExactResume(Callback):
             {name: value for name, value in group.items() if name != "params"} for group in groups
         ]
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Note the state of the run after an optimizer step."""
         if trainer.global_step != self.step:
             ends = trainer.global_step >= self.last_step and trainer.enable_validation
