@@ -57,7 +57,7 @@ def main() -> int:
 
 def answer(args: argparse.Namespace) -> None:
     """Answer the prompts, or talk."""
-    from minigpt.cli.trainer import quiet
+    from minigpt.cli.options import quiet
     from minigpt.infer.engine import Engine, Sampling
 
     quiet()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.cli.options import CommandParser, add_sampling, positive, sampling_of, writing
+from minigpt.cli.options import CommandParser, add_sampling, positive, quiet, sampling_of, writing
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
     if args.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
-    from minigpt.cli.trainer import quiet
     from minigpt.evaluate.suite import Settings, prepare
     from minigpt.infer.engine import Engine
     from minigpt.progress import shown

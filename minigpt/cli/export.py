@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minigpt.cli.options import CommandParser, add_model, check_output, run_name, writing
+from minigpt.cli.options import CommandParser, add_model, check_output, quiet, run_name, writing
 from minigpt.errors import ConfigError
 from minigpt.export import DTYPES
 
@@ -86,7 +86,6 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         if output.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
             raise ConfigError(f"{output} holds the model itself. Export it to another directory.")
     check_output(output, "an export", WRITTEN, args.overwrite)
-    from minigpt.cli.trainer import quiet
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf
     from minigpt.export.hf import export_hf

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -63,7 +65,6 @@ def load_engine(args: argparse.Namespace) -> Engine | Gguf:
     Raises:
         ConfigError: for options that a GGUF file cannot have.
     """
-    from minigpt.cli.trainer import quiet
     from minigpt.infer.engine import Engine
     from minigpt.infer.gguf import Gguf, find_gguf
 
@@ -156,3 +157,19 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop),
     )
+
+
+def quiet() -> None:
+    """Silence the libraries' hints that no user of MiniGPT can act on."""
+    from transformers.utils.logging import disable_progress_bar
+
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", text)
+    # The numbers are summed over all processes before they are logged.
+    warnings.filterwarnings("ignore", ".*It is recommended to use .self.log.*sync_dist.*")
+    warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")
+    disable_progress_bar()

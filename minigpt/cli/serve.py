@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from minigpt.cli.options import CommandParser, add_weights, positive, run_name
+from minigpt.cli.options import CommandParser, add_weights, positive, quiet, run_name
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -93,7 +93,6 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'minigpt[serve]'") from error
-    from minigpt.cli.trainer import quiet
     from minigpt.infer.engine import Engine
     from minigpt.serve.app import create_app
     from minigpt.serve.network import run

@@ -21,9 +21,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from transformers.utils.logging import disable_progress_bar
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
+from minigpt.cli.options import quiet
 from minigpt.cli.parser import OptionError, Parser, check_configs, explained
 from minigpt.cli.settings import (
     check_numbers,
@@ -307,17 +307,3 @@ def run(args: list[str]) -> MiniGPTCLI:
         return MiniGPTCLI(args)
     except OptionError as error:
         raise explained(error, args) from error
-
-
-def quiet() -> None:
-    """Silence the libraries' hints that no user of MiniGPT can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
-        warnings.filterwarnings("ignore", text)
-    # The numbers are summed over all processes before they are logged.
-    warnings.filterwarnings("ignore", ".*It is recommended to use .self.log.*sync_dist.*")
-    warnings.filterwarnings("ignore", ".*Total length of .list. across ranks is zero.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")
-    disable_progress_bar()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llama_cpp_arm import PROMPT, rate_of
 from measure import HERE, architecture, publish, run, spawn
 
-from minigpt.cli.options import CommandParser, positive
+from minigpt.cli.options import CommandParser, positive, quiet
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def measure(args: Namespace) -> dict[str, Any]:
     """Run all arms in turn; return the median rates [tokens/s] and their ratios."""
     import torch
 
-    from minigpt.cli.trainer import quiet
     from minigpt.model.architecture import cast_weights
     from minigpt.model.optimizer import fast_bf16
 

@@ -32,7 +32,7 @@ from measure import (
     surroundings,
 )
 
-from minigpt.cli.options import CommandParser, positive
+from minigpt.cli.options import CommandParser, positive, quiet
 from minigpt.data.formats import Kind
 from minigpt.data.store import Limits, TokenStore, open_store
 
@@ -121,7 +121,6 @@ def prepare(args: Namespace, directory: Path) -> Workload:
     import torch
 
     from minigpt.cli.settings import choose_precision
-    from minigpt.cli.trainer import quiet
     from minigpt.data import tokenizer as tokenizers
     from minigpt.model.pretrained import find_model, load_model
     from minigpt.model.rope import check_length
