@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from minigpt.accel import cpu_attention
 from minigpt.accel.block_causal import LONGEST, block_causal_attention
 from minigpt.accel.gpu_attention import kernel_applies, kernel_attention
+from minigpt.accel.row_groups import row_groups
 from minigpt.data.batch import AttentionPlan
 
 
@@ -47,16 +48,17 @@ def map_groups(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], plan: AttentionPlan
 ) -> Tensor:
     """Apply a causal function to groups of rows of like length; as `accel.map_rows`."""
-    index = torch.cat([group.flatten() for group in plan.gather])
-    sizes = [group.numel() for group in plan.gather]
+    gather, scatter = row_groups(plan)
+    index = torch.cat([group.flatten() for group in gather])
+    sizes = [group.numel() for group in gather]
     # Once for all groups, whose gradients would be added up one by one; index_select, because its
     # backward is many times faster on a CPU than indexing's.
     gathered = [x.index_select(0, index).split(sizes) for x in tensors]
     results = []
-    for group, *flat in zip(plan.gather, *gathered, strict=True):
+    for group, *flat in zip(gather, *gathered, strict=True):
         rows = [x.unflatten(0, list(group.shape)) for x in flat]
         results.append(function(*rows).flatten(0, 1))
-    return torch.cat(results).index_select(0, plan.scatter)
+    return torch.cat(results).index_select(0, scatter)
 
 
 def _causal_rows(

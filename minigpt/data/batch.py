@@ -4,7 +4,7 @@ Shape legend:
     T  tokens that the model reads, all samples one after the other, no padding
     N  target tokens
     A  answers: one per text or chat, two per preference (chosen, then rejected)
-    R  attention rows of the batch, or of a group of them of like length; L its longest row
+    R  attention rows of the batch
 
 A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
 both answers attend to it. So a target's hidden state is not always its left neighbour's;
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +25,11 @@ from torch import Tensor
 
 TILE = 64  # rows of a multiple of it stay uncut: GPUs compute in such tiles, and full rows as one
 MULTIPLE = 16  # of tokens that are read, where it can be: matmuls of other lengths are slower
-GROUP_WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
 
 
-@dataclass  # not frozen: Lightning's FSDP and half precision refuse to convert such
+# Not frozen: Lightning's FSDP and half precision refuse to convert such. Compared by identity, so
+# that what is derived from a plan can be cached beside it.
+@dataclass(eq=False)
 class AttentionPlan:
     """Which tokens attend to which: causal rows, each a text, or a prompt and an answer to it.
 
@@ -60,26 +60,6 @@ class AttentionPlan:
     def rows(self) -> list[Span]:
         """Where each row's tokens lie in the batch."""
         return [Span(*span) for span in self.spans.view(-1, 4).tolist()]
-
-    @property
-    def gather(self) -> tuple[Tensor, ...]:
-        """Rows of like length: per group [R, L] positions; a short row ends in copies of 0,
-        which causality keeps from mattering.
-        """
-        return self._groups[0]
-
-    @property
-    def scatter(self) -> Tensor:
-        """[T] where each token's result lies in all groups' rows, flattened."""
-        return self._groups[1]
-
-    @cached_property
-    def _groups(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        gather, scatter = _group(
-            [positions(Span(*span)) for span in self.spans.view(-1, 4).tolist()]
-        )
-        device = self.cu_queries.device
-        return tuple(group.to(device) for group in gather), scatter.to(device)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionPlan:
         names = ("cu_queries", "cu_keys", "keys", "predict_at")
@@ -225,31 +205,6 @@ def _full(lengths: Sequence[int]) -> int:
 
 def _borders(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-def _group(rows: list[NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
-    """Return `gather` and `scatter` of a plan's rows."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and len(rows[groups[-1][0]]) <= GROUP_WASTE * len(rows[index]) + 8:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    scatter = np.full(1 + max(int(row[-1]) for row in rows), -1, np.int64)
-    gather = []
-    base = 0
-    for group in groups:
-        length = len(rows[group[0]])
-        table = np.zeros((len(group), length), np.int64)
-        for line, index in enumerate(group):
-            row = rows[index]
-            table[line, : len(row)] = row
-            unclaimed = scatter[row] < 0
-            scatter[row[unclaimed]] = base + line * length + np.flatnonzero(unclaimed)
-        gather.append(torch.from_numpy(table))
-        base += table.size
-    return gather, torch.from_numpy(scatter)
 
 
 def _join(arrays: Sequence[NDArray[np.integer]]) -> Tensor:
