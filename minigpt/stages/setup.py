@@ -105,8 +105,9 @@ class ModelHooks(LightningModule):
         # Generation takes unsharded weights.
         if self.device_mesh is not None and self.trainer.state.fn in ("fit", "validate"):
             shard(self.lm, self.device_mesh)
-        total, trainable = count_parameters(self.lm)
-        log.info("%s parameters, %s of them trained", f"{total:,}", f"{trainable:,}")
+        if self.trainer.state.fn == "fit":
+            total, trainable = count_parameters(self.lm)
+            log.info("%s parameters, %s of them trained", f"{total:,}", f"{trainable:,}")
 
     def build_model(self) -> PackedLM:
         """Return the model before training, without this run's adapter."""
