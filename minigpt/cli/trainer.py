@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
 from minigpt.cli.options import quiet
@@ -238,10 +239,15 @@ class MiniGPTCLI(VerbCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            ours = next((e for e in chain(error) if isinstance(e, MiniGPTError)), None)
-            if ours is None:
-                raise
-            raise ours from error
+            for inner in chain(error):
+                if isinstance(inner, MiniGPTError):
+                    raise inner from error
+                if isinstance(inner, ImportError):
+                    raise ConfigError(
+                        f"A class that the config names cannot be used: {inner}. Install the "
+                        "package, or leave the class out."
+                    ) from error
+            raise
 
     def after_instantiate_classes(self) -> None:
         """Let validate, test and predict use the run's own model."""
@@ -273,10 +279,7 @@ class MiniGPTCLI(VerbCLI):
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(StepProgress(self.throughput))
         config.trainer.callbacks = [*(config.trainer.callbacks or []), *callbacks]
-        if config.trainer.logger is None and self.verb == "fit":
-            config.trainer.logger = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
-        elif config.trainer.logger is None:
-            config.trainer.logger = False
+        config.trainer.logger = self._loggers(config.trainer.logger)
         if config.trainer.strategy == "fsdp":
             config.trainer.strategy = sharding(config.trainer.precision)
         try:
@@ -288,6 +291,15 @@ class MiniGPTCLI(VerbCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         FitLoop.put_in(trainer)
         return trainer
+
+    def _loggers(self, configured: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
+        """Return the run directory's loggers, and beside them those of the config."""
+        if configured is False or self.verb != "fit":
+            return []
+        ours: list[Logger] = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]
+        if configured is None or configured is True:
+            return ours
+        return [*ours, *(configured if isinstance(configured, Iterable) else [configured])]
 
     def _hyperparameters(self) -> dict[str, Hyperparameter]:
         """Return the options of model and data by names such as model/optimizer/lr."""

@@ -114,7 +114,10 @@ class RunRecorder(Callback):
             self._write_summary(trainer, pl_module)
             final = {f"final/{name}": value for name, value in self.final.items()}
             for logger in trainer.loggers:
-                logger.log_hyperparams(self.hyperparameters, final)
+                if isinstance(logger, TensorBoardLogger):  # the only one with a table of both
+                    logger.log_hyperparams(self.hyperparameters, final)
+                else:
+                    logger.log_hyperparams(self.hyperparameters)
 
     def _write_summary(self, trainer: Trainer, module: BaseModule) -> None:
         summary: dict[str, Any] = {
