@@ -31,6 +31,7 @@ _CLASSES = {
     "model": "The stages are PretrainModule, SFTModule, DPOModule and LoRAModule.",
     "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too) and DPODataModule.",
 }
+LIMITS = ("max_steps", "max_epochs")  # of the Trainer: each says how long a run is
 _REMEDY = {
     True: "`minigpt fit --help` lists the options, and `--model.help CLASS` those of a stage.",
     False: "See: minigpt fit --help",
@@ -166,6 +167,36 @@ def config_files(args: Sequence[str]) -> Iterator[Path]:
         if name in ("-c", "--config"):
             following = args[index + 1 : index + 2]
             yield from map(Path, [value] if given else following)
+
+
+def replaced_limit(args: Sequence[str]) -> str | None:
+    """Return the one of `LIMITS` that a later config or option has replaced by the other.
+
+    The last word says how long a run is: `--trainer.max_epochs 3` behind a config with
+    `max_steps: 280` makes three epochs. Where one source sets both, both hold.
+    """
+    last = dict.fromkeys(LIMITS, -1)
+    for position, limits in enumerate(_given_limits(args)):
+        last |= {name: position for name in limits if limits[name] not in (None, -1)}
+    if -1 in last.values() or len(set(last.values())) == 1:
+        return None
+    return min(last, key=lambda name: last[name])
+
+
+def _given_limits(args: Sequence[str]) -> Iterator[dict[str, object]]:
+    """Yield the `LIMITS` that each config file, and then the command line's options, set."""
+    for file in config_files(args):
+        trainer = yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer")
+        options = trainer if isinstance(trainer, dict) else {}
+        yield {name: options[name] for name in LIMITS if name in options}
+    options = {}
+    for index, arg in enumerate(args):
+        option, given, value = arg.partition("=")
+        name = option.removeprefix("--trainer.")
+        if name in LIMITS and name != option:
+            text = value if given else "".join(args[index + 1 : index + 2])
+            options[name] = yaml.safe_load(text)
+    yield options
 
 
 def check_configs(args: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
 from minigpt.cli.options import quiet
-from minigpt.cli.parser import OptionError, Parser, check_configs, explained
+from minigpt.cli.parser import OptionError, Parser, check_configs, explained, replaced_limit
 from minigpt.cli.settings import (
     check_numbers,
     check_weights,
@@ -108,6 +108,7 @@ class MiniGPTCLI(VerbCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.verb = args[0]
+        self.replaced_limit = replaced_limit(args)
         self.throughput = Throughput()
         self.status: RunStatus | None = None  # of a `fit` that holds its run directory
         with self._ended_in_order(), warnings.catch_warnings():
@@ -180,6 +181,9 @@ class MiniGPTCLI(VerbCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the run directory and the hardware."""
         config = self.options
+        if self.replaced_limit is not None:
+            setattr(config.trainer, self.replaced_limit, -1)
+            log.info("trainer.%s is lifted: the other limit was given later.", self.replaced_limit)
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
             if first := is_first_process():

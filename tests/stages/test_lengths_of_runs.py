@@ -50,6 +50,13 @@ def test_short_epochs_end_at_the_floor(
     assert (seen[:5] == seen[5:10]) == (name == "overfit_batches")
 
 
+def test_epochs_given_after_steps_replace_them(fit: Fit) -> None:
+    more = ("--trainer.max_epochs", "1")
+    cli = fit("sft", "run", *more, trainer__max_steps=100, data__init_args__tokens_per_batch=64)
+    assert cli.trainer.global_step == cli.datamodule.optimizer_steps(1, 1) < 100
+    assert cli.datamodule.position == (1, 0)
+
+
 @pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
 def test_a_share_of_the_batches_is_refused(name: str, fit: Fit) -> None:
     with pytest.raises(ConfigError, match=f"trainer.{name} must be a whole number of batches"):

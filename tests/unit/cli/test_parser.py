@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minigpt.cli.parser import replaced_limit
+
+
+def arguments(sources: list[str], directory: Path) -> list[str]:
+    """Write each source that is a config to a file; the others are options."""
+    args = ["fit"]
+    for number, source in enumerate(sources):
+        if source.startswith("--"):
+            args += source.split()
+        else:
+            file = directory / f"{number}.yaml"
+            file.write_text(source)
+            args += ["--config", str(file)]
+    return args
+
+
+@pytest.mark.parametrize(
+    ("sources", "replaced"),
+    [
+        (["trainer: {max_steps: 280}"], None),
+        (["trainer: {max_steps: 280}", "--trainer.max_epochs 3"], "max_steps"),
+        (["trainer: {max_steps: 280}", "--trainer.max_epochs=3"], "max_steps"),
+        (["trainer: {max_steps: 280}", "trainer: {max_epochs: 3}"], "max_steps"),
+        (
+            ["trainer: {max_steps: 9}", "trainer: {max_epochs: 3}", "--trainer.max_steps 8"],
+            "max_epochs",
+        ),
+        (["trainer: {max_epochs: 3}", "--trainer.max_steps 10"], "max_epochs"),
+        (["trainer: {max_epochs: 3, max_steps: 10}"], None),
+        (["trainer: {max_epochs: 3, max_steps: 10}", "--seed_everything 1"], None),
+        (["trainer: {max_epochs: 3}", "--trainer.max_steps -1"], None),
+        (["trainer: {max_steps: 280}", "--trainer.max_epochs null"], None),
+        (["trainer: {max_steps: 280}", "--trainer.max_epochs 3 --trainer.max_steps 10"], None),
+        (["trainer: {max_steps: 280}", "trainer: null", "--trainer.precision null"], None),
+        (["run_dir: here", "--trainer.max_epochs"], None),
+    ],
+)
+def test_the_limit_given_last_replaces_the_other(
+    sources: list[str], replaced: str | None, tmp_path: Path
+) -> None:
+    assert replaced_limit(arguments(sources, tmp_path)) == replaced
