@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError
+from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, Terminated
 
 TRAINER_VERBS = {
     "fit": "train a stage from a config",
@@ -82,18 +82,18 @@ def guarded(args: list[str]) -> int:
             dispatch(*args)
         sys.stdout.flush()
     except MiniGPTError as error:
-        print(f"minigpt: {error}", file=sys.stderr)
+        say(str(error))
         return error.exit_code
     except BrokenPipeError as error:
         return unread(error)
     except KeyboardInterrupt:
         return interrupted()
+    except Terminated as stop:
+        say(f"stopped by {signal.Signals(stop.number).name}")
+        return PREEMPTED
     except SystemExit as stop:  # after --help, or Lightning's answer to Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             return interrupted()
-        if stop.code == PREEMPTED:
-            print("minigpt: stopped by SIGTERM", file=sys.stderr)
-            return PREEMPTED
         if stop.code not in (0, None):
             raise
     return 0
@@ -112,19 +112,33 @@ def dispatch(verb: str, *rest: str) -> None:
 
 @contextmanager
 def ended_whole() -> Iterator[None]:
-    """Let SIGTERM unwind what runs, so that it ends its own processes and leaves no half files."""
+    """Let signals unwind what runs, so that it ends its own processes and leaves no half files.
 
-    def leave(*_: Any) -> None:
-        raise SystemExit(PREEMPTED)
+    These are SIGTERM, and SIGHUP unless it is ignored, as under `nohup`.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        raise Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(message: str) -> None:
+    """Print a paragraph to standard error, if that can be written to."""
+    with suppress(OSError):
+        print(f"minigpt: {message}", file=sys.stderr, flush=True)
 
 
 def unread(error: BrokenPipeError) -> int:
@@ -139,7 +153,7 @@ def unread(error: BrokenPipeError) -> int:
 
 def interrupted() -> int:
     """Say that the run was interrupted; return the exit status."""
-    print("minigpt: interrupted", file=sys.stderr)
+    say("interrupted")
     return INTERRUPTED
 
 

@@ -67,6 +67,18 @@ class Stopped(MiniGPTError):  # noqa: N818  (no error: what was asked for)
         self.exit_code = exit_code
 
 
+class Terminated(SystemExit):
+    """Unwinds a process that a signal has asked to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(PREEMPTED)
+        self.number = number
+
+
 class DataError(MiniGPTError):
     """A file or row that cannot be read.
 

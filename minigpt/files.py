@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 
-from minigpt.errors import MiniGPTError, TrainingError, chain
+from minigpt.errors import MiniGPTError, ModelError, TrainingError, chain
 
 MANIFEST = "manifest.json"
+# Errors of reading that say what became of a file; others, such as EACCES, say nothing about it.
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 ACCESS_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
@@ -28,7 +31,12 @@ def cache_dir() -> Path:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: object) -> str:
+    """Return a value as the text of a JSON file."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,22 +117,69 @@ def write_manifest(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """Return what is wrong with a directory that has a manifest; None when it is complete."""
+    """Return what is wrong with a directory that has a manifest; None when it is complete.
+
+    Files that the manifest does not name are no damage.
+
+    Raises:
+        ModelError: when a file cannot be read that may well be whole, such as for lack of a
+            permission.
+    """
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
+        files = _read_manifest(directory / MANIFEST)
     except FileNotFoundError:
         return f"its {MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
-    for name, expected in files.items():
-        path = directory / name
+    except (ValueError, RecursionError):
+        return f"its {MANIFEST} is not what was written"
+    except OSError as error:
+        return _unreadable(directory / MANIFEST, error)
+    problems = (_difference(directory, name, expected) for name, expected in files.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of each file in a manifest.
+
+    Raises:
+        ValueError: when it is not, to the byte, as `write_manifest` writes it. So a changed name
+            cannot hide the file that it stood for behind another one's entry.
+    """
+    data = path.read_bytes()
+    manifest = json.loads(data.decode())
+    if as_json(manifest).encode() != data or not isinstance(manifest, dict):
+        raise ValueError
+    files = manifest.get("files")
+    if not isinstance(files, dict) or len(manifest) != 1:
+        raise ValueError
+    for entry in files.values():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise ValueError
+    return files
+
+
+def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
+    """Return how a file differs from its entry in the manifest."""
+    path = directory / name
+    try:
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
         if digest(path) != expected["sha256"]:
             return f"the content of {name} is not what was written"
+    except OSError as error:
+        return _unreadable(path, error)
     return None
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """Return that a file is lost, or raise a ModelError when it may be whole."""
+    if error.errno in GONE:
+        return f"{path.name} cannot be read: {error.strerror}"
+    raise ModelError(
+        f"{path} cannot be read: {error.strerror}. It may be whole, so the run does not go on "
+        "without it. Make it readable, or name another checkpoint with --ckpt_path."
+    ) from error
 
 
 def digest(path: Path) -> str:

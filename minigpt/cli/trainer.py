@@ -48,7 +48,7 @@ from minigpt.runs.results import (
     RunRecorder,
     SampleText,
 )
-from minigpt.runs.resume import ExactResume
+from minigpt.runs.resume import ExactResume, OneStart
 from minigpt.runs.status import RunStatus, as_user_error
 from minigpt.runs.stopping import Stopping, restored_signals
 from minigpt.stages.base import BaseModule
@@ -268,7 +268,8 @@ class MiniGPTCLI(VerbCLI):
         """Build the trainer with the run directory's loggers and callbacks."""
         config = self.config_init[self.verb]
         recorder = RunRecorder(self.run_dir, self.throughput, self._hyperparameters())
-        callbacks: list[Callback] = [self.throughput, recorder, SampleText()]
+        callbacks: list[Callback] = [OneStart(config.ckpt_path), self.throughput, recorder]
+        callbacks.append(SampleText())
         if self.verb == "fit":
             assert self.status is not None
             saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)

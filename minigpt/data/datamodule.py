@@ -492,7 +492,7 @@ class DPODataModule(JSONLDataModule):
 
 def ignore_signals(_: int) -> None:
     """Leave it to the main process to stop: it still needs this worker for the current step."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # only there a process learns who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

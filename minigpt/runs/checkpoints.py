@@ -8,6 +8,7 @@ is on the disk.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from minigpt.stages.base import BaseModule
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
+NAME = re.compile(r"step=(0|[1-9][0-9]*)")
 ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
 
 
@@ -122,9 +124,7 @@ def set_aside(run_dir: Path, step: int) -> None:
     They no longer count, so neither `auto` nor `keep` takes them for the run's own. They are
     removed with the first checkpoint that is saved after them.
     """
-    aside = [
-        path for path in newest_first(run_dir) if number(path) > step or damage(path) is not None
-    ]
+    aside = [path for path in newest_first(run_dir) if number(path) > step or is_damaged(path)]
     for path in aside:
         target = path.with_name(ASIDE + path.name)
         remove_directory(target)
@@ -143,15 +143,30 @@ def number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step="))
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a checkpoint is certainly not whole."""
+    try:
+        return damage(path) is not None
+    except ModelError:  # it cannot be read
+        return False
+
+
 def newest_first(run_dir: Path) -> Iterator[Path]:
     """Yield a run's checkpoints, also damaged ones, the one with the most steps first."""
     directories = (run_dir / "checkpoints").glob("step=*")
-    named = [path for path in directories if path.name.removeprefix("step=").isdigit()]
+    named = [path for path in directories if NAME.fullmatch(path.name)]
     yield from sorted(named, key=number, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest undamaged checkpoint; damaged ones are named in a warning."""
+    """Return the newest undamaged checkpoint; damaged ones are named in a warning.
+
+    Raises:
+        ModelError: when a newer one cannot be read, but may be whole.
+    """
+    for path in sorted((run_dir / "checkpoints").glob("step=*")):
+        if not NAME.fullmatch(path.name):
+            log.warning("%s is left alone: no checkpoint has such a name.", path)
     for path in newest_first(run_dir):
         if (problem := damage(path)) is None:
             return path

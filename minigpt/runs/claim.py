@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,18 @@ from pathlib import Path
 from minigpt.errors import ConfigError, RunExistsError
 
 # What a run writes; a new run removes these and nothing else. It writes config.yaml over.
-RUN_FILES = ("checkpoints", "hf", "metrics.jsonl", "summary.json", "exam.json", "status.json")
+RUN_FILES = (
+    "checkpoints",
+    "hf",
+    "metrics.jsonl",
+    "metrics-damaged.jsonl",
+    "summary.json",
+    "exam.json",
+    "status.json",
+)
+PLAIN_FILES = ("metrics.jsonl", "status.json", "summary.json", "config.yaml", "hparams.yaml")
+
+log = logging.getLogger(__name__)
 
 
 def claim(run_dir: Path, overwrite: bool) -> list[Path]:
@@ -34,6 +47,16 @@ def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
     """Return which of the named files, and TensorBoard's, an earlier run left."""
     paths = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in paths if path.exists()]
+
+
+def make_way(run_dir: Path) -> None:
+    """Move aside what is no file, but has the name of one that a run writes."""
+    for name in PLAIN_FILES:
+        path = run_dir / name
+        if os.path.lexists(path) and not path.is_file():
+            aside = Path(tempfile.mkdtemp(prefix="aside-", dir=run_dir)) / name
+            path.rename(aside)
+            log.warning("%s is no file: it is moved to %s.", path, aside)
 
 
 @contextmanager

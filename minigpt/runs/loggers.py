@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt.files import write_text
 from minigpt.lightning_internals import purge_after
+
+log = logging.getLogger(__name__)
 
 # Charts that show training and validation together, in TensorBoard's "Custom scalars" tab.
 LAYOUT = {
@@ -59,18 +63,39 @@ class JSONLLogger(Logger):
     def rewind(self, steps: int, validation_due: bool) -> None:
         """Take out what an earlier process logged after `steps` optimizer steps.
 
-        A line that was cut off goes, too, and a validation that is about to be made again.
+        A line that was cut off goes, too, and a validation that is about to be made again. Damaged
+        lines are left out with a warning; the file as it was stays beside it.
         """
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        before = [ln for ln in lines if ln.endswith("}\n") and json.loads(ln)["step"] < steps]
-        last = json.loads(before[-1]) if before else {}
+        lines = self._lines()
+        if damaged := [n for n, (text, row) in enumerate(lines, 1) if text.strip() and not row]:
+            copy = shutil.copyfile(self.path, self.path.with_name("metrics-damaged.jsonl"))
+            log.warning(
+                "%s: %d damaged lines are left out (the first is line %d). The file as it was is "
+                "%s.",
+                self.path,
+                len(damaged),
+                damaged[0],
+                copy,
+            )
+        before = [(text, row) for text, row in lines if row and row["step"] < steps]
+        last = before[-1][1] if before else {}
         is_validation = last.get("step") == steps - 1 and "val/loss" in last
         only_first = steps <= 1 and len(before) <= 1  # the validation before the first step
         if validation_due and is_validation and not only_first:
             before.pop()
-        write_text(self.path, "".join(before))
+        write_text(self.path, "".join(f"{text.decode()}\n" for text, _ in before))
+
+    def lacks(self, step: int) -> bool:
+        """Whether the file has no row of a training step."""
+        rows = (row for _, row in self._lines()) if self.path.is_file() else ()
+        return not any(row.get("step") == step and "train/loss" in row for row in rows)
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Return the complete lines of the file, each with its row; {} for one that has none."""
+        *lines, _ = self.path.read_bytes().split(b"\n")  # the last was cut off, or is empty
+        return [(line, parse_line(line)) for line in lines]
 
     @property
     def name(self) -> str:
@@ -97,3 +122,13 @@ class JSONLLogger(Logger):
         with self.path.open("a") as file:
             row = {"step": step, "time": round(time.time(), 3), **values}
             file.write(json.dumps(row) + "\n")
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Return what a line of metrics.jsonl logs; {} for one that no logger wrote."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return {}
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and step >= 0 else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -137,9 +138,10 @@ class StepProgress(ProgressBar):
         elif time.monotonic() - self._printed_at > LINE_EVERY:
             self._printed_at = time.monotonic()
             left = self.throughput.seconds / max(1, step - self.first) * (self.total - step)
-            self.console.print(
-                f"step {step}/{self.total}  {numbers}  {left:.0f} s left", style="dim"
-            )
+            with suppress(OSError):  # the terminal may be gone
+                self.console.print(
+                    f"step {step}/{self.total}  {numbers}  {left:.0f} s left", style="dim"
+                )
 
     def _numbers(self, totals: dict[str, float]) -> str:
         parts = [f"loss {totals['loss'] / max(1.0, totals['count']):.3f}" if totals else ""]
@@ -151,12 +153,17 @@ class StepProgress(ProgressBar):
         """Close the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=trainer.global_step)
-            self.bar.stop()
-            self.bar = None
+            self._close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave the terminal as it was."""
         if self.bar is not None:
+            self._close()
+
+    def _close(self) -> None:
+        assert self.bar is not None
+        with suppress(OSError):  # the terminal may be gone
             self.bar.stop()
+        self.bar = None

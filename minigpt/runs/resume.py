@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt import accel
 from minigpt.errors import ConfigError
-from minigpt.files import weights_digest
+from minigpt.files import MANIFEST, digest, weights_digest
 from minigpt.lightning_internals import (
     batches_started,
     restart_at,
@@ -59,11 +59,42 @@ class ResumePoint:
         batches: micro-batches of this process so far.
         validation_due: whether a validation comes before the next batch.
         rng_states: of the generators that dropout draws from, CPU first and then GPU.
+        logged: what the step logs, which happens only after its checkpoint is saved.
     """
 
     batches: int = 0
     validation_due: bool = False
     rng_states: list[Tensor] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
+
+
+class OneStart(Callback):
+    """Lets the processes of a run go on only from one checkpoint, on whichever machines they are.
+
+    Args:
+        checkpoint: the one that this process goes on from, if any.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare, before anything is loaded.
+
+        Raises:
+            ConfigError: in all processes, when one of them sees another checkpoint, or none.
+        """
+        start = "from no checkpoint"
+        if self.checkpoint is not None:
+            path = Path(self.checkpoint)
+            start = f"from {path.name} with manifest {digest(path / MANIFEST)[:12]}"
+        starts = gathered([start])
+        if len(set(starts)) > 1:
+            firsts = [f"process {starts.index(start)} {start}" for start in dict.fromkeys(starts)]
+            raise ConfigError(
+                f"The processes of this run do not start alike: {', '.join(firsts)}. Let all "
+                "machines see one run directory, or copy the checkpoint to the same place on each."
+            )
 
 
 class ExactResume(Callback):
@@ -98,6 +129,7 @@ class ExactResume(Callback):
         """
         assert isinstance(pl_module, BaseModule)
         self.identity = run_identity(trainer, pl_module, self.options)
+        check_alike(gathered([self.identity]))
         if self.checkpoint is not None:
             saved = saved_state(Path(self.checkpoint)).get("run", {})
             if "stage" in saved:
@@ -152,6 +184,7 @@ class ExactResume(Callback):
             "batches": self.point.batches,
             "validation_due": self.point.validation_due,
             "chance": gathered([self.point.rng_states]),
+            "logged": step_row(trainer, pl_module),
         }
 
     def on_load_checkpoint(
@@ -168,7 +201,10 @@ class ExactResume(Callback):
         saved = checkpoint["boundary"]
         states, rank = saved["chance"], trainer.global_rank
         self.point = ResumePoint(
-            saved["batches"], saved["validation_due"], states[rank] if rank < len(states) else []
+            saved["batches"],
+            saved["validation_due"],
+            states[rank] if rank < len(states) else [],
+            saved.get("logged", {}),
         )
         self.resumed = True
 
@@ -182,13 +218,23 @@ class ExactResume(Callback):
         self._restore_rates(trainer)
         self.step = trainer.global_step
         self.rng_states_to_restore = self.point.rng_states
-        for logger in trainer.loggers:
-            if isinstance(logger, JSONLLogger | RunTensorBoard):
-                logger.rewind(trainer.global_step, self.point.validation_due)
+        self._restore_logs(trainer)
         epoch, _ = pl_module.data.position
         restart_at(trainer, epoch, self.point.batches)
         if self.point.validation_due:
             validate_now(trainer)
+
+    def _restore_logs(self, trainer: Trainer) -> None:
+        """Take out what was logged after the checkpoint; put in what its step could not log."""
+        steps = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, JSONLLogger | RunTensorBoard):
+                logger.rewind(steps, self.point.validation_due)
+        files = [logger for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
+        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in files)
+        if lost and self.point.logged:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.point.logged, steps - 1)
 
     def _restore_rates(self, trainer: Trainer) -> None:
         """Put changed options in force, and the rate that the run's length gives this step.
@@ -215,6 +261,14 @@ class ExactResume(Callback):
             if pl_module.device.type == "cuda" and len(self.rng_states_to_restore) > 1:
                 torch.cuda.set_rng_state(self.rng_states_to_restore[1], pl_module.device)
             self.rng_states_to_restore = []
+
+
+def step_row(trainer: Trainer, module: BaseModule) -> dict[str, float]:
+    """Return what is logged of the last step, but for its speed; {} if that is not logged."""
+    if trainer.global_step % module.log_every:
+        return {}
+    metrics = trainer.logged_metrics.items()
+    return {k: float(v) for k, v in metrics if k != "tokens_per_s" and not k.startswith("val/")}
 
 
 def rng_states(device: torch.device) -> list[Tensor]:
@@ -270,6 +324,23 @@ def run_identity(
         assert module.start.init_from is not None
         identity["base"] = model_digest(module.start.init_from)
     return identity
+
+
+def check_alike(identities: list[dict[str, str]]) -> None:
+    """Check that all processes train the same run, on the same data.
+
+    Raises:
+        ConfigError: with the first difference.
+    """
+    first = identities[0]
+    for rank, identity in enumerate(identities):
+        for name in sorted(first.keys() | identity.keys()):
+            if identity.get(name) != first.get(name):
+                raise ConfigError(
+                    f"The processes of this run do not train alike: {name} is {first.get(name)} "
+                    f"in process 0 and {identity.get(name)} in process {rank}. Give all of them "
+                    "the same config and the same files."
+                )
 
 
 def stage_name(module_class: str) -> str:

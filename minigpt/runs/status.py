@@ -12,8 +12,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, ProcessLost, Stopped, chain
+from minigpt.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    MiniGPTError,
+    ProcessLost,
+    Stopped,
+    Terminated,
+    chain,
+)
 from minigpt.files import unwritable, write_json
+from minigpt.runs.claim import make_way
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +30,7 @@ SIGNALS: dict[int, int] = {
     signal.SIGTERM: PREEMPTED,
     signal.SIGINT: INTERRUPTED,
     signal.SIGUSR1: PREEMPTED,
+    signal.SIGHUP: PREEMPTED,
 }
 
 LOST = (
@@ -43,8 +53,8 @@ def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
         return error
     if isinstance(error, KeyboardInterrupt):
         return stopped(signal.SIGINT, None)
-    if isinstance(error, SystemExit):
-        return stopped(signal.SIGTERM, None) if error.code == PREEMPTED else error
+    if isinstance(error, Terminated):
+        return stopped(error.number, None)
     is_nccl = isinstance(error, torch.distributed.DistBackendError)
     is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     if is_nccl or is_gloo:
@@ -71,11 +81,16 @@ class RunStatus(Callback):
         if self.first:
             step = self.trainer and self.trainer.global_step
             status = {"state": state, "exit_code": exit_code, "step": step}
-            write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
+            try:
+                write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
+            except OSError as error:  # neither ends a run nor hides why it failed
+                log.warning("%s could not be written: %s", self.path, error.strerror)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is under way."""
         self.trainer = trainer
+        if self.first:
+            make_way(self.path.parent)
         self._write("running", None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,10 +110,7 @@ class RunStatus(Callback):
             return
         self.exit_code = code = error.exit_code if isinstance(error, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-        try:
-            self._write(states.get(code, "failed"), code, str(error))
-        except OSError as failure:  # a full disk must not hide why the run failed
-            log.warning("%s could not be written: %s", self.path, failure.strerror)
+        self._write(states.get(code, "failed"), code, str(error))
 
     def after_loss(self) -> int:
         """Return the exit status of a run of which another process has failed.

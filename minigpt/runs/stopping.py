@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopping(Callback):
-    """Answers SIGTERM, SIGINT and SLURM's SIGUSR1.
+    """Answers SIGTERM, SIGINT, SIGHUP (unless `nohup` has it ignored) and SLURM's SIGUSR1.
 
     Before training they end the process at once, for nothing would be lost. During training
     all processes learn from the sums of each optimizer step whether one of them was asked to
@@ -42,6 +42,10 @@ class Stopping(Callback):
         self.received = 0  # number of the signal
         self.step = -1
         self.training = False
+        unwanted = {signal.SIGUSR1} if "SLURM_JOB_ID" not in os.environ else set()
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            unwanted.add(signal.SIGHUP)
+        self.signals = SIGNALS.keys() - unwanted
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers again: Lightning's broadcast where a rank may not listen."""
@@ -53,9 +57,8 @@ class Stopping(Callback):
         """Take over the signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
-            if number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ:
-                signal.signal(number, self._receive)
+        for number in self.signals:
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.training or (number == signal.SIGINT == self.received):

@@ -136,6 +136,11 @@ def at(moment: str, number: int = 0, **more: Any) -> list[dict[str, Any]]:
     return [{"class_path": "moments.At", "init_args": {"moment": moment, "number": number, **more}}]
 
 
+def after_saving(number: int) -> list[dict[str, Any]]:
+    """Return the config of a callback that kills a run right after it has saved a checkpoint."""
+    return [{"class_path": "moments.AfterSaving", "init_args": {"number": number}}]
+
+
 def slow(seconds: float, **more: Any) -> list[dict[str, Any]]:
     """Return the config of a callback that slows a run down."""
     return [{"class_path": "moments.Slow", "init_args": {"seconds": seconds, **more}}]

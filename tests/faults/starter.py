@@ -1,8 +1,9 @@
 """Imports MiniGPT once and forks a process for each run, so that a test can kill many.
 
 Reads requests as JSON lines: {"args": [...], "log": file, "env": {...}, "limits": {...},
-"plain_user": true} starts `minigpt ARGS` and answers with its process id; {"ended": id} answers
-with its exit status (negative: the signal that killed it), or null while it runs. No answer waits.
+"plain_user": true, "nohup": true} starts `minigpt ARGS` and answers with its process id;
+{"ended": id} answers with its exit status (negative: the signal that killed it), or null while it
+runs. No answer waits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 from typing import Any
@@ -31,6 +33,7 @@ def child(request: dict[str, Any]) -> None:
     os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), **request.get("env", {})}
     for name, limit in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if request.get("nohup") else signal.SIG_DFL)
     tempfile.tempdir = None  # TMPDIR is read again
     if request.get("plain_user"):
         give_up_privileges()

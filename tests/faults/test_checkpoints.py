@@ -6,7 +6,9 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from patience import eventually
-from runs import Start, at, held_in, rows, status  # type: ignore[import-not-found]
+from runs import Running, Start, after_saving, at, held_in, rows, status  # type: ignore[import-not-found]
 
 from minigpt.files import MANIFEST, damage, remove_directory, write_manifest
 from minigpt.model.pretrained import load_model
@@ -145,6 +147,71 @@ def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(
     last = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert last.wait() == 0
     assert f"Resuming from {run_dir}/checkpoints/step=3" in last.told
+
+
+def test_damaged_small_files_do_not_keep_a_run_from_going_on(start: Start, tmp_path: Path) -> None:
+    assert start("sft", "whole").wait() == 0
+    run_dir = tmp_path / "run"
+    assert start("sft", "run", trainer__max_steps=7).wait() == 0
+    manifest = run_dir / "checkpoints" / "step=7" / MANIFEST
+    manifest.write_bytes(manifest.read_bytes().replace(b'"files"', b'"fil\xe5s"'))
+    odd = run_dir / "checkpoints" / "step=²"
+    odd.mkdir()
+    (run_dir / "status.json").unlink()
+    (run_dir / "status.json").mkdir()
+    metrics = run_dir / "metrics.jsonl"
+    junk = b'junk\n\0\0\0\n\xff\n{"loss": 1}\n'
+    metrics.write_bytes(junk + metrics.read_bytes())
+    run = start("sft", "run", "--ckpt_path", "auto")
+    assert run.wait() == 0, run.told
+    assert f"Resuming from {run_dir}/checkpoints/step=6" in run.told
+    for named in (f"{manifest.parent} is damaged", odd, f"{metrics}: 4 damaged lines are left out"):
+        assert str(named) in run.told
+    assert f"{run_dir}/status.json is no file" in run.told
+    assert status(run_dir)["state"] == "finished"
+    assert rows(run_dir) == rows(tmp_path / "whole")
+    assert odd.exists()
+
+
+def test_the_row_of_a_step_outlives_a_kill_right_after_its_checkpoint(
+    start: Start, tmp_path: Path
+) -> None:
+    assert start("sft", "whole").wait() == 0
+    run_dir = tmp_path / "run"
+    killed = start("sft", "run", trainer__callbacks=after_saving(1))
+    assert killed.wait() == -signal.SIGKILL
+    assert kept(run_dir) == ["step=3", "step=6"]
+    assert rows(run_dir)[-1]["step"] == 4  # the sixth step is saved, but not logged yet
+    assert start("sft", "run", "--ckpt_path", "auto").wait() == 0
+    assert rows(run_dir) == rows(tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_machines_that_see_different_checkpoints_stop(start: Start, tmp_path: Path) -> None:
+    """Two machines that share no disk: the run directory of the second one is another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two = {"trainer__strategy": "ddp", "trainer__devices": 1, "trainer__num_nodes": 2}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+
+    def both(*places: str) -> list[Running]:
+        runs = [
+            start("sft", place, "--ckpt_path", "auto", env={**env, "NODE_RANK": str(rank)}, **two)
+            for rank, place in enumerate(places)
+        ]
+        for run in runs:
+            run.wait()
+        return runs
+
+    assert start("sft", "here", trainer__accumulate_grad_batches=4).wait() == 0
+    first, second = both("here", "there")
+    for run in (first, second):
+        assert run.status == 2, run.told
+        assert "process 0 from step=8 with manifest " in run.told
+        assert "process 1 from no checkpoint. Let all machines see one run directory" in run.told
+    shutil.copytree(tmp_path / "here" / "checkpoints", tmp_path / "there" / "checkpoints")
+    assert [run.status for run in both("here", "there")] == [0, 0]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(start: Start, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ FSDP2 = {"class_path": "minigpt.model.parallel.FSDP2"}
 
 @pytest.mark.parametrize(
     ("name", "code", "state"),
-    [("SIGTERM", 75, "preempted"), ("SIGINT", 130, "interrupted")],
+    [
+        ("SIGTERM", 75, "preempted"),
+        ("SIGHUP", 75, "preempted"),
+        ("SIGINT", 130, "interrupted"),
+    ],
 )
 def test_a_signal_ends_a_run_in_good_order(
     name: str, code: int, state: str, start: Start, tmp_path: Path
@@ -57,6 +62,54 @@ def test_a_signal_ends_a_run_in_good_order(
     assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_run_that_ignores_sighup_goes_on(start: Start, tmp_path: Path) -> None:
+    """As `nohup` has it."""
+    callbacks = at("train_batch_start", 6, signal_name="SIGHUP", group=True)
+    workers = {"data__init_args__num_workers": 2}
+    run = start("sft", "run", nohup=True, trainer__callbacks=callbacks, **workers)
+    assert run.wait() == 0, run.told
+    assert run.since_the_signal() > 0
+    assert status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_run_whose_terminal_goes_saves(world: Path, tmp_path: Path) -> None:
+    made = tiny_runs.config(
+        world,
+        "pretrain",
+        tmp_path / "run",
+        trainer__max_steps=100_000,
+        trainer__enable_progress_bar=True,  # draws on what is no longer there
+    )
+    terminal, its_end = os.openpty()
+    os.set_blocking(terminal, False)
+    run = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *tiny_runs.arguments("fit", made)],
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+    )
+    os.close(its_end)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    shown: list[bytes] = []
+    eventually(
+        lambda: (
+            read_what_is_there(terminal, shown)
+            and metrics.exists()
+            and "train/loss" in metrics.read_text()
+        )
+    )
+    os.close(terminal)
+    try:
+        assert run.wait(limit(120)) == 75, b"".join(shown).decode()
+    finally:
+        run.kill()
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"]) == ("preempted", 75)
+    assert "SIGHUP" in said["reason"]
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
 
 
 def test_a_long_validation_is_not_waited_for(start: Start, tmp_path: Path) -> None:
@@ -305,6 +358,23 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
+IN_A_TERMINAL = """
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from minigpt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def read_what_is_there(terminal: int, shown: list[bytes]) -> bool:
+    """Read what a terminal shows, so that writing to it never waits."""
+    with suppress(BlockingIOError):
+        while data := os.read(terminal, 1 << 16):
+            shown.append(data)
+    return True
+
+
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 SPAWNING = """
 import sys
@@ -314,24 +384,25 @@ sys.exit(run(lambda arguments: spawn(["-m", "sleeper"], "it"), []))
 
 
 @pytest.mark.parametrize(
-    "verb",
+    ("verb", "name"),
     [
-        "data check {file}",
-        "generate --model {world}/sft --file {file}",
+        ("data check {file}", "SIGTERM"),
+        ("data check {file}", "SIGHUP"),
+        ("generate --model {world}/sft --file {file}", "SIGTERM"),
     ],
 )
 def test_every_verb_says_that_it_was_stopped(
-    verb: str, starter: Starter, world: Path, tmp_path: Path
+    verb: str, name: str, starter: Starter, world: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "endless.jsonl"
     os.mkfifo(file)
     args = verb.format(file=file, place=tmp_path, world=world).split()
     run = starter.start(args, tmp_path / "log")
     writer = eventually(lambda: opened(file))  # the verb waits for rows
-    run.send(signal.SIGTERM)
+    run.send(signal.Signals[name])
     assert run.wait() == 75, run.told
     os.close(writer)
-    assert run.told == "minigpt: stopped by SIGTERM\n"
+    assert run.told == f"minigpt: stopped by {name}\n"
 
 
 def opened(fifo: Path) -> int | None:
