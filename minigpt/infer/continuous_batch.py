@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, MiniGPTError
 from minigpt.infer.sampling import Sampler, Sampling, sample
 from minigpt.infer.text import Pieces, TextStream
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PREFILL = 4096  # tokens of new prompts that one step takes; more would hold up the others
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "error"]
+NOT_FINITE = "The model's logits are not finite here: its weights are damaged, or it overflows."
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Delta:
         ids: new tokens, without the one that ends the reply.
         logprobs: log-probabilities of the tokens whose text is certain now, if the request asks
             for them; those of a stop text are left out.
-        finish: why the reply ended: at an end token or a stop text, or at its longest length.
+        finish: why the reply ended: at an end token or a stop text, at its longest length, or by an
+            error that is its own.
         ended_by: the end token, if one ended the reply.
+        error: what went wrong, where `finish` is "error".
     """
 
     request: int
@@ -61,6 +64,15 @@ class Delta:
     logprobs: list[TokenLogprob]
     finish: Finish | None = None
     ended_by: int | None = None
+    error: str | None = None
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error says that a computation failed, and not that a process is to stop.
+
+    A panic of `tokenizers`, which is written in Rust, is no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
@@ -150,10 +162,9 @@ class ContinuousBatch:
             self._rows += new
         logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         tokens = sample(logits, [request.sampler for request in self._rows])
-        logprobs = self._logprobs(logits, tokens)
         deltas = [
-            self._advance(request, token, logprob)
-            for request, token, logprob in zip(self._rows, tokens, logprobs, strict=True)
+            self._delta(request, token, row)
+            for request, token, row in zip(self._rows, tokens, logits, strict=True)
         ]
         for row in reversed(range(len(deltas))):
             if deltas[row].finish is not None:
@@ -179,7 +190,21 @@ class ContinuousBatch:
         if row < len(self._rows):
             self._rows[row] = last
 
-    def _advance(self, request: _Request, token: int, logprobs: list[TokenLogprob]) -> Delta:
+    def _delta(self, request: _Request, token: int | None, logits: Tensor) -> Delta:
+        """Return what a token adds; what fails for one request ends that request alone."""
+        if token is None:
+            return Delta(request.number, "", [], [], "error", error=NOT_FINITE)
+        try:
+            return self._advance(request, token, logits)
+        except MiniGPTError:
+            raise
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            reason = f"The tokenizer cannot decode the reply: {error!r}."
+            return Delta(request.number, "", [], [], "error", error=reason)
+
+    def _advance(self, request: _Request, token: int, logits: Tensor) -> Delta:
         request.last_token = token
         request.remaining -= 1
         if token in self.engine.ends:
@@ -187,7 +212,8 @@ class ContinuousBatch:
             return Delta(
                 request.number, text, [], request.released_logprobs(True), "stop", ended_by=token
             )
-        request.pending += [(request.stream.decoded, logprob) for logprob in logprobs]
+        if (count := request.sampling.logprobs) is not None:
+            request.pending.append((request.stream.decoded, self._logprob(logits, token, count)))
         text = request.stream.add(token)
         finish: Finish | None = None
         if request.remaining == 0 and not request.stream.stopped:
@@ -197,13 +223,6 @@ class ContinuousBatch:
             finish = "stop"
         released = request.released_logprobs(finish is not None)
         return Delta(request.number, text, [token], released, finish)
-
-    def _logprobs(self, logits: Tensor, tokens: Sequence[int]) -> list[list[TokenLogprob]]:
-        counts = [request.sampling.logprobs for request in self._rows]
-        return [
-            [] if count is None else [self._logprob(row, token, count)]
-            for row, token, count in zip(logits, tokens, counts, strict=True)
-        ]
 
     def _logprob(self, logits: Tensor, token: int, count: int) -> TokenLogprob:
         values = logits.float().log_softmax(-1)

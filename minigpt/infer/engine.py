@@ -16,7 +16,7 @@ from minigpt import progress
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError, DataError, ModelError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, TokenLogprob
 from minigpt.infer.native import FusedWeights, NativeDecoder, is_native
 from minigpt.infer.sampling import Sampling
@@ -156,17 +156,25 @@ class Engine:
         Raises:
             ConfigError: for a chat when the model has no chat template.
             DataError: for text that is not valid Unicode, or holds a token that the model cannot
-                embed.
+                embed, and for a chat that the template refuses or makes nothing of.
         """
         check_unicode(prompt)
         if isinstance(prompt, str):
-            ids = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-            ids = tokenizers.started(list(ids), self.start)
+            # A batch of one, because `encode` holds the GIL until it is done.
+            backend = self.tokenizer.backend_tokenizer
+            (encoding,) = backend.encode_batch_fast([prompt], add_special_tokens=False)
+            ids = tokenizers.started(list(encoding.ids), self.start)
             ids = ids or [tokenizers.document_end(self.tokenizer)]
         elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
         else:
             ids = self.codec.encode_prompt(prompt)
+        if not ids:
+            raise DataError(
+                "the chat template writes nothing for this chat",
+                remedy="Check it, or give another chat.",
+                reason="template",
+            )
         tokenizers.check_ids(self.tokenizer, ids, self.rows)
         return ids
 
@@ -195,6 +203,7 @@ class Engine:
 
         Raises:
             ConfigError: for a prompt that fills the model's context.
+            ModelError: when the model's logits are not finite.
         """
         return list(self.replies(prompts, sampling, len(prompts)))
 
@@ -235,7 +244,7 @@ class Engine:
         deltas: list[list[Delta]] = [[] for _ in ids]
         finished = yielded = 0
         while not batch.idle:
-            for delta in batch.step():
+            for delta in checked(batch.step()):
                 deltas[prompt_of[delta.request]].append(delta)
                 finished += delta.finish is not None
             progress.step(finished, len(ids))
@@ -249,7 +258,14 @@ class Engine:
         batch = ContinuousBatch(self, 1)
         batch.add(self.encode(prompt), sampling)
         while not batch.idle:
-            yield from batch.step()
+            yield from checked(batch.step())
+
+
+def checked(deltas: list[Delta]) -> list[Delta]:
+    """Return deltas; raise a ModelError where one of the replies cannot go on."""
+    if errors := [delta.error for delta in deltas if delta.error]:
+        raise ModelError(errors[0])
+    return deltas
 
 
 def check_unicode(prompt: str | Sequence[Message]) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 
 PARTIAL_SORT = 1024  # likeliest tokens that are sorted first, before all are
-# Dividing by less could give 0/0 in fp32. At this temperature already, a token whose logit is lower
-# by 1e-4 is never drawn.
-LEAST_TEMPERATURE = 1e-6
+# Dividing by less could give 0/0 in fp32, and by more -inf/inf. At the first temperature already, a
+# token whose logit is lower by 1e-4 is never drawn; at the second all are as likely.
+LEAST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e30
 PENALTIES = (0.01, 100)  # beyond, penalised logits could overflow fp32
 
 
@@ -83,7 +83,7 @@ class Sampler:
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else None
 
     def sample(self, logits: Tensor) -> int:
-        """Return the next token from its logits [V], in fp32 and on the CPU."""
+        """Return the next token from logits [V] in fp32 on the CPU, the largest of them finite."""
         if self.seen is not None:
             logits = self._penalised(logits, self.seen)
         if self.sampling.temperature == 0:
@@ -102,12 +102,14 @@ class Sampler:
         values = logits[ids]
         penalty = self.sampling.repetition_penalty
         penalised = torch.where(values > 0, values / penalty, values * penalty)
-        return logits.index_put((ids,), penalised)
+        largest = torch.finfo(logits.dtype).max  # what overflows must not make all others NaN
+        return logits.index_put((ids,), penalised.clamp(-largest, largest))
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return logits [V] over the temperature, with -inf where a token may not be drawn."""
-    scaled = (logits - logits.max()) / max(sampling.temperature, LEAST_TEMPERATURE)
+    temperature = min(max(sampling.temperature, LEAST_TEMPERATURE), HIGHEST_TEMPERATURE)
+    scaled = (logits - logits.max()) / temperature
     cut = scaled.new_tensor(-math.inf)  # each filter keeps the tokens from a certain logit on
     if sampling.top_k or sampling.top_p < 1:
         cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)
@@ -132,13 +134,20 @@ def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
     return best[int((before < top_p).sum())]
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Return each request's next token from logits [B, V]."""
-    tokens: list[int] = logits.argmax(-1).tolist()
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
+    """Return each request's next token from logits [B, V]; None where they make no distribution.
+
+    They make none where one is NaN or infinite, or all are -inf. `argmax` finds NaN first, so that
+    the logit of the token it returns is finite in all other cases.
+    """
+    best = logits.argmax(-1, keepdim=True)
+    finite = logits.gather(-1, best).isfinite().flatten().tolist()
+    tokens: list[int | None] = best.flatten().tolist()
+    tokens = [token if valid else None for token, valid in zip(tokens, finite, strict=True)]
     if all(sampler.sampling.greedy for sampler in samplers):
         return tokens
     rows = logits.float().cpu()
     return [
-        token if sampler.sampling.greedy else sampler.sample(row)
+        token if token is None or sampler.sampling.greedy else sampler.sample(row)
         for token, row, sampler in zip(tokens, rows, samplers, strict=True)
     ]

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.infer.native import FusedWeights, NativeDecoder, is_native
@@ -177,6 +177,56 @@ def test_a_reply_does_not_depend_on_other_requests(
         assert len(ids_of(alone)) == sampling.max_new_tokens
     (other,) = decode(engine, prompt_ids[-1:], [Sampling(12, 2.4, seed=99)], slots=1)
     assert ids_of(other) != ids_of(together[-1])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_what_fails_for_one_request_ends_it_alone(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine, prompt_ids = endless(family, tokenizer), prompts(5)
+    alone = [ids_of(decode(engine, [p], [Sampling(8)], 1)[0]) for p in prompt_ids]
+    batch = ContinuousBatch(engine, 5)
+    numbers = [batch.add(ids, Sampling(8)) for ids in prompt_ids]
+    deltas: dict[int, list[Delta]] = {number: [] for number in numbers}
+
+    def step() -> None:
+        for delta in batch.step():
+            deltas[delta.request].append(delta)
+
+    step()
+    decode_step = batch._decoder.step
+    damaged = batch._rows[1].number
+
+    def with_nan(tokens: Sequence[int]) -> torch.Tensor:
+        logits = decode_step(tokens).clone()
+        rows = [row for row, request in enumerate(batch._rows) if request.number == damaged]
+        logits[rows, 3] = torch.nan
+        return logits
+
+    def failing(token: int) -> str:
+        raise ValueError("no such token")
+
+    batch._decoder.step = with_nan  # type: ignore[method-assign]
+    batch._rows[3].stream.add = failing  # type: ignore[method-assign]
+    while not batch.idle:
+        step()
+    ends = [deltas[number][-1] for number in numbers]
+    assert [end.finish for end in ends] == ["length", "error", "length", "error", "length"]
+    assert "not finite" in str(ends[1].error)
+    assert "no such token" in str(ends[3].error)
+    for row in (0, 2, 4):
+        assert ids_of(deltas[numbers[row]]) == alone[row]
+
+
+def test_replies_of_a_damaged_model_are_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = endless("qwen3", tokenizer)
+    with torch.no_grad():
+        next(engine.model.parameters()).fill_(torch.nan)
+    for sampling in (Sampling(4), Sampling(4, temperature=1.0)):
+        with pytest.raises(ModelError, match="not finite"):
+            engine.complete(["the cat"], sampling)
+        with pytest.raises(ModelError, match="not finite"):
+            list(engine.stream("the cat", sampling))
 
 
 def test_repetition_penalty_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -51,6 +51,28 @@ def test_a_tiny_temperature_takes_the_likeliest_token() -> None:
 
 
 @given(
+    values=st.lists(
+        st.sampled_from([-math.inf, math.inf, math.nan, -3e38, 3e38, 0.0, 1.0]),
+        min_size=3,
+        max_size=3,
+    ),
+    temperature=st.sampled_from([0.0, 5e-324, 1.0, 1e308]),
+    penalty=st.sampled_from([0.01, 1.0, 100.0]),
+    min_p=st.sampled_from([0.0, 0.5]),
+)
+def test_logits_without_a_distribution_give_none(
+    values: list[float], temperature: float, penalty: float, min_p: float
+) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.5], values, [0.0, 1.0, 0.5]])
+    greedy = Sampling()
+    sampling = Sampling(1, temperature, min_p=min_p, repetition_penalty=penalty)
+    samplers = [Sampler(one, [1]) for one in (greedy, sampling, greedy)]
+    before, token, after = sample(logits, samplers)
+    assert before == after == 1
+    assert (token is None) == (not math.isfinite(max(values)) or any(map(math.isnan, values)))
+
+
+@given(
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 7, 1000]),
