@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from pathlib import Path
 
 from minigpt.cli.options import CommandParser, add_weights, positive, quiet, run_name
 from minigpt.errors import ConfigError
 
+MAX_NAME = 256  # characters, as requests may name no longer one
 EXAMPLES = """examples:
   minigpt serve outputs/sft
   minigpt serve outputs/pretrain outputs/sft outputs/dpo outputs/lora
@@ -44,10 +44,21 @@ def main(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text} ({default})")
     add_weights(parser)
     args = parser.parse_args(arguments)
-    key = os.environ.get("MINIGPT_API_KEY", "").strip() or None
+    key = api_key(os.environ.get("MINIGPT_API_KEY", ""))
     paths = named(args.models)
     with listen(args.host, args.port, key) as listener:
         serve(args, paths, key, listener)
+
+
+def api_key(text: str) -> str | None:
+    """Return the key that clients must send; None where there is none."""
+    key = text.strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            "MINIGPT_API_KEY: a key is sent in a header, so it may hold only letters of ASCII, "
+            "digits and signs, without a space. Make one with: openssl rand -hex 32"
+        )
+    return key or None
 
 
 def named(models: list[str]) -> dict[str, str]:
@@ -55,11 +66,17 @@ def named(models: list[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for model in models:
         name, separator, path = model.partition("=")
-        if not separator:
-            name = run_name(model) if Path(model).exists() else model
-            path = model
+        if os.path.exists(model):  # which may hold a `=`
+            name, path = run_name(model), model
+        elif not separator:
+            name, path = model, model
         if not name or not path or name in paths:
             raise ConfigError(f"Every model needs a name of its own: give NAME=MODEL for {model}.")
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ConfigError(
+                f"A model's name has at most {MAX_NAME} characters, all of which can be printed: "
+                f"give NAME=MODEL for {model[:MAX_NAME]!r}."
+            )
         paths[name] = path
     return paths
 

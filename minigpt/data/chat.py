@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, takewhile
 from typing import Any, NamedTuple, cast
 
@@ -332,6 +332,7 @@ class ChatTemplate:
         tokenizer: a fast tokenizer with a chat template.
 
     Attributes:
+        renderer: renders Jinja; a server has it done in a process of its own.
         control: texts that stay text in what system and user say: special tokens, and other
             added tokens that the template writes.
         turn_texts: special tokens that begin or end a turn or a text.
@@ -342,6 +343,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.renderer: Callable[..., object] = render_jinja_template
         self.source: str = _single(tokenizer.chat_template)
         self.native = self.source == CHAT_TEMPLATE
         self.marked = has_generation_marks(self.source)
@@ -494,7 +496,7 @@ class ChatTemplate:
         self, chat: list[dict[str, str]], ask: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            rendered: object = render_jinja_template(  # declared as a string
+            rendered = self.renderer(
                 conversations=[chat],
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.marked and not ask,

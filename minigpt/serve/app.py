@@ -11,12 +11,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
+from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -24,10 +26,18 @@ from minigpt.data.formats import Message
 from minigpt.errors import MiniGPTError
 from minigpt.infer.engine import Engine
 from minigpt.serve.middleware import HEADERS, AccessMiddleware, Metrics, error_response
-from minigpt.serve.schema import ChatRequest, CompletionRequest, ResponseBuilder, TextRequest
+from minigpt.serve.schema import (
+    MAX_LOGPROBS,
+    ChatRequest,
+    CompletionRequest,
+    ResponseBuilder,
+    TextRequest,
+)
 from minigpt.serve.worker import Completion, QueueFullError, ServingError, Worker
 
 Prompt = str | list[int] | list[Message]
+Body = TypeVar("Body", bound=CompletionRequest)
+Result = TypeVar("Result")
 
 
 class RefusedError(Exception):
@@ -94,21 +104,19 @@ class Endpoints:
             "chat": engine.codec is not None,
         }
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Answer a chat."""
+        body = await read_body(request, ChatRequest)
         if self._engine(body.model).codec is None:
             reason = "has no chat template: continue text with /v1/completions instead."
             raise RefusedError(400, f"{body.model!r} {reason}", "no_chat_template", "model")
         messages = [message.record() for message in body.messages]
         return await self._answer(body, request, [messages], "messages")
 
-    async def text(self, body: TextRequest, request: Request) -> Response:
+    async def text(self, request: Request) -> Response:
         """Continue texts."""
-        rows = self._engine(body.model).rows
-        prompts = body.prompts()
-        if any(max(prompt) >= rows for prompt in prompts if not isinstance(prompt, str)):
-            raise RefusedError(400, f"Token ids must be below {rows}.", None, "prompt")
-        return await self._answer(body, request, prompts, "prompt")
+        body = await read_body(request, TextRequest)
+        return await self._answer(body, request, body.prompts(), "prompt")
 
     async def health(self) -> Response:
         """Say whether answers are being computed."""
@@ -131,28 +139,39 @@ class Endpoints:
             raise RefusedError(404, message, "model_not_found", "model")
         return self.worker.engines[name]
 
-    async def _ids(self, model: str, prompt: Prompt) -> list[int]:
+    async def _ids(self, model: str, prompt: Prompt, param: str) -> list[int]:
+        """Return a prompt's ids, which leave room for an answer."""
+        engine = self._engine(model)
         if isinstance(prompt, list) and isinstance(prompt[0], int):
+            check_length(len(prompt), engine.context, engine, param)
+            if max(prompt) >= engine.rows:
+                raise RefusedError(400, f"Token ids must be below {engine.rows}.", None, param)
             return prompt
-        return await self.worker.encode(model, prompt)
+        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+        most = self.worker.encoders[model].max_characters
+        check_length(
+            sum(map(len, texts)), most, engine, param, " characters, which are more tokens"
+        )
+        ids = await self.worker.encode(model, prompt)
+        check_length(len(ids), engine.context, engine, param)
+        return ids
+
+    async def _encoded(self, model: str, prompts: Sequence[Prompt], param: str) -> list[list[int]]:
+        return [await self._ids(model, prompt, param) for prompt in prompts]
 
     async def _answer(
         self, body: CompletionRequest, request: Request, prompts: Sequence[Prompt], param: str
     ) -> Response:
         deadline = asyncio.get_running_loop().time() + self.timeout
         context = self._engine(body.model).context
-        self.worker.check_capacity(body.model, len(prompts) * body.n)
-        async with asyncio.timeout_at(deadline):
-            encoded = [await self._ids(body.model, prompt) for prompt in prompts]
-        sequences = []
-        for ids in encoded:
-            if len(ids) >= context:
-                message = (
-                    f"The maximum context length is {context} tokens, the answer included; the "
-                    f"prompt has {len(ids)}. Shorten it."
-                )
-                raise RefusedError(400, message, "context_length_exceeded", param)
-            sequences += [(ids, sampling) for sampling in body.samplings(context - len(ids))]
+        with self.worker.reserved(body.model, len(prompts) * body.n):
+            async with asyncio.timeout_at(deadline):
+                encoding = self._encoded(body.model, prompts, param)
+                encoded = await until_disconnect(request, encoding)
+        sequences = [
+            (ids, sampling) for ids in encoded for sampling in body.samplings(context - len(ids))
+        ]
+        check_logprobs(body, sum(sampling.max_new_tokens for _, sampling in sequences))
         builder = ResponseBuilder(body, sum(map(len, encoded)), len(sequences))
         completion = self.worker.submit(body.model, sequences)
         self.metrics.prompt_tokens.labels(body.model).inc(builder.prompt_tokens)
@@ -201,21 +220,67 @@ class Endpoints:
             yield f"data: {bytes(server_error(error).body).decode()}\n\n"
 
 
-async def until_disconnect(request: Request, work: Coroutine[object, object, None]) -> None:
-    """Do work until the client leaves."""
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """Return the body of a request, checked.
+
+    Raises:
+        RefusedError: for a body that is no JSON, or not what the API takes.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":  # pages elsewhere can send other types without asking
+        message = "Send the body as JSON, with the header Content-Type: application/json."
+        raise RefusedError(400, message)
+    content = await request.body()
+    try:
+        return kind.model_validate(from_json(content, allow_inf_nan=False))
+    except ValidationError as error:
+        raise RefusedError(*invalid_body(error)) from None
+    except ValueError as error:
+        message = f"The body is not valid JSON: {error}."
+        raise RefusedError(400, message, "invalid_json") from None
+
+
+def check_length(length: int, most: int, engine: Engine, param: str, unit: str = "") -> None:
+    """Refuse a prompt that leaves the context no room for an answer.
+
+    Args:
+        length: of the prompt, in a unit.
+        most: so many have no room.
+        engine: the model.
+        param: the prompt's field.
+        unit: the words for it behind a number, where it is not tokens.
+    """
+    if length >= most:
+        message = f"The maximum context length is {engine.context} tokens, the answer included; "
+        message += f"the prompt has {length}{unit}. Shorten it."
+        raise RefusedError(400, message, "context_length_exceeded", param)
+
+
+def check_logprobs(body: CompletionRequest, tokens: int) -> None:
+    """Refuse an answer of so many tokens that would be a body of more log-probs than are sent."""
+    count = body.n_top_logprobs()
+    if not body.stream and count is not None and tokens * (count + 1) > MAX_LOGPROBS:
+        message = f"An answer may have {MAX_LOGPROBS} log-probs, and this may have {tokens} tokens "
+        message += f"with {count + 1} each. Set max_tokens lower, or stream."
+        raise RefusedError(400, message, None, "logprobs")
+
+
+async def until_disconnect(request: Request, work: Coroutine[object, object, Result]) -> Result:
+    """Return what work gives; cancel it and raise ClientDisconnect when the client leaves."""
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = {asyncio.ensure_future(work), asyncio.ensure_future(disconnected())}
+    task, departure = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
     finally:
-        for task in tasks:
-            task.cancel()
+        task.cancel()
+        departure.cancel()
 
 
 def event(chunk: dict[str, Any]) -> str:
@@ -249,18 +314,16 @@ def server_error(error: Exception) -> Response:
     return error_response(500, "The server failed on this request.", "server_error")
 
 
-def invalid_body(error: RequestValidationError) -> Response:
-    """Return the response to a body that is no JSON, or not what the API takes."""
-    first = max(error.errors(), key=lambda detail: len(detail["loc"]))  # the nearest form
-    if first["type"] == "json_invalid":
-        message = f"The body is not valid JSON: {first['ctx']['error']}."
-        return error_response(400, message, "invalid_json")
-    reason = str(first["msg"]).removeprefix("Value error, ")
+def invalid_body(error: ValidationError) -> tuple[int, str, str | None, str | None]:
+    """Return the error of a body that is not what the API takes, as `error_response` takes it."""
+    details = error.errors(include_url=False, include_input=False)
+    first = max(details, key=lambda detail: len(detail["loc"]))  # the nearest form
+    reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         reason = "not supported"
-    field = [str(key) for key in first["loc"][1:]]
+    field = [str(key) for key in first["loc"]]
     message = f"{'.'.join(field) or 'body'}: {reason}"
-    return error_response(400, message, None, field[0] if field else None)
+    return 400, message, None, field[0] if field else None
 
 
 async def handle(_: Request, error: Exception) -> Response:
@@ -270,8 +333,8 @@ async def handle(_: Request, error: Exception) -> Response:
             return error_response(*error.args)
         case MiniGPTError():
             return error_response(400, str(error))
-        case RequestValidationError():
-            return invalid_body(error)
+        case ClientDisconnect():
+            return Response(status_code=499)  # for the metrics: nobody reads it
         case HTTPException():
             return error_response(error.status_code, str(error.detail))
         case QueueFullError():
@@ -283,7 +346,7 @@ async def handle(_: Request, error: Exception) -> Response:
 HANDLED = (
     RefusedError,
     MiniGPTError,
-    RequestValidationError,
+    ClientDisconnect,
     HTTPException,
     QueueFullError,
     TimeoutError,

@@ -1,37 +1,76 @@
-"""The network side: timeouts of slow clients, and shutdown."""
+"""The network side: how many connections, timeouts of slow clients, and shutdown."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 import signal
 import socket
+import time
+from typing import Any
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
+from minigpt.serve.middleware import error_response
 from minigpt.serve.worker import Worker
 
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1024  # fewer where the process may open few files
+ACCEPT_LOG = 60.0  # seconds from one line about connections that cannot be accepted to the next
 CLIENT_TIMEOUT = 30.0  # seconds for a whole request to arrive, or for a full buffer to drain
 GRACE = 3.0  # seconds that running answers get when the server is to stop
+
+
+def max_connections() -> int:
+    """Return how many connections are taken: they get half of the files that may be open."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
+
+
+class State(ServerState):
+    """What all connections share.
+
+    Attributes:
+        waiting: the connections of which no request is being answered; the longest waiting first.
+        max_connections: when there are more, those that wait are closed for new ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[Protocol, None] = {}
+        self.max_connections = max_connections()
 
 
 class Protocol(H11Protocol):
     """HTTP/1.1 that cuts off a client too slow to send or to read."""
 
+    server_state: State
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request."""
+        """Wait for a request, in place of the connection that has waited longest if need be."""
         super().connection_made(transport)
+        if len(self.connections) > self.server_state.max_connections:
+            self._make_room()
         # asyncio leaves Nagle's delay on where a socket was made without naming its protocol.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timers: dict[str, asyncio.TimerHandle] = {}
-        self._wait("read", True)
+        self._wait_for_request()
 
     def data_received(self, data: bytes) -> None:
         """Read data; a request that is complete ends the wait."""
         super().data_received(data)
-        self._wait("read", self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
+        self._wait_for_request()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, part of which may have come already."""
+        super().on_response_complete()
+        self._wait_for_request()
 
     def pause_writing(self) -> None:
         """Wait for the client to read."""
@@ -46,8 +85,25 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
         super().connection_lost(exc)
+        self.server_state.waiting.pop(self, None)
         self._wait("read", False)
         self._wait("write", False)
+
+    def _make_room(self) -> None:
+        for oldest in self.server_state.waiting:
+            del self.server_state.waiting[oldest]
+            oldest.transport.close()
+            return
+        message = "All connections are taken. Try again."
+        # Sent when the request has come: a client that is still sending may not read it.
+        self.app = error_response(503, message, retry_after="1", connection="close")
+
+    def _wait_for_request(self) -> None:
+        self._wait("read", self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
+        if "read" in self.timers:
+            self.server_state.waiting.setdefault(self)
+        else:
+            self.server_state.waiting.pop(self, None)
 
     def _wait(self, direction: str, waits: bool) -> None:
         if waits and direction not in self.timers:
@@ -76,14 +132,26 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(GRACE) + 2,  # longer than the answers that are ended
         )
         super().__init__(config)
+        self.server_state: State = State()
         self.worker = worker
+        self._last_accept_error = -ACCEPT_LOG
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve."""
+        asyncio.get_running_loop().set_exception_handler(self._handle_loop_error)
+        await super().startup(sockets)
+
+    def _handle_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error; one of thousands a second where no connection can be accepted."""
+        if "accept" not in context["message"]:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._last_accept_error + ACCEPT_LOG:
+            self._last_accept_error = time.monotonic()
+            log.error("Connections cannot be accepted: %s.", context.get("exception"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers end, or end them after the grace."""
-        message = "The server was stopped."
-        timer = asyncio.get_running_loop().call_later(
-            GRACE, lambda: self.worker.fail(self.worker.completions, message)
-        )
+        timer = asyncio.get_running_loop().call_later(GRACE, self.worker.end_requests)
         await super().shutdown(sockets)
         timer.cancel()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,8 +38,19 @@ NO_OP_VALUES |= {
 NO_OP_VALUES |= {"modalities": [["text"]], "echo": [False], "best_of": [1], "suffix": [""]}
 
 
+MAX_FIELDS = 64  # of an object; each unknown one is an error of its own
+MAX_LOGPROBS = 100_000  # of an answer that is sent as one body
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"an object has at most {MAX_FIELDS} fields")
+        return value
 
 
 class TextPart(_Strict):
@@ -54,7 +66,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
 
     def record(self) -> Message:
         """Return the turn as the chat template takes it."""
@@ -85,7 +97,7 @@ class CompletionRequest(_Strict):
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=16)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -138,7 +150,7 @@ class CompletionRequest(_Strict):
 class ChatRequest(CompletionRequest):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -148,14 +160,16 @@ class ChatRequest(CompletionRequest):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Listed = Field(min_length=1, max_length=64)
+# Lists end at their first error: a megabyte has room for hundreds of thousands.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
 class TextRequest(CompletionRequest):
     """The body of `/v1/completions`; prompts are texts or token ids."""
 
-    prompt: str | Ids | Annotated[list[str], Listed] | Annotated[list[Ids], Listed]
+    prompt: str | Ids | Texts | IdLists
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -196,9 +210,10 @@ class ResponseBuilder:
         """Add new tokens of a sequence; return the chunk of a stream, if it has any content."""
         logprobs = self._logprobs(delta.logprobs, self.offsets[index])
         self.offsets[index] += sum(len(entry.token) for entry in delta.logprobs)
-        self.texts[index] += delta.text
-        self.logprobs[index] += delta.logprobs
-        self.finish_reasons[index] = delta.finish or ""
+        if not self.request.stream:
+            self.texts[index] += delta.text
+            self.logprobs[index] += delta.logprobs
+            self.finish_reasons[index] = delta.finish or ""
         self.completion_tokens += len(delta.ids)
         if not (delta.text or logprobs or delta.finish):
             return None
@@ -255,9 +270,10 @@ def _chat_logprob(token: str, logprob: float, content: list[int] | None) -> dict
 
 def _text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
     texts = [entry.token for entry in tokens]
+    offsets = list(accumulate(map(len, texts), initial=start))[: len(texts)]
     return {
         "tokens": texts,
         "token_logprobs": [entry.logprob for entry in tokens],
         "top_logprobs": [{token: logprob for _, token, logprob in entry.top} for entry in tokens],
-        "text_offset": [start + len("".join(texts[:index])) for index in range(len(texts))],
+        "text_offset": offsets,
     }

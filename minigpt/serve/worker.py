@@ -8,17 +8,19 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from minigpt.data.formats import Message
 from minigpt.errors import ConfigError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta
 from minigpt.infer.engine import Engine, Sampling
+from minigpt.serve.encoder import Encoder, EncodingError
 
 log = logging.getLogger(__name__)
 
+STOPPED = "The server was stopped."
 Argument = TypeVar("Argument")
 
 
@@ -56,6 +58,8 @@ class Completion:
             item = await self.inbox.get()
             if isinstance(item, ServingError):
                 raise item
+            if item[1].error:
+                raise ServingError(item[1].error)
             remaining -= item[1].finish is not None
             yield item
 
@@ -64,7 +68,8 @@ class Worker:
     """Continuous batching of all requests, one batch for each model.
 
     The public methods belong to the event loop, and all work on a batch to the thread. Between
-    them go commands one way and deltas the other.
+    them go commands one way and deltas the other. Each model's prompts are encoded in a thread of
+    their own.
 
     Args:
         engines: the served models by name.
@@ -79,40 +84,66 @@ class Worker:
         self.batches = {name: ContinuousBatch(engine, slots) for name, engine in engines.items()}
         self.completions: set[Completion] = set()
         self.broken = False
-        self._encoding: Counter[str] = Counter()  # prompts that are encoded, or wait for it
+        self.encoders = {name: Encoder(engine) for name, engine in engines.items()}
+        self._reserved: Counter[str] = Counter()  # sequences whose prompts are being encoded
         self._commands: queue.SimpleQueue[tuple[Callable[[Completion], None], Completion] | None]
         self._commands = queue.SimpleQueue()
         # Of each model: number of a request in its batch -> completion and index of the sequence.
         self._owners: dict[str, dict[int, tuple[Completion, int]]] = {name: {} for name in engines}
-        # One thread, because chat templates and tokenizers are not made to be shared.
-        self._encoder = ThreadPoolExecutor(1, "minigpt-encode")
         self._thread = threading.Thread(target=self._run, name="minigpt-decode", daemon=True)
         self._loop: asyncio.AbstractEventLoop
+        self._stopping: asyncio.Future[None]
 
     def start(self) -> None:
         """Start to compute, for the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._stopping = self._loop.create_future()
         self._thread.start()
+
+    def end_requests(self) -> None:
+        """End all requests, those whose prompts are being encoded too, and take no more."""
+        if not self._stopping.done():
+            self._stopping.set_result(None)
+        self.fail(self.completions, STOPPED)
 
     def stop(self) -> None:
         """End the thread after its current step."""
+        self.end_requests()
+        for encoder in self.encoders.values():
+            encoder.close()
         self._commands.put(None)
         self._thread.join()
-        self._encoder.shutdown()
 
     @property
     def alive(self) -> bool:
         """Whether answers are still being computed."""
         return self._thread.is_alive() and not self.broken
 
-    async def encode(self, model: str, prompt: str | Sequence[Message]) -> list[int]:
-        """Return the ids of a prompt, which counts as load while it waits to be encoded."""
-        self._encoding[model] += 1
+    @contextmanager
+    def reserved(self, model: str, count: int) -> Iterator[None]:
+        """Count so many sequences as load meanwhile; errors are those of `check_capacity`."""
+        self.check_capacity(model, count)
+        self._reserved[model] += count
         try:
-            encode = self.engines[model].encode
-            return await self._loop.run_in_executor(self._encoder, encode, prompt)
+            yield
         finally:
-            self._encoding[model] -= 1
+            self._reserved[model] -= count
+
+    async def encode(self, model: str, prompt: str | Sequence[Message]) -> list[int]:
+        """Return the ids of a prompt.
+
+        Raises:
+            MiniGPTError: for a prompt that cannot be encoded.
+            ServingError: when the tokenizer fails, or the server stops.
+        """
+        try:
+            ids = await self.encoders[model].encode(prompt, self._stopping)
+        except EncodingError as error:
+            log.error("%s: %s", model, error)
+            raise ServingError(str(error)) from None
+        if ids is None:
+            raise ServingError(STOPPED, 503)
+        return ids
 
     def submit(self, model: str, sequences: Sequence[tuple[list[int], Sampling]]) -> Completion:
         """Queue the sequences of one request; errors are those of `check_capacity`."""
@@ -123,9 +154,9 @@ class Worker:
         return completion
 
     def load(self, model: str) -> int:
-        """Return how many sequences of a model are generated, wait, or are being encoded."""
+        """Return how many sequences of a model are generated, wait, or are reserved."""
         generated = sum(len(c.unfinished) for c in self.completions if c.model == model)
-        return generated + self._encoding[model]
+        return generated + self._reserved[model]
 
     def check_capacity(self, model: str, count: int) -> None:
         """See that so many more sequences can be taken.
@@ -135,6 +166,8 @@ class Worker:
             ConfigError: when they never could.
             QueueFullError: when they cannot now.
         """
+        if self._stopping.done():
+            raise ServingError(STOPPED, 503)
         if not self.alive:
             raise ServingError("The server computes no answers any more. Restart it.", 503)
         if count > self.capacity:
@@ -157,7 +190,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._compute()
-        except Exception:
+        except BaseException:  # a panic in Rust is no Exception
             log.exception("No answers are computed any more. Restart the server.")
             self._loop.call_soon_threadsafe(self._give_up)
 
@@ -194,9 +227,15 @@ class Worker:
             self._loop.call_soon_threadsafe(self.fail, failed, message)
 
     def _admit(self, completion: Completion) -> None:
-        for index, (ids, sampling) in enumerate(completion.sequences):
-            number = self.batches[completion.model].add(ids, sampling)
-            self._owners[completion.model][number] = (completion, index)
+        """Add the sequences of a request to their batch; what it refuses ends the request alone."""
+        try:
+            for index, (ids, sampling) in enumerate(completion.sequences):
+                number = self.batches[completion.model].add(ids, sampling)
+                self._owners[completion.model][number] = (completion, index)
+        except Exception:
+            log.exception("A request to %s cannot be added to its batch.", completion.model)
+            message = "The model cannot take this request."
+            self._loop.call_soon_threadsafe(self.fail, {completion}, message)
 
     def _drop(self, completion: Completion) -> None:
         owners = self._owners[completion.model]

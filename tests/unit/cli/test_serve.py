@@ -94,6 +94,13 @@ def test_names() -> None:
     }
 
 
+def test_names_of_directories_with_an_equals_sign(tmp_path: Path) -> None:
+    directory = tmp_path / "lr=0.1"
+    directory.mkdir()
+    assert named([str(directory)]) == {"lr=0.1": str(directory)}
+    assert named([f"x={directory}"]) == {"x": str(directory)}
+
+
 def test_names_of_directories(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert named([str(model)]) == {"sft": str(model)}
     assert named([str(model.parent)]) == {"sft": str(model.parent)}
@@ -108,6 +115,9 @@ def test_names_of_directories(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["./none"], ["no trained model in ./none", "minigpt fit"]),
         (["x=a", "x=b"], ["name of its own", "NAME=MODEL for x=b"]),
         (["=a"], ["name of its own"]),
+        ([f"{'x' * 257}=a"], ["at most 256 characters", "NAME=MODEL"]),
+        (["x" * 5000], ["at most 256 characters", "NAME=MODEL"]),
+        (["a\nb=a"], ["can be printed", "'a\\nb=a'"]),
         (["a", "--slots", "0"], ["--slots", "at least 1"]),
         (["a", "--port", "70000"], ["--port 70000", "65535"]),
         (["a", "--host", "0.0.0.0"], ["reached by others", "MINIGPT_API_KEY", "openssl"]),
@@ -124,6 +134,17 @@ def test_bad_input(
     assert outcome.err.count("\n") == 1
     for fragment in fragments:
         assert fragment in outcome.err
+
+
+@pytest.mark.parametrize("key", ["grün", "密钥", "two words", "a\x7f", "\udcff"])
+def test_keys_that_clients_cannot_send(
+    minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("MINIGPT_API_KEY", key)
+    outcome = minigpt("serve", "a", "--port", 0)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "letters of ASCII" in outcome.err
+    assert key not in outcome.err
 
 
 def test_port_that_is_taken(minigpt: Minigpt) -> None:

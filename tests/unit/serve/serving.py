@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 import tiny
 import torch
 from patience import eventually, limit
@@ -99,3 +100,17 @@ def running(
                 server.should_exit = True
                 thread.join(limit(60))
     assert not worker.alive
+
+
+@contextmanager
+def slow_reading(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[threading.Event]:
+    """Prompts of `base` are not encoded before the event."""
+    go = threading.Event()
+    read = engines["base"].encode
+    monkeypatch.setattr(engines["base"], "encode", lambda text: go.wait() and read(text))
+    try:
+        yield go
+    finally:
+        go.set()

@@ -259,6 +259,28 @@ def test_looks_and_languages(browser: Browser, served: Served) -> None:
     context.close()
 
 
+@pytest.mark.parametrize(
+    "stored",
+    ["{", "null", "3", '"fr"', "[]", '[3, "none"]', '{"temperature": "hot", "system": 3}'],
+)
+def test_whatever_was_stored_the_page_works(browser: Browser, served: Served, stored: str) -> None:
+    context = browser.new_context(locale="en")
+    names = [f"minigpt.{key}" for key in ("language", "theme", "models", "settings")]
+    script = f"for (const key of {names}) localStorage.setItem(key, {json.dumps(stored)});"
+    context.add_init_script(script)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(served.url)
+    expect(page.get_by_role("checkbox", name="html")).to_be_checked()
+    expect(page.locator("#temperature")).to_have_value("0.7")
+    expect(page.get_by_role("button", name="Theme: as the system")).to_be_visible()
+    ask(page, QUESTION)
+    expect(reply(page, "html").locator(".said")).not_to_be_empty()
+    assert complaints == []
+    context.close()
+
+
 def test_narrow_screen(browser: Browser, served: Served) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 640}, locale="en")
     page = context.new_page()
@@ -316,6 +338,9 @@ def test_key_is_asked_for(browser: Browser, served: Served) -> None:
     page.goto(served.url)
     expect(page.get_by_text("Incorrect API key.")).to_be_visible()
     expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_label("API key").fill("芝麻")
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("holds only letters of ASCII")).to_be_visible()
     page.get_by_label("API key").fill("sesame")
     page.keyboard.press("Tab")
     expect(page.get_by_role("checkbox", name="html")).to_be_checked()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import eventually
 from prometheus_client.parser import text_string_to_metric_families
-from serving import ANSWER, QUESTION, Served, running
+from serving import ANSWER, QUESTION, Served, running, slow_reading
 
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
@@ -73,7 +72,9 @@ TURN = {"role": "user", "content": "x"}
         (CHATS, {"messages": [{"role": "user"}]}, 400, None, "messages", "messages.0.content"),
         (CHATS, {"messages": [TURN | {"content": "the " * 600}]}, 400,
          "context_length_exceeded", "messages", "maximum context length is 512"),
-        (CHATS, {"messages": [TURN | {"content": "\ud800"}]}, 400, None, None, "lone surrogate"),
+        (CHATS, {"messages": [TURN | {"content": "\ud800"}]}, 400, "invalid_json", None, "escape"),
+        (CHATS, {"messages": [TURN | {"content": "x" * 900_000}]}, 400,
+         "context_length_exceeded", "messages", "has 900000 characters"),
         (CHATS, {"temperature": "0"}, 400, None, "temperature", "valid number"),
         (CHATS, {"temperature": 2.1}, 400, None, "temperature", "less than or equal to 2"),
         (CHATS, {"top_p": 0}, 400, None, "top_p", "greater than 0"),
@@ -99,6 +100,12 @@ TURN = {"role": "user", "content": "x"}
         (TEXTS, {"prompt": []}, 400, None, "prompt", "prompt."),
         (TEXTS, {"prompt": [0, 10**6]}, 400, None, "prompt", "below"),
         (TEXTS, {"prompt": [0] * 5000}, 400, "context_length_exceeded", "prompt", "has 5000"),
+        (TEXTS, {"prompt": "x" * 900_000}, 400, "context_length_exceeded", "prompt", "has 900000"),
+        (TEXTS, {"prompt": [-1] * 250_000}, 400, None, "prompt", "greater than or equal to 0"),
+        (TEXTS, {"prompt": [{}] * 250_000}, 400, None, "prompt", "prompt."),
+        (TEXTS, {str(key): 0 for key in range(70_000)}, 400, None, None, "at most 64 fields"),
+        (TEXTS, {"prompt": "a", "n": 16, "logprobs": 20, "max_tokens": 4000}, 400,
+         None, "logprobs", "or stream"),
         (TEXTS, {"prompt": "a", "echo": True}, 400, None, "echo", "not supported"),
         ("/v1/embeddings", {}, 404, None, None, "Not Found"),
         ("/health", {}, 405, None, None, "Not Allowed"),
@@ -134,11 +141,12 @@ def test_bad_json(served: Served, body: bytes) -> None:
     assert error_of(answer)["message"]
 
 
-def test_body_of_another_kind_is_refused(served: Served) -> None:
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {}])
+def test_body_of_another_kind_is_refused(served: Served, headers: dict[str, str]) -> None:
     """A page elsewhere can send plain text to this server without asking it first."""
-    content = json.dumps(CHAT)
-    answer = served.post(CHATS, content=content, headers={"content-type": "text/plain"})
+    answer = served.post(CHATS, content=json.dumps(CHAT), headers=headers)
     assert answer.status_code == 400
+    assert "Content-Type: application/json" in error_of(answer)["message"]
 
 
 FIELDS = [
@@ -327,20 +335,6 @@ def test_full_queue(engines: dict[str, Engine]) -> None:
             client.completions.create(**LONG, n=4)
         for stream in streams:
             stream.close()
-
-
-@contextlib.contextmanager
-def slow_reading(
-    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[threading.Event]:
-    """Prompts of `base` are not encoded before the event."""
-    go = threading.Event()
-    read = engines["base"].encode
-    monkeypatch.setattr(engines["base"], "encode", lambda text: go.wait() and read(text))
-    try:
-        yield go
-    finally:
-        go.set()
 
 
 def test_prompts_that_are_read_take_places(
