@@ -31,7 +31,11 @@ _CLASSES = {
     "model": "The stages are PretrainModule, SFTModule, DPOModule and LoRAModule.",
     "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too) and DPODataModule.",
 }
-LIMITS = ("max_steps", "max_epochs")  # of the Trainer: each says how long a run is
+# Two ways to say one thing, of which the one given last counts.
+ALTERNATIVES = (
+    ("trainer.max_steps", "trainer.max_epochs"),
+    ("trainer.val_check_interval", "validate.every"),
+)
 _REMEDY = {
     True: "`minigpt fit --help` lists the options, and `--model.help CLASS` those of a stage.",
     False: "See: minigpt fit --help",
@@ -169,33 +173,40 @@ def config_files(args: Sequence[str]) -> Iterator[Path]:
             yield from map(Path, [value] if given else following)
 
 
-def replaced_limit(args: Sequence[str]) -> str | None:
-    """Return the one of `LIMITS` that a later config or option has replaced by the other.
+def replaced_options(args: Sequence[str]) -> list[str]:
+    """Return the options whose alternative a later config, or the command line, gives.
 
-    The last word says how long a run is: `--trainer.max_epochs 3` behind a config with
-    `max_steps: 280` makes three epochs. Where one source sets both, both hold.
+    The last word counts: `--trainer.max_epochs 3` behind a config with `max_steps: 280` makes
+    three epochs. Where one source gives both options, both hold.
     """
-    last = dict.fromkeys(LIMITS, -1)
-    for position, limits in enumerate(_given_limits(args)):
-        last |= {name: position for name in limits if limits[name] not in (None, -1)}
-    if -1 in last.values() or len(set(last.values())) == 1:
-        return None
-    return min(last, key=lambda name: last[name])
+    sources = list(_given_options(args))
+    replaced = []
+    for alternatives in ALTERNATIVES:
+        last = dict.fromkeys(alternatives, -1)
+        for position, given in enumerate(sources):
+            last |= {key: position for key in alternatives if given.get(key) not in (None, -1)}
+        if -1 not in last.values() and len(set(last.values())) > 1:
+            replaced.append(min(last, key=lambda key: last[key]))
+    return replaced
 
 
-def _given_limits(args: Sequence[str]) -> Iterator[dict[str, object]]:
-    """Yield the `LIMITS` that each config file, and then the command line's options, set."""
+def _given_options(args: Sequence[str]) -> Iterator[dict[str, object]]:
+    """Yield which of the `ALTERNATIVES` each config file, and then the command line, gives."""
+    keys = [key for alternatives in ALTERNATIVES for key in alternatives]
     for file in config_files(args):
-        trainer = yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer")
-        options = trainer if isinstance(trainer, dict) else {}
-        yield {name: options[name] for name in LIMITS if name in options}
-    options = {}
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        sections = {key: config.get(key.partition(".")[0]) for key in keys}
+        yield {
+            key: section.get(key.partition(".")[2])
+            for key, section in sections.items()
+            if isinstance(section, dict)
+        }
+    options: dict[str, object] = {}
     for index, arg in enumerate(args):
         option, given, value = arg.partition("=")
-        name = option.removeprefix("--trainer.")
-        if name in LIMITS and name != option:
+        if (key := option.removeprefix("--")) in keys:
             text = value if given else "".join(args[index + 1 : index + 2])
-            options[name] = yaml.safe_load(text)
+            options[key] = yaml.safe_load(text)
     yield options
 
 

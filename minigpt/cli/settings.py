@@ -87,6 +87,7 @@ def check_numbers(config: Namespace) -> None:
         "trainer.log_every_n_steps": (trainer.log_every_n_steps, trainer.log_every_n_steps is None),
         "trainer.val_check_interval": (interval, not isinstance(interval, int)),
         "trainer.check_val_every_n_epoch": (epochs, epochs is None),
+        "validate.every": (config.validate.every, config.validate.every in (None, "epoch")),
         "checkpoint.every": (config.checkpoint.every, False),
         "checkpoint.keep": (config.checkpoint.keep, False),
     }
@@ -105,6 +106,16 @@ def check_numbers(config: Namespace) -> None:
             "trainer.val_check_interval must be a whole number of batches between validations, "
             f"but is {interval}. For one at the end of each epoch leave it out and set "
             "trainer.check_val_every_n_epoch to 1."
+        )
+    if config.validate.every is not None and interval is not None:
+        raise ConfigError(
+            f"validate.every is {config.validate.every} and trainer.val_check_interval {interval}: "
+            "give one of them."
+        )
+    if trainer.accumulate_grad_batches != 1 and config.data.init_args.tokens_per_step is not None:
+        raise ConfigError(
+            "data.tokens_per_step decides how many micro-batches make a step: leave out "
+            f"trainer.accumulate_grad_batches, which is {trainer.accumulate_grad_batches}."
         )
     endless = all(limits[f"trainer.max_{unit}"][1] for unit in ("steps", "epochs"))
     if endless and not trainer.fast_dev_run:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -25,11 +25,12 @@ from lightning.pytorch.loggers import Logger
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
 from minigpt.cli.options import quiet
-from minigpt.cli.parser import OptionError, Parser, check_configs, explained, replaced_limit
+from minigpt.cli.parser import OptionError, Parser, check_configs, explained, replaced_options
 from minigpt.cli.settings import (
     check_numbers,
     check_weights,
     choose_precision,
+    fast_precision,
     is_first_process,
     join_launcher,
 )
@@ -40,6 +41,7 @@ from minigpt.model.parallel import FSDP2, check_strategy, sharding
 from minigpt.runs.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint, verify
 from minigpt.runs.claim import claim, leftovers, locked
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
+from minigpt.runs.plan import RunPlan
 from minigpt.runs.progress import StepProgress, Throughput
 from minigpt.runs.results import (
     Hyperparameter,
@@ -108,7 +110,7 @@ class MiniGPTCLI(VerbCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.verb = args[0]
-        self.replaced_limit = replaced_limit(args)
+        self.replaced = replaced_options(args)
         self.throughput = Throughput()
         self.status: RunStatus | None = None  # of a `fit` that holds its run directory
         with self._ended_in_order(), warnings.catch_warnings():
@@ -165,6 +167,12 @@ class MiniGPTCLI(VerbCLI):
             help="Go on from a checkpoint with other data, tokenizer or base.",
         )
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_argument(
+            "--validate.every",
+            type=int | Literal["epoch"] | None,
+            default=None,
+            help="Optimizer steps between two validations, or epoch for one at each epoch's end.",
+        )
 
     @property
     def options(self) -> Namespace:
@@ -181,9 +189,9 @@ class MiniGPTCLI(VerbCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the run directory and the hardware."""
         config = self.options
-        if self.replaced_limit is not None:
-            setattr(config.trainer, self.replaced_limit, -1)
-            log.info("trainer.%s is lifted: the other limit was given later.", self.replaced_limit)
+        for key in self.replaced:
+            config[key] = -1 if key.startswith("trainer.max_") else None
+            log.info("%s is left out: what it excludes was given later.", key)
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
             if first := is_first_process():
@@ -277,7 +285,9 @@ class MiniGPTCLI(VerbCLI):
             stage_options = self.options.model.as_dict()["init_args"]
             resume = ExactResume(config.allow_changes, stage_options, config.ckpt_path)
             callbacks.insert(0, RemoveStaleRun(self.stale))
-            callbacks += [self.status, resume, self.stopping, saving]
+            fast = fast_precision(config.trainer.accelerator, config.trainer.accelerator == "cpu")
+            plan = RunPlan(saving, fast)
+            callbacks += [self.status, resume, self.stopping, plan, saving]
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
             callbacks.append(PredictionWriter(Path(target)))
@@ -285,6 +295,8 @@ class MiniGPTCLI(VerbCLI):
             callbacks.append(StepProgress(self.throughput))
         config.trainer.callbacks = [*(config.trainer.callbacks or []), *callbacks]
         config.trainer.logger = self._loggers(config.trainer.logger)
+        if config.validate.every == "epoch":
+            config.trainer.check_val_every_n_epoch = 1
         if config.trainer.strategy == "fsdp":
             config.trainer.strategy = sharding(config.trainer.precision)
         try:
@@ -295,7 +307,18 @@ class MiniGPTCLI(VerbCLI):
         if not isinstance(trainer.strategy, FSDP2):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         FitLoop.put_in(trainer)
+        self._settle_steps(trainer)
         return trainer
+
+    def _settle_steps(self, trainer: Trainer) -> None:
+        """Turn tokens of a step into micro-batches, and steps between validations, too."""
+        assert isinstance(self.datamodule, JSONLDataModule)
+        if self.datamodule.tokens_per_step is not None:
+            processes = trainer.num_devices * trainer.num_nodes
+            trainer.accumulate_grad_batches = self.datamodule.accumulation(processes)
+        every = self.options.validate.every
+        if isinstance(every, int):
+            trainer.val_check_interval = every * trainer.accumulate_grad_batches
 
     def _loggers(self, configured: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         """Return the run directory's loggers, and beside them those of the config."""

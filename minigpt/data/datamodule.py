@@ -73,15 +73,21 @@ class StoreSubset:
         """Return the tokens [K] of the samples numbered `numbers` [K]."""
         return self.store.lengths(numbers if self.index is None else self.index[numbers])
 
+    def tokens(self) -> int:
+        """Return the tokens of all samples."""
+        return sum(int(self.lengths(block).sum()) for block in self._blocks())
+
+    def _blocks(self) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, len(self), LENGTHS_AT_A_TIME):
+            yield np.arange(start, min(start + LENGTHS_AT_A_TIME, len(self)))
+
     def statistics(self) -> dict[str, Any]:
         """Return what the store holds, and how many of the samples have how many tokens."""
-        starts = range(0, len(self), LENGTHS_AT_A_TIME)
-        blocks = (np.arange(a, min(a + LENGTHS_AT_A_TIME, len(self))) for a in starts)
         return {
             **self.store.meta,
             "file": str(self.store.source),
             "samples": len(self),
-            "lengths": histogram(self.lengths(block) for block in blocks),
+            "lengths": histogram(self.lengths(block) for block in self._blocks()),
         }
 
     def sample(self, number: int) -> Sample:
@@ -180,6 +186,9 @@ class JSONLDataModule(LightningDataModule):
         predict: JSONL of prompts or chats, for `minigpt predict`.
         max_length: tokens of a sample.
         tokens_per_batch: tokens of a micro-batch, all samples together.
+        tokens_per_step: tokens of an optimizer step, of all processes together; how many
+            micro-batches a process accumulates follows from it. By default the trainer's
+            `accumulate_grad_batches` says that.
         max_prompt_length: tokens of a preference's prompt.
         data_limit: use only the first rows of each training file.
         on_bad_row: stop at a bad row, or skip and count it.
@@ -208,6 +217,7 @@ class JSONLDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int | None = None,
         cache_dir: str | None = None,
+        tokens_per_step: int | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -217,6 +227,7 @@ class JSONLDataModule(LightningDataModule):
         self.predict = predict
         self.limits = Limits(max_length, max_prompt_length, data_limit, on_bad_row, max_bad_share)
         self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_step = tokens_per_step
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = cache_dir
@@ -240,8 +251,13 @@ class JSONLDataModule(LightningDataModule):
                 "data.max_length must be at least 2, one token to predict another, but is "
                 f"{self.limits.max_length}."
             )
-        for name in ("max_prompt_length", "data_limit"):
-            if (value := getattr(self.limits, name)) is not None and value < 1:
+        optional = {
+            "max_prompt_length": self.limits.max_prompt_length,
+            "data_limit": self.limits.data_limit,
+            "tokens_per_step": self.tokens_per_step,
+        }
+        for name, value in optional.items():
+            if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, but is {value}.")
         if not 0 <= self.val_share < 1 or not 0 <= self.limits.max_bad_share <= 1:
             raise ConfigError(
@@ -342,6 +358,44 @@ class JSONLDataModule(LightningDataModule):
             "train": [subset.statistics() for subset in self.train_subsets],
             "val": [subset.statistics() for subset in self.val_subsets],
         }
+
+    def epoch_tokens(self) -> int:
+        """Return about how many tokens an epoch has, weights and limits of batches included."""
+        if self.order is None:
+            return 0
+        pairs = zip(self.train_subsets, self.order.shares, strict=True)
+        tokens = sum(subset.tokens() * share.count // share.size for subset, share in pairs)
+        limit = self.order.limit
+        return tokens if limit is None else min(tokens, limit * self.tokens_per_batch)
+
+    def held_out_tokens(self) -> int:
+        """Return about how many tokens a validation reads, limits of batches included."""
+        assert self.trainer is not None
+        tokens = sum(subset.tokens() for subset in self.val_subsets)
+        limit = self.trainer.limit_val_batches
+        if not isinstance(limit, int):
+            return tokens
+        return min(tokens, limit * self.tokens_per_batch * self.world_size)
+
+    def accumulation(self, processes: int) -> int:
+        """Return how many micro-batches each process accumulates to fill `tokens_per_step`.
+
+        The step is rounded to the nearest multiple of what all processes compute at a time, which
+        is logged where it differs.
+        """
+        assert self.tokens_per_step is not None
+        at_a_time = self.tokens_per_batch * processes
+        count = max(1, round(self.tokens_per_step / at_a_time))
+        if count * at_a_time != self.tokens_per_step:
+            log.info(
+                "tokens_per_step: %s instead of %s, as %d micro-batches of %s on %d process(es).",
+                f"{count * at_a_time:,}",
+                f"{self.tokens_per_step:,}",
+                count,
+                f"{self.tokens_per_batch:,}",
+                processes,
+            )
+        return count
 
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:
         """Return the optimizer steps of some epochs: each epoch ends with a step."""

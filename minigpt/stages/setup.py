@@ -19,7 +19,6 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.model.architecture import (
     checkpoint_activations,
-    count_parameters,
     reproducible_init,
 )
 from minigpt.model.lora import Lora, add_adapter
@@ -105,9 +104,6 @@ class ModelHooks(LightningModule):
         # Generation takes unsharded weights.
         if self.device_mesh is not None and self.trainer.state.fn in ("fit", "validate"):
             shard(self.lm, self.device_mesh)
-        if self.trainer.state.fn == "fit":
-            total, trainable = count_parameters(self.lm)
-            log.info("%s parameters, %s of them trained", f"{total:,}", f"{trainable:,}")
 
     def build_model(self) -> PackedLM:
         """Return the model before training, without this run's adapter."""

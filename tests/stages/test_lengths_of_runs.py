@@ -57,6 +57,56 @@ def test_epochs_given_after_steps_replace_them(fit: Fit) -> None:
     assert cli.datamodule.position == (1, 0)
 
 
+def validated(run_dir: Path) -> list[int]:
+    """The steps after which the run validated, but for the one before the first."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row["step"] + 1 for row in lines if "val/loss" in row][1:]
+
+
+def test_validation_every_some_steps(fit: Fit, tmp_path: Path) -> None:
+    changes = {"trainer__accumulate_grad_batches": 2, "data__init_args__tokens_per_batch": 64}
+    fit("sft", "run", "--validate.every", "2", trainer__max_steps=5, **changes)
+    assert validated(tmp_path / "run") == [2, 4, 5]
+
+
+def test_validation_at_the_end_of_each_epoch(fit: Fit, tmp_path: Path) -> None:
+    changes = EPOCHS | {"trainer__limit_train_batches": 4, "trainer__val_check_interval": 3}
+    fit("sft", "run", "--validate.every", "epoch", **changes)
+    assert validated(tmp_path / "run") == [4, 8, 12]
+
+
+def test_validation_by_steps_and_by_batches_exclude_each_other(fit: Fit) -> None:
+    with pytest.raises(ConfigError, match=r"validate.every is 2 and trainer.val_check_interval 3"):
+        fit("sft", trainer__val_check_interval=3, validate__every=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "accumulate", "logged"),
+    [(128, 2, False), (150, 2, True), (170, 3, True), (1, 1, True)],
+)
+def test_tokens_of_a_step_decide_the_accumulation(
+    tokens: int, accumulate: int, logged: bool, fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"data__init_args__tokens_per_batch": 64, "data__init_args__tokens_per_step": tokens}
+    with caplog.at_level("INFO"):
+        cli = fit("sft", trainer__max_steps=2, **changes)
+    assert cli.trainer.accumulate_grad_batches == accumulate
+    assert cli.datamodule.position == (0, 2 * accumulate)
+    rounded = f"{accumulate * 64:,} instead of {tokens:,}, as {accumulate} micro-batches"
+    assert (rounded in caplog.text) == logged
+
+
+def test_tokens_of_a_step_are_shared_by_the_processes(fit: Fit) -> None:
+    cli = fit("sft", data__init_args__tokens_per_step=2048, trainer__max_steps=2)
+    assert [cli.datamodule.accumulation(processes) for processes in (1, 2, 8)] == [8, 4, 1]
+
+
+def test_tokens_of_a_step_and_accumulated_batches_exclude_each_other(fit: Fit) -> None:
+    changes = {"data__init_args__tokens_per_step": 512, "trainer__accumulate_grad_batches": 2}
+    with pytest.raises(ConfigError, match=r"leave out trainer.accumulate_grad_batches, which is 2"):
+        fit("sft", **changes)
+
+
 @pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
 def test_a_share_of_the_batches_is_refused(name: str, fit: Fit) -> None:
     with pytest.raises(ConfigError, match=f"trainer.{name} must be a whole number of batches"):
@@ -142,3 +192,27 @@ def test_lora_and_sft_with_an_adapter_are_one_stage(fit: Fit, tmp_path: Path) ->
     assert losses[0][:3] == losses[1][:3]
     with pytest.raises(ConfigError, match="method was"):
         fit("lora", "run", "--ckpt_path", "auto", trainer__max_steps=8, model__init_args__lora={})
+
+
+def test_a_run_says_what_it_will_do(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    changes = {"trainer__limit_train_batches": 6, "trainer__limit_val_batches": 2}
+    tokens = {"data__init_args__tokens_per_batch": 64, "data__init_args__tokens_per_step": 128}
+    with caplog.at_level("INFO"):
+        cli = fit("sft", "run", "--validate.every", "1", **changes, **tokens)
+    data = cli.datamodule
+    assert (data.epoch_tokens(), data.held_out_tokens()) == (6 * 64, 2 * 64)
+    for line in (
+        "Hardware: cpu, 1 process, 32-true",
+        "Length: 3 steps of up to 128 tokens (2 micro-batch(es) a process), 384 tokens in all, "
+        "1 epochs",
+        "Rates: adamw 0.01, wsd",
+        "Validation: 128 tokens, every 1 steps",
+        "Checkpoints: at the end alone",
+    ):
+        assert line in caplog.text
+
+
+def test_tokens_of_an_epoch_follow_the_weights_of_the_files(fit: Fit, world: Path) -> None:
+    plain = fit("sft", "plain")
+    weighted = fit("sft", "weighted", data__init_args__train={str(world / "sft.jsonl"): 2.0})
+    assert weighted.datamodule.epoch_tokens() == 2 * plain.datamodule.epoch_tokens()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.cli.parser import replaced_limit
+from minigpt.cli.parser import replaced_options
 
 
 def arguments(sources: list[str], directory: Path) -> list[str]:
@@ -41,7 +41,15 @@ def arguments(sources: list[str], directory: Path) -> list[str]:
         (["run_dir: here", "--trainer.max_epochs"], None),
     ],
 )
-def test_the_limit_given_last_replaces_the_other(
+def test_the_limit_of_a_run_that_is_given_last_replaces_the_other(
     sources: list[str], replaced: str | None, tmp_path: Path
 ) -> None:
-    assert replaced_limit(arguments(sources, tmp_path)) == replaced
+    expected = [] if replaced is None else [f"trainer.{replaced}"]
+    assert replaced_options(arguments(sources, tmp_path)) == expected
+
+
+def test_validation_by_steps_and_by_batches_replace_each_other(tmp_path: Path) -> None:
+    sources = ["trainer: {val_check_interval: 70}", "--validate.every 10 --trainer.max_epochs 1"]
+    assert replaced_options(arguments(sources, tmp_path)) == ["trainer.val_check_interval"]
+    sources = ["validate: {every: epoch}", "trainer: {val_check_interval: 70}"]
+    assert replaced_options(arguments(sources, tmp_path)) == ["validate.every"]
