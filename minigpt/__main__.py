@@ -22,6 +22,7 @@ TRAINER_VERBS = {
     "predict": "complete a JSONL of prompts or chats",
 }
 COMMANDS = {
+    "init": "write the configs and the sample data into a folder",
     "tokenizer": "train a tokenizer",
     "data": "check, measure, look at and fetch data",
     "generate": "complete prompts",

@@ -1,0 +1,55 @@
+"""`minigpt init`: configs and sample data in a folder, to begin without a clone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import minigpt
+from minigpt.cli.options import CommandParser
+from minigpt.errors import ConfigError, MiniGPTError
+
+FOLDERS = ("configs", "data")
+NEXT = """\
+  cd {directory}
+  minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
+  minigpt fit --config configs/pretrain.yaml
+  minigpt fit --config configs/sft.yaml
+  minigpt chat --model outputs/sft
+"""
+EXAMPLES = "examples:\n  minigpt init demo\n" + NEXT.format(directory="demo")
+
+
+def main(arguments: list[str]) -> None:
+    """Parse the command line and copy the folders."""
+    parser = CommandParser(
+        prog="minigpt init",
+        description="Write the configs and the sample data into a folder.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("directory", type=Path, help="made if it does not exist")
+    directory: Path = parser.parse_args(arguments).directory
+    source = starter()
+    for name in FOLDERS:
+        if (directory / name).exists():
+            raise ConfigError(f"{directory / name} exists and is left alone. Name another folder.")
+    try:
+        for name in FOLDERS:
+            shutil.copytree(source / name, directory / name)
+    except OSError as error:
+        raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
+    print(f"{directory}/configs and {directory}/data are written. Next:")
+    print(NEXT.format(directory=directory), end="")
+
+
+def starter() -> Path:
+    """Return the folder with the configs and the data: of a built package, or of the clone.
+
+    Raises:
+        MiniGPTError: when the package was built without them.
+    """
+    package = Path(minigpt.__file__).parent
+    for folder in (package / "starter", package.parent):
+        if all((folder / name).is_dir() for name in FOLDERS):
+            return folder
+    raise MiniGPTError("This installation has no configs and data. Install MiniGPT again.")
