@@ -24,7 +24,7 @@ from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.formats import Kind, Prompt, load_prompts
 from minigpt.data.order import FileShare, PackedOrder, histogram
 from minigpt.data.store import Limits, TokenStore, open_store
-from minigpt.data.tokenizer import check_ids, id_count
+from minigpt.data.tokenizer import check_ids
 from minigpt.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,22 @@ class PackedDataset(IterableDataset[PackedBatch]):
                 group = []
 
 
+class ErrorsAsItems(IterableDataset[PackedBatch | DataError]):
+    """A dataset whose DataError is its last item.
+
+    Raised in a worker process, it would reach the main process as the text of a traceback.
+    """
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[PackedBatch | DataError]:
+        try:
+            yield from self.dataset
+        except DataError as error:
+            yield error
+
+
 class PackedDataLoader:
     """Iterable of one epoch's batches that starts at the DataModule's position."""
 
@@ -164,14 +180,19 @@ class PackedDataLoader:
             order, subsets = module.val_order, module.val_subsets
             epoch, start = 0, 0
         assert order is not None
-        yield from DataLoader(
-            PackedDataset(order, subsets, epoch, start, module.rank, module.world_size),
+        dataset = PackedDataset(order, subsets, epoch, start, module.rank, module.world_size)
+        loader = DataLoader(
+            ErrorsAsItems(dataset),
             batch_size=None,
             num_workers=module.worker_count,
             pin_memory=module.on_gpu,
             generator=torch.Generator(),  # not the default one, so that dropout stays the same
             worker_init_fn=ignore_signals if module.worker_count else None,
         )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 class JSONLDataModule(LightningDataModule):
@@ -487,16 +508,16 @@ def _weights(files: Files) -> dict[str, float]:
 
 def check_embedded(store: TokenStore, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
     """Refuse, with a DataError, a store with an id that a model of so many rows cannot embed."""
-    if id_count(tokenizer) <= rows:
+    if store.highest_id < rows:
         return
     for start in range(0, len(store.tokens), TOKENS_AT_A_TIME):
         ids = store.tokens[start : start + TOKENS_AT_A_TIME]
         if (beyond := np.flatnonzero(ids >= rows)).size:
             position = start + beyond[0]
-            sample = np.searchsorted(store.samples["start"], position, side="right") - 1
-            line = int(store.samples["line"][sample])
+            starts = store.samples[:]["start"]
+            line = int(store.lines()[np.searchsorted(starts, position, side="right") - 1])
             try:
-                check_ids(tokenizer, [int(store.tokens[position])], rows)
+                check_ids(tokenizer, [int(ids[beyond[0]])], rows)
             except DataError as error:
                 raise error.at(store.source, line) from None
 
@@ -514,7 +535,7 @@ def _share(path: str, samples: int, weight: float) -> FileShare:
 
 def _split(store: TokenStore, share: float) -> tuple[StoreSubset, StoreSubset]:
     """Split a store's samples by row into (rest, held out), which is spread evenly."""
-    line = np.asarray(store.samples["line"])
+    line = store.lines()
     held_out = np.floor(line * share) > np.floor((line - 1) * share)
     if held_out.all() or not held_out.any():
         raise ConfigError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -88,6 +89,7 @@ _PEEKED = 100  # rows that are looked at to guess a file's kind
 
 _Row = Mapping[str, object]
 _watchers: list[Callable[[int, int], None]] = []
+_hashes: list[ReadHash] = []
 
 
 class Message(NamedTuple):
@@ -606,17 +608,63 @@ def watch_reads(report: Callable[[int, int], None]) -> Iterator[None]:
         _watchers.pop()
 
 
+class ReadHash:
+    """The SHA-256 of what is read from a data file, byte by byte from its beginning.
+
+    Attributes:
+        bytes_read: how many bytes that are.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._sha256 = hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add what follows."""
+        self.bytes_read += len(data)
+        self._sha256.update(data)
+
+    def with_rest_of(self, path: Path) -> str:
+        """Return the digest, in hexadecimal, of what was read and of what follows it in a file."""
+        with path.open("rb") as file:
+            file.seek(self.bytes_read)
+            while data := file.read(_BUFFER):
+                self.update(data)
+        return self._sha256.hexdigest()
+
+
+@contextmanager
+def hash_reads() -> Iterator[ReadHash]:
+    """Hash, while inside, what is read from the one data file that is opened there."""
+    made = ReadHash()
+    _hashes.append(made)
+    try:
+        yield made
+    finally:
+        _hashes.remove(made)
+
+
 class _WatchedFile(io.FileIO):
-    """A file that reports each read to the last of `_watchers`."""
+    """A file that reports each read to the last of `_watchers`, and its bytes to `_hashes`."""
 
     bytes_read = 0  # counted here, because a pipe has no position
 
     def readinto(self, buffer: WriteableBuffer) -> int | None:
         count = super().readinto(buffer)
-        self.bytes_read += count or 0
+        self._note(memoryview(buffer)[: count or 0])
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._note(data)
+        return data
+
+    def _note(self, data: bytes | memoryview) -> None:
+        self.bytes_read += len(data)
+        for made in _hashes:
+            made.update(data)
         if _watchers:
             _watchers[-1](self.bytes_read, os.fstat(self.fileno()).st_size)
-        return count
 
 
 @contextmanager

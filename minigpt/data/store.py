@@ -1,15 +1,17 @@
-"""The token store: a file's rows as token ids on disk, built once and memory-mapped.
+"""The token store: a file's rows as token ids on disk, built once and read where they are needed.
 
 A store is a directory named after a digest of what it was made from (the file's content,
 the tokenizer, the limits). It is built beside its final path and renamed when complete, so one
-that was cut off is never used.
+that was cut off is never used. It is read by `pread`, not mapped: a file that is cut off or lost
+while a run reads it is an error like any other, where touching a mapping would kill the process.
 
 Arrays (N tokens, S samples):
     tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
     targets.bin   [N] bool               chats only: which tokens the model must say
     samples.bin   [S] SAMPLE             where each sample lies and which row it came from
-    lengths.bin   [S] int32              tokens of each sample; on its own, since an epoch's order
-                                         passes through all of it
+    lengths.bin   [S] int32              tokens of each sample; on its own, since it is held in
+                                         memory: an epoch's order passes through all of it
+    sums.bin      uint32                 CRC-32 of meta.json, then of each block of the others
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import shutil
 import struct
 import tempfile
 import time
+import weakref
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,13 +49,15 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    hash_reads,
     read_records,
     unused_problem,
 )
 from minigpt.data.tokenizer import document_end, document_start, id_count, started
 from minigpt.errors import DataError
+from minigpt.files import GONE, remove_directory, sync, write_json
 from minigpt.files import cache_dir as default_cache
-from minigpt.files import remove_directory, sync, write_json
+from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +66,13 @@ ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer.
+ARRAYS = ("tokens", "samples", "lengths", "targets")
+SUMS = "sums.bin"
+BLOCK = 1 << 14  # bytes with a sum of their own: all of them are read for the first one
+DAMAGED = "damaged"  # an empty file in a store in which a run has found damage
+ELEMENTS_AT_A_TIME = 1 << 16
 SAMPLE = np.dtype([("start", "<i8"), ("line", "<i8"), ("prompt", "<i4"), ("answers", "<i4", (2,))])
+ROW = struct.Struct("<qqiii")  # as SAMPLE lies in memory
 
 
 @dataclass(frozen=True)
@@ -104,45 +116,192 @@ class EncodedSample:
         return list(chain(self.prompt, *self.answers))
 
 
+def damaged(store: Path, source: Path, problem: str) -> DataError:
+    """Return the error for a store that is not what was written, and have it built again."""
+    try:
+        (store / DAMAGED).touch()
+        remedy = "It is built again at the next start; go on with --ckpt_path auto."
+    except OSError:
+        remedy = "Remove it, and go on with --ckpt_path auto."
+    problem = f"its token store {store} is damaged: {problem}"
+    return DataError(problem, path=source, remedy=remedy, reason="damaged_store")
+
+
+class StoredArray:
+    """A file of a store, of which parts are read; each block is compared with its sum once.
+
+    Args:
+        file: in the store's directory.
+        source: the data file, for errors.
+        dtype: of its elements.
+        sums: [blocks] CRC-32 of each block.
+    """
+
+    def __init__(self, file: Path, source: Path, dtype: Any, sums: NDArray[np.uint32]) -> None:
+        self.file = file
+        self.source = source
+        self.dtype = np.dtype(dtype)
+        self.sums = sums
+        self.handle = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.handle)
+        self.size = os.fstat(self.handle).st_size
+        self.verified = bytearray(len(sums))  # which blocks are: 0 or 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let worker processes that are not forked open the file again."""
+        return type(self), (self.file, self.source, self.dtype, self.sums)
+
+    def __len__(self) -> int:
+        return int(self.size // self.dtype.itemsize)
+
+    def __getitem__(self, index: slice) -> NDArray[Any]:
+        start, stop, _ = index.indices(len(self))
+        width = self.dtype.itemsize
+        return np.frombuffer(self.read(start * width, stop * width), self.dtype)
+
+    def portions(self) -> Iterator[NDArray[Any]]:
+        """Yield all elements, `ELEMENTS_AT_A_TIME` of them at a time."""
+        for start in range(0, len(self), ELEMENTS_AT_A_TIME):
+            yield self[start : start + ELEMENTS_AT_A_TIME]
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` to `stop`.
+
+        Raises:
+            DataError: when they are not what was written.
+        """
+        if not 0 <= start <= stop <= self.size:
+            raise self._damaged(f"it refers to bytes {start} to {stop} of {self.file.name}")
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        if self.verified.find(0, first, last) < 0:
+            return self._pread(start, stop)
+        offset = first * BLOCK
+        data = self._pread(offset, min(last * BLOCK, self.size))
+        view = memoryview(data)
+        for number in range(first, last):
+            at = number * BLOCK - offset
+            if zlib.crc32(view[at : at + BLOCK]) != self.sums[number]:
+                raise self._damaged(f"block {number} of {self.file.name} is not what was written")
+            self.verified[number] = 1
+        return data[start - offset : stop - offset]
+
+    def _pread(self, start: int, stop: int) -> bytes:
+        try:
+            data = os.pread(self.handle, stop - start, start)
+        except OSError as error:
+            problem = f"its token store cannot be read: {self.file}: {error.strerror}"
+            remedy = "Look at the disk, and go on with --ckpt_path auto."
+            raise DataError(problem, path=self.source, remedy=remedy) from error
+        if len(data) != stop - start:
+            raise self._damaged(f"{self.file.name} is shorter than it was")
+        return data
+
+    def _damaged(self, problem: str) -> DataError:
+        return damaged(self.file.parent, self.source, problem)
+
+
 class TokenStore:
-    """A finished store, memory-mapped.
+    """A finished store.
 
     Attributes:
+        tokens: [N] ids.
+        targets: [N] which tokens the model must say, for chats; else None.
         samples: [S] structured array of dtype `SAMPLE`.
         meta: counts of rows, samples, tokens, cut and dropped rows.
+
+    Raises:
+        OSError: when a file of it is missing or cannot be read.
+        ValueError: when it is incomplete, damaged or of an earlier version.
+        DataError: when its lengths are damaged.
     """
 
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
         self.source = source
-        self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-        self.tokens = np.memmap(path / "tokens.bin", dtype=self.meta["dtype"], mode="r")
-        self.samples = np.memmap(path / "samples.bin", dtype=SAMPLE, mode="r")
-        self._lengths = np.memmap(path / "lengths.bin", dtype="<i4", mode="r")
-        targets = path / "targets.bin"
-        self.targets = np.memmap(targets, dtype=np.bool_, mode="r") if targets.exists() else None
+        self.meta: dict[str, Any]
+        self.meta, sums = _read_meta(path)
+        dtypes = {"tokens": self.meta["dtype"], "samples": SAMPLE, "lengths": "<i4"}
+        arrays: dict[str, StoredArray] = {}
+        for name, count in _sums_of_arrays(path).items():
+            file, dtype = path / f"{name}.bin", dtypes.get(name, np.bool_)
+            arrays[name] = StoredArray(file, source, dtype, sums[:count])
+            sums = sums[count:]
+        self.tokens, self.samples = arrays["tokens"], arrays["samples"]
+        self.targets = arrays.get("targets")
+        self.highest_id: int = self.meta["highest_id"]
+        self._lengths: NDArray[np.int32] = np.concatenate(list(arrays["lengths"].portions()))
 
     def sample(self, index: int) -> Sample:
-        """Read one sample."""
-        row = self.samples[index]
-        prompt = int(row["prompt"])
-        answers = tuple(length for length in row["answers"].tolist() if length)
-        start = int(row["start"])
+        """Read one sample.
+
+        Raises:
+            DataError: when it is not what was written.
+        """
+        row = self.samples.read(index * ROW.size, (index + 1) * ROW.size)
+        start, line, prompt, *both = ROW.unpack(row)
+        answers = tuple(length for length in both if length)
         end = start + prompt + sum(answers)
+        ids = self.tokens[start:end]
+        if not 0 < len(ids) == end - start or ids.max() > self.highest_id:
+            raise damaged(self.path, self.source, f"sample {index} is not what was written")
         return Sample(
-            ids=self.tokens[start:end],
+            ids=ids,
             prompt=prompt,
             answers=answers,
             targets=None if self.targets is None else self.targets[start:end],
-            source=(str(self.source), int(row["line"])),
+            source=(str(self.source), line),
         )
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
         return self._lengths[index].astype(np.int64)
 
+    def lines(self) -> NDArray[np.int64]:
+        """Return the row [S] that each sample came from."""
+        return np.concatenate([samples["line"].copy() for samples in self.samples.portions()])
+
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def _read_meta(path: Path) -> tuple[dict[str, Any], NDArray[np.uint32]]:
+    """Return what a store's meta.json says, and the sums of its arrays.
+
+    Raises:
+        ValueError: when these do not fit each other and the sizes of the arrays.
+    """
+    data = (path / "meta.json").read_bytes()
+    sums = np.fromfile(path / SUMS, "<u4")
+    blocks = sum(_sums_of_arrays(path).values())
+    if len(sums) != 1 + blocks or zlib.crc32(data) != sums[0] or (path / DAMAGED).exists():
+        raise ValueError(f"{path} is incomplete, damaged or of an earlier version")
+    meta: dict[str, Any] = json.loads(data)
+    tokens, samples = meta["tokens"], meta["samples"]
+    sizes = {"tokens": tokens * np.dtype(meta["dtype"]).itemsize, "targets": tokens}
+    sizes |= {"samples": samples * SAMPLE.itemsize, "lengths": samples * 4}
+    for name in _sums_of_arrays(path):
+        if (path / f"{name}.bin").stat().st_size != sizes[name]:
+            raise ValueError(f"{name}.bin has not the size that meta.json speaks of")
+    return meta, sums[1:]
+
+
+def _sums_of_arrays(path: Path) -> dict[str, int]:
+    """Return how many blocks each array has; only chats have targets."""
+    files = {name: path / f"{name}.bin" for name in ARRAYS}
+    if not files["targets"].exists():
+        del files["targets"]
+    return {name: -(-file.stat().st_size // BLOCK) for name, file in files.items()}
+
+
+def write_sums(path: Path) -> None:
+    """Write the sums of a store whose other files are complete."""
+    sums = array("L", [zlib.crc32((path / "meta.json").read_bytes())])
+    for name in _sums_of_arrays(path):
+        with (path / f"{name}.bin").open("rb") as file:
+            while block := file.read(BLOCK):
+                sums.append(zlib.crc32(block))
+    np.asarray(sums, "<u4").tofile(path / SUMS)
+    sync(path / SUMS)
 
 
 def open_store(
@@ -155,44 +314,52 @@ def open_store(
     """Return the store of `source`, building it when it does not exist yet.
 
     Raises:
-        DataError: for an unreadable file, a bad row, or a file that leaves no sample.
+        DataError: for an unreadable file, a bad row, a file that leaves no sample, or one that
+            changes while it is read.
     """
     source = Path(source)
     root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
-    path = root / f"{source.stem}-{digest(source, kind, tokenizer, limits)}"
-    if not _is_complete(path, kind):
-        if path.exists():
-            log.warning("The token store %s is damaged: it is built again.", path)
-        _build(source, kind, tokenizer, limits, path)
+    content = _content(source)
+    path = root / f"{source.stem}-{_digest(content, kind, tokenizer, limits)}"
+    if (store := _opened(path, source)) is not None:
+        return store
+    if path.exists():
+        log.warning("The token store %s is damaged, or of an earlier version: built again.", path)
+    _build(source, content, kind, tokenizer, limits, path)
     return TokenStore(path, source)
 
 
-def _is_complete(path: Path, kind: Kind) -> bool:
-    """Whether a store's files have the sizes that its meta.json speaks of."""
+def _opened(path: Path, source: Path) -> TokenStore | None:
+    """Return a store, or None when it is missing, damaged or of an earlier version.
+
+    Raises:
+        DataError: when it may be whole, but cannot be read.
+    """
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        sizes = {
-            "tokens": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
-            "samples": meta["samples"] * SAMPLE.itemsize,
-            "lengths": meta["samples"] * 4,
-        }
-        if kind == "chat":
-            sizes["targets"] = meta["tokens"]
-        return all((path / f"{n}.bin").stat().st_size == size for n, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return TokenStore(path, source)
+    except (ValueError, KeyError, TypeError, DataError):
+        return None
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        problem = f"its token store cannot be read: {error.filename or path}: {error.strerror}"
+        remedy = "Make it readable, or give another directory with data.init_args.cache_dir."
+        raise DataError(problem, path=source, remedy=remedy) from error
 
 
-def digest(source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> str:
-    """Return a digest of all that decides a store's content.
+def _content(source: Path) -> str:
+    """Return a digest of a file's bytes.
 
     Raises:
         DataError: when the file is missing.
     """
     if not source.is_file():
         raise DataError("no such file", path=source, remedy="Check the path.", reason="missing")
-    with source.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(source)
+
+
+def _digest(content: str, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> str:
+    """Return a digest of all that decides a store's content."""
     key = {
         "format": FORMAT,
         "kind": kind,
@@ -217,21 +384,22 @@ class _Writer:
         self.files: dict[str, BinaryIO] = {
             name: (directory / f"{name}.bin").open("wb") for name in names
         }
-        self.tokens = self.samples = self.targets = 0
+        self.tokens = self.samples = self.targets = self.highest_id = 0
 
     def add(self, sample: EncodedSample, line: int) -> None:
         ids = sample.ids
         lengths = [len(answer) for answer in sample.answers]
         lengths += [0] * (2 - len(lengths))
-        row = struct.pack("<qqiii", self.tokens, line, len(sample.prompt), *lengths)
+        row = ROW.pack(self.tokens, line, len(sample.prompt), *lengths)
         self.files["tokens"].write(array(self.code, ids))
-        self.files["samples"].write(row)  # as SAMPLE lies in memory
+        self.files["samples"].write(row)
         self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
         else:
             self.targets += len(ids) - (len(sample.prompt) or 1)
+        self.highest_id = max(self.highest_id, *ids)
         self.tokens += len(ids)
         self.samples += 1
 
@@ -246,7 +414,12 @@ class _Writer:
 
 
 def _build(
-    source: Path, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits, path: Path
+    source: Path,
+    content: str,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: Limits,
+    path: Path,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{path.name}-*"):
@@ -260,10 +433,17 @@ def _build(
         encoder = Encoder(kind, tokenizer, limits)
         refused = refused_texts(tokenizer, kind)
         records = read_records([source], kind, bad, limits.data_limit, refused)
-        with closing(writer), _rare_garbage_collection():
+        with closing(writer), _rare_garbage_collection(), hash_reads() as read:
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
             writer.sync()
+        if read.with_rest_of(source) != content:
+            raise DataError(
+                "the file changed while it was read",
+                path=source,
+                remedy="Start again when nothing writes to it any more.",
+                reason="changed",
+            )
         if not writer.samples:
             raise DataError(
                 f"none of the {encoder.rows} rows leaves a token to train on",
@@ -278,12 +458,14 @@ def _build(
             "samples": writer.samples,
             "tokens": writer.tokens,
             "targets": writer.targets,
+            "highest_id": writer.highest_id,
             "cut": encoder.cut,
             "skipped": dict(bad.counts),
         }
         write_json(partial / "meta.json", meta)
+        write_sums(partial)
         sync(partial)
-        _publish(partial, path, kind)
+        _publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _report(source, meta, bad)
@@ -300,11 +482,11 @@ def _rare_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
-def _publish(partial: Path, path: Path, kind: Kind) -> None:
+def _publish(partial: Path, path: Path) -> None:
     try:
         partial.rename(path)
     except OSError:
-        if _is_complete(path, kind):  # another process built the same store
+        if _opened(path, path) is not None:  # another process built the same store
             return
         remove_directory(path)
         partial.rename(path)

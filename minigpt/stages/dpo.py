@@ -97,7 +97,7 @@ class DPOModule(BaseModule):
             broadcast = self.trainer.strategy.broadcast
             scores = scores_of(store, self.data, self._digest, self._score, broadcast)
             on_device = torch.from_numpy(scores).to(self.device)
-            sources = ((str(store.source), line) for line in store.samples["line"].tolist())
+            sources = ((str(store.source), line) for line in store.lines().tolist())
             precomputed.update(zip(sources, on_device, strict=True))
         self._precomputed = precomputed
         self._frozen.clear()

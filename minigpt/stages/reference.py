@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def scores_of(
         logprobs: from a batch to the reference's log-probs [2P].
         broadcast: hands the first process's value to all.
     """
-    path = store.path / f"reference-{model}.npy"
+    path = store.path / f"reference-{model}.npz"
     saved = broadcast(_read(path, len(store)) if data.rank == 0 else None)
     if saved is not None:
         log.info("The reference's log-probs are in %s.", path)
@@ -69,7 +70,7 @@ def scores_of(
         if len(batch.labels):  # otherwise the batch only keeps processes in step
             local += zip((line for _, line in batch.sources), values, strict=True)
     by_line = dict(gathered(local))
-    scores = np.array([by_line[line] for line in store.samples["line"].tolist()], np.float32)
+    scores = np.array([by_line[line] for line in store.lines().tolist()], np.float32)
     if data.rank == 0:
         _write(path, scores)
     return scores
@@ -77,15 +78,16 @@ def scores_of(
 
 def _read(path: Path, pairs: int) -> Scores | None:
     try:
-        scores: Scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing or damaged: they are computed anew
-        return None
+        with np.load(path, allow_pickle=False) as file:
+            scores: Scores = file["scores"]  # checked against the sum that a zip file holds
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile):
+        return None  # missing or damaged: they are computed anew
     return scores if scores.shape == (pairs, 2) and scores.dtype == np.float32 else None
 
 
 def _write(path: Path, scores: Scores) -> None:
     try:
         with atomic_file(path) as partial, partial.open("wb") as file:
-            np.save(file, scores)
+            np.savez(file, scores=scores)
     except OSError as error:  # a run can do without: the next one computes them again
         log.warning("The reference's log-probs cannot be saved in %s: %s", path, error.strerror)

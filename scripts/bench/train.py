@@ -177,8 +177,9 @@ def attention_width(config: PreTrainedConfig) -> int:
 
 def moments(store: TokenStore) -> tuple[float, float]:
     """Return a sample's mean tokens, and the mean of its rows' squared lengths, summed."""
-    prompt = np.asarray(store.samples["prompt"], float)[:, None]
-    answers = np.asarray(store.samples["answers"], float)
+    samples = store.samples[:]
+    prompt = np.asarray(samples["prompt"], float)[:, None]
+    answers = np.asarray(samples["answers"], float)
     squares = np.where(answers > 0, (prompt + answers) ** 2, 0).sum(1)
     return float((prompt[:, 0] + answers.sum(1)).mean()), float(squares.mean())
 

@@ -79,6 +79,25 @@ class AfterSaving(Callback):
         trainer.save_checkpoint = save_and_die
 
 
+class CutOff(Callback):
+    """Cuts a file of a token store off while a run reads it.
+
+    Args:
+        pattern: of its name in the cache.
+        cache: the directory of the cache.
+        number: at which micro-batch, from 0.
+    """
+
+    def __init__(self, pattern: str, cache: str, number: int) -> None:
+        self.pattern, self.cache, self.left = pattern, Path(cache), number
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == -1:
+            (file,) = self.cache.glob(self.pattern)
+            os.truncate(file, 0)
+
+
 class FullDisk(Callback):
     """Lets no file grow large from the end of training on, as on a full disk.
 
@@ -284,17 +303,17 @@ class InReference(Callback):
         self.function, self.left = function, number
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        owner, name = (pl_module, "_score") if self.function == "score" else (np, "save")
+        owner, name = (pl_module, "_score") if self.function == "score" else (np, "savez")
         plain = getattr(owner, name)
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
             self.left -= 1
             if self.left == -1:
                 if self.function == "save":
                     args[0].write(b"half")
                     args[0].flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*args)
+            return plain(*args, **options)
 
         setattr(owner, name, counted)
 

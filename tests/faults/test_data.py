@@ -20,7 +20,7 @@ import tiny_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import eventually, limit
-from runs import Running, Start, held_in, meet  # type: ignore[import-not-found]
+from runs import Running, Start, held_in, meet, rows, status  # type: ignore[import-not-found]
 from tokenizers import Tokenizer
 
 from minigpt.data import tokenizer as tokenizers
@@ -94,7 +94,7 @@ def test_each_kind_of_bad_row_is_named_or_counted(
     assert error.reason == reason
     store = open_store(file, "chat", tokenizer, Limits(on_bad_row="skip"), tmp_path)
     assert store.meta["skipped"] == {reason: 1}
-    assert store.samples["line"].tolist() == [1, 2, *range(4, 42)]
+    assert store.lines().tolist() == [1, 2, *range(4, 42)]
     limits = Limits(on_bad_row="skip", max_bad_share=0.01)
     with pytest.raises(DataError, match=r"more than 1\.0% of 41 rows"):
         open_store(file, "chat", tokenizer, limits, tmp_path)
@@ -153,7 +153,7 @@ def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> N
     (made,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
     assert not (made / "cut off").exists()
     store = TokenStore(made, file)
-    assert store.samples["line"][-1] == store.meta["rows"] == file.read_bytes().count(b"\n")
+    assert store.lines()[-1] == store.meta["rows"] == file.read_bytes().count(b"\n")
 
 
 def test_two_runs_build_one_store_at_once(start: Start, tmp_path: Path) -> None:
@@ -171,6 +171,42 @@ def test_two_runs_build_one_store_at_once(start: Start, tmp_path: Path) -> None:
     assert partial == []
     exported = [tmp_path / name / "hf" / "model.safetensors" for name in ("one", "other")]
     assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("tokens", 2),
+        ("tokens", 0),
+        pytest.param("samples", 0, marks=pytest.mark.faults),
+        pytest.param("targets", 2, marks=pytest.mark.faults),
+    ],
+)
+def test_a_store_that_is_cut_off_while_it_is_read_ends_the_run_in_words(
+    name: str, workers: int, start: Start, world: Path, tmp_path: Path
+) -> None:
+    """Reading from a mapping would end the process by SIGBUS, and leave `running`."""
+    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    file.write_bytes((world / "sft.jsonl").read_bytes())
+    changes: dict[str, Any] = {
+        "data__init_args__train": str(file),
+        "data__init_args__cache_dir": str(cache),
+        "data__init_args__num_workers": workers,
+    }
+    assert start("sft", "whole", **changes).wait() == 0
+    options = {"pattern": f"rows-*/{name}.bin", "cache": str(cache), "number": 6}
+    cut = [{"class_path": "moments.CutOff", "init_args": options}]
+    run = start("sft", "run", trainer__callbacks=cut, **changes)
+    assert run.wait() == 2, run.told
+    (last,) = (line for line in run.told.splitlines() if line.startswith("minigpt: "))
+    assert last.startswith(f"minigpt: {file}: its token store {cache}/rows-")
+    assert f"is damaged: {name}.bin is shorter than it was. It is built again" in last
+    assert "Traceback" not in run.told
+    assert status(tmp_path / "run")["state"] == "failed"
+    again = start("sft", "run", "--ckpt_path", "auto", **changes)
+    assert again.wait() == 0, again.told
+    assert "damaged, or of an earlier version: built again" in again.told
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 # Memory
@@ -318,11 +354,11 @@ def check(data: bytes, kind: Kind, tokenizer: Any, directory: Path) -> str:
 
 def read_back(store: TokenStore, records: list[Any], kind: Kind, tokenizer: Any) -> None:
     """The store holds the ids of each record as they are made here, and none but those."""
-    lines = store.samples["line"].tolist()
+    lines = store.lines().tolist()
     assert lines == sorted(lines)
     assert len(store.tokens) == int(store.lengths(np.arange(len(store))).sum())
     found: dict[int, list[list[list[int]]]] = {}
-    for start, line, prompt, answers in store.samples.tolist():
+    for start, line, prompt, answers in store.samples[:].tolist():
         borders = start + np.cumsum([0, prompt, *answers])
         runs = [store.tokens[a:b].tolist() for a, b in pairwise(borders)]
         if store.targets is not None:

@@ -139,7 +139,7 @@ def test_a_reference_that_was_cut_off_is_not_used(
 
 def references(cache: Path) -> dict[str, bytes]:
     """Return the finished files of log-probs, by the name of their store."""
-    return {file.parent.name: file.read_bytes() for file in cache.glob("*/reference-*.npy")}
+    return {file.parent.name: file.read_bytes() for file in cache.glob("*/reference-*.npz")}
 
 
 @pytest.mark.parametrize("left_out", ["chance", "position"])

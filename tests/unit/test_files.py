@@ -28,7 +28,7 @@ def a_directory(place: Path, partial: Path) -> None:
 
 
 def a_store(place: Path, partial: Path) -> None:
-    store._publish(partial, place, "text")
+    store._publish(partial, place)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads names of open files from /proc")

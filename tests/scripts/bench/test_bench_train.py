@@ -139,7 +139,7 @@ def test_a_gpu_is_asked_for_its_numbers_less_often(
 def test_the_share_of_the_peak_is_that_of_the_formula(trained: Path, size: Path) -> None:
     work = work_of(trained, size, trained.parent / "work")
     assert work.tokens_per_batch == 8 * 64
-    lengths = work.store.samples["answers"][:, 0].astype(float)
+    lengths = work.store.samples[:]["answers"][:, 0].astype(float)
     a = tiny_runs.ARCHITECTURE
     width = a["heads"] * a["head_dim"]
     per_layer = a["hidden_size"] * (2 * width + 2 * a["kv_heads"] * a["head_dim"] + 3 * a["ffn"])

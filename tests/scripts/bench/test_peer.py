@@ -30,7 +30,7 @@ def test_trl_trains_each_stage_on_the_same_tokens(trained: Path, tmp_path: Path)
     """A batch holds all samples, so that each step takes all tokens."""
     stores = {stage: store_of(trained, stage) for stage in tiny_runs.STAGES}
     tokens = {
-        stage: sum(int(store.samples[name].sum()) for name in ("prompt", "answers"))
+        stage: sum(int(store.samples[:][name].sum()) for name in ("prompt", "answers"))
         for stage, store in stores.items()
     }
     blocks = -(-tokens["pretrain"] // 16)

@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_store(
         ],
     }
     path, tokenizer = write(rows[kind]), tokenizers.load(tokenizer_dir)
-    uncut = open_store(path, kind, tokenizer, Limits(1 << 20), tmp_path / "cache").samples
+    uncut = open_store(path, kind, tokenizer, Limits(1 << 20), tmp_path / "cache").samples[:]
     lengths = uncut["prompt"] + uncut["answers"].max(1)
     for sample in (None, 1000):
         tokens = measure(path, kind, tokenizer, 64, 256, sample)["tokens"]
