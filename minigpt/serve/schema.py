@@ -104,7 +104,7 @@ class CompletionRequest(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_no_ops(cls, body: object) -> object:
-        if not isinstance(body, dict):
+        if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
         return {
             name: value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from patience import eventually
 from pydantic import ValidationError
 from serving import ANSWER, QUESTION, Served, running, slow_reading
+from starlette.requests import ClientDisconnect, Request
 
 from minigpt.data import template_process
 from minigpt.infer import continuous_batch
 from minigpt.infer.engine import Engine
 from minigpt.infer.sampling import Sampler
-from minigpt.serve import network
+from minigpt.serve import app, network
 from minigpt.serve.schema import ChatRequest, TextRequest
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -272,6 +274,37 @@ def test_clients_that_leave_have_nothing_encoded(
         go.set()
         assert served.post(TEXTS, json=HONEST[0]).status_code == 200
     assert len(read) == 2  # the one that was being encoded, and the last
+
+
+def request_of(content: bytes, leaves: bool = False) -> Request:
+    """Return a request with a body, whose client stays, or leaves at once."""
+    messages = [{"type": "http.request", "body": content}]
+    messages += [{"type": "http.disconnect"}] * leaves
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else await asyncio.Future()
+
+    headers = [(b"content-type", b"application/json")]
+    return Request({"type": "http", "method": "POST", "headers": headers}, receive)
+
+
+def test_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PAUSE", 1e9)
+    short = json.dumps(HONEST[0]).encode()
+    long = short + b" " * app.LONG_BODY
+
+    async def read() -> None:
+        bodies = app.BodyReader()
+        assert (await bodies.read(request_of(long), TextRequest)).prompt == QUESTION
+        second = asyncio.create_task(bodies.read(request_of(long), TextRequest))
+        with pytest.raises(ClientDisconnect):
+            await bodies.read(request_of(long, leaves=True), TextRequest)
+        assert (await bodies.read(request_of(short), TextRequest)).prompt == QUESTION
+        assert not second.done()
+        bodies._long.release()  # as the end of the pause does
+        assert (await second).prompt == QUESTION
+
+    asyncio.run(read())
 
 
 JUNK = st.sampled_from([None, -1, 1.5, "x", True, {}, [], [-1], {"type": "text"}, {"role": "x"}])
