@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,6 +33,7 @@ EXAMPLES = """examples:
   python scripts/bench/attack.py --streams 16 --rounds 1 --settle 5 --json attack.json
 """
 PROMPT = "Once upon a time there was a server that answered everyone, "
+REST = 5.0  # seconds that the attackers get to begin, and to end
 MEGABYTE = 2**20 - 100  # the longest body, nearly
 ENDLESS = (
     "{%- if messages[0].content == 'loop' -%}{%- for a in range(99999) -%}"
@@ -105,9 +108,15 @@ def measure(args: Namespace, port: int, server: int) -> Result:
     """Ask without and with attackers; return what it was like for the streams."""
     asyncio.run(ask_all(args, port))  # warms up
     before = memory(server)
-    quiet = [asyncio.run(ask_all(args, port)) for _ in range(args.rounds)]
-    with attackers(port) as counts:
-        attacked = [asyncio.run(ask_all(args, port)) for _ in range(args.rounds)]
+    quiet, attacked = [], []
+    with attackers(port) as (go, counts):
+        for _ in range(args.rounds):  # in turn, so that a busy machine meets both alike
+            go.clear()
+            time.sleep(REST)
+            quiet.append(timed(args, port, server))
+            go.set()
+            time.sleep(REST)
+            attacked.append(timed(args, port, server))
         sent = {name: count.value for name, count in counts.items()}
     time.sleep(args.settle)
     expected = quiet[0]["answers"]
@@ -125,10 +134,26 @@ def measure(args: Namespace, port: int, server: int) -> Result:
         "first_token_p95_ratio": p95(first_attacked) / p95(first_quiet),
         "health_quiet_worst_s": max(one["health"] for one in quiet),
         "health_attacked_worst_s": max(one["health"] for one in attacked),
+        "server_cores_quiet": median(one["cores"] for one in quiet),
+        "server_cores_attacked": median(one["cores"] for one in attacked),
         "memory_before_mb": before,
         "memory_growth_mb": memory(server) - before,
         **{f"sent_{name}": count for name, count in sent.items()},
     }
+
+
+def timed(args: Namespace, port: int, server: int) -> dict[str, Any]:
+    """Ask for all streams; return also how many cores the server had meanwhile."""
+    started, before = time.perf_counter(), processor_seconds(server)
+    asked = asyncio.run(ask_all(args, port))
+    seconds = time.perf_counter() - started
+    return asked | {"cores": (processor_seconds(server) - before) / seconds}
+
+
+def processor_seconds(process: int) -> float:
+    """Return the processor time that a process has had, without its children."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def changed(answers: list[str], expected: list[str]) -> int:
@@ -201,33 +226,40 @@ async def watch(client: httpx.AsyncClient) -> list[float]:
 
 
 @contextlib.contextmanager
-def attackers(port: int) -> Iterator[dict[str, Any]]:
-    """Run the four attackers, each in a process; give how many requests each has sent."""
+def attackers(port: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Run the four attackers, each in a process; give what lets them go on, and their requests."""
     spawn = multiprocessing.get_context("spawn")
+    go = spawn.Event()
+    go.set()
     counts = {kind.__name__: spawn.Value("i", 0) for kind in ATTACKS}
     processes = [
-        spawn.Process(target=attack, args=(kind.__name__, port, counts[kind.__name__]), daemon=True)
-        for kind in ATTACKS
+        spawn.Process(target=attack, args=(name, port, go, count), daemon=True)
+        for name, count in counts.items()
     ]
     for process in processes:
         process.start()
     while not all(count.value for count in counts.values()):
         time.sleep(0.1)
     try:
-        yield counts
+        yield go, counts
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
-def attack(name: str, port: int, count: Any) -> None:
-    """Send one kind of requests, one after the other, until ended."""
+def attack(name: str, port: int, go: Any, count: Any) -> None:
+    """Send one kind of requests, one after the other, while it may.
+
+    Attackers have processors of their own; here they get what is left.
+    """
+    os.nice(19)
     kind = next(kind for kind in ATTACKS if kind.__name__ == name)
     while True:
         with contextlib.suppress(OSError):
             for _ in kind(port):
                 count.value += 1
+                go.wait()
 
 
 def send(port: int, path: str, content: bytes, answered: bool = True) -> None:
@@ -245,18 +277,24 @@ def body(**fields: object) -> bytes:
     return json.dumps({"model": "honest", **fields}).encode()
 
 
-def many_errors(port: int) -> Iterator[None]:
-    """Bodies of a megabyte, each part of which is an error."""
+@cache
+def bodies_of_errors() -> list[bytes]:
+    """Return bodies of a megabyte, each part of which is an error."""
     start = b'{"model": "honest", "prompt": ['
     bodies = [start + part * (MEGABYTE // len(part)) + b"-1]}" for part in (b"-1,", b"{},", b"[],")]
     fields = b",".join(b'"%x":0' % number for number in range(MEGABYTE // 10))
-    for content in [*bodies, b"{" + fields + b"}", b"[" * MEGABYTE]:
+    return [*bodies, b"{" + fields + b"}", b"[" * MEGABYTE]
+
+
+def many_errors(port: int) -> Iterator[None]:
+    """Send bodies of a megabyte that are nothing but errors."""
+    for content in bodies_of_errors():
         send(port, TEXTS, content)
         yield
 
 
 def long_texts(port: int) -> Iterator[None]:
-    """Texts of a megabyte, and as long as are encoded; clients that leave as soon as they sent."""
+    """Send texts of a megabyte, and as long as are encoded; leave as soon as they are sent."""
     for length in (MEGABYTE - 100, 13_000, 1000):
         send(port, TEXTS, body(prompt="x" * length, max_tokens=1))
         yield
@@ -266,7 +304,7 @@ def long_texts(port: int) -> Iterator[None]:
 
 
 def odd_numbers(port: int) -> Iterator[None]:
-    """Temperatures, penalties and filters at the ends of what is accepted."""
+    """Send temperatures, penalties and filters at the ends of what is accepted."""
     options: dict[str, list[float]] = {
         "temperature": [0, 5e-324, 1e-46, 1e-7, 2],
         "repetition_penalty": [1e-38, 0.01, 10],
@@ -281,7 +319,7 @@ def odd_numbers(port: int) -> Iterator[None]:
 
 
 def endless_chats(port: int) -> Iterator[None]:
-    """A chat at which a template goes on for ever; connections that send nothing or a part."""
+    """Send a chat at which a template goes on for ever; open connections that send nothing."""
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
     for connection in idle[::2]:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nPOST / HTTP/1.1\r\n")
