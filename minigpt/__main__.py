@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, Terminated
+from minigpt.machine import check_environment
+from minigpt.terminal import PrintableFormatter, printable
 
 TRAINER_VERBS = {
     "fit": "train a stage from a config",
@@ -75,10 +77,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def guarded(args: list[str]) -> int:
     """Run a verb; print MiniGPT's own errors as one paragraph."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     logging.getLogger("minigpt").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
+        check_environment()
         with ended_whole():
             dispatch(*args)
         sys.stdout.flush()
@@ -138,8 +143,9 @@ def ended_whole() -> Iterator[None]:
 
 def say(message: str) -> None:
     """Print a paragraph to standard error, if that can be written to."""
+    paragraph = printable(" ".join(message.split("\n")))
     with suppress(OSError):
-        print(f"minigpt: {message}", file=sys.stderr, flush=True)
+        print(f"minigpt: {paragraph}", file=sys.stderr, flush=True)
 
 
 def unread(error: BrokenPipeError) -> int:

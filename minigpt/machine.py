@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+from minigpt.errors import ConfigError
+
+# What launchers set and PyTorch and Lightning read, with the smallest number that makes sense.
+NUMBERS = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"), 1)
+NUMBERS |= dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"), -1)
+NUMBERS |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "MASTER_PORT"), 0)
+NUMBERS |= {"PL_GLOBAL_SEED": 0}
+
+
+def check_environment() -> None:
+    """Refuse numbers in the environment that are none, before a library fails by them.
+
+    Raises:
+        ConfigError: for the first one.
+    """
+    for name, smallest in NUMBERS.items():
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        if not re.fullmatch(r"\s*-?[0-9]{1,10}\s*", value) or int(value) < smallest:
+            raise ConfigError(
+                f"The environment sets {name} to {value!r:.40}, which is no whole number of at "
+                f"least {smallest}. Unset it, or let a launcher such as torchrun set it."
+            )
 
 
 def peak_memory() -> dict[str, int]:

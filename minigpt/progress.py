@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from minigpt.data.formats import watch_reads
+from minigpt.terminal import printable
 
 _open: list[Callable[[float, float], None]] = []
 
@@ -43,7 +44,7 @@ def shown(what: str, printing: bool = False) -> Iterator[None]:
         redirect_stdout=False,  # what is printed meanwhile may go into a file
         redirect_stderr=False,
     ) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(printable(what), total=None)
         _open.append(lambda done, total: bar.update(task, completed=done, total=total))
         try:
             with watch_reads(step):

@@ -23,6 +23,7 @@ from minigpt.cli.options import (
 )
 from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.files import write_text
+from minigpt.terminal import printable
 
 if TYPE_CHECKING:
     from minigpt.data.formats import Message
@@ -95,7 +96,7 @@ class ChatSession:
 
     def print_note(self, text: str) -> None:
         """Print a message of the program, dimmed."""
-        self.console.print(text, style="dim")
+        self.console.print(printable(text), style="dim")
 
     def handle(self, line: str) -> None:
         """Run a command, or answer a message."""
@@ -120,7 +121,7 @@ class ChatSession:
             for delta in self.engine.stream(self._with_system(messages), self.sampling):
                 answer += delta.text
                 tokens += len(delta.ids)
-                self.console.print(delta.text, end="")
+                self.console.print(printable(delta.text), end="")
             end = f"{tokens / (time.perf_counter() - start):.1f} tokens/s"
         except KeyboardInterrupt:
             end = "stopped"

@@ -12,6 +12,7 @@ from minigpt.cli.options import CommandParser, positive, writing
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
 from minigpt.progress import shown
+from minigpt.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +118,8 @@ def check(args: argparse.Namespace) -> None:
                 checker.check(file)
         with shown("comparing rows"):
             checker.finish()
-        print(*findings.lines(), sep="\n", end="\n" if findings.counts else "")
+        lines = map(printable, findings.lines())
+        print(*lines, sep="\n", end="\n" if findings.counts else "")
         hints = findings.counts.total() - findings.errors()
         problems = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
         print(f"{counted(checker.rows, 'row')} checked: {problems}")
@@ -147,7 +149,7 @@ def stats(args: argparse.Namespace) -> None:
                 Path(file), args.kind, tokenizer, args.max_length, args.tokens_per_batch, sample
             )
         reports.append(report)
-        print(terminal(report), end="\n\n")
+        print(printable(terminal(report)), end="\n\n")
     if args.json:
         with writing(args.json):
             write_json(Path(args.json), {"files": reports})
@@ -173,7 +175,7 @@ def show(args: argparse.Namespace) -> None:
             Path(file), tokenizer, args.kind, args.max_length, args.start, args.rows
         ):
             segments.append(segment)
-            console.print(f"── {segment.heading}", style="bold")
+            console.print(f"── {printable(segment.heading)}", style="bold")
             console.print(show.coloured(segment) if console.color_system else show.plain(segment))
     if not segments:
         raise ConfigError(f"There is no row from line {args.start} on.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from minigpt.cli.options import CommandParser, add_sampling, positive, quiet, sampling_of, writing
 from minigpt.errors import ConfigError
+from minigpt.terminal import printable
 
 if TYPE_CHECKING:
     from minigpt.evaluate.scores import Results
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
         if results:
             from minigpt.evaluate.suite import format_table
 
-            print(format_table(results), flush=True)
+            print(printable(format_table(results)), flush=True)
 
 
 def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from minigpt.cli.options import CommandParser, add_model, check_output, quiet, run_name, writing
 from minigpt.errors import ConfigError
 from minigpt.export import DTYPES
+from minigpt.terminal import printable
 
 EXAMPLES = """examples:
   minigpt export hf --model outputs/sft --output_dir exports/sft --license apache-2.0
@@ -71,7 +72,8 @@ def main(arguments: list[str]) -> None:
             if getattr(args, option):
                 gguf.error(f"--{option} goes with --output_dir, which has a model card")
     for name, value in export(args).items():
-        print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
+        shown = f"{value:.3g}" if isinstance(value, float) else printable(str(value))
+        print(f"{name}: {shown}")
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:

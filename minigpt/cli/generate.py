@@ -17,6 +17,8 @@ from minigpt.cli.options import (
     sampling_of,
 )
 from minigpt.errors import ConfigError
+from minigpt.reading import read_text, reason_of
+from minigpt.terminal import for_output
 
 if TYPE_CHECKING:
     from minigpt.data.formats import Message
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("The prompt is empty. Give --prompt, or text on standard input.")
     sampling, engine = sampling_of(args), load_engine(args)
     for delta in engine.stream(engine_prompt(args, prompt), sampling):
-        print(delta.text, end="", flush=True)
+        print(for_output(delta.text), end="", flush=True)
     print()
     return None
 
@@ -68,11 +70,11 @@ def read_prompt(file: str | None) -> str:
     """
     source = file or "standard input"
     try:
-        return (Path(file).read_text(encoding="utf-8") if file else sys.stdin.read()).strip()
-    except OSError as error:
-        raise ConfigError(f"Cannot read {source}: {error.strerror}.") from error
+        return (read_text(Path(file)) if file else sys.stdin.read()).strip()
     except UnicodeDecodeError as error:
         raise ConfigError(f"The text on {source} is not UTF-8. Convert it.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read {source}: {reason_of(error)}.") from error
 
 
 def engine_prompt(
@@ -101,4 +103,4 @@ def complete_rows(args: argparse.Namespace) -> None:
     with shown("completing", printing=True):
         for prompt, reply in zip(prompts, replies, strict=True):
             row = {**prompt.row, "completion": reply.text}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(for_output(json.dumps(row, ensure_ascii=False)), flush=True)

@@ -7,6 +7,8 @@ what it takes. So its complaints become `OptionError`s, and `explained` adds whe
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from minigpt.errors import ConfigError, chain
+from minigpt.reading import LARGEST_CONFIG, read_text, read_yaml, reason_of, refusing
 
 _KEY = re.compile(r'Parser key "([\w.]+)":\s*')
 _UNKNOWN = (
@@ -24,6 +27,11 @@ _UNKNOWN = (
     re.compile(r"Subcommand '(?:\w+)' does not accept option '([\w.]+)'"),
     re.compile(r"Option '([\w.]+)' is not accepted"),
     re.compile(r"unrecognized arguments: --([\w.]+)"),
+)
+# Options that take names of files, which may look like other YAML: null, 5, or #c, a comment.
+_FILES = re.compile(
+    r"--(data\.(init_args\.)?(train|val|exam|predict|cache_dir)|predictions"
+    r"|model\.(init_args\.)?(init_from|tokenizer|chat_template))"
 )
 _NONE = "Expected a <class 'NoneType'>"
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
@@ -143,7 +151,7 @@ def locate(key: str, args: Sequence[str]) -> str:
         if name.startswith("--") and name[2:].replace("init_args.", "") == key:
             return name
     for file in reversed(list(config_files(args))):
-        tree = yaml.compose(file.read_text(encoding="utf-8"))
+        tree = yaml.compose(read_text(file, LARGEST_CONFIG))
         if position := follow(tree, key.split(".")):
             line, path = position
             return f"{file}:{line}: {path}"
@@ -194,7 +202,7 @@ def _given_options(args: Sequence[str]) -> Iterator[dict[str, object]]:
     """Yield which of the `ALTERNATIVES` each config file, and then the command line, gives."""
     keys = [key for alternatives in ALTERNATIVES for key in alternatives]
     for file in config_files(args):
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file)
         sections = {key: config.get(key.partition(".")[0]) for key in keys}
         yield {
             key: section.get(key.partition(".")[2])
@@ -217,22 +225,53 @@ def check_configs(args: Sequence[str]) -> None:
         ConfigError: with the file and the line.
     """
     for file in config_files(args):
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file}: the config is not UTF-8. Convert it.") from error
-        except OSError as error:
-            raise ConfigError(
-                f"{file}: the config cannot be read: {error.strerror}. Check the name; relative "
-                "paths start at the current directory."
-            ) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}{_yaml_problem(error)}") from error
+        content = _content(file)
         if not isinstance(content, dict):
             raise ConfigError(
                 f"{file}: a config must hold options such as `run_dir: outputs/sft`, but this one "
                 f"holds {'nothing' if content is None else repr(content)[:60]}."
             )
+
+
+def _content(file: Path) -> object:
+    with refusing(f"{file}: the config", ConfigError, verb="cannot be read"):
+        try:
+            return read_yaml(file)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}: the config is not UTF-8. Convert it.") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: the config cannot be read: {reason_of(error)}. Check the name; relative "
+                "paths start at the current directory."
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}{_yaml_problem(error)}") from error
+
+
+def with_file_names(args: Sequence[str]) -> list[str]:
+    """Return a command line on which names of files that are there are not read as other YAML."""
+    out: list[str] = []
+    for arg in args:
+        option, given, value = arg.partition("=")
+        if given and _FILES.fullmatch(option):
+            out.append(f"{option}={_as_name(option, value)}")
+        elif out and _FILES.fullmatch(out[-1]):
+            out.append(_as_name(out[-1], arg))
+        else:
+            out.append(arg)
+    return out
+
+
+def _as_name(option: str, value: str) -> str:
+    try:
+        is_plain = yaml.safe_load(value) == value
+    except yaml.YAMLError:
+        is_plain = False
+    if is_plain or not os.path.exists(value):
+        return value
+    if option.endswith(("train", "val", "exam")):  # which take lists
+        return json.dumps([value])
+    return os.path.join(os.curdir, value)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minigpt.cli.options import CommandParser, writing
 from minigpt.errors import ConfigError
+from minigpt.terminal import printable
 
 EXAMPLES = """examples:
   minigpt report outputs/pretrain
@@ -37,5 +38,5 @@ def main(arguments: list[str]) -> None:
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
     with writing(output):
-        print(write_report(args.runs, output, args.results))
+        print(printable(write_report(args.runs, output, args.results)))
     print(f"written to {output} and {output.with_suffix('.md').name}")

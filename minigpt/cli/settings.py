@@ -122,6 +122,12 @@ def check_numbers(config: Namespace) -> None:
         raise ConfigError("The run has no end: set trainer.max_steps or trainer.max_epochs.")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse, with a ConfigError, a seed that numpy's generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything must lie in 0 to {2**32 - 1}, but is {seed}.")
+
+
 def check_weights(precision: object) -> None:
     """Refuse to train weights in fp16, and say what weights in bf16 lose.
 

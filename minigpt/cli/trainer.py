@@ -25,9 +25,17 @@ from lightning.pytorch.loggers import Logger
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
 from minigpt.cli.options import quiet
-from minigpt.cli.parser import OptionError, Parser, check_configs, explained, replaced_options
+from minigpt.cli.parser import (
+    OptionError,
+    Parser,
+    check_configs,
+    explained,
+    replaced_options,
+    with_file_names,
+)
 from minigpt.cli.settings import (
     check_numbers,
+    check_seed,
     check_weights,
     choose_precision,
     fast_precision,
@@ -150,6 +158,11 @@ class MiniGPTCLI(VerbCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Build the parser of the chosen verb only: each takes a second."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and refuse a seed before Lightning takes it."""
+        super().parse_arguments(parser, args)
+        check_seed(self.options.seed_everything)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory and what happens in it."""
@@ -344,6 +357,6 @@ def run(args: list[str]) -> MiniGPTCLI:
     quiet()
     check_configs(args)
     try:
-        return MiniGPTCLI(args)
+        return MiniGPTCLI(with_file_names(args))
     except OptionError as error:
         raise explained(error, args) from error

@@ -30,13 +30,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, takewhile
 from typing import Any, NamedTuple, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minigpt.data.formats import Kind, Message
 from minigpt.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, TURN_START, special_texts
 from minigpt.errors import DataError, TokenizerError
+from minigpt.reading import MEGABYTE, TimeUpError, limited_time, reason_of, refusing
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ BREAK = "\ud800"
 ANSWER = "\ud801"
 OPTION = "model.init_args.chat_template"
 REMEDY = f"Leave it out (on_bad_row: skip does, in training), or train with another {OPTION}."
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+RENDER_SECONDS = 20  # of computing; templates take milliseconds
+# Characters of a rendered chat, beside `LONGEST_RATIO` times its own: a template is a program, and
+# may write without end.
+LONGEST, LONGEST_RATIO = 16 * MEGABYTE, 8
 SAME_END = 4  # characters by which two renderings of a prompt must end alike to be aligned
 SPACE = re.compile(r"\s+")
 PROBE_QUESTION, PROBE_ANSWER = "Xyzzy", "Plugh"  # words that no template writes
@@ -345,6 +349,10 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.renderer: Callable[..., object] = render_jinja_template
         self.source: str = _single(tokenizer.chat_template)
+        with refusing("The chat template", TokenizerError, f"Set {OPTION} to another."):
+            self._examine(tokenizer)
+
+    def _examine(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.native = self.source == CHAT_TEMPLATE
         self.marked = has_generation_marks(self.source)
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -496,23 +504,30 @@ class ChatTemplate:
         self, chat: list[dict[str, str]], ask: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            rendered = self.renderer(
-                conversations=[chat],
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.marked and not ask,
-                add_generation_prompt=ask,
-                **self._variables,
-            )
+            with limited_time(RENDER_SECONDS):
+                rendered = self.renderer(
+                    conversations=[chat],
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=self.marked and not ask,
+                    add_generation_prompt=ask,
+                    **self._variables,
+                )
+        except TimeUpError as error:
+            raise _endless() from error
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"The chat template is no valid Jinja: {error.message} in its line "
                 f"{error.lineno}. Mend it, or set {OPTION} to another."
             ) from error
-        except FAILURES as error:
+        except Exception as error:  # a template is a program
             raise DataError(
-                f"the chat template refuses the chat: {error}", remedy=REMEDY, reason="template"
+                f"the chat template refuses the chat: {reason_of(error)}",
+                remedy=REMEDY,
+                reason="template",
             ) from error
         texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
+        if len(texts[0]) > LONGEST + LONGEST_RATIO * sum(len(m["content"]) for m in chat):
+            raise _endless()
         return texts[0], list(spans[0]) if spans else []
 
     def _probe(self) -> str:
@@ -536,6 +551,13 @@ def _single(template: object) -> str:
             f"model that went through one of them, or set {OPTION} to the file of one."
         )
     return str(template)
+
+
+def _endless() -> TokenizerError:
+    return TokenizerError(
+        f"The chat template does not end: a chat takes more than {RENDER_SECONDS} seconds or "
+        f"{LONGEST:,} characters. Set {OPTION} to another."
+    )
 
 
 def _control_texts(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
@@ -616,8 +638,11 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
         return None
     for chat in (_PROBE_CHAT, [*_PROBE_CHAT, _PROBE_CHAT[0]]):
         try:
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        except (TemplateError, ValueError, TypeError):
+            with limited_time(RENDER_SECONDS):
+                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        except TimeUpError as error:
+            raise _endless() from error
+        except Exception:  # a template is a program
             return None
         _, answer, tail = text.partition(PROBE_ANSWER)
         token = _first_token(tail.partition(PROBE_QUESTION)[0], tokenizer) if answer else None

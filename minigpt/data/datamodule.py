@@ -33,6 +33,7 @@ T = TypeVar("T")
 Files = str | list[str] | dict[str, float] | None
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
 LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
+MOST_WORKERS = 256  # processes that read ahead
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
 
 
@@ -284,6 +285,13 @@ class JSONLDataModule(LightningDataModule):
             raise ConfigError(
                 "data.val_share and data.max_bad_share are shares, 0 to 1, but are "
                 f"{self.val_share} and {self.limits.max_bad_share}."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"data.seed must lie in 0 to {2**63 - 1}, but is {self.seed}.")
+        if not 0 <= (self.num_workers or 0) <= MOST_WORKERS:
+            raise ConfigError(
+                f"data.num_workers must lie in 0 to {MOST_WORKERS}, but is {self.num_workers}: "
+                "each is a process."
             )
         if budget < longest:
             raise ConfigError(

@@ -18,12 +18,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from functools import partial
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -73,6 +75,7 @@ _REMEDIES = {
     "part_type": "Leave out rows with images, sound or calls: models here read text alone.",
     "prompt_end": "Leave out what follows the last user message.",
     "prompt_mismatch": "Without a prompt of its own, the row's is what its answers begin with.",
+    "row_size": "Cut it into several rows, or give a file with one JSON object on each line.",
     "role_order": "One system message may come first; then user and assistant alternate.",
     "special_token": "Remove it: an answer must not be able to start or end a turn.",
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
@@ -82,8 +85,10 @@ _REMEDIES = {
     "weight": "An answer is learnt (weight 1, train true) or only read (weight 0, train false).",
     "wrong_type": "Write it as that, or leave the row out.",
 }
+LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 _DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
 _BUFFER = 1 << 17  # bytes read at a time
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 
@@ -675,26 +680,150 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
 
 
+def lines_of(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream of bytes, in bounded memory.
+
+    Raises:
+        DataError: for a line of more than `LARGEST_ROW` bytes.
+    """
+    for line, data in enumerate(iter(partial(stream.readline, LARGEST_ROW + 1), b""), 1):
+        if len(data) > LARGEST_ROW:
+            raise _too_large(line)
+        yield data
+
+
+def _too_large(line: int) -> DataError:
+    problem = f"the row has more than {LARGEST_ROW:,} bytes"
+    return DataError(problem, line=line, remedy=_REMEDIES["row_size"], reason="row_size")
+
+
 def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
     rows = 0
-    for line, data in enumerate(stream, 1):
+    for line in count(1):
+        data = stream.readline(_BUFFER)
+        if not data:
+            break
         data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
         if not rows and data.lstrip().startswith(b"["):
-            items = _decode(data + stream.read(), line)
-            if not isinstance(items, list):
-                raise cast(DataError, items)
-            rows = len(items)
-            yield from enumerate(items, 1)
-        elif data.strip():
+            for rows, row in enumerate(_Array(stream, data, line).items(), 1):
+                yield rows, row
+            continue
+        if not data.endswith(b"\n"):
+            data += stream.readline(LARGEST_ROW)
+            if len(data) > LARGEST_ROW:
+                raise _too_large(line)
+        if data.strip():
             rows += 1
             yield line, _decode(data, line)
     if not rows:
         raise _error("no_rows", None, "the file holds no rows")
 
 
+class _Array:
+    """A JSON array whose items are decoded one after the other, in bounded memory.
+
+    Args:
+        stream: of bytes, of which `data` has been read.
+        data: the file's beginning, from the array's bracket on.
+        line: its number in the file.
+    """
+
+    def __init__(self, stream: IO[bytes], data: bytes, line: int) -> None:
+        self.stream = stream
+        self.data = data  # to be decoded next
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.line = line  # of the buffer's first character
+        self.column = 0  # characters of that line that are no longer in the buffer
+        self.buffer = ""
+        self.position = 0
+        self.ended = False
+
+    def items(self) -> Iterator[object]:
+        """Yield the items.
+
+        Raises:
+            DataError: where the file is not one JSON array.
+        """
+        self._take("[", "Expecting value")
+        if self._next() != "]":
+            yield self._item()
+            while self._next() != "]":
+                self._take(",", "Expecting ',' delimiter")
+                self._next()
+                yield self._item()
+        self.position += 1
+        if self._next():
+            raise self._invalid("Extra data", self.position)
+
+    def _next(self) -> str:
+        """Return the next character that is no white space, "" at the end."""
+        while True:
+            space = _SPACE.match(self.buffer, self.position)
+            self.position = space.end() if space else self.position
+            if self.position < len(self.buffer):
+                return self.buffer[self.position]
+            if not self._read():
+                return ""
+
+    def _take(self, character: str, otherwise: str) -> None:
+        if self._next() != character:
+            raise self._invalid(otherwise, self.position)
+        self.position += 1
+
+    def _item(self) -> object:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.buffer, self.position)
+            except (json.JSONDecodeError, RecursionError, ValueError) as error:
+                if not isinstance(error, json.JSONDecodeError):
+                    raise _bad_json(_beyond(error), self._line(self.position)) from None
+                if self.ended:
+                    raise self._invalid(error.msg, error.pos) from None
+            else:
+                if end + len("e+5") <= len(self.buffer) or self.ended:  # a number may go on
+                    self.position = end
+                    return cast(object, value)
+            # Twice as much each time, or what is long would be decoded again and again.
+            self._read(max(_BUFFER, len(self.buffer) - self.position))
+
+    def _read(self, size: int = _BUFFER) -> bool:
+        """Add a block to the buffer, from which what is done is dropped; return False at the end.
+
+        Raises:
+            DataError: when an item is too large, or the file is not UTF-8.
+        """
+        if len(self.buffer) - self.position > LARGEST_ROW:
+            raise _too_large(self._line(self.position))
+        data = self.data or self.stream.read(size)
+        self.data = b""
+        self.column = self._column(self.position) - 1
+        self.line = self._line(self.position)
+        self.buffer = self.buffer[self.position :]
+        self.position = 0
+        try:
+            self.buffer += self.decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            text = self.buffer + error.object[: error.start].decode()
+            line = self.line + text.count("\n")
+            raise _not_utf8(len(text.rpartition("\n")[2].encode()) + 1, "GBK", line) from None
+        self.ended = not data
+        return bool(data)
+
+    def _line(self, position: int) -> int:
+        return self.line + self.buffer.count("\n", 0, position)
+
+    def _column(self, position: int) -> int:
+        start = self.buffer.rfind("\n", 0, position)
+        return position - start + (self.column if start < 0 else 0)
+
+    def _invalid(self, problem: str, position: int) -> DataError:
+        at_end = position >= len(self.buffer)
+        problem = _invalid(problem, self._column(position), at_end)
+        return _bad_json(problem, self._line(position))
+
+
 def _decode(data: bytes, line: int) -> object:
     """Decode JSON that starts at `line` of its file; return the error if it cannot be."""
-    reason, remedy = "bad_json", _REMEDIES["bad_json"]
     try:
         text = data.decode().rstrip()
         if text.startswith("{"):  # `loads` takes half as long again
@@ -705,16 +834,35 @@ def _decode(data: bytes, line: int) -> object:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         byte = error.start - data.rfind(b"\n", 0, error.start)
-        encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "GBK"
-        problem, reason = f"byte {byte} of the line is not UTF-8", "bad_utf8"
-        remedy = f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`."
+        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return _not_utf8(byte, "UTF-16" if utf16 else "GBK", line)
     except json.JSONDecodeError as error:
+        problem = _invalid(error.msg, error.colno, error.pos >= len(error.doc))
         line += error.lineno - 1
-        problem = f"invalid JSON at column {error.colno}: {error.msg}"
-        if error.pos >= len(error.doc):
-            problem += " (the line ends inside an object: cut off, or pretty-printed?)"
-    except RecursionError:
-        problem = "the JSON is nested too deeply"
-    except ValueError:
-        problem = "the JSON holds a number with too many digits"
-    return DataError(problem, line=line, remedy=remedy, reason=reason)
+    except (RecursionError, ValueError) as error:
+        problem = _beyond(error)
+    return _bad_json(problem, line)
+
+
+def _beyond(error: RecursionError | ValueError) -> str:
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    return "the JSON holds a number with too many digits"
+
+
+def _invalid(problem: str, column: int, at_end: bool) -> str:
+    cut_off = " (the line ends inside an object: cut off, or pretty-printed?)" if at_end else ""
+    return f"invalid JSON at column {column}: {problem}{cut_off}"
+
+
+def _bad_json(problem: str, line: int) -> DataError:
+    return DataError(problem, line=line, remedy=_REMEDIES["bad_json"], reason="bad_json")
+
+
+def _not_utf8(byte: int, encoding: str, line: int) -> DataError:
+    return DataError(
+        f"byte {byte} of the line is not UTF-8",
+        line=line,
+        remedy=f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`.",
+        reason="bad_utf8",
+    )

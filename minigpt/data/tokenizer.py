@@ -17,6 +17,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigpt.data.formats import BadRows, read_records, texts_of
 from minigpt.errors import ConfigError, DataError, TokenizerError
+from minigpt.reading import (
+    LARGEST_CONFIG,
+    NotReadableError,
+    check_directory,
+    read_text,
+    reason_of,
+    refusing,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +35,11 @@ CODE = (
     "loads by itself."
 )
 BYTES = 256
+LARGEST_ID = 1 << 24  # of a tokenizer; each id below costs memory, even where it is left out
+MAKE_ONE = (
+    "Make one with: minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir "
+    "outputs/tokenizer"
+)
 # Chinese has no spaces, so in repetitive text BPE would join whole sentences into tokens that
 # say nothing about a new wording. Four Chinese characters or a long English word still fit.
 MAX_TOKEN_BYTES = 12
@@ -139,21 +152,47 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
         TokenizerError: when there is none, with the command that makes one.
         ConfigError: when there is no such chat template.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if "trust_remote_code" in str(error):
-            raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
-        raise TokenizerError(
-            f"There is no tokenizer at {path}. Make one with: minigpt tokenizer train "
-            "--data_file data/pretrain.jsonl --output_dir outputs/tokenizer"
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
-    tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
-    tokenizer.backend_tokenizer.no_padding()
+    remedy = f"Copy it again. {MAKE_ONE}"
+    with refusing(f"The tokenizer at {path}", TokenizerError, remedy):
+        tokenizer = _loaded(Path(path))
+        tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
+        tokenizer.backend_tokenizer.no_padding()
+        _try_out(tokenizer)
     _choose_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _loaded(path: Path) -> PreTrainedTokenizerFast:
+    has_files = path.is_dir() and any(path.glob("tokenizer*"))
+    try:
+        if path.is_dir():
+            check_directory(path)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
+        if has_files:
+            raise
+        raise TokenizerError(f"There is no tokenizer at {path}. {MAKE_ONE}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
+    return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Do with a tokenizer what is done with it later, so that a damaged one is refused now."""
+    if (ids := id_count(tokenizer)) > LARGEST_ID:
+        raise NotReadableError(f"one of its tokens has the id {ids - 1:,}")
+    for name, token in tokenizer.special_tokens_map.items():
+        if not isinstance(token, str | list):
+            raise NotReadableError(f"its {name} is no text")
+    template: object = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        if not isinstance(text, str) or len(text) > LARGEST_CONFIG:
+            raise NotReadableError("its chat template is no text, or a very long one")
+    _ = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.decode(tokenizer.backend_tokenizer.encode("a b\n").ids)
+    document_start(tokenizer)
 
 
 def _choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str | None) -> None:
@@ -166,11 +205,12 @@ def _choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str | None) -> 
         tokenizer.chat_template = named.get(wanted or "default", template)
         return
     try:
-        tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(Path(wanted), LARGEST_CONFIG)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.init_args.chat_template: {wanted} is neither a file that can be read ({error}) "
-            f"nor the name of a template of the tokenizer, which has: {', '.join(named) or 'none'}."
+            f"model.init_args.chat_template: {wanted} is neither a file that can be read "
+            f"({reason_of(error)}) nor the name of a template of the tokenizer, which has: "
+            f"{', '.join(named) or 'none'}."
         ) from error
 
 

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from minigpt.data.formats import (
     Source,
     Text,
     guess_kind,
+    lines_of,
     open_data,
     parse_row,
     read_records,
@@ -391,10 +393,11 @@ def _without_control(value: object) -> object:
 def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Yield each row as the bytes of its line, or decoded where the file is one array."""
     with open_data(path) as stream:
-        first = next((line for line in stream if line.strip()), b"")
-        if not first.lstrip().startswith(b"["):
+        starts = iter(partial(stream.readline, 99), b"")
+        start = next(filter(bytes.strip, starts), b"")
+        if not start.lstrip().startswith(b"["):
             stream.seek(0)
-            yield from ((i, line) for i, line in enumerate(stream, 1) if line.strip())
+            yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())
             return
     yield from scan_rows(path)
 

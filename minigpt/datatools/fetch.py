@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt import progress
-from minigpt.data.formats import Kind, iter_rows, parse_row
+from minigpt.data.formats import LARGEST_ROW, Kind, iter_rows, lines_of, parse_row
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import atomic_file, write_json
+from minigpt.reading import reason_of
 
 Rows = Iterator[dict[str, Any]]
 
 HUB, MODELSCOPE = "https://huggingface.co", "https://modelscope.cn"
 GITHUB = "https://raw.githubusercontent.com"
 _TIMEOUT, _BLOCK = 30, 1 << 20
-_MARKS = re.compile(r"(?:\s*(?:<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>))+\s*")
+_LARGEST = 1 << 36  # bytes of a file whose host does not say how long it is
+_MARKS = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>")
 
 
 def _as_is(path: Path) -> Rows:
@@ -42,19 +44,25 @@ def _as_is(path: Path) -> Rows:
 def _marked(path: Path) -> Rows:
     """Texts whose pieces another tokenizer's control tokens part."""
     for row in _as_is(path):
-        yield {"text": _MARKS.sub("\n", str(row.get("text", ""))).strip()}
+        pieces = map(str.strip, _MARKS.split(str(row.get("text", ""))))
+        yield {"text": "\n".join(filter(None, pieces))}
 
 
 def _stories(path: Path) -> Rows:
     """Plain text whose documents end with a line <|endoftext|>."""
     lines: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.strip() == "<|endoftext|>":
+    size = 0
+    with path.open("rb") as file:
+        for line in lines_of(file):
+            if line.strip() == b"<|endoftext|>":
                 yield {"text": "".join(lines).strip()}
-                lines = []
-            else:
-                lines.append(line)
+                lines, size = [], 0
+                continue
+            text = line.decode("utf-8", "replace")
+            lines.append(text.replace("\r\n", "\n").replace("\r", "\n"))
+            size += len(line)
+            if size > LARGEST_ROW:
+                raise DataError(f"a document of more than {LARGEST_ROW:,} bytes", path=path)
     yield {"text": "".join(lines).strip()}
 
 
@@ -62,9 +70,9 @@ def _poems(path: Path) -> Rows:
     """Poems as title (of a ci, its tune), author and lines."""
     for row in _as_is(path):
         head = (row.get("title") or row.get("rhythmic"), row.get("author"))
-        yield {
-            "text": "\n".join(str(part) for part in (*head, *(row.get("paragraphs") or ())) if part)
-        }
+        lines = row.get("paragraphs")
+        parts = (*head, *(lines if isinstance(lines, list) else ()))
+        yield {"text": "\n".join(str(part) for part in parts if part)}
 
 
 def _instructions(path: Path) -> Rows:
@@ -177,9 +185,9 @@ def fetch(
 
     written = 0
     with atomic_file(out) as partial:
-        with partial.open("w", encoding="utf-8") as lines:
-            for row in islice(_usable(converted(), corpus.kind, skipped), limit):
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with partial.open("wb") as lines:
+            for line in islice(_usable(converted(), corpus.kind, skipped), limit):
+                lines.write(line)
                 written += 1
         if not written:
             raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
@@ -188,21 +196,25 @@ def fetch(
     return out, written, skipped
 
 
-def _usable(rows: Rows, kind: Kind, skipped: Counter[str]) -> Rows:
-    """Yield the rows that training can use, and count the others by reason."""
+def _usable(rows: Rows, kind: Kind, skipped: Counter[str]) -> Iterator[bytes]:
+    """Yield the rows that training can use, as lines, and count the others by reason."""
     for row in rows:
         try:
             parse_row(row, kind, SPECIAL_TOKENS)
+            yield (json.dumps(row, ensure_ascii=False) + "\n").encode()
         except DataError as error:
             skipped[error.reason] += 1
-        else:
-            yield row
+        except UnicodeEncodeError:
+            skipped["lone_surrogate"] += 1
 
 
 def _download(
     home: Home, file: str, directory: Path, modelscope: bool
 ) -> tuple[Path, dict[str, str]]:
-    """Return a verified file and where it came from."""
+    """Return a verified file and where it came from.
+
+    All of the corpora are public: the user's HF_TOKEN is not sent, to the hub or to a mirror.
+    """
     quoted = urllib.parse.quote(file)
     try:
         if modelscope:
@@ -215,8 +227,9 @@ def _download(
             download = _from_hub(home.repository, file, directory / home.repository)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(
-            f"Cannot fetch {file} of {home.repository}: {error}. Run the command again to go on "
-            "where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file by hand. "
+            f"Cannot fetch {file} of {home.repository}: {reason_of(error)}. Run the command again "
+            "to go on where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file "
+            "by hand. "
             f"If it is there no more, name another with --file: they are listed at {home.page}."
         ) from error
     path = download.path
@@ -243,10 +256,15 @@ def _from_hub(repository: str, file: str, directory: Path) -> Download:
 
     url = hf_hub_url(repository, file, repo_type="dataset")
     try:
-        metadata = get_hf_file_metadata(url)
+        metadata = get_hf_file_metadata(url, token=False)
         revision = metadata.commit_hash or "main"
         path = hf_hub_download(
-            repository, file, repo_type="dataset", revision=revision, local_dir=directory
+            repository,
+            file,
+            repo_type="dataset",
+            revision=revision,
+            local_dir=directory,
+            token=False,
         )
     except Exception as error:  # of whichever HTTP library the hub's client is built on
         raise ConnectionError(f"{url}: {error}") from error
@@ -284,6 +302,8 @@ def _from_web(url: str, path: Path) -> Download:
         ):
             while block := response.read(_BLOCK):
                 received += file.write(block)
+                if received > _LARGEST:
+                    raise ConnectionError(f"the file is longer than {_LARGEST:,} bytes")
                 progress.step(received, int(length or 0))
     if length not in (None, str(received)):
         raise ConnectionError(f"the connection broke after {received} of {length} bytes")

@@ -15,6 +15,7 @@ from minigpt.data.formats import BadRows, Kind, Record, Source, guess_kind, pars
 from minigpt.data.store import EncodedSample, Encoder, Limits
 from minigpt.errors import DataError
 from minigpt.page import escape
+from minigpt.terminal import printable
 
 STYLES = {True: ("black on green3", "black on pale_green3"), False: ("grey50", "grey62")}
 REPLACEMENT = "\ufffd"  # what some bytes of a character decode to
@@ -100,7 +101,7 @@ def coloured(segment: Segment) -> Text:
     """Return a segment for a terminal with colours."""
     line = Text()
     for number, (text, target) in enumerate(segment.tokens):
-        line.append(text.replace("\n", "↵\n"), STYLES[target][number % 2])
+        line.append(printable(text).replace("\n", "↵\n"), STYLES[target][number % 2])
     return line
 
 
@@ -111,7 +112,7 @@ def plain(segment: Segment) -> str:
     for piece, target in (*segment.tokens, ("", False)):
         if target != in_targets:
             text += "⟦" if target else "⟧"
-        text += piece
+        text += printable(piece)
         in_targets = target
     return text
 

@@ -12,6 +12,7 @@ from minigpt.errors import ConfigError, DataError, MiniGPTError
 from minigpt.evaluate.likelihood import continuation, score
 from minigpt.evaluate.scores import Score, wilson
 from minigpt.infer.engine import Engine, Sampling
+from minigpt.reading import check_yaml
 
 MAX_NEW = 256  # tokens of a reply where the task does not say
 
@@ -35,6 +36,7 @@ def load_tasks(path: str) -> dict[str, Any]:
         raise DataError("no such file", path=path, remedy="Name a task's YAML.", reason="missing")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _as_config_error(path):
+        check_yaml(Path(path))
         task = load_yaml(path)
         task["dataset_kwargs"] = _resolve_files(
             dict(task.get("dataset_kwargs") or {}), Path(path).parent

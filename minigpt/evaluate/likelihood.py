@@ -25,6 +25,7 @@ from minigpt.model.conformance import require_conformance
 from minigpt.model.losses import sum_by
 from minigpt.model.packed_lm import target_logits, token_logprobs, use_attention
 from minigpt.model.rope import max_positions, shared_limit
+from minigpt.reading import read_text, reason_of
 
 TOKENS = 4096  # of a packed batch, at most
 LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
@@ -129,10 +130,11 @@ def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, 
         yield from read_records([path], "text", BadRows(), special_tokens=special)
         return
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
         yield parse_row({"text": text}, "text", special), Source(Path(path), 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", path=path, reason="unreadable") from None
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {reason_of(error)}"
+        raise DataError(problem, path=path, reason="unreadable") from None
     except DataError as error:
         raise error.at(path, 1) from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +13,11 @@ import yaml
 
 from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError
+from minigpt.reading import read_json, read_yaml, reason_of, refusing
 
+# Names stand in a file's name, a shell command, Python and a Modelfile; licences in YAML.
+NAME = re.compile(r"\w[\w.+@ -]{0,99}")
+HUB_NAME = re.compile(r"[\w./@+-]{1,200}")
 COUNTED_MB = 500  # of larger data files, the card gives the size instead of the rows
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 MODEL = 'model = AutoModelForCausalLM.from_pretrained("{path}")\n'
@@ -47,7 +51,18 @@ class Card:
     results: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Refuse results that are no JSON objects before the work, with a ConfigError."""
+        """Refuse names and results that cannot stand in a card before the work.
+
+        Raises:
+            ConfigError: for a name or a licence with other characters than those of names, or
+                results that are no JSON object.
+        """
+        for option, value in (("name", self.name), ("license", self.license or "none")):
+            if not NAME.fullmatch(value):
+                raise ConfigError(
+                    f"--{option} {value!r:.120} is no name: give up to 100 letters, digits, spaces "
+                    "and . _ + @ -."
+                )
         for file in self.results:
             read_object(Path(file))
 
@@ -68,7 +83,7 @@ class Card:
         kind = "gguf" if gguf else "peft" if base else "transformers"
         head = {"library_name": kind, "pipeline_tag": "text-generation", "tags": ["minigpt"]}
         head |= {"license": self.license} if self.license else {}
-        if base and Path(base).exists():
+        if base and (Path(base).exists() or not HUB_NAME.fullmatch(base)):
             base = "path/to/the/base"
         head |= {"base_model": base} if base and "/the/" not in base else {}
         use = USES[kind].format(name=self.name, path=gguf or base or self.name)
@@ -99,29 +114,46 @@ TRAINING = ("stage", "data", "steps", "tokens seen", "held-out loss before", "af
 def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object, or raise a ConfigError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file} holds no JSON object. Give results as --json writes them.")
-    return value
+        return read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as JSON: {reason_of(error)}. Give results as --json writes "
+            "them."
+        ) from error
 
 
 def stages(run: Path) -> list[list[object]]:
-    """Return a row for a run and each that it started from, the first one first."""
-    run = run.parent if run.name == "hf" else run
-    if not (run / "summary.json").is_file() or not (run / "config.yaml").is_file():
-        return []
+    """Return a row for a run and each that it started from, the first one first.
+
+    Raises:
+        ConfigError: when what a run says of itself is damaged.
+    """
+    rows: list[list[object]] = []
+    seen: set[Path] = set()
+    while True:
+        run = run.parent if run.name == "hf" else run
+        has_files = (run / "summary.json").is_file() and (run / "config.yaml").is_file()
+        if not has_files or run.resolve() in seen:
+            return rows[::-1]
+        seen.add(run.resolve())
+        with refusing(f"{run / 'config.yaml'} or summary.json", ConfigError, verb="is damaged"):
+            row, start = _stage(run)
+        rows.append(row)
+        if not start:
+            return rows[::-1]
+        run = Path(start)
+
+
+def _stage(run: Path) -> tuple[list[object], str | None]:
+    """Return a run's row, and what it started from."""
     summary = read_object(run / "summary.json")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(run / "config.yaml")
     train = config["data"]["init_args"].get("train")
     files = [train] if isinstance(train, str) else train or []
     losses = [summary.get(when, {}).get("val/loss") for when in ("before", "final")]
     data = ", ".join(f"{Path(file).name} ({rows_of(Path(file))})" for file in files)
     row = [run.resolve().name, data, summary.get("steps"), summary.get("tokens_seen"), *losses]
-    start = config["model"]["init_args"].get("init_from")
-    before = start and Path(start).resolve() not in (run.resolve(), run.resolve() / "hf")
-    return [*(stages(Path(start)) if before else []), row]
+    return row, config["model"]["init_args"].get("init_from")
 
 
 def rows_of(file: Path) -> str:

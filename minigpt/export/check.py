@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import decoders, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -85,7 +84,7 @@ def render(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> str | None:
     """Return a chat as a prompt; None when the template refuses such a chat."""
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+    except Exception:  # a template is a program
         return None
     return str(text)
 

@@ -414,8 +414,11 @@ def modelfile(engine: Engine, name: str) -> str:
         lines.append(f'TEMPLATE """{OLLAMA_TEMPLATE}"""')
     else:
         log.warning("The chat template is not ChatML: Ollama makes what it can of the GGUF's.")
-    ends = tokenizer.convert_ids_to_tokens(sorted(engine.ends))
-    lines += [f'PARAMETER stop "{end}"' for end in ends]
+    for end in tokenizer.convert_ids_to_tokens(sorted(engine.ends)):
+        if end.isprintable() and '"' not in end:
+            lines.append(f'PARAMETER stop "{end}"')
+        else:  # which would begin another instruction
+            log.warning("The Modelfile leaves out the stop text %r: it cannot hold it.", end)
     lines.append(f"PARAMETER num_ctx {min(engine.model.config.max_position_embeddings, 4096)}")
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ from minigpt.model.lora import ADAPTER, load_adapter, merge
 from minigpt.model.packed_lm import use_attention
 from minigpt.model.pretrained import base_of, find_model, load_model, tokenizer_source
 from minigpt.model.rope import max_positions
+from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,19 @@ class Engine:
             ModelError, TokenizerError: when something is missing or does not fit.
             ConfigError: when the model cannot have such weights.
         """
+        with refusing(f"The model at {model}", ModelError, seconds=inf, verb="cannot be used"):
+            return cls._load(model, adapter, tokenizer, merged, weights, device)
+
+    @classmethod
+    def _load(
+        cls,
+        model: str | Path,
+        adapter: str | Path | None,
+        tokenizer: str | Path | None,
+        merged: bool,
+        weights: Precision,
+        device: str | None,
+    ) -> Engine:
         source = find_model(model)
         if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
             adapter = source

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import secrets
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -24,10 +29,17 @@ from minigpt.infer.continuous_batch import Delta, Finish, check_fits
 from minigpt.infer.engine import Reply, check_unicode
 from minigpt.infer.sampling import Sampling
 from minigpt.infer.text import StopTexts
+from minigpt.reading import NotReadableError, refusing
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from numpy.typing import NDArray
 
 CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
+ENDING = 10  # seconds in which its process ends, or else is ended
 CERTAIN = 1e4  # added to a logit, it leaves no other token a probability
 ADDED = (3, 4)  # gguf.TokenType of control tokens and of others that are added
+READS = 1 << 23  # of numbers and texts in a file's header: a vocabulary takes about a million
 EXACT = (0, 1)  # general.file_type of files in f32 and f16
 
 
@@ -53,7 +65,9 @@ def find_gguf(model: str | Path) -> Path | None:
 
 
 class LlamaCpp:
-    """llama.cpp on a GGUF file, asked over a loopback port with a random key.
+    """llama.cpp on a GGUF file, in a process of its own, which a damaged file may end.
+
+    It is asked over a loopback port with a random key.
 
     Args:
         file: the GGUF file.
@@ -61,44 +75,79 @@ class LlamaCpp:
         exact: keep the cache in f32, and do not round to f16 in attention.
 
     Raises:
-        ModelError: when llama.cpp refuses the file.
+        ModelError: when llama.cpp refuses the file, or ends by it; also by later requests.
     """
 
     def __init__(self, file: Path, context: int, exact: bool = True) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_ctx = context
-        params.n_parallel = 1
-        params.warmup = False
-        params.verbosity = 0  # nothing on the terminal
-        if exact:
-            params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            disabled = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.flash_attn_type = disabled
-        params.cpuparams.n_threads = torch.get_num_threads()
-        params.cpuparams_batch.n_threads = torch.get_num_threads()
+        self.file = file
         key = secrets.token_hex()
-        params.api_keys = [key]
         self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        options = {"file": str(file), "context": context, "exact": exact, "key": key}
+        options["threads"] = torch.get_num_threads()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("llama_process.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C ends an answer, not this
+            text=True,
+        )
+        self.close = weakref.finalize(self, _end, self.process)
         try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise ModelError(
-                f"llama.cpp cannot load {file.name}: it is damaged, or not for this version."
-            ) from error
-        self.host = urlsplit(self.server.listening_address).netloc
-        # A server that is dropped before its loop has begun never ends: see that it has.
-        self.ask("/completion", prompt=[0], n_predict=1)
+            self.host = urlsplit(self._begin(options)).netloc
+            self.ask("/completion", prompt=[0], n_predict=1)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, options: dict[str, Any]) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(options) + "\n")
+            self.process.stdin.flush()
+            address = self.process.stdout.readline().strip()
+        except BrokenPipeError:
+            address = ""
+        if not address:
+            raise self._ended("load")
+        return address
+
+    def _ended(self, doing: str) -> ModelError:
+        """Return the error that says how llama.cpp ended."""
+        with suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]  # by which it ends, if it can
+        try:
+            status = self.process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            self.close()
+            status = 0
+        how = f" (it ended by {signal.Signals(-status).name})" if status < 0 else ""
+        return ModelError(
+            f"llama.cpp cannot {doing} {self.file.name}: it is damaged, or not for this "
+            f"version{how}. Export it again."
+        )
+
+    def _posted(self, path: str, body: dict[str, object]) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(self.host)
+        try:
+            connection.request("POST", path, json.dumps(body), self.headers)
+        except OSError as error:
+            raise self._ended("use") from error
+        return connection
 
     def ask(self, path: str, **body: object) -> dict[str, Any]:
-        """Post a request; return the decoded answer."""
-        with closing(http.client.HTTPConnection(self.host)) as connection:
-            connection.request("POST", path, json.dumps(body), self.headers)
-            answer: dict[str, Any] = json.loads(connection.getresponse().read())
-            return answer
+        """Post a request; return the decoded answer.
+
+        Raises:
+            ModelError: when llama.cpp has ended.
+        """
+        try:
+            with closing(self._posted(path, body)) as connection:
+                answer: dict[str, Any] = json.loads(connection.getresponse().read())
+                return answer
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._ended("use") from error
 
     def complete(self, **body: object) -> Iterator[dict[str, Any]]:
         """Request a completion; yield it, or its steps. Closing the iterator ends the request.
@@ -108,8 +157,7 @@ class LlamaCpp:
         """
         body = {**body, "return_tokens": True}
         done = False
-        with closing(http.client.HTTPConnection(self.host)) as connection:
-            connection.request("POST", "/completion", json.dumps(body), self.headers)
+        with closing(self._posted("/completion", body)) as connection:
             for line in filter(bytes.strip, connection.getresponse()):
                 step = json.loads(line.removeprefix(b"data: "))
                 if "error" in step:
@@ -177,21 +225,22 @@ class Gguf:
     """
 
     def __init__(self, file: Path) -> None:
-        try:
-            import xllamacpp  # noqa: F401
-
-            fields = read_fields(file)
-        except ImportError as error:
-            raise ConfigError(
-                f"GGUF files need one more package, {error.name}: pip install 'minigpt[gguf]'"
-            ) from error
-        longest = fields.get(f"{fields.get('general.architecture')}.context_length", CONTEXT)
-        self.context = min(longest, CONTEXT)
-        self.tokenizer = tokenizer_of(fields)
-        self.codec = ChatCodec(self.tokenizer) if self.tokenizer.chat_template else None
-        has_end = END_OF_TEXT in fields.get("tokenizer.ggml.tokens", ())
-        self._empty_prompt = END_OF_TEXT if has_end else str(self.tokenizer.eos_token)
-        self.start = document_start(fields)
+        for package in ("gguf", "xllamacpp"):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"GGUF files need one more package, {package}: pip install 'minigpt[gguf]'"
+                )
+        fields = read_fields(file)
+        with refusing(str(file), ModelError, "Export it again.", verb="cannot be used"):
+            longest = fields.get(f"{fields.get('general.architecture')}.context_length", CONTEXT)
+            self.context = min(int(longest), CONTEXT)
+            if self.context < 1:
+                raise NotReadableError(f"its context has {longest} tokens")
+            self.tokenizer = tokenizer_of(fields)
+            self.codec = ChatCodec(self.tokenizer) if self.tokenizer.chat_template else None
+            has_end = END_OF_TEXT in fields.get("tokenizer.ggml.tokens", ())
+            self._empty_prompt = END_OF_TEXT if has_end else str(self.tokenizer.eos_token)
+            self.start = document_start(fields)
         exact = fields.get("general.file_type") in EXACT  # others are rounded much more than f16
         self.llama = LlamaCpp(file, self.context, exact)
         self.endless = False
@@ -314,13 +363,33 @@ def read_fields(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: when it is damaged.
     """
+    with refusing(str(file), ModelError, "Export it again.", verb="is no complete GGUF file"):
+        if not file.is_file():
+            raise NotReadableError("it is no regular file")
+        reader = _bounded_reader()(file)
+        return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def _bounded_reader() -> type[GGUFReader]:
     from gguf import GGUFReader
 
-    try:
-        reader = GGUFReader(file)
-        return {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is no complete GGUF file: {error}. Export it again.") from error
+    class BoundedReader(GGUFReader):
+        """A reader that refuses sizes beyond the end of the file, and too many of them."""
+
+        reads = 0
+
+        def _get(
+            self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+        ) -> NDArray[Any]:
+            self.reads += 1
+            if self.reads > READS:
+                raise NotReadableError("its header does not end")
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) < int(count):
+                raise NotReadableError("it says that more follows than the file holds")
+            return values
+
+    return BoundedReader
 
 
 def document_start(fields: dict[str, Any]) -> list[int]:
@@ -329,6 +398,15 @@ def document_start(fields: dict[str, Any]) -> list[int]:
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", by_default)
     bos = fields.get("tokenizer.ggml.bos_token_id")
     return [bos] if adds_bos and bos is not None else []
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process of llama.cpp."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+    process.kill()
+    process.wait()
 
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +23,7 @@ from minigpt.files import atomic_directory, weights_digest, write_json
 from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
 from minigpt.model.rope import RopeScaling, scale
+from minigpt.reading import NotReadableError, check_directory, read_json, reason_of, refusing
 
 log = logging.getLogger(__name__)
 
@@ -127,32 +127,47 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
     """
     if not (directory / ADAPTER).is_file():
         raise _missing(directory, ADAPTER)
-    _check_kind(directory)
-    try:
+    with refusing(f"The adapter at {directory}", ModelError):
+        check_directory(directory)
+        _check_kind(directory)
         trained_on = _check_base(directory, base)
         _take_rows(model, directory, base)
+        _check_ranks(directory)
         if (scaling := saved_scaling(directory)) is not None:
             scale(model, scaling)
+        adapted = _put_on(model, directory)
+    adapted.base_digest = trained_on  # type: ignore[assignment]
+    return adapted
+
+
+def _put_on(model: PreTrainedModel, directory: Path) -> PeftModel:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied layers, which `merge` sees to
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))
             names = getattr(model, "_checkpoint_conversion_mapping", None)
             loaded = adapted.load_adapter(str(directory), "default", key_mapping=names)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        raise _refused(directory, str(error)) from error
+    except (RuntimeError, ValueError) as error:
+        lines = map(str.strip, str(error).splitlines())
+        sizes = next((line for line in lines if "size mismatch for" in line), None)
+        if sizes is None:
+            raise
+        raise _of_another_base(directory, sizes.rstrip(".")) from error
     if extra := sorted(loaded.unexpected_keys):  # which peft passes over
         raise _of_another_base(directory, f"the model has no layer for its {extra[0]}")
-    adapted.base_digest = trained_on  # type: ignore[assignment]
     return adapted
 
 
-def _refused(directory: Path, error: str) -> ModelError:
-    lines = error.strip().splitlines() or ["unknown error"]
-    sizes = next((line.strip() for line in lines if "size mismatch for" in line), None)
-    if sizes:
-        return _of_another_base(directory, sizes.rstrip("."))
-    return ModelError(f"The adapter at {directory} cannot be loaded: {lines[0]}")
+def _check_ranks(directory: Path) -> None:
+    """Refuse ranks that no matrix of the adapter has, for which peft would take the memory."""
+    with safe_open(directory / WEIGHTS, "pt") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    largest = max((size for shape in shapes for size in shape), default=0)
+    config = read_config(directory)
+    for rank in (config.get("r", 0), *(config.get("rank_pattern") or {}).values()):
+        if not 0 <= rank <= largest:
+            raise NotReadableError(f"its {ADAPTER} says that its rank is {rank}")
 
 
 def _of_another_base(directory: Path, what: str) -> ModelError:
@@ -203,26 +218,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: when it is damaged.
     """
-    try:
-        config = json.loads((directory / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise ModelError(f"{directory / ADAPTER} is damaged: it is no JSON object.")
-    return config
+    with refusing(str(directory / ADAPTER), ModelError, "Copy it again.", verb="is damaged"):
+        return read_json(directory / ADAPTER)
 
 
 def saved_scaling(directory: Path) -> RopeScaling | None:
     """Return how the positions of an adapter's base are scaled; None where they are its own."""
     file = directory / SCALING
-    return RopeScaling(**json.loads(file.read_text())) if file.is_file() else None
+    if not file.exists():
+        return None
+    with refusing(str(file), ModelError, "Copy it again.", verb="is damaged"):
+        return RopeScaling(**read_json(file))
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
     """Return the digest of its base that an adapter names; None for plain peft's and hub ids."""
     if not (directory / BASE).is_file():
         return None
-    saved: str = json.loads((directory / BASE).read_text())["weights"]
+    saved: str = read_json(directory / BASE)["weights"]
     if Path(base).is_dir() and (now := weights_digest(Path(base))) != saved:
         raise ModelError(
             f"The adapter at {directory} was trained on other weights than those in {base} (digest "
@@ -278,8 +291,8 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         merge_and_unload = cast(Callable[[], PreTrainedModel], adapted.merge_and_unload)
         merged = merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"This adapter cannot be merged into its base: {first}") from error
+        what = reason_of(error)
+        raise ModelError(f"This adapter cannot be merged into its base: {what}") from error
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
         merged.config.tie_word_embeddings = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +31,16 @@ from minigpt.model.conformance import (
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
-from minigpt.model.rope import compute_by_text, scale_config
+from minigpt.model.rope import compute_by_text, max_positions, scale_config
+from minigpt.reading import (
+    MEGABYTE,
+    SECONDS,
+    NotReadableError,
+    check_directory,
+    read_json,
+    reason_of,
+    refusing,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs"  # how a pointer begins
@@ -39,6 +49,17 @@ PICKLED = (
     "them, load them with transformers and call save_pretrained, which writes safetensors."
 )
 STAGES = ("pretrain", "sft", "dpo", "lora")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+BYTES_A_SECOND = 20 * MEGABYTE  # of weights that are loaded, at least
+# Sizes in a config, which its weights must bear out before a model of them is built: what is built
+# takes time and memory for each layer and expert, and for each width.
+_DEPTHS = re.compile(r"layers?$|blocks?$|experts$|depth$|codebooks$")
+_WIDTHS = re.compile(
+    r"vocab_size$|hidden_size$|intermediate_size$|ffn|_dim$|^d_|^n_(embd|inner)$|_heads$|^n_head$"
+)
+MANY = 1024  # layers or experts that any config may have
+PACKED_VALUES = 16  # that quantized weights may hold in one number, at most
+_SHARES = re.compile(r"dropout|pdrop")
 
 
 def find_model(source: str | Path) -> Path | str:
@@ -48,14 +69,16 @@ def find_model(source: str | Path) -> Path | str:
         ModelError: when a local path holds no model, with the command that makes it.
     """
     path = Path(source)
-    for candidate in (path / "hf", path):
-        if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
-            return candidate
     name = str(source)
-    is_hub_id = name.count("/") <= 1 and not path.exists() and not name.startswith(".")
-    if is_hub_id and path.parent.name != "outputs":
-        return name
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+    with refusing(f"The model at {name[:100]}", ModelError, "Check the name."):
+        for candidate in (path / "hf", path):
+            if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
+                return candidate
+        is_hub_id = HUB_ID.fullmatch(name) and not path.exists() and not name.startswith(".")
+        if is_hub_id and path.parent.name != "outputs":
+            return name
+        is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
+    if is_gguf:
         raise ModelError(
             f"{source} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
             "Give the run that it was exported from."
@@ -84,36 +107,82 @@ def load_model(source: str | Path, attention: str = PACKED) -> PreTrainedModel:
         base = base_of(location)
         return merge(load_adapter(load_model(base, attention), location, base))
     with _refusing(location):
-        if isinstance(location, Path):
-            _check_files(location)
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        conformance = conformance_of(config)
-        if conformance is not None:
-            check_conformance(config, conformance, attention == PACKED)
-        loaded: object = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=torch.float32,
-            attn_implementation="eager",  # which all have; the one that fits is set below
-            use_safetensors=True,
-            trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
-            output_loading_info=True,
-        )
+        return _loaded(location, attention)
+
+
+def _loaded(location: Path | str, attention: str) -> PreTrainedModel:
+    if isinstance(location, Path):
+        _check_files(location)
+        _check_sizes(location)
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    conformance = conformance_of(config)
+    if conformance is not None:
+        check_conformance(config, conformance, attention == PACKED)
+    loaded: object = AutoModelForCausalLM.from_pretrained(
+        location,
+        dtype=torch.float32,
+        attn_implementation="eager",  # which all have; the one that fits is set below
+        use_safetensors=True,
+        trust_remote_code=False,  # unset, transformers asks in a terminal whether to run it
+        output_loading_info=True,
+    )
     model, report = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-        raise ModelError(
-            f"The model at {location} cannot be loaded: {len(missing)} of its weights are missing, "
-            f"such as {missing[0]}. Copy it again, or give a causal language model."
+        raise NotReadableError(
+            f"{len(missing)} of its weights are missing, such as {missing[0]}. Copy it again, or "
+            "give a causal language model"
         )
     compute_by_text(model)
     conformance = require_conformance(model, attention == PACKED)
     model.config._attn_implementation = (
         conformance.training if attention == PACKED else conformance.decoding
     )
+    _check_settings(model)
     return model
+
+
+def _check_settings(model: PreTrainedModel) -> None:
+    """Refuse settings of which the proof of a model's kind makes no use, but a run does."""
+    if max_positions(model.config) < 1:
+        raise NotReadableError("its config allows for no positions")
+    if model.generation_config is not None:
+        ends = model.generation_config.eos_token_id
+        for token in ends if isinstance(ends, list) else [ends]:
+            if token is not None and not (isinstance(token, int) and abs(token) < 1 << 31):
+                raise NotReadableError(f"{token!r:.40} is no id of a token that ends a reply")
+
+
+def _check_sizes(directory: Path) -> None:
+    """Refuse sizes in a config that are far from those of the weights, and impossible dropout."""
+    widest, count = 1, 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (no mapping)
+                count += 1
+                widest = max([widest, *weights.get_slice(name).get_shape()])
+    for name, value in _numbers(read_json(directory / "config.json")):
+        if _SHARES.search(name) and not 0 <= value <= 1:
+            raise NotReadableError(f"its config sets {name} to {value}, which lies not in 0 to 1")
+        limit = max(MANY, count) if _DEPTHS.search(name) else PACKED_VALUES * max(MANY, widest)
+        if value > limit and (_DEPTHS.search(name) or _WIDTHS.search(name)):
+            raise NotReadableError(f"its config sets {name} to {value}, which its weights are not")
+
+
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a JSON value with the names they stand under."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, int | float):
+        yield name, value
 
 
 def _check_files(directory: Path) -> None:
     """Refuse, with a ModelError, a directory whose weights are not all there, or are pickled."""
+    check_directory(directory)
     index, files = directory / INDEX, {file.name: file for file in directory.glob("*.safetensors")}
     pointers = [name for name, file in files.items() if _is_pointer(file)]
     what = None
@@ -144,8 +213,8 @@ def _is_pointer(file: Path) -> bool:
 
 def _named_in(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return set(read_json(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged. Copy the model again.") from error
 
 
@@ -162,20 +231,31 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             scale_config(config, scaling)
         return config
     with _refusing(location):
+        if isinstance(location, Path):
+            check_directory(location)
         loaded: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        int(loaded.get_text_config(decoder=True).vocab_size)
+        max_positions(loaded)
     return loaded
 
 
 @contextmanager
 def _refusing(source: Path | str) -> Iterator[None]:
     """Tell what transformers says of a model that it cannot load."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        first = CODE if "trust_remote_code" in str(error) else first
-        first += f" {PICKLED}" if "named model.safetensors" in first else ""
-        raise ModelError(f"The model at {source} cannot be loaded: {first}") from error
+    files = Path(source).glob("*.safetensors") if isinstance(source, Path) else ()
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with refusing(f"The model at {source}", ModelError, seconds=SECONDS + size / BYTES_A_SECOND):
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            what = CODE if "trust_remote_code" in str(error) else ""
+            if "named model.safetensors" in str(error):
+                what = f"{reason_of(error)} {PICKLED}"
+            if "ignore_mismatched_sizes" in str(error):
+                what = "its config says other sizes than its weights have. Copy it again."
+            if not what:
+                raise
+            raise ModelError(f"The model at {source} cannot be loaded: {what}") from error
 
 
 def base_of(adapter: Path) -> Path | str:
@@ -184,13 +264,29 @@ def base_of(adapter: Path) -> Path | str:
     Raises:
         ModelError: when the adapter names no base that can be found.
     """
+    base = _named_base(adapter)
+    seen = [adapter.resolve()]
+    following = base
+    while isinstance(following, Path) and (following / ADAPTER).is_file():
+        if following.resolve() in seen:
+            raise ModelError(
+                f"The adapter at {adapter} has no base: {following} is named as a base of itself. "
+                f"Write the model that it was trained on into its {ADAPTER}."
+            )
+        seen.append(following.resolve())
+        following = _named_base(following)
+    return base
+
+
+def _named_base(adapter: Path) -> Path | str:
     name = read_config(adapter).get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter / ADAPTER} names no base model; give it with --model_path.")
-    for start in (Path(), adapter):
-        if (start / name).exists():
-            return find_model(start / name)
-    return find_model(name)
+    with refusing(f"The base of the adapter at {adapter}", ModelError):
+        for start in (Path(), adapter):
+            if (start / name).exists():
+                return find_model(start / name)
+        return find_model(name)
 
 
 def tokenizer_source(model: str | Path, base: str | Path | None = None) -> Path | str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import install_template
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, ModelError, TokenizerError
 from minigpt.model.architecture import (
     Architecture,
     build_native,
@@ -25,6 +25,7 @@ from minigpt.model.architecture import (
 from minigpt.model.lora import ADAPTER
 from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
 from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
+from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class ModelSource:
             check_same_tokens(tokenizer, find_model(self.init_from))
         self._ids_before_template = tokenizers.id_count(tokenizer)
         if self.chat:
-            install_template(tokenizer)
+            with refusing(f"The tokenizer at {location}", TokenizerError, verb="cannot be used"):
+                install_template(tokenizer)
         return tokenizer
 
     def _template_adds_tokens(self) -> bool:
@@ -114,9 +116,10 @@ class ModelSource:
             model = build_native(self.architecture, self.tokenizer)
         else:
             model = load_model(self.init_from)
-            check_vocabulary(embedding_rows(model), self.tokenizer)
-            if self._template_adds_tokens():
-                fit_vocabulary(model, self.tokenizer)
+            with refusing(f"The model at {self.init_from}", ModelError, verb="cannot be used"):
+                check_vocabulary(embedding_rows(model), self.tokenizer)
+                if self._template_adds_tokens():
+                    fit_vocabulary(model, self.tokenizer)
         if self.rope_scaling is not None:
             scale(model, self.rope_scaling)
             self.tokenizer.model_max_length = max_positions(model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from minigpt.errors import ConfigError
 from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.files import write_text
 from minigpt.page import Html, bar_chart, charts, escape, line_chart, number, page, table
+from minigpt.reading import read_json, refusing
 from minigpt.report.runs import Run, is_number, lookup, read_run
 
 CURVES = {
@@ -205,19 +205,14 @@ def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
         ConfigError: for a file that holds something else.
     """
     results: dict[str, Results] = {}
+    remedy = "Give a file that `minigpt evaluate --json FILE` wrote."
     for file in files:
-        try:
-            models = json.loads(Path(file).read_text(encoding="utf-8"))["models"]
-            for model, tests in models.items():
+        with refusing(str(file), ConfigError, remedy, verb="holds no scores"):
+            for model, tests in read_json(Path(file))["models"].items():
                 for test, scores in tests.items():
                     results.setdefault(model, {})[test] = {
                         name: Score(**_numbers(score)) for name, score in scores.items()
                     }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{file} holds no scores ({type(error).__name__}: {error}). Give a file that "
-                "`minigpt evaluate --json FILE` wrote."
-            ) from error
     return results
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
 from minigpt.errors import ConfigError
+from minigpt.reading import read_json, read_text, read_yaml, reason_of
 
 Value = TypeVar("Value")
+LARGEST = 1e30  # number that a report takes
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
 KINDS = {"Pretrain": "Pretraining", "SFT": "SFT", "DPO": "DPO", "LoRA": "LoRA"}
 
@@ -52,10 +53,10 @@ class Run:
         points = [(r["step"], r[metric]) for r in self.metrics if is_number(r.get(metric))]
         return sorted(points, key=lambda point: point[0])
 
-    def read(self, name: str, parse: Callable[[str], Value], empty: Value) -> Value:
+    def read(self, name: str, parse: Callable[[Path], Value], empty: Value) -> Value:
         """Return a file of the run, or `empty` with a gap noted."""
         try:
-            value = parse((self.path / name).read_text(encoding="utf-8"))
+            value = parse(self.path / name)
             if isinstance(value, type(empty)):
                 return value
             self.gaps.append(f"{name} is damaged: it holds no object")
@@ -63,13 +64,14 @@ class Run:
             if name != "exam.json":
                 self.gaps.append(f"{name} is missing")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            self.gaps.append(f"{name} is damaged: {str(error).splitlines()[0]}")
+            self.gaps.append(f"{name} is damaged: {reason_of(error)}")
         return empty
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a JSON file is a finite number, of a size that can be drawn."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and -LARGEST < cast(float, value) < LARGEST
 
 
 def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None:  # type: ignore[assignment]
@@ -92,20 +94,20 @@ def read_run(path: str | Path) -> Run:
             "that `minigpt fit` wrote, such as outputs/pretrain."
         )
     run = Run(folder, folder.resolve().name)
-    run.config = run.read("config.yaml", yaml.safe_load, {})
-    run.summary = run.read("summary.json", json.loads, {})
-    run.exam = run.read("exam.json", json.loads, {})
-    run.metrics = run.read("metrics.jsonl", lambda text: _metrics(text, run.gaps), [])
+    run.config = run.read("config.yaml", read_yaml, {})
+    run.summary = run.read("summary.json", read_json, {})
+    run.exam = run.read("exam.json", read_json, {})
+    run.metrics = run.read("metrics.jsonl", lambda file: _metrics(file, run.gaps), [])
     run.samples = _samples(run)
     return run
 
 
-def _metrics(text: str, gaps: list[str]) -> list[dict[str, Any]]:
+def _metrics(file: Path, gaps: list[str]) -> list[dict[str, Any]]:
     rows, bad = [], 0
-    for line in text.splitlines():
+    for line in read_text(file).splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and is_number(row.get("step")):
             rows.append(row)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
+import tiny_runs
+import yaml
 from tiny_runs import told
 from transformers import AutoModelForCausalLM
 
 from minigpt.__main__ import TRAINER_VERBS
+from minigpt.cli.parser import check_configs, with_file_names
 from minigpt.data import tokenizer as tokenizers
 
 Minigpt = Callable[..., Any]
@@ -241,6 +247,101 @@ def test_bad_config_file(
     told(minigpt("fit", *form.format(file).split(" ")), f"{file}", fragment)
 
 
+BOMB = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+BOMB += [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in pairwise("abcdefghi")]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ("\n".join(BOMB), "holds more than 100,000 values"),
+        ("run_dir: &a [*a]", "holds more than 100,000 values"),
+        ("[" * 5000, "nested too deeply"),
+        ("x" * 2_000_000, "has more than 1,048,576 bytes"),
+        ("run_dir: 2001-99-99", "month must be in 1..12"),
+    ],
+)
+def test_a_config_without_end(
+    minigpt: Minigpt, tmp_path: Path, content: str, fragment: str
+) -> None:
+    (tmp_path / "stage.yaml").write_text(content)
+    told(minigpt("fit", "--config", tmp_path / "stage.yaml"), f"{tmp_path}/stage.yaml", fragment)
+
+
+def test_a_pipe_as_config(minigpt: Minigpt, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stage.yaml")
+    told(minigpt("fit", "--config", tmp_path / "stage.yaml"), "is no regular file")
+
+
+@damage.counts
+def test_damaged_configs(minigpt: Minigpt, trained: Path, tmp_path: Path, count: int) -> None:
+    made = tiny_runs.config(trained, "sft", tmp_path / "run")
+    file = tmp_path / "stage.yaml"
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        check_configs(["--config", str(file)])
+
+    text = yaml.safe_dump(made).encode()
+    damage.fuzz(count, damage.damaged_bytes(text) | damage.damaged_json(made), read)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("null", "--data.init_args.train={}"),
+        ("#c", "--data.init_args.train {}"),
+        ("5", "--data.train={}"),
+        ("1e3", "--data.train {}"),
+        ("[a", "--data.train={}"),
+        ("b: c", "--data.train={}"),
+    ],
+)
+def test_names_of_files_that_look_like_yaml(
+    fit: Minigpt,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    form: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("{oops")
+    words = [word.format(name) for word in form.split()]
+    told(fit("sft", *words), f"minigpt: {name}:1: invalid JSON")
+
+
+def test_names_that_are_not_read_as_yaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("null", "rows"):
+        Path(name).touch()
+    given = ["fit", "--data.predict=null", "--model.init_from", "null", "--data.val=rows"]
+    given += ["--data.train=~", "--trainer.max_steps", "null"]
+    assert with_file_names(given) == [
+        *("fit", "--data.predict=./null", "--model.init_from", "./null", "--data.val=rows"),
+        *("--data.train=~", "--trainer.max_steps", "null"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "abc"),
+        ("LOCAL_RANK", ""),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "1.5"),
+        ("SLURM_PROCID", "²"),
+        ("MASTER_PORT", "9" * 30),
+    ],
+)
+def test_numbers_of_the_environment(
+    minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    for verb in ("fit", "data"):
+        told(minigpt(verb), f"The environment sets {name} to {value!r}", "Unset it")
+
+
 @pytest.mark.parametrize("verb", TRAINER_VERBS)
 def test_no_config(minigpt: Minigpt, verb: str) -> None:
     told(minigpt(verb), "name a config with --config FILE")
@@ -260,6 +361,12 @@ BAD_NUMBERS = [
     ("data__init_args__max_prompt_length", 0),
     ("data__init_args__val_share", -0.1),
     ("data__init_args__max_bad_share", 1.1),
+    ("data__init_args__seed", -1),
+    ("data__init_args__seed", 2**70),
+    ("data__init_args__num_workers", -1),
+    ("data__init_args__num_workers", 10**9),
+    ("seed_everything", -1),
+    ("seed_everything", 2**32),
     ("trainer__max_steps", 0),
     ("trainer__max_steps", -5),
     ("trainer__max_epochs", 0),

@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 STAGE_FILES = ("pretrain", "sft", "dpo", "lora")
 # A module may import these parts of the package, besides itself, and those that all may.
 COMMON = {"__version__", "errors", "files", "machine", "page", "progress", "lightning_internals"}
+COMMON |= {"reading", "terminal"}
 ALLOWED = {
     "data": set(),
     "accel": {"data"},
@@ -40,6 +41,8 @@ ALLOWED = {
     "lightning_internals": set(),
     "page": set(),
     "progress": {"data"},
+    "reading": set(),
+    "terminal": set(),
     "__main__": {"cli"},
 }
 

@@ -244,3 +244,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.expect(r"\[5 tokens, [\d.]+ tokens/s\].*> ")
     terminal.type("\x04")
     assert terminal.process.wait(limit(60)) == 0
+
+
+def test_escapes_of_a_model_do_not_reach_the_terminal(
+    talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(self: Engine, prompt: list[Message], sampling: Sampling) -> Iterator[Delta]:
+        yield Delta(1, "a\x1b]0;title\x07", [5], [], "stop")
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    out = talk("hi", "!\x1b[2J", "!system \x9b1m")
+    assert "a\\u001b]0;title\\u0007" in out
+    assert not {"\x1b", "\x07", "\x9b"} & set(out)

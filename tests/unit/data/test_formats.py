@@ -4,10 +4,14 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import damage
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +34,7 @@ from minigpt.data.formats import (
     unused_fields,
 )
 from minigpt.errors import DataError
+from minigpt.reading import MEGABYTE
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -665,3 +670,101 @@ def test_a_bad_prompt_is_named(write: Callable[..., Path], row: object) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
         load_prompts(path)
     assert (caught.value.path, caught.value.line) == (path, 2)
+
+
+ROW = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@given(st.lists(ROW, min_size=1), st.sampled_from([None, 1]), st.integers(1, 9))
+def test_an_array_is_read_item_by_item(rows: list[Any], indent: int | None, block: int) -> None:
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt.data.formats._BUFFER", block)
+        try:
+            file = write(Path(folder, "a.json"), text.encode())
+        except UnicodeEncodeError:  # a lone surrogate
+            file = write(Path(folder, "a.json"), json.dumps(rows).encode())
+        assert list(iter_rows(file)) == list(enumerate(rows, 1))
+
+
+@given(
+    damage.damaged_bytes(json.dumps([{"text": "one"}, [1, "春"], 25]).encode()), st.integers(1, 9)
+)
+def test_a_damaged_array_is_refused_as_json_refuses_it(data: bytes, block: int) -> None:
+    try:
+        expected = json.loads(data)
+    except (ValueError, RecursionError):
+        expected = None
+    if not isinstance(expected, list) or not expected or not data.lstrip().startswith(b"["):
+        return
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt.data.formats._BUFFER", block)
+        file = write(Path(folder, "a.json"), data)
+        assert repr(list(iter_rows(file))) == repr(list(enumerate(expected, 1)))
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "tail", "zip_it"),
+    [
+        (b"", b"\0", b"", True),
+        (b'{"text": "', b"x", b'"}', False),
+        (b"[", b" ", b"]", True),
+        (b"[[", b"0,", b"0]]", False),
+        (b'["', b"x", b'"]', False),
+        (b'{"text": "one"}\n', b"x", b"\n", True),
+    ],
+)
+def test_what_has_no_end_is_refused_in_bounded_memory(
+    tmp_path: Path, head: bytes, body: bytes, tail: bytes, zip_it: bool
+) -> None:
+    """Half a gigabyte in a line, or packed into a file that is a thousandth of that."""
+    file = tmp_path / ("a.jsonl.gz" if zip_it else "a.jsonl")
+    with gzip.open(file, "wb", 1) if zip_it else file.open("wb") as out:
+        out.write(head)
+        for _ in range(32):
+            out.write(body * (16 * MEGABYTE // len(body)))
+        out.write(tail)
+    code = (
+        "import sys; from pathlib import Path; from minigpt.machine import peak_memory\n"
+        "from minigpt.data.formats import iter_rows; from minigpt.errors import DataError\n"
+        "try: sys.exit(f'{sum(1 for _ in iter_rows(Path(sys.argv[1])))} rows')\n"
+        "except DataError as error: print(error)\n"
+        "print(peak_memory()['peak_rss_mb'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    problem, peak_megabytes = done.stdout.splitlines()
+    assert "bytes" in problem or "no rows" in problem, problem
+    assert problem.startswith(f"{file}")
+    assert int(peak_megabytes) < 500
+
+
+@damage.counts
+def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "one"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+    ]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    damaged = st.one_of(
+        *(damage.damaged_json(row) for row in rows),
+        damage.damaged_json(rows),
+        *(damage.damaged_bytes(data) for data in (lines, json.dumps(rows).encode(), zipped(lines))),
+    )
+
+    def read(data: bytes) -> None:
+        file = write(tmp_path / "rows", data)
+        for kind in ("text", "chat", "preference", None):
+            with suppress(DataError):
+                list(read_records([file], kind, BadRows("skip", max_share=1)))  # type: ignore[arg-type]
+        load_prompts(file)
+
+    damage.fuzz(count, damaged, read)

@@ -48,6 +48,7 @@ class Stub(ThreadingHTTPServer):
         files: path to content; `etags` may state another checksum for a path.
         breaks: how many answers are to break off half-way.
         asked: (method, path, Range header) of each request.
+        secrets: what requests bring that only their user has.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class Stub(ThreadingHTTPServer):
         self.etags: dict[str, str] = {}
         self.breaks = 0
         self.asked: list[tuple[str, str, str | None]] = []
+        self.secrets: list[str] = []
 
     @property
     def url(self) -> str:
@@ -72,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, wanted = unquote(self.path), self.headers.get("Range")
         self.server.asked.append((self.command, path, wanted))
+        self.server.secrets += self.headers.get_all("Authorization", [])
         content = self.server.files.get(path)
         if content is None:
             self.send_response(404)

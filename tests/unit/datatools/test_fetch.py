@@ -14,6 +14,7 @@ import pytest
 from patience import limit
 
 from minigpt.datatools import fetch
+from minigpt.reading import limited_time
 
 CHATS = [
     {
@@ -51,6 +52,7 @@ def test_the_hub_through_its_own_client(stub: Any, tmp_path: Path) -> None:
     stub.breaks = 1
     # A process of its own, because the client reads these when it is imported.
     environment = {**os.environ, "HF_ENDPOINT": stub.url, "HF_HUB_OFFLINE": "0"}
+    environment["HF_TOKEN"] = "hf_secret"
     code = "from minigpt.__main__ import main; import sys; sys.exit(main({}) * 10 + main({}))"
     arguments = ("data", "fetch", "--output_dir", str(tmp_path))
     good, bad = (*arguments, "tinystories-val"), (*arguments, "minimind-dpo", "--file", "no.jsonl")
@@ -59,6 +61,7 @@ def test_the_hub_through_its_own_client(stub: Any, tmp_path: Path) -> None:
         command, capture_output=True, text=True, env=environment, timeout=limit(120)
     )
     assert done.returncode == 20, done.stderr
+    assert not stub.secrets  # a mirror learns nothing of its user
     assert "minigpt: Cannot fetch no.jsonl of jingyaogong/minimind_dataset: http" in done.stderr
     assert "listed at https://huggingface.co/datasets/jingyaogong/minimind_dataset." in done.stderr
     assert done.stdout.index("CDLA-Sharing-1.0") < done.stdout.index("3 rows; left out: 1 empty")
@@ -184,3 +187,25 @@ def test_the_list_and_wrong_names(tmp_path: Path, minigpt: Any) -> None:
     assert "No corpus 'x'. Known are minimind-pretrain" in minigpt("data", "fetch", "x").err
     options = ("data", "fetch", "tang-poems", "--source", "modelscope", "--output_dir", tmp_path)
     assert "not on ModelScope" in minigpt(*options).err
+
+
+@pytest.mark.parametrize("text", ["x" + " " * 200_000 + "y", "<s> " * 50_000 + "x" + " " * 200_000])
+def test_cleaning_takes_time_in_proportion_to_the_text(tmp_path: Path, text: str) -> None:
+    """A pattern that looks at each of 200,000 spaces for a mark behind it takes an hour."""
+    (tmp_path / "rows").write_bytes(jsonl([{"text": text}]))
+    with limited_time(limit(20)):
+        (row,) = fetch._marked(tmp_path / "rows")
+    assert row["text"] == text.replace("<s>", "").strip()
+
+
+def test_marks_become_line_ends(tmp_path: Path) -> None:
+    text = " <s> a b\n<|im_end|>\n<|im_start|> c</s>\n\n d  e <|endoftext|> "
+    (tmp_path / "rows").write_bytes(jsonl([{"text": text}]))
+    assert list(fetch._marked(tmp_path / "rows")) == [{"text": "a b\nc\nd  e"}]
+
+
+def test_a_story_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "LARGEST_ROW", 1000)
+    (tmp_path / "stories").write_text("once more\n" * 200)
+    with pytest.raises(fetch.DataError, match="a document of more than 1,000 bytes"):
+        list(fetch._stories(tmp_path / "stories"))

@@ -115,3 +115,16 @@ def test_rows_before_the_first_shown_may_be_bad(
     assert (outcome.status, outcome.err) == (0, "")
     assert f"{path}:3: " in outcome.out
     assert f"{path}:4: invalid JSON" in minigpt(*options).err
+
+
+def test_escapes_of_rows_do_not_reach_the_terminal(
+    write: Any, tokenizer_dir: Path, minigpt: Any
+) -> None:
+    commands = "a\x1b[2Jb\x9b1mc\u202ed\x07\x7f"
+    file = write([{"text": commands}])
+    shown = minigpt("data", "show", file, "--tokenizer", tokenizer_dir)
+    checked = minigpt("data", "check", write([{commands: 1}], "bad.jsonl"))
+    measured = minigpt("data", "stats", file)
+    for outcome in (shown, checked, measured):
+        assert not set("\x1b\x9b\u202e\x07\x7f") & set(outcome.out + outcome.err)
+    assert "\\u001b[2J" in shown.out.replace("⟦", "").replace("⟧", "")

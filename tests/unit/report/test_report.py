@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 import tiny_runs
+import yaml
+from hypothesis import strategies as st
 
+from minigpt.errors import ConfigError
+from minigpt.export.card import stages
 from minigpt.report.build import write_report
-from minigpt.report.runs import read_run
+from minigpt.report.runs import RUN_FILES, read_run
 
 Minigpt = Callable[..., Any]
 
@@ -218,3 +225,46 @@ def test_bad_input(
     assert outcome.status == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@damage.counts
+def test_damaged_runs_are_reported_or_refused(runs: Path, tmp_path: Path, count: int) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "sft", run, ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    scores = {"models": {"a": {"exam": {"skills": {"value": 0.5, "n": 4, "low": 0.1, "high": 1}}}}}
+    (run / "scores.json").write_text(json.dumps(scores))
+    whole = {name: (run / name).read_bytes() for name in (*RUN_FILES, "scores.json")}
+    lines = whole["metrics.jsonl"].splitlines()
+    damaged = [
+        damage.damaged_json(json.loads(whole[name])).map(lambda new, name=name: (name, new))
+        for name in ("summary.json", "exam.json", "scores.json")
+    ]
+    damaged += [
+        damage.damaged_json(yaml.safe_load(whole["config.yaml"])).map(lambda n: ("config.yaml", n)),
+        damage.damaged_json(json.loads(lines[0])).map(lambda new: ("metrics.jsonl", new)),
+    ]
+    damaged += [
+        damage.damaged_bytes(content).map(lambda new, name=name: (name, new))
+        for name, content in whole.items()
+    ]
+
+    def read(example: tuple[str, bytes]) -> None:
+        name, content = example
+        (run / name).write_bytes(content)
+        try:
+            write_report([run], tmp_path / "report.html", [run / "scores.json"])
+            with suppress(ConfigError):
+                stages(run)
+        finally:
+            (run / name).write_bytes(whole[name])
+
+    damage.fuzz(count, st.one_of(damaged), read)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_pipe_in_a_run_is_a_gap(runs: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "sft", run, ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert f"{name} is damaged: {name} is no regular file" in read_run(run).gaps

@@ -1,0 +1,213 @@
+"""Files from elsewhere: read within bounds of size and time, and refused in one paragraph.
+
+Models, tokenizers, templates, adapters, configs and reports may hold anything, and the libraries
+that read them raise whatever their bytes lead to, or never end. So each reader stands inside
+`refusing`, and small files are read by `read_text`, `read_json` and `read_yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from minigpt.errors import MiniGPTError
+
+MEGABYTE = 1 << 20
+LARGEST_FILE = 256 * MEGABYTE  # of files beside weights, of which tokenizers are the largest
+LARGEST_CONFIG = MEGABYTE  # of YAML files and templates, which are written by hand
+LARGEST_TREE = 100_000  # values of a YAML file, when each alias is written out
+SECONDS = 120  # of computing by one thread: a hundred times what the slowest honest file takes
+REASON = 300  # characters of a reason, at most
+# Exceptions whose text alone, such as "'weights'", says little.
+UNCLEAR = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+
+_ends: list[tuple[float, float]] = []  # of the limits that hold now: the time, and the seconds
+
+
+class TimeUpError(BaseException):
+    """More time was computed than a file may take; no library's `except Exception` catches it."""
+
+
+class NotReadableError(ValueError):
+    """A file that is not read: it is too large, or no regular file, or holds something else."""
+
+
+@contextmanager
+def refusing(
+    what: str,
+    kind: type[MiniGPTError],
+    remedy: str = "",
+    seconds: float = SECONDS,
+    verb: str = "cannot be loaded",
+) -> Iterator[None]:
+    """Turn whatever is raised while something from elsewhere is read into one paragraph.
+
+    Args:
+        what: is read, to begin a sentence, such as "The model at outputs/sft".
+        kind: of the error. MiniGPT's own errors pass.
+        remedy: what the user can do about it.
+        seconds: that the main thread may compute.
+        verb: what it says of `what`.
+
+    Raises:
+        MiniGPTError: of that kind.
+    """
+    try:
+        with limited_time(seconds):
+            yield
+    except MiniGPTError:
+        raise
+    except (Exception, TimeUpError) as error:
+        raise kind(_paragraph(what, verb, reason_of(error), remedy)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        raise kind(_paragraph(what, verb, reason_of(error), remedy)) from error
+
+
+def _paragraph(what: str, verb: str, reason: str, remedy: str) -> str:
+    return f"{what} {verb}: {reason.rstrip('.')}. {remedy}".rstrip()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what is wrong in one line, of `REASON` characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if first.endswith(":") and len(lines) > 1:
+        first += f" {lines[1]}"
+    if isinstance(error, MemoryError):
+        first = "there is not enough memory for it"
+    elif isinstance(error, RecursionError):
+        first = "it is nested too deeply"
+    elif isinstance(error, OSError) and error.strerror:
+        first = error.strerror
+    elif not first or isinstance(error, UNCLEAR):
+        first = f"{type(error).__name__}: {first}".rstrip(": ")
+    return first if len(first) <= REASON else first[: REASON - 1] + "…"
+
+
+@contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """End what is inside once the main thread has computed for so long.
+
+    Waiting, and what other threads or processes compute, does not count, so that a busy machine
+    changes nothing. In threads other than the main one there is no limit.
+
+    Raises:
+        TimeUpError: then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _end_when_over)
+    interval = min(1.0, seconds)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, interval, interval)
+    _ends.append((time.thread_time() + seconds, seconds))
+    try:
+        yield
+    finally:
+        _ends.pop()
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _end_when_over(_: int, __: FrameType | None) -> None:
+    for end, seconds in _ends:
+        if time.thread_time() > end:
+            raise TimeUpError(f"after {seconds:g} seconds of computing it is not done")
+
+
+def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
+    """Read a small file.
+
+    Raises:
+        NotReadableError: when it is larger than `limit` bytes, or no regular file: a pipe may
+            never end.
+        OSError: when it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise NotReadableError(f"{path.name} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise NotReadableError(f"{path.name} has more than {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
+    """Read a small UTF-8 file; raises as `read_bytes` does, and UnicodeDecodeError."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def read_json(path: Path, limit: int = LARGEST_FILE) -> dict[str, Any]:
+    """Read a small file that holds one JSON object.
+
+    Raises:
+        ValueError: when it holds something else, or for what `read_bytes` refuses.
+        RecursionError: when it is nested too deeply.
+        OSError: when it cannot be read.
+    """
+    value = json.loads(read_text(path, limit))
+    if not isinstance(value, dict):
+        raise NotReadableError(f"{path.name} holds no JSON object")
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a small YAML file.
+
+    Raises:
+        ValueError: when its aliases stand for more than `LARGEST_TREE` values or for themselves,
+            or for what `read_bytes` refuses.
+        yaml.YAMLError, RecursionError: when it is damaged or nested too deeply.
+        OSError: when it cannot be read.
+    """
+    import yaml
+
+    return yaml.safe_load(check_yaml(path))
+
+
+def check_yaml(path: Path) -> str:
+    """Return the text of a small YAML file; raises as `read_yaml` does."""
+    import yaml
+
+    text = read_text(path, LARGEST_CONFIG)
+    tree = yaml.compose(text, yaml.SafeLoader)
+    if tree is not None and _size(tree, {}) > LARGEST_TREE:
+        raise NotReadableError(f"{path.name} holds more than {LARGEST_TREE:,} values")
+    return text
+
+
+def _size(node: Any, sizes: dict[int, int]) -> int:
+    """Return how many values a YAML node stands for, with each alias written out."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = LARGEST_TREE  # of a node inside itself
+    below = node.value if isinstance(node.value, list) else []
+    items = [item for entry in below for item in (entry if isinstance(entry, tuple) else (entry,))]
+    sizes[id(node)] = 1 + sum(_size(item, sizes) for item in items)
+    return sizes[id(node)]
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a model's or tokenizer's directory in which reading a file might never end.
+
+    Raises:
+        NotReadableError: for something like a pipe, or a file beside the weights that is larger
+            than `LARGEST_FILE`.
+    """
+    for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
+        if not path.exists() or path.is_dir():
+            continue
+        if not path.is_file():
+            raise NotReadableError(f"{path.name} is no regular file")
+        is_text = path.suffix in (".json", ".jinja", ".txt", ".model")
+        if is_text and path.stat().st_size > LARGEST_FILE:
+            raise NotReadableError(f"{path.name} has more than {LARGEST_FILE:,} bytes")
