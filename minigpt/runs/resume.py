@@ -225,13 +225,19 @@ class ExactResume(Callback):
             validate_now(trainer)
 
     def _restore_logs(self, trainer: Trainer) -> None:
-        """Take out what was logged after the checkpoint; put in what its step could not log."""
+        """Take out what was logged after the checkpoint; put in what its step could not log.
+
+        A run that goes on in another directory has a log of its own.
+        """
         steps = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, JSONLLogger | RunTensorBoard):
                 logger.rewind(steps, self.point.validation_due)
+        assert self.checkpoint is not None
+        run_dir = Path(self.checkpoint).resolve().parent.parent
         files = [logger for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
-        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in files)
+        own = [file for file in files if file.path.resolve().parent == run_dir]
+        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in own)
         if lost and self.point.logged:
             for logger in trainer.loggers:
                 logger.log_metrics(self.point.logged, steps - 1)

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -78,10 +77,10 @@ def scores_of(
 
 def _read(path: Path, pairs: int) -> Scores | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            scores: Scores = file["scores"]  # checked against the sum that a zip file holds
-    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile):
-        return None  # missing or damaged: they are computed anew
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            scores: Scores = arrays["scores"]  # checked against the sum that a zip file holds
+    except Exception:  # missing, or damaged, which a zip file tells by any error
+        return None
     return scores if scores.shape == (pairs, 2) and scores.dtype == np.float32 else None
 
 

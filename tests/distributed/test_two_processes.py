@@ -171,7 +171,7 @@ def test_processes_share_the_computing_of_reference_logprobs(strategy: str, runs
         alone = tiny_runs.metrics(runs / "dpo-sgd-alone", f"train/{name}")
         together = tiny_runs.metrics(runs / f"dpo-sgd-{strategy}-precomputed", f"train/{name}")
         assert together == pytest.approx(alone, rel=1e-3, abs=1e-5), name
-    assert len(list((runs / f"cache-{strategy}").glob("*/reference-*.npy"))) == 2
+    assert len(list((runs / f"cache-{strategy}").glob("*/reference-*.npz"))) == 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

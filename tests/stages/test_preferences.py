@@ -21,6 +21,7 @@ from minigpt.data.datamodule import PackedDataset
 from minigpt.errors import ConfigError
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.pretrained import load_model
+from minigpt.stages import reference
 from minigpt.stages.dpo import DPOModule
 
 LORA = {"r": 4, "dropout": 0.0}
@@ -84,7 +85,7 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(
         fit("dpo", again, "--ckpt_path", str(begun), **more)
         resumed = tiny_runs.metrics(tmp_path / again)
         assert resumed == pytest.approx(losses[2:], rel=1e-6), again
-        for kept in (tmp_path / "cache").glob("*/reference-*.npy"):
+        for kept in (tmp_path / "cache").glob("*/reference-*.npz"):
             kept.unlink()
 
 
@@ -98,18 +99,18 @@ def test_the_same_rows_in_two_files(world: Path, tmp_path: Path, fit: Fit) -> No
 def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
     tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(file: Any, scores: Any) -> None:
+    def full(file: Any, **_: Any) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minigpt.stages.reference.np.save", full)
+    monkeypatch.setattr("minigpt.stages.reference.np.savez", full)
     cache = {"data__init_args__cache_dir": str(tmp_path / "cache")}
     fit("dpo", "run", **cache, model__init_args__reference="precomputed")
     assert len(tiny_runs.metrics(tmp_path / "run")) == 3
     assert "cannot be saved in" in caplog.text
     assert "No space left on device" in caplog.text
     files = {path.name for path in (tmp_path / "cache").glob("*/*")}
-    assert files == {"meta.json", "tokens.bin", "samples.bin", "lengths.bin"}
+    assert files == {"meta.json", "sums.bin", "tokens.bin", "samples.bin", "lengths.bin"}
 
 
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -141,7 +142,7 @@ def test_reference_logprobs_are_computed_once(
     fit("dpo", "second", **more)
     assert sum(seen) == 58
     assert tiny_runs.metrics(tmp_path / "first") == tiny_runs.metrics(tmp_path / "second")
-    assert len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
+    assert len(list((tmp_path / "cache").glob("*/reference-*.npz"))) == 2
     # Another start, or other rows, have other log-probs.
     fit("dpo", "third", **more, model__init_args__init_from=str(tmp_path / "first" / "hf"))
     assert sum(seen) == 58 + 58
@@ -149,6 +150,19 @@ def test_reference_logprobs_are_computed_once(
     assert sum(seen) == 58 + 58 + 20 + 10
     fit("dpo", "fifth", **more, trainer__precision="bf16-mixed")
     assert sum(seen) == 58 + 58 + 20 + 10 + 58
+
+
+def test_no_flipped_bit_of_saved_logprobs_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    scores = np.linspace(-9, 0, 6, dtype=np.float32).reshape(3, 2)
+    reference._write(path, scores)
+    written = path.read_bytes()
+    for bit in range(8 * len(written)):
+        flipped = bytearray(written)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        read = reference._read(path, 3)
+        assert read is None or np.array_equal(read, scores), bit
 
 
 class Trap:
@@ -170,12 +184,12 @@ def test_damaged_reference_logprobs_are_never_used(
         "data__init_args__cache_dir": str(tmp_path / "cache"),
     }
     fit("dpo", "first", **more)
-    kept = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npy"))[0]
+    kept = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npz"))[0]
     whole = kept.read_bytes()
     if damage == "other rows":
-        np.save(kept, np.zeros((3, 2), np.float32))
+        np.savez(kept, scores=np.zeros((3, 2), np.float32))
     elif damage == "code":
-        np.save(kept, np.array([[Trap(tmp_path / "trapped")] * 2] * 48))
+        np.savez(kept, scores=np.array([[Trap(tmp_path / "trapped")] * 2] * 48))
     else:
         kept.write_bytes(whole[:-9] if damage == "cut off" else b"")
     seen = forwards(monkeypatch)
