@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +34,10 @@ ODD += [
     [-1, "x"],
     ["abc"] * 3,
 ]
-odd = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=8))
+# Copies, since what is put into a document may be changed there.
+odd = st.one_of(
+    st.sampled_from(ODD).map(copy.deepcopy), st.integers(), st.floats(), st.text(max_size=8)
+)
 
 
 def fuzz(

@@ -1,4 +1,4 @@
-"""`minigpt data`: check, measure, look at and fetch data files."""
+"""`minigpt data`: check, measure, look at, convert and fetch data files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt.cli.options import CommandParser, positive, writing
+from minigpt.data.formats import expand_files
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
 from minigpt.progress import shown
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   minigpt data check raw.jsonl --fix clean.jsonl
   minigpt data stats data/*.jsonl --tokenizer outputs/tokenizer --html stats.html
   minigpt data show data/dpo.jsonl --tokenizer outputs/tokenizer
+  minigpt data convert qa.xlsx extra.parquet sft.jsonl --columns ask=prompt reply=completion
   minigpt data fetch tinystories-val --output_dir data/public
 """
 
@@ -47,7 +49,8 @@ def parser() -> CommandParser:
 
     def reader(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         action = verb(name, run, text)
-        action.add_argument("files", nargs="+", help="JSONL or JSON arrays, plain or gzipped")
+        text = "JSONL, JSON arrays, text, CSV or TSV, also compressed; folders and patterns"
+        action.add_argument("files", nargs="+", help=text)
         action.add_argument("--kind", choices=("text", "chat", "preference"), help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
         action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
@@ -70,6 +73,11 @@ def parser() -> CommandParser:
     add("--start", type=positive, default=1, help="first line to show (1)")
     add("--rows", type=positive, default=3, help="rows to show of each file (3)")
     add("--html", help="write a page to this file, too")
+    text = "any files as JSONL, also Parquet, Arrow and spreadsheets"
+    add = verb("convert", convert, text).add_argument
+    add("files", nargs="+", help="what to read")
+    add("output", help="the JSONL to write, which must not exist")
+    add("--columns", type=renaming, nargs="+", default=[], help="new names of keys: OLD=NEW")
     add = verb("fetch", fetch, "public corpora as JSONL").add_argument
     add("name", nargs="?", help="which one; without it, all are listed")
     add("--output_dir", default="data/public", help="where to put it (data/public)")
@@ -87,6 +95,14 @@ def share(text: str) -> float:
     return value
 
 
+def renaming(text: str) -> tuple[str, str]:
+    """Read OLD=NEW."""
+    old, separator, new = text.partition("=")
+    if not (old and separator and new):
+        raise argparse.ArgumentTypeError(f"must be OLD=NEW, but is {text!r}")
+    return old, new
+
+
 def check(args: argparse.Namespace) -> None:
     """Print the problems of files, and write a mended copy if asked to.
 
@@ -95,7 +111,7 @@ def check(args: argparse.Namespace) -> None:
     """
     from minigpt.datatools.check import Checker, Findings
 
-    files = list(dict.fromkeys(map(Path, args.files)))
+    files = list(map(Path, expand_files(args.files)))
     fix = Path(args.fix) if args.fix else None
     if fix and (len(files) > 1 or fix.exists()):
         raise ConfigError("--fix mends one file at a time and writes to a new one.")
@@ -143,7 +159,7 @@ def stats(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(args)
     sample = None if args.all else args.sample
     reports = []
-    for file in args.files:
+    for file in expand_files(args.files):
         with shown(f"measuring {file}"):
             report = measure(
                 Path(file), args.kind, tokenizer, args.max_length, args.tokens_per_batch, sample
@@ -170,7 +186,7 @@ def show(args: argparse.Namespace) -> None:
         raise ConfigError("Tokens need --tokenizer: a tokenizer or model directory, or hub id.")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     segments = []
-    for file in args.files:
+    for file in expand_files(args.files):
         for segment in show.segments(
             Path(file), tokenizer, args.kind, args.max_length, args.start, args.rows
         ):
@@ -182,6 +198,18 @@ def show(args: argparse.Namespace) -> None:
     if args.html:
         with writing(args.html):
             write_text(Path(args.html), page("What is learnt", show.html(segments)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write files of any form as JSONL."""
+    from minigpt.datatools.convert import convert
+
+    out = Path(args.output)
+    if out.exists():
+        raise ConfigError(f"{out} exists and is left alone. Name a new file.")
+    with writing(out), shown(f"writing {out}"):
+        rows = convert(list(map(Path, args.files)), out, dict(args.columns))
+    print(f"{out}: {counted(rows, 'row')}")
 
 
 def fetch(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.cli.options import CommandParser, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.formats import expand_files
 from minigpt.files import atomic_directory
 from minigpt.progress import shown
 
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> None:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     train = actions.add_parser("train", help="train a byte-level BPE", epilog=EXAMPLES)
-    train.add_argument("--data_file", nargs="+", required=True, help="JSONL files")
+    train.add_argument(
+        "--data_file", nargs="+", required=True, help="data files, folders, patterns"
+    )
     train.add_argument("--output_dir", required=True, help="where to save it")
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
     train.add_argument("--data_limit", type=positive, help="use only the first rows")
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     train_to(
         Path(args.output_dir),
-        args.data_file,
+        expand_files(args.data_file),
         args.vocab_size,
         args.data_limit,
         args.overwrite,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.formats import Kind, Prompt, load_prompts
+from minigpt.data.formats import Kind, Prompt, expand_files, load_prompts
 from minigpt.data.order import FileShare, PackedOrder, histogram
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids
@@ -201,7 +201,8 @@ class JSONLDataModule(LightningDataModule):
 
     Args:
         train: file, list of files, or a mapping of files to weights; a weight of 2 means
-            that an epoch holds each of the file's samples twice, 0.5 half of them.
+            that an epoch holds each of the file's samples twice, 0.5 half of them. A folder or a
+            pattern such as `texts/*.jsonl` stands for all data files that it holds.
         val: held-out files. Without them, `val_share` of the training rows are held out.
         val_share: share of rows to hold out when `val` is not given; 0 for none.
         exam: files of exam items, for `minigpt test`.
@@ -212,6 +213,7 @@ class JSONLDataModule(LightningDataModule):
             micro-batches a process accumulates follows from it. By default the trainer's
             `accumulate_grad_batches` says that.
         max_prompt_length: tokens of a preference's prompt.
+        columns: keys of the rows that have other names in MiniGPT, such as {ask: prompt}.
         data_limit: use only the first rows of each training file.
         on_bad_row: stop at a bad row, or skip and count it.
         max_bad_share: share of skipped rows above which the run stops.
@@ -240,6 +242,7 @@ class JSONLDataModule(LightningDataModule):
         num_workers: int | None = None,
         cache_dir: str | None = None,
         tokens_per_step: int | None = None,
+        columns: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -247,7 +250,15 @@ class JSONLDataModule(LightningDataModule):
         self.val_share = val_share
         self.exam = exam or []
         self.predict = predict
-        self.limits = Limits(max_length, max_prompt_length, data_limit, on_bad_row, max_bad_share)
+        self.columns = columns or {}
+        self.limits = Limits(
+            max_length,
+            max_prompt_length,
+            data_limit,
+            on_bad_row,
+            max_bad_share,
+            tuple(self.columns.items()),
+        )
         self.tokens_per_batch = tokens_per_batch
         self.tokens_per_step = tokens_per_step
         self.seed = seed
@@ -466,7 +477,7 @@ class JSONLDataModule(LightningDataModule):
                 "Nothing to predict: give --data.init_args.predict FILE, a JSONL of "
                 '{"prompt": ...} or {"messages": [...]}.'
             )
-        return self._deal(load_prompts(self.predict))
+        return self._deal(load_prompts(self.predict, self.columns))
 
     def _deal(self, items: list[T]) -> DataLoader[list[T]]:
         """Give each process its share of the items, a batch at a time."""
@@ -507,11 +518,12 @@ class JSONLDataModule(LightningDataModule):
 
 
 def _weights(files: Files) -> dict[str, float]:
+    """Return the weight of each file; folders and patterns are replaced by what they stand for."""
     if files is None:
         return {}
     if isinstance(files, dict):
-        return files
-    return dict.fromkeys([files] if isinstance(files, str) else files, 1.0)
+        return {file: w for name, w in files.items() for file in expand_files([name])}
+    return dict.fromkeys(expand_files([files] if isinstance(files, str) else files), 1.0)
 
 
 def check_embedded(store: TokenStore, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:

@@ -1,7 +1,8 @@
 """Rows of data files become records: typed, validated, and traced to file and line.
 
-The one reader of rows, for training and for every tool. A file is JSONL or one JSON array, plain
-or gzipped. Whatever a file or a row holds, the outcome is records or a `DataError`.
+The one reader of rows, for training and for every tool. A file is JSONL, one JSON array, plain text
+(.txt), CSV or TSV, as it is or compressed (gzip, xz, bzip2, zstd). Whatever a file or a row holds,
+the outcome is records or a `DataError`.
 
     read_records   files → records; bad rows stop the reading, or are counted
     parse_row      decoded row → record
@@ -13,10 +14,11 @@ or gzipped. Whatever a file or a row holds, the outcome is records or a `DataErr
 from __future__ import annotations
 
 import codecs
-import gzip
+import glob
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import zlib
@@ -29,7 +31,15 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from minigpt.errors import DataError
+from minigpt.data.tables import (
+    DELIMITERS,
+    decompressed,
+    refuse_foreign,
+    suffix_of,
+    table_rows,
+    text_rows,
+)
+from minigpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -41,11 +51,13 @@ ROLES |= {"human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
 # The key of the prompt and, where the messages do not hold it already, that of the answer.
 _CHAT_KEYS = {"messages": "", "conversations": "", "instruction": "output", "prompt": "completion"}
+_CHAT_KEYS |= {"question": "answer", "问": "答"}
 # 'prompt' comes first: preference sets often carry the whole chosen chat as 'messages' as well.
-_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
+_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "问")
 _ACCEPTED = {
     "text": "{text}",
-    "chat": "{messages} or {conversations}, {instruction, input, output}, {prompt, completion}",
+    "chat": "{messages} or {conversations}, {instruction, input, output}, {prompt, completion}, "
+    "{question, answer}",
     "preference": "{chosen, rejected} as whole conversations, or as answers together with "
     "{prompt}, {messages}, {conversations} or {instruction, input}",
     "prompt": "{prompt}, {messages} or {conversations}, {instruction, input}",
@@ -64,7 +76,7 @@ _UNUSED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
 _EMPTY_VALUES: tuple[object, ...] = (None, "", [], {})
 _REMEDIES = {
     "answer_role": "Give each answer as a string or as one assistant message.",
-    "bad_gzip": "Copy or compress it again.",
+    "bad_compression": "Copy or compress it again.",
     "bad_json": "Each line must hold one JSON object (JSONL), or the whole file one JSON array.",
     "empty": "Fill it, or leave the row out.",
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
@@ -87,6 +99,8 @@ _REMEDIES = {
 }
 LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
+READABLE = (".jsonl", ".json", ".txt", ".csv", ".tsv")
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # beside OSErrors without a number
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BUFFER = 1 << 17  # bytes read at a time
@@ -207,15 +221,17 @@ def read_records(
     bad: BadRows,
     limit: int | None = None,
     special_tokens: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Record, Source]]:
     """Stream the records of the files, one file after the other, at most `limit` in all.
 
     Args:
-        paths: JSONL files or JSON arrays, plain or gzipped.
+        paths: JSONL, JSON arrays, plain text, CSV or TSV, as they are or compressed.
         kind: the rows' kind; None reads each row as the kind that its fields tell.
         bad: decides what becomes of bad rows, and counts them.
         limit: the largest number of records.
         special_tokens: texts that documents and answers must not hold.
+        columns: the rows' keys that have other names here, such as {"ask": "prompt"}.
 
     Raises:
         DataError: a file cannot be read or holds no rows, no row of all files can be used, or
@@ -227,6 +243,7 @@ def read_records(
         if limit is not None and good >= limit:
             break
         bad.seen += 1
+        row = renamed(row, columns)
         row_kind = kind or kind_of(row)
         try:
             record = parse_row(row, row_kind, special_tokens)
@@ -242,6 +259,38 @@ def read_records(
     if not good and limit != 0:
         problem = f"no {kind or 'data'} row can be used; {bad.summary() or 'no files'}"
         raise _error("no_rows", None, problem)
+
+
+def renamed(row: object, columns: Mapping[str, str] | None) -> object:
+    """Return a decoded row with the names that its keys have here."""
+    if not columns or not isinstance(row, dict):
+        return row
+    return {columns.get(key, key): value for key, value in row.items()}
+
+
+def expand_files(names: Iterable[str]) -> list[str]:
+    """Return the files that names, folders and patterns such as `texts/*.jsonl` stand for.
+
+    A folder stands for the data files in it and below, in the order of their names.
+
+    Raises:
+        ConfigError: for a folder or pattern without data files.
+    """
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if suffix_of(file) in READABLE)
+            matches = [str(file) for file in below if file.is_file()]
+        elif glob.has_magic(name) and not path.exists():
+            matches = sorted(glob.glob(name, recursive=True))
+        else:
+            matches = [name]
+        if not matches:
+            endings = ", ".join(READABLE)
+            raise ConfigError(f"{name}: there is no data file ({endings}). Check the name.")
+        files += matches
+    return list(dict.fromkeys(files))
 
 
 def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Record:
@@ -281,8 +330,8 @@ def parse_prompt(row: object) -> tuple[Message, ...] | str:
     return _messages(parser.opening(row, key), prompt=True)
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read a file of prompts.
+def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Read a file of prompts, whose keys have other names here by `columns`.
 
     Raises:
         DataError: for a missing file or a row without a prompt.
@@ -290,7 +339,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     for line, row in iter_rows(path):
         try:
-            content = parse_prompt(row)
+            content = parse_prompt(renamed(row, columns))
         except DataError as error:
             raise error.at(path, line) from None
         assert isinstance(row, dict)
@@ -400,7 +449,7 @@ class _RowParser:
                 turns.append(("system", Message("system", system)))
         if key == "instruction":
             return turns + self.alpaca(row)
-        role = "user" if key == "prompt" else ""
+        role = "user" if key in ("prompt", "question", "问") else ""
         return turns + self.turns(row[key], key, role) if key else turns
 
     def alpaca(self, row: _Row) -> list[_Turn]:
@@ -593,12 +642,25 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
     """
     try:
         with open_data(path) as stream:
-            yield from _rows(stream)
+            refuse_foreign(path, stream.peek(32)[:32])
+            suffix = suffix_of(path)
+            if suffix == ".txt":
+                rows: Iterator[tuple[int, object]] = text_rows(path, lines_of(stream))
+            elif suffix in DELIMITERS:
+                rows = table_rows(lines_of(stream), DELIMITERS[suffix])
+            else:
+                rows = _rows(stream)
+            first = next(rows, None)
+            if first is None:
+                raise _error("no_rows", None, "the file holds no rows")
+            yield first
+            yield from rows
     except DataError as error:
         raise error.at(path, error.line) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _error("bad_gzip", None, f"cut off or damaged gzip data: {error}").at(path) from None
-    except OSError as error:
+    except (*DAMAGED, OSError) as error:
+        if not isinstance(error, OSError) or error.errno is None:
+            problem = f"cut off or damaged compressed data: {error}"
+            raise _error("bad_compression", None, problem).at(path) from None
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise _error(reason, None, f"cannot be read: {error.strerror}").at(path) from None
 
@@ -673,11 +735,14 @@ class _WatchedFile(io.FileIO):
 
 
 @contextmanager
-def open_data(path: Path) -> Iterator[IO[bytes]]:
-    """Open a plain or gzipped file."""
-    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
-        zipped = path.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"
-        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw)
+def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file, which is decompressed by what it begins with.
+
+    Raises:
+        DataError: when the package that decompresses it is missing.
+    """
+    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw, decompressed(raw) as stream:
+        yield stream
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[bytes]:
@@ -715,8 +780,6 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
         if data.strip():
             rows += 1
             yield line, _decode(data, line)
-    if not rows:
-        raise _error("no_rows", None, "the file holds no rows")
 
 
 class _Array:

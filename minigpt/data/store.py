@@ -53,6 +53,7 @@ from minigpt.data.formats import (
     read_records,
     unused_problem,
 )
+from minigpt.data.tables import suffix_of
 from minigpt.data.tokenizer import document_end, document_start, id_count, started
 from minigpt.errors import DataError
 from minigpt.files import GONE, remove_directory, sync, write_json
@@ -87,6 +88,7 @@ class Limits:
         data_limit: use only the first rows of each file.
         on_bad_row: stop at the first bad row, or skip and count it.
         max_bad_share: share of bad rows above which skipping stops with an error.
+        columns: (name in the file, name in MiniGPT) of the rows' keys that differ.
     """
 
     max_length: int = 512
@@ -94,6 +96,7 @@ class Limits:
     data_limit: int | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_share: float = 0.05
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -320,7 +323,7 @@ def open_store(
     source = Path(source)
     root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
     content = _content(source)
-    path = root / f"{source.stem}-{_digest(content, kind, tokenizer, limits)}"
+    path = root / f"{source.stem}-{_digest(content, suffix_of(source), kind, tokenizer, limits)}"
     if (store := _opened(path, source)) is not None:
         return store
     if path.exists():
@@ -358,13 +361,16 @@ def _content(source: Path) -> str:
     return file_digest(source)
 
 
-def _digest(content: str, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> str:
+def _digest(
+    content: str, suffix: str, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits
+) -> str:
     """Return a digest of all that decides a store's content."""
     key = {
         "format": FORMAT,
         "kind": kind,
         "limits": asdict(limits),
         "content": content,
+        "suffix": suffix,  # by which it is read
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": str(tokenizer.chat_template) if kind != "text" else "",
@@ -432,7 +438,8 @@ def _build(
         bad = BadRows(limits.on_bad_row, limits.max_bad_share)
         encoder = Encoder(kind, tokenizer, limits)
         refused = refused_texts(tokenizer, kind)
-        records = read_records([source], kind, bad, limits.data_limit, refused)
+        columns = dict(limits.columns)
+        records = read_records([source], kind, bad, limits.data_limit, refused, columns)
         with closing(writer), _rare_garbage_collection(), hash_reads() as read:
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)

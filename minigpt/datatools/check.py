@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from minigpt.data.formats import (
     unused_problem,
 )
 from minigpt.data.store import Encoder, Limits
+from minigpt.data.tables import DELIMITERS, refuse_foreign, suffix_of
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
 from minigpt.datatools.encoding import CONTROL, finding, has_odd_characters, readable
@@ -178,7 +178,7 @@ class Checker:
 
     def check(self, path: Path) -> None:
         """Check one file."""
-        copy = self.scratch / f"{len(self.copies)}.jsonl"
+        copy = self.scratch / f"{len(self.copies)}{suffix_of(path) or '.jsonl'}"
         self.file_starts.append((len(self.hashes), path))
         self.copies[path] = copy = readable(path, copy, self.findings.handle)
         self.mended_lines[path] = array("I")
@@ -391,12 +391,11 @@ def _without_control(value: object) -> object:
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield each row as the bytes of its line, or decoded where the file is one array."""
+    """Yield each row as the bytes of its line, or decoded where the file is no JSONL."""
     with open_data(path) as stream:
-        starts = iter(partial(stream.readline, 99), b"")
-        start = next(filter(bytes.strip, starts), b"")
-        if not start.lstrip().startswith(b"["):
-            stream.seek(0)
+        refuse_foreign(path, stream.peek(32)[:32])
+        is_lines = suffix_of(path) not in (".txt", *DELIMITERS)
+        if is_lines and not stream.peek().lstrip().startswith(b"["):
             yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())
             return
     yield from scan_rows(path)

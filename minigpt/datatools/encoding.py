@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from minigpt.data.formats import open_data
 from minigpt.errors import DataError
@@ -55,10 +55,8 @@ def _is_sound(block: bytes) -> bool:
         return False
 
 
-def _utf8_lines(path: Path, stream: IO[bytes], report: Report) -> Iterator[bytes]:
-    first = next(iter(stream), b"")
-    stream.seek(0)
-    if not first.startswith(_UTF16):
+def _utf8_lines(path: Path, stream: io.BufferedReader[Any], report: Report) -> Iterator[bytes]:
+    if not stream.peek(2).startswith(_UTF16):
         yield from stream
         return
     report(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))

@@ -269,6 +269,28 @@ def test_files_are_mixed_by_weight(module: Any, write: Any, kind: str) -> None:
     assert [drawn.count(path) for path in paths] == counts
 
 
+def test_folders_and_patterns_are_files_with_the_weight_given(
+    module: Any, write: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, count in (("a.txt", 3), ("b.txt", 2)):
+        (folder / name).write_text("".join(f"text {i}\n" for i in range(count)))
+    assert len(lines(module(train=str(folder)).train_dataloader())) == 5
+    weighted = module(train={f"{folder}/*.txt": 2.0})
+    assert len(lines(weighted.train_dataloader())) == 10
+    with pytest.raises(ConfigError, match="there is no data file"):
+        module(train=f"{folder}/*.csv")
+
+
+def test_columns_with_other_names(module: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("body\nsome text\nmore text\n")
+    made = module(train=str(tmp_path / "rows.csv"), columns={"body": "text"})
+    assert sorted(lines(made.train_dataloader())) == [2, 3]
+    with pytest.raises(DataError, match="not a text row"):
+        module(train=str(tmp_path / "rows.csv"))
+
+
 def test_a_weight_that_leaves_no_sample_is_refused(module: Any, write: Any) -> None:
     paths = [str(write(TEXTS[:n], f"{n}.jsonl")) for n in (1, 3)]
     with pytest.raises(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    expand_files,
     iter_rows,
     load_prompts,
     parse_prompt,
@@ -33,7 +36,7 @@ from minigpt.data.formats import (
     read_records,
     unused_fields,
 )
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError
 from minigpt.reading import MEGABYTE
 
 
@@ -89,8 +92,8 @@ def test_good_file(tmp_path: Path, name: str, data: bytes, lines: list[int]) -> 
         (b"[" * 100_000, "bad_json", 1, "nested too deeply"),
         (b'{"a":' * 100_000, "bad_json", 1, "nested too deeply"),
         (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "bad_json", 1, "too many digits"),
-        (zipped(LINES * 500)[:-9], "bad_gzip", None, "cut off or damaged"),
-        (zipped(LINES)[:12] + b"\xff\xff\xff", "bad_gzip", None, "cut off or damaged"),
+        (zipped(LINES * 500)[:-9], "bad_compression", None, "cut off or damaged"),
+        (zipped(LINES)[:12] + b"\xff\xff\xff", "bad_compression", None, "cut off or damaged"),
     ],
 )
 def test_bad_file(
@@ -110,8 +113,81 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         list(iter_rows(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="Is a directory"):
         list(iter_rows(tmp_path))
-    with pytest.raises(DataError, match="gzip"):
-        list(iter_rows(write(tmp_path / "plain.gz", LINES)))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_file_is_decompressed_by_what_it_begins_with(
+    compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    expected = [row for _, row in iter_rows(write(tmp_path / "plain.gz", LINES))]
+    data = compress(LINES)
+    assert [row for _, row in iter_rows(write(tmp_path / "rows", data))] == expected != []
+    with pytest.raises(DataError, match="cut off or damaged"):
+        list(iter_rows(write(tmp_path / "cut", data[:-9])))
+
+
+def test_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path = write(tmp_path / "rows.jsonl.zst", zstandard.compress(LINES) * 3)
+    assert [line for line, _ in iter_rows(path)] == [1, 2, 3, 4, 5, 6]
+    rows = b"".join(b'{"text": "%d"}\n' % (7919 * number) for number in range(50_000))
+    compressed = zstandard.compress(rows)
+    long = write(tmp_path / "long.zst", compressed)
+    assert [line for line, _ in iter_rows(long)] == list(range(1, 50_001))
+    for damaged in (compressed[:-9], compressed[:5000] + b"\x00" * 99 + compressed[5099:]):
+        with pytest.raises(DataError, match="cut off or damaged"):
+            list(iter_rows(write(tmp_path / "cut", damaged)))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DataError, match="zstd needs the package zstandard"):
+        list(iter_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"PAR1\x15" + bytes(40), "a Parquet file"),
+        (b"PK\x03\x04" + bytes(40), "a ZIP archive"),
+        (b"%PDF-1.7", "a PDF"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data: bytes, name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"the file is {name}"):
+        list(iter_rows(write(tmp_path / "rows.jsonl", data)))
+
+
+def test_folders_and_patterns_stand_for_their_files(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.txt", "sub/c.csv.gz", "notes.md", "d.json"):
+        write(tmp_path / name, LINES)
+    folder = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "d.json", "sub/c.csv.gz")]
+    assert expand_files([str(tmp_path)]) == folder
+    assert expand_files([f"{tmp_path}/*.json*"]) == [folder[1], folder[2]]
+    assert expand_files([folder[1], f"{tmp_path}/b*"]) == [folder[1]]
+    assert expand_files(["missing.jsonl"]) == ["missing.jsonl"]
+    odd = str(write(tmp_path / "a[1].jsonl", LINES))
+    assert expand_files([odd]) == [odd]
+    for nothing in (f"{tmp_path}/*.parquet", str(tmp_path / "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="there is no data file"):
+            expand_files([nothing])
+
+
+def test_keys_that_have_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", b'{"ask": "Hi?", "reply": "Hello."}\n')
+    columns = {"ask": "prompt", "reply": "completion"}
+    ((record, _),) = read_records([path], "chat", BadRows(), columns=columns)
+    assert record == Chat((user("Hi?"), bot("Hello.")))
+    assert load_prompts(path, columns)[0].row == {"ask": "Hi?", "reply": "Hello."}
+
+
+@pytest.mark.parametrize(("ask", "reply"), [("question", "answer"), ("问", "答")])
+def test_questions_and_answers(ask: str, reply: str) -> None:
+    row = {"system": "Be kind.", ask: "Hi?", reply: "Hello."}
+    assert parse_row(row, "chat") == Chat((system("Be kind."), user("Hi?"), bot("Hello.")))
+    preference = {ask: "Hi?", "chosen": "Hello.", "rejected": "No."}
+    assert parse_row(preference, "preference") == Preference(
+        (user("Hi?"),), bot("Hello."), bot("No.")
+    )
 
 
 KINDS: tuple[Kind, ...] = ("text", "chat", "preference")

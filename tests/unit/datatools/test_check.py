@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
+from minigpt.data.tables import SIGNATURES
 from minigpt.datatools.check import Checker, Findings
 from minigpt.datatools.encoding import CONTROL_BYTES
 from minigpt.errors import DataError
@@ -132,7 +133,11 @@ def test_what_cannot_be_read_is_reported_beside_the_rest(
     missing = tmp_path / "missing.jsonl"
     outcome = minigpt("data", "check", damaged, empty, missing, write([GOOD]))
     assert outcome.status == 2
-    for path, reason in ((damaged, "bad_gzip"), (empty, "no_rows"), (missing, "missing_file")):
+    for path, reason in (
+        (damaged, "bad_compression"),
+        (empty, "no_rows"),
+        (missing, "missing_file"),
+    ):
         assert any(str(path) in t and f"[{reason}]" in t for t in outcome.out.splitlines())
 
 
@@ -333,6 +338,7 @@ def test_a_broken_array_cannot_be_mended(tmp_path: Path, minigpt: Any) -> None:
 @example([b"\x1f\x8b\x00"])
 @example([b"\x01[\xff"])
 @example([b"", b'["a",'])
+@example([b"\xd0\xcf\x11\xe0"])
 def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path, out = Path(directory, "in.jsonl"), Path(directory, "out.jsonl")
@@ -359,7 +365,8 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
             data = b"\n".join(rows)
             text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL_BYTES)
             broken_array = text.lstrip().startswith(b"[")
-            assert broken_array or data.startswith(b"\x1f\x8b")  # or gzip
+            foreign = data.startswith((b"\x1f\x8b", b"(\xb5/\xfd", *SIGNATURES))
+            assert broken_array or foreign  # or compressed
             return
         again, left = check(out)
         assert left.errors() == 0, list(left.lines())

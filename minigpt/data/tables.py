@@ -1,0 +1,244 @@
+"""Files that are not JSON: plain text, CSV and TSV as rows, compressed ones, names of others."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import chain, count, pairwise
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, cast
+
+from minigpt.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+log = logging.getLogger(__name__)
+
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+_COMPRESSION = re.compile(  # by the first bytes of a file
+    rb"(?P<gzip>\x1f\x8b)|(?P<xz>\xfd7zXZ\x00)|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<zstd>\(\xb5/\xfd)"
+)
+_BUFFER = 1 << 17  # bytes decompressed at a time
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LARGEST_CELL = 1 << 25  # characters
+LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
+# Cells of these columns hold JSON: a table has no lists.
+NESTED = frozenset(("chosen", "conversations", "history", "messages", "rejected"))
+# What a file begins with, and what it is then.
+SIGNATURES = {
+    b"PAR1\x15": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow stream",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet",
+    b"%PDF-": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"GGUF\x03\x00": "a GGUF model",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+CONVERTED = (".arrow", ".feather", ".parquet", ".xlsx")  # what `minigpt data convert` reads
+
+
+def decompressed(raw: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
+    """Return a stream of a file's bytes, decompressed by what it begins with.
+
+    Raises:
+        DataError: when the package that decompresses it is missing.
+    """
+    found = _COMPRESSION.match(raw.peek(16))
+    stream: object
+    match found.lastgroup if found else None:
+        case "gzip":
+            stream = gzip.GzipFile(fileobj=raw)
+        case "xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (its user closes it)
+        case "bzip2":
+            stream = bz2.BZ2File(raw)
+        case "zstd":
+            stream = _ZstdFile(raw)
+        case _:
+            return raw
+    return io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
+
+
+class _ZstdFile(io.RawIOBase):
+    """What a zstd file decompresses to, in bounded memory.
+
+    Raises:
+        DataError: when the package that decompresses it is missing.
+        EOFError: on reading, when the file is damaged or cut off.
+    """
+
+    def __init__(self, raw: io.BufferedReader[Any]) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            remedy = "Install it (pip install zstandard), or decompress the file."
+            raise DataError("zstd needs the package zstandard", remedy=remedy) from None
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._in_frame = False
+        self._compressed = self._data = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._data and self._feed():
+            pass
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._data))
+        view[:count] = self._data[:count]
+        self._data = self._data[count:]
+        return count
+
+    def _feed(self) -> bool:
+        """Decompress a little more; return False at the end of the file."""
+        # A kilobyte may stand for 40 megabytes.
+        compressed = self._compressed or self._raw.read(1024)
+        if not compressed and self._in_frame:
+            raise EOFError("the file ends inside a frame")
+        try:
+            self._data = self._frame.decompress(compressed) if compressed else b""
+        except self._error as error:
+            raise EOFError(str(error)) from error
+        self._compressed = self._frame.unused_data
+        self._in_frame = bool(compressed) and not self._frame.eof
+        if self._frame.eof:
+            self._frame = self._new_frame()
+        return bool(compressed)
+
+
+def suffix_of(path: PurePath) -> str:
+    """Return a file's ending in lower case, without that of its compression."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    while endings and endings[-1] in COMPRESSED:
+        endings.pop()
+    return endings[-1] if endings else ""
+
+
+def refuse_foreign(path: PurePath, beginning: bytes) -> None:
+    """Refuse, with a DataError, a file of a kind that has no rows, by its first bytes."""
+    name = next((n for sign, n in SIGNATURES.items() if beginning.startswith(sign)), None)
+    if name is None:
+        return
+    remedy = "Give the text in it as JSONL, CSV or plain text."
+    if suffix_of(path) in CONVERTED:
+        remedy = f"Turn it into JSONL: minigpt data convert {path} {path.with_suffix('.jsonl')}"
+    raise DataError(f"the file is {name}", remedy=remedy, reason="foreign")
+
+
+def text_rows(path: PurePath, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the documents of a plain text, each with its first line's number.
+
+    Where blank lines part the text, a document is what lies between them; else it is a line.
+
+    Args:
+        path: of the file, for the log.
+        lines: of the file, with their ends.
+
+    Raises:
+        DataError: for a line that is not UTF-8.
+    """
+    numbered = enumerate(map(_decoded, lines, count(1)), 1)
+    looked_at: list[tuple[int, str]] = []
+    size = 0
+    for number, line in numbered:
+        looked_at.append((number, line))
+        size += len(line)
+        if size > LOOKED_AT:
+            break
+    texts = [bool(line.strip()) for _, line in looked_at]
+    by_blocks = any(not a and b for a, b in pairwise(texts))
+    _log_documents(path, "what lies between blank lines" if by_blocks else "a line")
+    block: list[str] = []
+    start = 1
+    for number, line in chain(looked_at, numbered):
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        if block and not (by_blocks and line.strip()):
+            yield start, {"text": "".join(block).strip("\r\n")}
+            block = []
+    if block:
+        yield start, {"text": "".join(block).strip("\r\n")}
+
+
+@cache
+def _log_documents(path: PurePath, document: str) -> None:
+    log.info("%s: a document is %s.", path, document)
+
+
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1} of the line is not UTF-8",
+            line=number,
+            remedy="Convert the file, for example with `iconv -f GB18030 -t UTF-8`.",
+            reason="bad_utf8",
+        ) from None
+
+
+def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, object]]:
+    """Yield the rows of a CSV or TSV file with their first line's number; empty cells are left out.
+
+    Its first line names the columns. A row that does not fit comes as its error.
+
+    Args:
+        lines: of the file, with their ends.
+        delimiter: between two cells.
+
+    Raises:
+        DataError: when there are no names, or the file is not UTF-8.
+    """
+    csv.field_size_limit(LARGEST_CELL)
+    reader = csv.reader(map(_decoded, lines, count(1)), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if not all(names) or len(set(names)) < len(names) or not names:
+            raise _bad_table("the first line must name each column once", 1)
+        while True:
+            line = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if cells:
+                yield line, _row(names, cells, line)
+    except csv.Error as error:
+        raise _bad_table(str(error), reader.line_num) from None
+
+
+def _row(names: list[str], cells: list[str], line: int) -> object:
+    if len(cells) > len(names):
+        return _bad_table(f"{len(cells)} cells stand under {len(names)} columns", line)
+    row: dict[str, object] = {}
+    for name, cell in zip(names, cells, strict=False):
+        if name in NESTED and cell.lstrip().startswith(("[", "{")):
+            try:
+                row[name] = json.loads(cell)
+            except ValueError:
+                return _bad_table(f"the cell of {name} is not JSON", line)
+        elif cell:
+            row[name] = cell
+    return row
+
+
+def _bad_table(problem: str, line: int) -> DataError:
+    remedy = "Quote cells that hold the delimiter, a quote or a line break."
+    return DataError(problem, line=line, remedy=remedy, reason="bad_table")

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt.__main__ import main
+
+ROWS = [{"ask": "Hi?", "reply": "Hello."}, {"ask": "春?", "reply": "Yes."}]
+RENAMED = [{"prompt": row["ask"], "completion": row["reply"]} for row in ROWS]
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def convert(*arguments: object) -> int:
+    columns = ("--columns", "ask=prompt", "reply=completion")
+    return main(["data", "convert", *map(str, arguments), *columns])
+
+
+def parquet(path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"ask": None, "reply": None}]), path)
+
+
+def arrow(path: Path, stream: bool = False) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([*ROWS, {"ask": None, "reply": None}])
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def spreadsheet(path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (("ask", "reply"), *(tuple(row.values()) for row in ROWS)):
+        book.active.append(row)
+    book.save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rows.parquet", parquet),
+        ("rows.arrow", arrow),
+        ("stream.arrow", lambda path: arrow(path, stream=True)),
+        ("rows.xlsx", spreadsheet),
+        ("rows.csv", lambda path: path.write_text("ask,reply\nHi?,Hello.\n春?,Yes.\n")),
+        ("rows.jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)))),
+    ],
+)
+def test_a_file_becomes_jsonl(name: str, write: Any, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    out = tmp_path / "out.jsonl"
+    assert convert(tmp_path / name, out) == 0
+    assert [row for row in written(out) if row] == RENAMED
+
+
+def test_several_files_become_one(tmp_path: Path) -> None:
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+    assert convert(tmp_path / "0.jsonl", tmp_path / "1.jsonl", tmp_path / "out.jsonl") == 0
+    assert written(tmp_path / "out.jsonl") == RENAMED
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.xlsx", "rows.jsonl"])
+def test_a_damaged_file_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("openpyxl")
+    (tmp_path / name).write_bytes(b"PAR1 no rows" * 9)
+    assert convert(tmp_path / name, tmp_path / "out.jsonl") == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.jsonl").write_text("precious")
+    assert convert(tmp_path / "rows.jsonl", tmp_path / "out.jsonl") == 2
+    assert "exists and is left alone" in capsys.readouterr().err
+    assert main(["data", "convert", "a", "b", "--columns", "ask"]) == 2
+    assert "--columns: must be OLD=NEW, but is 'ask'" in capsys.readouterr().err
