@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import logging
 import os
 import select
@@ -34,6 +36,7 @@ COMMANDS = {
     "serve": "serve models: an OpenAI-compatible API and a web chat",
     "report": "write a page about runs",
 }
+PRINTING = COMMANDS.keys() - {"serve"}  # verbs whose results go to standard output
 
 HELP = """usage: minigpt <verb> [options]
 
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     reads the output any more, as after ``| head``.
     """
     args = sys.argv[1:] if argv is None else argv
+    is_closed = not open_streams()
     if not args or args[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
         print(HELP.format(verbs=verbs))
@@ -68,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    if is_closed and args[0] in PRINTING:
+        say(f"standard output is closed, and minigpt {args[0]} prints to it. Give it a file.")
+        return MiniGPTError.exit_code
     try:
         return guarded(args)
     finally:  # here, where no error's traceback holds the model any more
@@ -89,9 +96,12 @@ def guarded(args: list[str]) -> int:
         sys.stdout.flush()
     except MiniGPTError as error:
         say(str(error))
+        end_output()
         return error.exit_code
     except BrokenPipeError as error:
         return unread(error)
+    except OSError as error:
+        return unwritten(error)
     except KeyboardInterrupt:
         return interrupted()
     except Terminated as stop:
@@ -148,14 +158,63 @@ def say(message: str) -> None:
         print(f"minigpt: {paragraph}", file=sys.stderr, flush=True)
 
 
+def open_streams() -> bool:
+    """Open the standard streams that the shell closed; return whether there was an output.
+
+    Else the next file that is opened would get the number of one, and what libraries print.
+    """
+    was_open = sys.stdout is not None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # mostly that number, the lowest free one
+            stream = os.fdopen(handle, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks does not end a verb
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return was_open
+
+
 def unread(error: BrokenPipeError) -> int:
     """Return the exit status when it was the reader of the output who left, else raise."""
     output = select.poll()
     output.register(1, 0)  # of errors it tells unasked
     if not any(events & select.POLLERR for _, events in output.poll(0)):
         raise error
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+    drop_output()
     return 141
+
+
+def unwritten(error: OSError) -> int:
+    """Say that the system refused to write, and return the exit status; raise any other error."""
+    from minigpt.files import system_reason
+
+    reason = system_reason(error)
+    if reason is None:
+        raise error
+    doing = "write to" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else "use"
+    where = error.filename or "a file"
+    try:
+        sys.stdout.flush()
+    except OSError:
+        doing, where = "write to", "standard output"
+        drop_output()
+    say(f"Cannot {doing} {where}: {reason}. Make room or give access there, or choose another.")
+    return MiniGPTError.exit_code
+
+
+def end_output() -> None:
+    """Write what has been printed before an error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:
+        unwritten(error)
+
+
+def drop_output() -> None:
+    """Let what Python still flushes at its end go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def interrupted() -> int:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from glob import escape
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import MiniGPTError, ModelError, TrainingError, chain
+from minigpt.errors import ConfigError, MiniGPTError, ModelError, TrainingError, chain
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# A private directory, in which something is made or removed: see `staging`.
+STAGING = ".minigpt-"
+LOCK, NEW, OLD, REMOVED = "lock", "new", "old", "removed"
+SIGNATURE = b"A directory of MiniGPT, in use while its process holds this file's lock. It makes: "
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Errors of reading that say what became of a file; others, such as EACCES, say nothing about it.
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -25,8 +34,13 @@ ACCESS_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EE
 
 
 def cache_dir() -> Path:
-    """Where what can be made again lies: `$MINIGPT_CACHE`, or `~/.cache/minigpt`."""
-    return Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt")
+    """Where what can be made again lies: `$MINIGPT_CACHE`, or `~/.cache/minigpt`.
+
+    In a directory of another user, each user has one of their own.
+    """
+    root = Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt")
+    user = os.geteuid()
+    return root if not root.exists() or root.stat().st_uid == user else root / f"user-{user}"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -45,56 +59,184 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-class atomic_directory:  # noqa: N801  (used like a function)
-    """Context manager: fill a temporary directory, then give it the final name in one rename.
+@contextmanager
+def staging(target: Path, exclusive: bool = False) -> Iterator[Path]:
+    """Make a private directory beside a target, to make the target in; remove it afterwards.
 
-    The files are on the disk before the rename is.
+    Its name follows no link, and nobody else can write into it. Its file `lock` names the target,
+    and this process holds a lock on that file: so it is known, also after a kill, whose it is, and
+    whether anybody works in it. What killed processes left in the same parent goes first.
+
+    Args:
+        target: what is made; only its parent must be writable.
+        exclusive: refuse to work beside another process that makes the same target.
+
+    Raises:
+        ConfigError: when another process makes it.
+        OSError: when the parent cannot be written to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(target.parent)
+    directory = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
+    try:
+        lock = _sign(directory, target.name)
+    except OSError:
+        directory.rmdir()
+        raise
+    try:
+        if exclusive:
+            directory = _take_name(directory, target)
+        yield directory
+    finally:
+        try:
+            _dissolve(directory, target)
+        finally:
+            os.close(lock)
+
+
+def _take_name(directory: Path, target: Path) -> Path:
+    """Rename a private directory as only one that works on a target can be named."""
+    path = target.with_name(STAGING + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16])
+    try:
+        return directory.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ConfigError(
+            f"Another process is writing {target}. Wait for it, or choose another place; if there "
+            f"is none, remove {path}, in which it would work."
+        ) from error
+
+
+def _sign(directory: Path, name: str) -> int:
+    """Lock a private directory; return the lock's file handle.
+
+    What makes it ours is written once the lock is held. Where the file system has no locks, it is
+    not: nobody could tell that this process lives.
+    """
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return handle
+    try:
+        os.write(handle, SIGNATURE + os.fsencode(name))
+    except OSError:
+        (directory / LOCK).unlink()
+        os.close(handle)
+        raise
+    return handle
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove what killed processes of this user left in a directory.
+
+    Only what `staging` made, and no living process holds the lock of. What such a process had moved
+    aside, and not replaced yet, is put back.
+    """
+    for directory in parent.glob(f"{STAGING}*"):
+        with _taken_over(directory) as name:
+            if name is not None:
+                _dissolve(directory, parent / name)
+
+
+@contextmanager
+def _taken_over(directory: Path) -> Iterator[str | None]:
+    """Hold the lock of a dead process's private directory; yield the name of what it made.
+
+    Yields None for any other directory.
+    """
+    try:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, nor a pipe that blocks
+        handle = os.open(directory / LOCK, flags)
+    except OSError:
+        yield None
+        return
+    try:
+        yield _dead_name(directory, handle)
+    finally:
+        os.close(handle)
+
+
+def _dead_name(directory: Path, handle: int) -> str | None:
+    try:
+        made, lock = directory.lstat(), os.fstat(handle)
+        ours = made.st_uid == lock.st_uid == os.geteuid()
+        if not (ours and stat.S_ISDIR(made.st_mode) and stat.S_ISREG(lock.st_mode)):
+            return None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(lock, (directory / LOCK).lstat()):  # it ended in between
+            return None
+        text = os.pread(handle, 4096, 0)
+    except OSError:
+        return None
+    name = os.fsdecode(text.removeprefix(SIGNATURE))
+    return name if text.startswith(SIGNATURE) and name == Path(name).name else None
+
+
+def _dissolve(directory: Path, target: Path) -> None:
+    """Remove a private directory; what was moved aside for a target that is missing goes back."""
+    old = directory / OLD
+    try:
+        if os.path.lexists(old):
+            back = not os.path.lexists(target)
+            old.rename(target if back else directory / REMOVED)  # of which soon a part is gone
+    except OSError as error:
+        log.warning("%s is kept in %s: %s", target, old, error.strerror)
+        return
+    with suppress(OSError):  # what cannot be removed now stays, with its lock, for the next time
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        (directory / LOCK).unlink()
+        directory.rmdir()
+
+
+class atomic_directory:  # noqa: N801  (used like a function)
+    """Context manager: fill a private directory, then give it the final name in one rename.
+
+    The files are on the disk before the rename is. What had the name is removed afterwards, and
+    stays when anything fails.
+
+    Raises:
+        ConfigError: when another process is writing the same directory.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def __enter__(self) -> Path:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.directory.name}-"
-        self.partial = Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory.parent))
-        self.partial.chmod(0o755)
-        return self.partial
+        with ExitStack() as stack:
+            self.new = stack.enter_context(staging(self.directory, exclusive=True)) / NEW
+            self.new.mkdir()
+            self.stack = stack.pop_all()
+        return self.new
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        with self.stack:
             if kind is None:
-                publish(self.partial, self.directory)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+                _publish(self.new, self.directory)
 
 
-def clear_partials(directory: Path) -> None:
-    """Remove what killed processes left beside a directory that none may be filling now."""
-    for end in ("", "-old"):
-        for left in directory.parent.glob(f".{escape(directory.name)}-????????{end}"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def publish(partial: Path, directory: Path) -> None:
-    """Rename a finished directory to its final path; what was there is removed afterwards."""
-    for path in partial.rglob("*"):
+def _publish(new: Path, directory: Path) -> None:
+    """Rename a finished directory to its final path; what was there is moved aside."""
+    for path in new.rglob("*"):
         sync(path)
-    sync(partial)
-    old = partial.with_name(partial.name + "-old")
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
+    sync(new)
+    if os.path.lexists(directory):
+        if not directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+        directory.rename(new.with_name(OLD))
+    new.rename(directory)
     sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_directory(directory: Path) -> None:
     """Remove a directory; if that is cut off, what is left no longer bears its name."""
-    old = directory.with_name(f".{directory.name}-old")
-    with suppress(OSError):  # what cannot be removed stays, whole
-        directory.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError), staging(directory) as private:  # what cannot be removed stays, whole
+        directory.rename(private / REMOVED)
 
 
 def sync(path: Path) -> None:
@@ -114,6 +256,27 @@ def write_manifest(directory: Path) -> None:
         if path.is_file() and path != directory / MANIFEST
     }
     write_json(directory / MANIFEST, {"files": files})
+
+
+def unlisted(directory: Path) -> list[str]:
+    """Name what is in a directory and is not, or is no longer, what its manifest lists."""
+    try:
+        listed = _read_manifest(directory / MANIFEST)
+    except (OSError, ValueError, RecursionError):
+        listed = {}
+    others = []
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_dir() and not path.is_symlink():
+            unchanged = any(path.iterdir())  # what is in it counts
+        elif name == MANIFEST:
+            unchanged = bool(listed)
+        else:
+            is_listed = name in listed and path.is_file() and not path.is_symlink()
+            unchanged = is_listed and digest(path) == listed[name]["sha256"]
+        if not unchanged:
+            others.append(name)
+    return others
 
 
 def damage(directory: Path) -> str | None:
@@ -214,11 +377,8 @@ class explain_unwritable:  # noqa: N801  (used like a function)
 
 def unwritable(error: BaseException | None, path: Path | str) -> TrainingError | None:
     """Return the error that says a path cannot be written to; None if `error` is another one."""
-    if isinstance(error, MiniGPTError):
-        return None
-    numbers = (_system_error(e) for e in chain(error))
-    reason = next((os.strerror(n) for n in numbers if n in DISK_ERRORS | ACCESS_ERRORS), None)
-    if reason is None and "inline_container" in str(error):
+    reason = system_reason(error)
+    if reason is None and "inline_container" in str(error) and not isinstance(error, MiniGPTError):
         reason = "the file is incomplete"  # torch hides the system's error behind its own
     if reason is None:
         return None
@@ -226,6 +386,22 @@ def unwritable(error: BaseException | None, path: Path | str) -> TrainingError |
         f"{path} could not be written: {reason}. Earlier checkpoints are intact; make room and "
         "go on with --ckpt_path auto."
     )
+
+
+def system_reason(error: BaseException | None) -> str | None:
+    """Return the system's words for a full or read-only disk or a missing permission.
+
+    None for errors of other kinds, and for those that say what to do already.
+    """
+    if isinstance(error, MiniGPTError):
+        return None
+    numbers = (_system_error(e) for e in chain(error))
+    return next((os.strerror(n) for n in numbers if n in DISK_ERRORS | ACCESS_ERRORS), None)
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a disk is full or fails."""
+    return any(_system_error(e) in DISK_ERRORS for e in chain(error))
 
 
 def _system_error(error: BaseException) -> int | None:
@@ -236,14 +412,58 @@ def _system_error(error: BaseException) -> int | None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Fill a temporary file, then give it the final name in one rename; several processes may."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
+    """Fill a file in a private directory, then give it the final name in one rename.
+
+    A device or a pipe is written to as it is.
+
+    Args:
+        path: the file; a link there is replaced, not followed.
+        exclusive: refuse to work beside another process that writes the same file. Else the last
+            of several replaces what the others wrote.
+
+    Raises:
+        ConfigError: when another process writes it.
+    """
+    if is_stream(path):
+        yield path
+        return
+    with staging(path, exclusive) as private:
+        new = private / NEW
+        yield new
+        sync(new)
+        new.replace(path)
         sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path names a device or a pipe, also one that is an open file of this process."""
+    if str(path.absolute().parent) in ("/dev", "/dev/fd"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def follow_no_link(path: str, flags: int) -> int:
+    """Open a file as `open` does, whose `opener` this is, but raise an OSError for a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def is_private(path: Path) -> bool:
+    """Whether this user made a file or directory, and all in it, and nobody else may write there.
+
+    What a link leads to counts as another's.
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    ours = status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode)
+    if not ours or status.st_mode & _OTHERS_WRITE:
+        return False
+    return all(map(is_private, path.iterdir())) if stat.S_ISDIR(status.st_mode) else True
+
+
+def make_private(path: Path) -> None:
+    """Let nobody else write to a file or directory, and to what is in it."""
+    for each in (path, *path.rglob("*")):
+        each.chmod(each.stat().st_mode & ~_OTHERS_WRITE)

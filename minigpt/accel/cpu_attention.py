@@ -10,6 +10,7 @@ Shape legend:
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from minigpt.accel.context import Context
-from minigpt.files import atomic_file, cache_dir
+from minigpt.files import atomic_file, cache_dir, is_private, make_private
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = ["-std=c++17", "-O3", "-funroll-loops", "-fopenmp", "-shared", "-fPIC", "-w"]
 FLAGS += [f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")]
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Heads(ctypes.Structure):
@@ -161,7 +163,7 @@ def _library() -> ctypes.CDLL | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return None
     try:
-        return ctypes.CDLL(str(_build()))
+        return _load(_build())
     except subprocess.CalledProcessError as error:
         why = f"{error.cmd[0]} failed. {error.stderr.strip()}"
     except OSError as error:
@@ -171,12 +173,49 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    """Return the compiled kernel, from the cache if it is there."""
+    """Return the compiled kernel, from the cache if it is there, whole, and of this user.
+
+    It ends with a digest, which loading makes nothing of.
+    """
     command = [os.environ.get("CXX", "g++"), *FLAGS]
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()
     library = cache_dir() / "kernels" / f"attention-{digest[:16]}.so"
-    if not library.exists():
-        with atomic_file(library) as partial:
-            command += [str(SOURCE), "-o", str(partial)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+    if _is_sound(library):
+        return library
+    if library.exists():
+        log.warning("%s is damaged, or others may write to it: it is built again.", library)
+    with atomic_file(library) as partial:
+        command += [str(SOURCE), "-o", str(partial)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        with partial.open("r+b") as file:
+            file.write(_digest(library, file.read()))
+        make_private(partial)
     return library
+
+
+def _digest(library: Path, code: bytes) -> bytes:
+    return hashlib.sha256(library.name.encode() + code).digest()
+
+
+def _is_sound(library: Path) -> bool:
+    """Whether this user built a library, nobody else may write to it, and it is as it was built."""
+    if not is_private(library):
+        return False
+    content = library.read_bytes()
+    code, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    return digest == _digest(library, code)
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    """Load a library that has just been checked: the very file, if others can rename it.
+
+    Raises:
+        OSError: when it is another's by now, or cannot be loaded.
+    """
+    handle = os.open(library, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(handle).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "another user has replaced it", str(library))
+        return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    finally:
+        os.close(handle)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.cli.options import CommandParser, positive, writing
+from minigpt.cli.options import CommandParser, check_distinct, positive, writing
 from minigpt.data.formats import expand_files
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
@@ -115,6 +115,7 @@ def check(args: argparse.Namespace) -> None:
     fix = Path(args.fix) if args.fix else None
     if fix and (len(files) > 1 or fix.exists()):
         raise ConfigError("--fix mends one file at a time and writes to a new one.")
+    check_distinct("--json", args.json, [*files, *args.val, *args.exam])
     findings = Findings(limit=10**9 if args.all else 20)
     tokenizer = tokenizer_of(args)
     with tempfile.TemporaryDirectory(prefix="minigpt-check-") as scratch:
@@ -156,6 +157,8 @@ def stats(args: argparse.Namespace) -> None:
     from minigpt.datatools.stats import measure, section, terminal
     from minigpt.page import page
 
+    check_distinct("--json", args.json, args.files)
+    check_distinct("--html", args.html, args.files)
     tokenizer = tokenizer_of(args)
     sample = None if args.all else args.sample
     reports = []
@@ -181,6 +184,7 @@ def show(args: argparse.Namespace) -> None:
     from minigpt.datatools import show
     from minigpt.page import page
 
+    check_distinct("--html", args.html, args.files)
     tokenizer = tokenizer_of(args)
     if tokenizer is None:
         raise ConfigError("Tokens need --tokenizer: a tokenizer or model directory, or hub id.")

@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.cli.options import CommandParser, add_sampling, positive, quiet, sampling_of, writing
+from minigpt.cli.options import (
+    CommandParser,
+    add_sampling,
+    check_distinct,
+    positive,
+    quiet,
+    sampling_of,
+    writing,
+)
 from minigpt.errors import ConfigError
 from minigpt.terminal import printable
 
@@ -52,6 +60,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
     if len(set(args.model)) < len(args.model):
         raise ConfigError("--model names the same model twice.")
+    inputs = [file for kind in KINDS for file in getattr(args, kind)]
+    check_distinct("--json", args.json, inputs)
+    check_distinct("--html", args.html, inputs)
     results: dict[str, Results] = {}
     try:
         measure(args, results)

@@ -9,6 +9,7 @@ from typing import Any
 from minigpt.cli.options import CommandParser, add_model, check_output, quiet, run_name, writing
 from minigpt.errors import ConfigError
 from minigpt.export import DTYPES
+from minigpt.files import clear_leftovers, unlisted
 from minigpt.terminal import printable
 
 EXAMPLES = """examples:
@@ -18,19 +19,6 @@ EXAMPLES = """examples:
   minigpt export gguf --model outputs/sft --output_dir exports/sft-gguf --dtype q8_0
   minigpt export gguf --model outputs/sft --output sft.gguf
 """
-# What an export writes, and so what a later one may replace.
-WRITTEN = (
-    "*.safetensors",
-    "*.index.json",
-    "*config.json",
-    "tokenizer.json",
-    "base.json",
-    "README.md",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "*.gguf",
-    "Modelfile",
-)
 
 
 def main(arguments: list[str]) -> None:
@@ -76,27 +64,40 @@ def main(arguments: list[str]) -> None:
         print(f"{name}: {shown}")
 
 
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output path at which there is more than an export as it was written.
+
+    Raises:
+        ConfigError: when there is, or when there is an export that may not be replaced.
+    """
+    others = unlisted(output) if output.is_dir() else []
+    if output.is_file() and output.suffix != ".gguf":
+        others = [output.name]
+    check_output(output, "an export", others, overwrite)
+
+
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """Export; return the numbers of the check.
 
     Raises:
-        ConfigError: when the output exists already or cannot be written to.
+        ConfigError: when the output exists already or cannot be written to, or another process
+            exports to it.
     """
     output = Path(args.output_dir or args.output)
     source = Path(args.adapter or args.model)
     for model in filter(None, (args.model, args.adapter)):
         if output.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
             raise ConfigError(f"{output} holds the model itself. Export it to another directory.")
-    check_output(output, "an export", WRITTEN, args.overwrite)
+    clear_leftovers(output.parent)  # which puts back what a kill has left aside
+    check_free(output, args.overwrite)
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf
     from minigpt.export.hf import export_hf
-    from minigpt.files import clear_partials
     from minigpt.progress import shown
 
     quiet()
     card = Card(args.name or run_name(source), str(source), args.license, args.results)
-    clear_partials(output)
+    check_free(output, args.overwrite)  # loading libraries took some time
     with writing(output), shown(f"exporting {args.model}"):
         if args.kind == "gguf":
             numbers = export_gguf(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +93,7 @@ def engine_prompt(
 
 def complete_rows(args: argparse.Namespace) -> None:
     """Complete the prompts of a JSONL and print its rows with the completions, in their order."""
-    from minigpt.data.formats import load_prompts
+    from minigpt.data.formats import completed, load_prompts
     from minigpt.progress import shown
 
     prompts, sampling = load_prompts(args.file), sampling_of(args)
@@ -102,5 +101,5 @@ def complete_rows(args: argparse.Namespace) -> None:
     replies = engine.replies([engine_prompt(args, prompt.content) for prompt in prompts], sampling)
     with shown("completing", printing=True):
         for prompt, reply in zip(prompts, replies, strict=True):
-            row = {**prompt.row, "completion": reply.text}
-            print(for_output(json.dumps(row, ensure_ascii=False)), flush=True)
+            line = completed(prompt.row, reply.text).decode().rstrip("\n")
+            print(for_output(line), flush=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minigpt.errors import ConfigError
+from minigpt.files import is_disk_error, system_reason
 
 if TYPE_CHECKING:
     from minigpt.infer.engine import Engine, Sampling
     from minigpt.infer.gguf import Gguf
+
+NAMED = 5  # files of others that a refusal names
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -85,44 +87,76 @@ def run_name(directory: str | Path) -> str:
     return (path.parent if path.name == "hf" else path).name
 
 
-def check_output(path: Path, what: str, patterns: Collection[str], overwrite: bool) -> None:
+def check_output(path: Path, what: str, others: list[str], overwrite: bool) -> None:
     """Refuse an output path where a verb would replace anything but its earlier output.
 
     Args:
         path: file or directory to be written.
         what: names the output in messages, such as "a tokenizer".
-        patterns: names of the files that the verb writes, or patterns of them.
+        others: names of what is there and the verb has not written.
         overwrite: whether earlier output may be replaced.
 
     Raises:
         ConfigError: when something else, or earlier output, is there.
     """
-    if not path.exists():
-        return
-    names = [child.name for child in path.iterdir()] if path.is_dir() else [path.name]
-    others = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in patterns))
     if others:
+        names = ", ".join(others[:NAMED]) + (" and more" if len(others) > NAMED else "")
         raise ConfigError(
-            f"{path} is no place for {what}: it holds {', '.join(others[:3])}. Choose another one."
+            f"{path} is no place for {what}: it holds {names}. Choose another one; --overwrite "
+            f"replaces nothing but {what} as it was written."
         )
-    if names and not overwrite:
+    is_used = any(path.iterdir()) if path.is_dir() else path.exists()
+    if is_used and not overwrite:
         raise ConfigError(
             f"{path} already holds {what}. Choose another place, or replace it with --overwrite."
         )
 
 
+def check_distinct(option: str, output: str | Path | None, inputs: Iterable[str | Path]) -> None:
+    """Refuse to write over a file that is read.
+
+    Args:
+        option: that names the output, such as --json.
+        output: the file to be written, if any.
+        inputs: the files that are read.
+
+    Raises:
+        ConfigError: when they are the same file.
+    """
+    if output is None or not Path(output).exists():
+        return
+    for file in map(Path, inputs):
+        if file.exists() and file.samefile(output):
+            raise ConfigError(
+                f"{option} names {output}, which is read: it would be lost. Choose another file."
+            )
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an OSError while a file or directory is written into a message for the user.
+    """Turn an error of the system while a file or directory is written into a user's message.
 
     Raises:
         ConfigError: with the path and the reason.
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"Cannot write to {path}: {reason}. Choose another place.") from error
+    except Exception as error:
+        reason = system_reason(error)
+        if reason is None and isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        if reason is None:
+            raise
+        named = getattr(error, "filename", None)
+        if isinstance(named, str) and not _is_beside(Path(named).absolute(), Path(path).absolute()):
+            raise ConfigError(f"Cannot use {named}: {reason}.") from error  # a file that is read
+        remedy = "Make room there, or choose" if is_disk_error(error) else "Choose"
+        raise ConfigError(f"Cannot write to {path}: {reason}. {remedy} another place.") from error
+
+
+def _is_beside(file: Path, output: Path) -> bool:
+    """Whether a file is an output, lies beside or in it, or is a directory that it lies in."""
+    return output.parent in file.parents or file in (output, *output.parents)
 
 
 def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt.cli.options import CommandParser, writing
+from minigpt.cli.options import CommandParser, check_distinct, writing
 from minigpt.errors import ConfigError
 from minigpt.terminal import printable
 
@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> None:
     output = Path(args.output or Path(args.runs[0]) / "report.html")
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
+    for file in (output, output.with_suffix(".md")):
+        check_distinct("--output", file, args.results)
     with writing(output):
         print(printable(write_report(args.runs, output, args.results)))
     print(f"written to {output} and {output.with_suffix('.md').name}")

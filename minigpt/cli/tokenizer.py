@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.cli.options import CommandParser, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import expand_files
-from minigpt.files import atomic_directory
+from minigpt.files import atomic_directory, clear_leftovers
 from minigpt.progress import shown
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,11 @@ def train_to(
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
     """
-    check_output(directory, "a tokenizer", TOKENIZER_FILES, overwrite)
+    clear_leftovers(directory.parent)
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    names += [directory.name] if directory.is_file() else []
+    others = sorted(name for name in names if name not in TOKENIZER_FILES)
+    check_output(directory, "a tokenizer", others, overwrite)
     with ExitStack() as merging:
 
         def texts() -> Iterator[str]:

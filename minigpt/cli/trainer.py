@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 import minigpt.stages  # noqa: F401  (registers the short class names)
-from minigpt.cli.options import quiet
+from minigpt.cli.options import check_distinct, quiet
 from minigpt.cli.parser import (
     OptionError,
     Parser,
@@ -303,6 +303,8 @@ class MiniGPTCLI(VerbCLI):
             callbacks += [self.status, resume, self.stopping, plan, saving]
         if self.verb == "predict":
             target = config.predictions or self.run_dir / "predictions.jsonl"
+            prompts = self.options.data.init_args.get("predict")
+            check_distinct("--predictions", target, [prompts] if prompts else [])
             callbacks.append(PredictionWriter(Path(target)))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(StepProgress(self.throughput))

@@ -347,6 +347,22 @@ def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     return prompts
 
 
+def to_line(row: object) -> bytes:
+    """Return a row as a line of JSONL, in which a lone surrogate stays an escape."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def completed(row: Mapping[str, object], completion: str) -> bytes:
+    """Return a prompt's row as a line, with its completion; that alone if JSON cannot hold the row.
+
+    Rows can be read that are nested too deeply to be written.
+    """
+    try:
+        return to_line({**row, "completion": completion})
+    except (ValueError, RecursionError):
+        return to_line({"completion": completion})
+
+
 def kind_of(row: object) -> Kind:
     """Tell a decoded row's kind by its fields; "chat" is the default."""
     if not isinstance(row, dict):

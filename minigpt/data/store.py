@@ -21,10 +21,7 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import struct
-import tempfile
-import time
 import weakref
 import zlib
 from array import array
@@ -55,15 +52,23 @@ from minigpt.data.formats import (
 )
 from minigpt.data.tables import suffix_of
 from minigpt.data.tokenizer import document_end, document_start, id_count, started
-from minigpt.errors import DataError
-from minigpt.files import GONE, remove_directory, sync, write_json
+from minigpt.errors import ConfigError, DataError
+from minigpt.files import (
+    GONE,
+    NEW,
+    is_private,
+    make_private,
+    remove_directory,
+    staging,
+    sync,
+    write_json,
+)
 from minigpt.files import cache_dir as default_cache
 from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
 FORMAT = 5
-ABANDONED = 86400  # seconds after which nobody is building a store any more
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer.
@@ -327,19 +332,26 @@ def open_store(
     if (store := _opened(path, source)) is not None:
         return store
     if path.exists():
-        log.warning("The token store %s is damaged, or of an earlier version: built again.", path)
+        log.warning("%s: built again.", _problem(path))
     _build(source, content, kind, tokenizer, limits, path)
     return TokenStore(path, source)
 
 
+def _problem(path: Path) -> str:
+    """Say why a store cannot be used."""
+    if is_private(path):
+        return f"The token store {path} is damaged, or of an earlier version"
+    return f"The token store {path} is another user's, or others may write to it"
+
+
 def _opened(path: Path, source: Path) -> TokenStore | None:
-    """Return a store, or None when it is missing, damaged or of an earlier version.
+    """Return a store; None when it is missing, damaged, of an earlier version or another user's.
 
     Raises:
         DataError: when it may be whole, but cannot be read.
     """
     try:
-        return TokenStore(path, source)
+        return TokenStore(path, source) if is_private(path) else None
     except (ValueError, KeyError, TypeError, DataError):
         return None
     except OSError as error:
@@ -427,12 +439,9 @@ def _build(
     limits: Limits,
     path: Path,
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f".{path.name}-*"):
-        if time.time() - abandoned.stat().st_mtime > ABANDONED:
-            shutil.rmtree(abandoned, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with staging(path) as private:
+        partial = private / NEW
+        partial.mkdir()
         dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
         writer = _Writer(partial, dtype, kind == "chat")
         bad = BadRows(limits.on_bad_row, limits.max_bad_share)
@@ -471,10 +480,9 @@ def _build(
         }
         write_json(partial / "meta.json", meta)
         write_sums(partial)
+        make_private(partial)
         sync(partial)
         _publish(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _report(source, meta, bad)
 
 
@@ -496,6 +504,11 @@ def _publish(partial: Path, path: Path) -> None:
         if _opened(path, path) is not None:  # another process built the same store
             return
         remove_directory(path)
+        if path.exists():
+            raise ConfigError(
+                f"{_problem(path)}, and cannot be replaced. Remove it, or set MINIGPT_CACHE or "
+                "data.cache_dir to a directory of your own."
+            ) from None
         partial.rename(path)
     sync(path.parent)
 

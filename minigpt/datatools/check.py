@@ -35,6 +35,7 @@ from minigpt.data.formats import (
     read_records,
     scan_rows,
     texts_of,
+    to_line,
     unused_fields,
     unused_problem,
 )
@@ -224,23 +225,28 @@ class Checker:
 
         Raises:
             DataError: when the file cannot be read to its end, or no row is good.
+            OSError: when the copy cannot be written.
         """
-        dropped = set(self.findings.dropped.get(str(path), ()))
-        mended = set(self.mended_lines[path])
         written = 0
         with atomic_file(out) as partial, partial.open("wb") as file:
-            try:
-                for line, row in _raw_rows(self.copies[path]):
-                    if line not in dropped:
-                        file.write(_line(row, line in mended))
-                        written += 1
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"cannot be mended: {error}", path=path) from error
-            except DataError as error:
-                raise error.at(path, error.line) from None
+            for line in self._fixed_lines(path):
+                file.write(line)
+                written += 1
             if not written:
                 raise DataError("no row is good, so nothing was written", path=path)
         return written
+
+    def _fixed_lines(self, path: Path) -> Iterator[bytes]:
+        dropped = set(self.findings.dropped.get(str(path), ()))
+        mended = set(self.mended_lines[path])
+        try:
+            for line, row in _raw_rows(self.copies[path]):
+                if line not in dropped:
+                    yield _line(row, line in mended)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"cannot be mended: {error}", path=path) from error
+        except DataError as error:
+            raise error.at(path, error.line) from None
 
     def _duplicates(self) -> Iterator[tuple[int, int]]:
         """Yield each row that repeats an earlier one, by numbers: (row, the first of them)."""
@@ -405,6 +411,5 @@ def _line(row: object, mend: bool) -> bytes:
     """Return a row as a line: its own bytes, unless it must be mended or has no line."""
     if mend or not isinstance(row, bytes):
         value = json.loads(row) if isinstance(row, bytes) else row
-        row = json.dumps(_without_control(value) if mend else value, ensure_ascii=False)
-        row = row.encode(errors="backslashreplace")  # so a lone surrogate stays an escape
+        row = to_line(_without_control(value) if mend else value)
     return row.rstrip(b"\r\n") + b"\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt.data.formats import open_data
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError
 
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"  # of a pattern [...]
 CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
@@ -27,18 +27,42 @@ def readable(path: Path, copy: Path, report: Report) -> Path:
     """Return `path`, or `copy` as a mended UTF-8 copy with the same lines if it needs one.
 
     Mended are the encoding (GBK, GB18030, UTF-16), a byte order mark, and control characters;
-    each is reported with its line. Damaged files are returned as they are.
+    each is reported with its line. Files that are damaged or cannot be read are returned as they
+    are: whoever reads their rows says why.
+
+    Raises:
+        ConfigError: when the copy cannot be written.
     """
     try:
         with open_data(path) as stream:
             if all(map(_is_sound, _blocks(stream))):
                 return path
-        with open_data(path) as stream, copy.open("wb") as out:
-            for line, data in enumerate(_utf8_lines(path, stream, report), 1):
-                out.write(_mended(path, line, data, report))
-    except (OSError, EOFError, zlib.error, UnicodeError):
+    except (OSError, EOFError, zlib.error):
         return path
+    try:
+        with copy.open("wb") as out:
+            out.writelines(_mended_lines(path, report))
+    except _Damaged:
+        return path
+    except OSError as error:
+        raise ConfigError(
+            f"A mended copy of {path} cannot be written to {copy.parent}: {error.strerror}. Make "
+            "room there, or set TMPDIR to another directory."
+        ) from error
     return copy
+
+
+class _Damaged(Exception):  # noqa: N818  (no error of a user: it stays in this file)
+    """A file cannot be read to its end."""
+
+
+def _mended_lines(path: Path, report: Report) -> Iterator[bytes]:
+    try:
+        with open_data(path) as stream:
+            for line, data in enumerate(_utf8_lines(path, stream, report), 1):
+                yield _mended(path, line, data, report)
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise _Damaged from error
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:

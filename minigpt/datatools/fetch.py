@@ -24,7 +24,7 @@ from minigpt import progress
 from minigpt.data.formats import LARGEST_ROW, Kind, iter_rows, lines_of, parse_row
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
-from minigpt.files import atomic_file, write_json
+from minigpt.files import atomic_file, follow_no_link, is_disk_error, write_json
 from minigpt.reading import reason_of
 
 Rows = Iterator[dict[str, Any]]
@@ -226,6 +226,8 @@ def _download(
         else:
             download = _from_hub(home.repository, file, directory / home.repository)
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if is_disk_error(error) or (isinstance(error, PermissionError) and error.filename):
+            raise  # it is this machine that cannot take the file
         raise ConfigError(
             f"Cannot fetch {file} of {home.repository}: {reason_of(error)}. Run the command again "
             "to go on where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file "
@@ -294,10 +296,11 @@ def _from_web(url: str, path: Path) -> Download:
     with response:
         etag = response.headers.get("ETag") or ""
         length = response.headers.get("Content-Length")
-        tag.write_text(etag)
+        with open(tag, "w", opener=follow_no_link) as file:
+            file.write(etag)
         received = 0
         with (
-            part.open("ab" if response.status == 206 else "wb") as file,
+            open(part, "ab" if response.status == 206 else "wb", opener=follow_no_link) as file,
             progress.shown(f"fetching {path.name}"),
         ):
             while block := response.read(_BLOCK):

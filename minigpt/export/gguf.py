@@ -30,7 +30,7 @@ from minigpt.export.check import (
     require,
 )
 from minigpt.export.hf import use_plain_template
-from minigpt.files import atomic_directory, atomic_file
+from minigpt.files import atomic_directory, atomic_file, write_manifest
 from minigpt.infer.engine import Engine
 from minigpt.model.architecture import embedding_rows
 from minigpt.model.rope import rope_parameters
@@ -118,29 +118,32 @@ def export_gguf(
         accept: keep a file by which llama.cpp gives other results, and say so in the card.
 
     Raises:
-        ConfigError: for models and tokenizers that llama.cpp would not compute alike.
+        ConfigError: for models and tokenizers that llama.cpp would not compute alike, and when
+            another process writes the output.
         ModelError: when the export does not do what the model does; nothing is kept.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("GGUF export needs one more package: pip install 'minigpt[gguf]'")
-    engine = Engine.load(model, adapter, device="cpu")
-    check_config(engine.model.config)
-    pre = pre_tokenizer(engine.tokenizer)
-    has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
-    expected = observe(engine) if has_llamacpp else None
-    if engine.start != (start := text_start(engine.tokenizer)):
-        log.warning(
-            "llama.cpp writes BOS before texts and chats alike, and the chat template writes none: "
-            "texts get none, either."
-        )
-    normalizer = engine.tokenizer.backend_tokenizer.normalizer
-    if normalizer is not None:
-        log.warning("llama.cpp leaves out the tokenizer's normalizer: give it texts in NFC.")
-        expected = expected and normalized(expected, engine.tokenizer)
-    use_plain_template(engine.tokenizer)
     is_file = output.suffix == ".gguf"
-    atomic: AbstractContextManager[Path] = (atomic_file if is_file else atomic_directory)(output)
-    with atomic as partial:
+    atomic: AbstractContextManager[Path] = (
+        atomic_file(output, exclusive=True) if is_file else atomic_directory(output)
+    )
+    with atomic as partial:  # from the start, so that no other export begins
+        engine = Engine.load(model, adapter, device="cpu")
+        check_config(engine.model.config)
+        pre = pre_tokenizer(engine.tokenizer)
+        has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
+        expected = observe(engine) if has_llamacpp else None
+        if engine.start != (start := text_start(engine.tokenizer)):
+            log.warning(
+                "llama.cpp writes BOS before texts and chats alike, and the chat template writes "
+                "none: texts get none, either."
+            )
+        normalizer = engine.tokenizer.backend_tokenizer.normalizer
+        if normalizer is not None:
+            log.warning("llama.cpp leaves out the tokenizer's normalizer: give it texts in NFC.")
+            expected = expected and normalized(expected, engine.tokenizer)
+        use_plain_template(engine.tokenizer)
         file = partial if is_file else partial / f"{card.name}-{dtype}.gguf"
         write(engine, file, dtype, pre, card)
         numbers = check_weights(engine, file)
@@ -154,6 +157,7 @@ def export_gguf(
         if not is_file:
             (partial / "Modelfile").write_text(modelfile(engine, file.name), encoding="utf-8")
             card.write(partial, numbers, gguf=file.name)
+            write_manifest(partial)
     return numbers
 
 

@@ -33,7 +33,7 @@ from minigpt.export.check import (
     render,
     require,
 )
-from minigpt.files import atomic_directory, write_json
+from minigpt.files import atomic_directory, write_json, write_manifest
 from minigpt.infer.engine import Engine
 from minigpt.model.architecture import embedding_rows
 from minigpt.model.lora import ADAPTER, merge, save_adapter
@@ -84,14 +84,14 @@ def export_hf(
         base_name: written into the adapter as its base's name.
 
     Raises:
-        ConfigError: when there is no adapter to keep.
+        ConfigError: when there is no adapter to keep, or another process writes the directory.
         ModelError: when the export does not do what the model does; nothing is kept.
     """
-    engine = Engine.load(model, adapter, merged=False, device="cpu")
-    base = base_of_adapter(engine, model, adapter) if keep_adapter else None
-    expected = observe(engine)
-    use_plain_template(engine.tokenizer)
-    with atomic_directory(directory) as partial:
+    with atomic_directory(directory) as partial:  # from the start, so that no other export begins
+        engine = Engine.load(model, adapter, merged=False, device="cpu")
+        base = base_of_adapter(engine, model, adapter) if keep_adapter else None
+        expected = observe(engine)
+        use_plain_template(engine.tokenizer)
         limit = SAME_WEIGHTS
         if base is not None and engine.adapter is not None:
             save_adapter(engine.adapter, engine.tokenizer, partial)
@@ -107,6 +107,7 @@ def export_hf(
         del engine  # before it is loaded a second time
         numbers = check_directory(expected, partial, limit, base)
         card.write(partial, numbers, base=base_name or base)
+        write_manifest(partial)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors are written for their owner only
     return numbers

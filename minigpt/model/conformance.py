@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from minigpt import accel
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.errors import ModelError
-from minigpt.files import cache_dir, write_json
+from minigpt.files import atomic_file, cache_dir, is_private, make_private
 from minigpt.model import cached, packed_lm, rope, shrink
 from minigpt.model.cached import MODES, PADDED, TransformersDecoder
 from minigpt.model.packed_lm import (
@@ -132,16 +132,19 @@ def _file(digest: str) -> Path:
 
 
 def _load_proof(digest: str) -> Conformance | None:
+    if not is_private(_file(digest)):  # not there, or another user may have written it
+        return None
     try:
         return Conformance(**json.loads(_file(digest).read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or damaged: it is proven anew
+    except (OSError, ValueError, TypeError):  # damaged: it is proven anew
         return None
 
 
 def _save_proof(digest: str, conformance: Conformance) -> None:
     try:
-        _file(digest).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_file(digest), asdict(conformance))
+        with atomic_file(_file(digest)) as partial:
+            partial.write_text(json.dumps(asdict(conformance)), encoding="utf-8")
+            make_private(partial)
     except OSError as error:  # it costs a second each time
         log.debug("The proof is not saved: %s", error)
 

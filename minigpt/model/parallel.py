@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from minigpt.errors import ConfigError
-from minigpt.files import explain_unwritable, publish, write_manifest
+from minigpt.files import atomic_directory, explain_unwritable, write_manifest
 from minigpt.lightning_internals import AllProcessesStrategy
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
@@ -54,13 +54,10 @@ class FSDP2(AllProcessesStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
-        """Let all processes write their shards beside the place, then publish them together."""
+        """Let all processes write their shards into a directory that appears when it is whole."""
         path = Path(self.broadcast(filepath))
-        partial = path.with_name(f".{path.name}-partial")
-        if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.barrier()
-        with explain_unwritable(path):
+        with explain_unwritable(path), ExitStack() as stack:
+            partial = self._begin(path, stack)
             try:
                 super().save_checkpoint(checkpoint, partial, storage_options)
             except CheckpointException as error:  # no Exception, and hides what happened
@@ -68,8 +65,20 @@ class FSDP2(AllProcessesStrategy):
             self.barrier()
             if self.is_global_zero:
                 write_manifest(partial)
-                publish(partial, path)
         self.barrier()
+
+    def _begin(self, path: Path, stack: ExitStack) -> Path:
+        """Return the directory that all processes fill; the first one makes it, and renames it."""
+        made: Path | OSError = path
+        if self.is_global_zero:
+            try:
+                made = stack.enter_context(atomic_directory(path))
+            except OSError as error:  # raised by all processes, so that none waits for another
+                made = error
+        made = self.broadcast(made)
+        if isinstance(made, OSError):
+            raise made
+        return made
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -118,6 +127,19 @@ class FSDP1(FSDPStrategy):
         squares = torch.nn.utils.get_total_norm(gradients).square()
         torch.distributed.all_reduce(squares)
         return squares.sqrt()
+
+    def _begin(self, path: Path, stack: ExitStack) -> Path:
+        """Return the directory that all processes fill; the first one makes it, and renames it."""
+        made: Path | OSError = path
+        if self.is_global_zero:
+            try:
+                made = stack.enter_context(atomic_directory(path))
+            except OSError as error:  # raised by all processes, so that none waits for another
+                made = error
+        made = self.broadcast(made)
+        if isinstance(made, OSError):
+            raise made
+        return made
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from minigpt.errors import ModelError
 from minigpt.files import (
     atomic_directory,
-    clear_partials,
+    clear_leftovers,
     damage,
     explain_unwritable,
     remove_directory,
@@ -91,11 +90,9 @@ class Checkpoints(Checkpoint):
         self.saved_step = trainer.global_step
         self.last_step = pl_module.total_steps()
         if trainer.is_global_zero:
-            run_dir = self.directory.parent
-            clear_partials(run_dir / "hf")
-            for partial in self.directory.glob(".*step=*"):
-                shutil.rmtree(partial, ignore_errors=True)
-            set_aside(run_dir, trainer.global_step)
+            clear_leftovers(self.directory.parent)
+            clear_leftovers(self.directory)
+            set_aside(self.directory.parent, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save every so many optimizer steps, and after the last one."""

@@ -67,21 +67,38 @@ def locked(run_dir: Path) -> Iterator[None]:
         RunExistsError: when another process trains in it.
         ConfigError: when it cannot be written to.
     """
+    file = run_dir / ".lock"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run_dir).close()
-        lock = (run_dir / ".lock").open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        lock = os.open(file, flags, 0o666)
     except OSError as error:
+        if file.is_symlink():
+            raise ConfigError(
+                f"{file} is a link, which no run makes. Remove it, or choose another --run_dir."
+            ) from error
         raise ConfigError(
             f"Cannot write to {run_dir}: {error.strerror}. Choose another --run_dir."
         ) from error
-    with lock as file:
-        try:
-            # Not flock, which child processes that outlive a killed run would still hold.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    try:
+        _lock(lock, run_dir)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(handle: int, run_dir: Path) -> None:
+    try:
+        # Not flock, which child processes that outlive a killed run would still hold.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError | PermissionError):  # POSIX leaves open which
             raise RunExistsError(
                 f"Another process is training in {run_dir}. Wait for it, or choose another "
                 "--run_dir."
             ) from error
-        yield
+        raise ConfigError(
+            f"{run_dir} cannot be locked against a second run: {error.strerror}. Choose another "
+            "--run_dir, on a file system that has locks."
+        ) from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,15 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt.data.formats import Message
-from minigpt.files import explain_unwritable, write_json, write_text
+from minigpt.data.formats import Message, completed
+from minigpt.errors import ConfigError
+from minigpt.files import (
+    atomic_file,
+    explain_unwritable,
+    is_stream,
+    system_reason,
+    write_json,
+)
 from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
 from minigpt.model.lora import save_adapter
@@ -156,9 +165,9 @@ class RunRecorder(Callback):
             }
             for result in pl_module.exam_results
         ]
-        write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
-        for name, score in scores.items():
+        for name, score in scores.items():  # before the file, which may not be writable
             log.info("%s: %.4g", name, score)
+        write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
 
 
 def export(module: BaseModule, directory: Path) -> None:
@@ -201,13 +210,44 @@ class SampleText(Callback):
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as JSONL, in the order of the prompts, completely or not at all.
 
+    As they come they are written to a file beside it, whose name ends in .part. That goes once all
+    of them are where they belong, and stays when the run ends before.
+
     Args:
         path: each line is the prompt's row with a `completion` added.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__("epoch")
+        super().__init__("batch_and_epoch")
         self.path = path
+        self.part: Path | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin this process's file, before anything is computed."""
+        if is_stream(self.path):
+            return
+        with self._explained():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            name = f"{self.path.name}."
+            handle, part = tempfile.mkstemp(prefix=name, suffix=".part", dir=self.path.parent)
+            os.close(handle)
+            self.part = Path(part)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Sequence[Completion],
+        batch_indices: Sequence[int] | None,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write what has been completed."""
+        if self.part is None:
+            return
+        with self._explained(), self.part.open("ab") as file:
+            file.writelines(completed(row, text) for _, row, text in prediction)
 
     def write_on_epoch_end(
         self,
@@ -220,7 +260,32 @@ class PredictionWriter(BasePredictionWriter):
         completions = gathered([one for batch in predictions for one in batch])
         if trainer.is_global_zero:
             ordered = sorted(completions, key=lambda completion: completion[0])
-            rows = ({**row, "completion": text} for _, row, text in ordered)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(self.path, "".join(lines))
+            with self._explained(), atomic_file(self.path) as partial, partial.open("wb") as file:
+                file.writelines(completed(row, text) for _, row, text in ordered)
             log.info("%d completions written to %s", len(ordered), self.path)
+        trainer.strategy.barrier()
+        if self.part is not None:
+            self.part.unlink()
+            self.part = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, error: BaseException
+    ) -> None:
+        """Say where the completions are; nothing is left where there are none."""
+        if self.part is None:
+            return
+        if self.part.stat().st_size:
+            log.warning("What was completed is in %s.", self.part)
+        else:
+            self.part.unlink()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = system_reason(error) or error.strerror
+            raise ConfigError(
+                f"Cannot write to {self.path}: {reason}. Make room there, or name another file "
+                "with --predictions."
+            ) from error

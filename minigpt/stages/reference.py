@@ -17,7 +17,7 @@ from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import JSONLDataModule, PackedDataset, StoreSubset
 from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import TokenStore
-from minigpt.files import atomic_file
+from minigpt.files import atomic_file, is_private, make_private
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.parallel import gathered
 
@@ -76,6 +76,8 @@ def scores_of(
 
 
 def _read(path: Path, pairs: int) -> Scores | None:
+    if not is_private(path):  # not there, or another user may have written it
+        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             scores: Scores = arrays["scores"]  # checked against the sum that a zip file holds
@@ -88,5 +90,6 @@ def _write(path: Path, scores: Scores) -> None:
     try:
         with atomic_file(path) as partial, partial.open("wb") as file:
             np.savez(file, scores=scores)
+            make_private(partial)
     except OSError as error:  # a run can do without: the next one computes them again
         log.warning("The reference's log-probs cannot be saved in %s: %s", path, error.strerror)

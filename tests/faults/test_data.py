@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import signal
 import threading
@@ -137,19 +136,19 @@ def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> N
     file, cache = corpus(tmp_path / "corpus.jsonl", 3), tmp_path / "cache"
     changes = {"data__init_args__train": str(file), "env": {"MINIGPT_CACHE": str(cache)}}
     never = held_in("minigpt.data.store._publish")
-    for number in range(1, 4):
+    other = cache / "tokens" / ".corpus-20261128"
+    for _ in range(3):
         run = start("pretrain", "run", trainer__callbacks=never, **changes)
-        eventually(lambda wanted=number: len(list(cache.glob("tokens/.*/tokens.bin"))) == wanted)
+        eventually(lambda: [*cache.glob("tokens/.*/new/tokens.bin")])
+        other.mkdir(exist_ok=True)
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         finished, partial = stores(cache)
         assert not [path for path in finished if path.name.startswith("corpus")]
-        assert len(partial) == number
-        for path in partial:
-            (path / "cut off").touch()  # it would be seen, were it used
-    os.utime(stores(cache)[1][0], (0, 0))  # one of them is old
+        (left,) = (path for path in partial if path != other)  # the one before is removed
+        (left / "new" / "tokens.bin").rename(left / "new" / "cut off")  # seen, were it used
     assert start("pretrain", "run", **changes).wait() == 0
-    assert len(stores(cache)[1]) == 2
+    assert stores(cache)[1] == [other]
     (made,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
     assert not (made / "cut off").exists()
     store = TokenStore(made, file)

@@ -27,6 +27,7 @@ from minigpt.data.tokenizer import load as load_tokenizer
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export import gguf, hf
 from minigpt.export.card import Card
+from minigpt.files import write_manifest
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.architecture import fit_vocabulary
 from minigpt.model.lora import Lora, add_adapter, save_adapter
@@ -191,17 +192,16 @@ def test_an_adapter_is_kept_for_plain_peft(minigpt: Minigpt, trained: Path, tmp_
     assert "library_name: peft" in card
     assert "base_model:" not in card
     assert str(trained) not in card
-    killed, other = (tmp_path / f".{target}-cut_off_" for target in ("adapter", "adapter-2"))
-    for directory in (killed, other):
-        directory.mkdir()
+    notes = tmp_path / ".adapter-20261128" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
     named = minigpt("export", "hf", *arguments, "--base_model_name", "me/sft", "--overwrite")
-    assert not killed.exists()
-    other.rmdir()  # another export's
     assert named.status == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/sft"
     assert "base_model: me/sft" in (out / "README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert notes.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [notes.parent.name, "adapter"]
 
 
 def test_no_adapter_to_keep(trained: Path, tmp_path: Path) -> None:
@@ -379,6 +379,7 @@ def test_places_that_are_taken(
     for name in ("notes/notes.txt", "done/model.safetensors", "list.json"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("[1]")
+    write_manifest(Path("done"))
     before = sorted(tmp_path.rglob("*"))
     outcome = minigpt("export", "hf", "--model", "sft", "--output_dir", path, *more)
     assert (outcome.status, outcome.out) == (2, "")

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import install_template
 from minigpt.errors import ModelError, TokenizerError
-from minigpt.files import atomic_directory
 from minigpt.model.architecture import (
     Architecture,
     build_native,
@@ -311,30 +310,3 @@ def test_weights_that_are_not_there_are_refused_with_the_reason(
     harm(tmp_path / "m")
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path / "m")
-
-
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    directory = tmp_path / "a" / "b"
-    for text in ("first", "second"):
-        with atomic_directory(directory) as partial:
-            assert partial.parent == directory.parent
-            (partial / text).write_text(text)
-    assert [p.name for p in directory.iterdir()] == ["second"]
-    assert [p.name for p in directory.parent.iterdir()] == ["b"]
-
-
-def write_half(directory: Path) -> None:
-    with atomic_directory(directory) as partial:
-        (partial / "new").write_text("half")
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_directory_is_left_alone_when_the_body_raises(tmp_path: Path, there: bool) -> None:
-    directory = tmp_path / "b"
-    if there:
-        directory.mkdir()
-        (directory / "old").write_text("whole")
-    with pytest.raises(KeyboardInterrupt):
-        write_half(directory)
-    assert [p.name for p in tmp_path.rglob("*")] == (["b", "old"] if there else [])
