@@ -63,16 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if argv is None else argv
     is_closed = not open_streams()
-    if not args or args[0] in ("-h", "--help"):
-        verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
-        print(HELP.format(verbs=verbs))
-        return 0
-    if args[0] == "--version":
-        from minigpt import __version__
-
-        print(__version__)
-        return 0
-    if is_closed and args[0] in PRINTING:
+    if is_closed and args and args[0] in PRINTING:
         say(f"standard output is closed, and minigpt {args[0]} prints to it. Give it a file.")
         return MiniGPTError.exit_code
     try:
@@ -101,7 +92,8 @@ def guarded(args: list[str]) -> int:
     except BrokenPipeError as error:
         return unread(error)
     except OSError as error:
-        return unwritten(error)
+        output = "a file" if args and args[0] in (*TRAINER_VERBS, "serve") else "standard output"
+        return unwritten(error, output)
     except KeyboardInterrupt:
         return interrupted()
     except Terminated as stop:
@@ -115,9 +107,16 @@ def guarded(args: list[str]) -> int:
     return 0
 
 
-def dispatch(verb: str, *rest: str) -> None:
+def dispatch(verb: str = "--help", *rest: str) -> None:
     """Import what a verb needs, and run it."""
-    if verb in TRAINER_VERBS:
+    if verb in ("-h", "--help"):
+        verbs = "\n".join(f"  {v:10} {what}" for v, what in (TRAINER_VERBS | COMMANDS).items())
+        print(HELP.format(verbs=verbs))
+    elif verb == "--version":
+        from minigpt import __version__
+
+        print(__version__)
+    elif verb in TRAINER_VERBS:
         importlib.import_module("minigpt.cli.trainer").run([verb, *rest])
     elif verb in COMMANDS:
         importlib.import_module(f"minigpt.cli.{verb}").main(list(rest))
@@ -184,21 +183,22 @@ def unread(error: BrokenPipeError) -> int:
     return 141
 
 
-def unwritten(error: OSError) -> int:
-    """Say that the system refused to write, and return the exit status; raise any other error."""
+def unwritten(error: OSError, output: str) -> int:
+    """Say that the system refused to write, and return the exit status; raise any other error.
+
+    Args:
+        error: names the file, unless it was open already.
+        output: what was open and is written to.
+    """
     from minigpt.files import system_reason
 
     reason = system_reason(error)
     if reason is None:
         raise error
     doing = "write to" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else "use"
-    where = error.filename or "a file"
-    try:
-        sys.stdout.flush()
-    except OSError:
-        doing, where = "write to", "standard output"
-        drop_output()
+    where = error.filename or output
     say(f"Cannot {doing} {where}: {reason}. Make room or give access there, or choose another.")
+    drop_output()
     return MiniGPTError.exit_code
 
 
@@ -209,7 +209,7 @@ def end_output() -> None:
     except BrokenPipeError:
         drop_output()
     except OSError as error:
-        unwritten(error)
+        unwritten(error, "standard output")
 
 
 def drop_output() -> None:

@@ -157,8 +157,8 @@ def stats(args: argparse.Namespace) -> None:
     from minigpt.datatools.stats import measure, section, terminal
     from minigpt.page import page
 
-    check_distinct("--json", args.json, args.files)
-    check_distinct("--html", args.html, args.files)
+    check_distinct("--json", args.json, expand_files(args.files))
+    check_distinct("--html", args.html, expand_files(args.files))
     tokenizer = tokenizer_of(args)
     sample = None if args.all else args.sample
     reports = []
@@ -184,7 +184,7 @@ def show(args: argparse.Namespace) -> None:
     from minigpt.datatools import show
     from minigpt.page import page
 
-    check_distinct("--html", args.html, args.files)
+    check_distinct("--html", args.html, expand_files(args.files))
     tokenizer = tokenizer_of(args)
     if tokenizer is None:
         raise ConfigError("Tokens need --tokenizer: a tokenizer or model directory, or hub id.")

@@ -496,3 +496,11 @@ def test_without_validation_nothing_is_said_of_losses(fit: Minigpt, tmp_path: Pa
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["before"], summary["final"]) == ({}, {})
     assert "→" not in outcome.err
+
+
+def test_a_lock_that_is_a_link_is_refused(fit: Minigpt, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run" / ".lock").symlink_to("../elsewhere")
+    told(fit("sft"), "run/.lock is a link", "--run_dir")
+    assert (tmp_path / "elsewhere").read_text() == "mine"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,63 @@ def test_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no compiler any more
     assert cpu_attention.available()
     assert library.stat().st_mtime_ns == built
+
+
+def flipped(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def truncated(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:-100])
+
+
+def another(library: Path) -> None:
+    library.write_bytes(b"of another user, with another digest")
+
+
+def others_may_write(library: Path) -> None:
+    library.chmod(0o777)
+
+
+def of_another_user(library: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file to another user")
+    os.chown(library, 12345, -1)
+
+
+def linked(library: Path) -> None:
+    library.rename(library.with_name("elsewhere"))
+    library.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "harm", [flipped, truncated, another, others_may_write, of_another_user, linked]
+)
+def test_a_library_that_others_may_have_written_is_never_loaded(
+    harm: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def compiled(command: list[str], **_: object) -> None:
+        Path(command[-1]).write_bytes(b"code" * 100)
+
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_attention.subprocess, "run", compiled)
+    library = cpu_attention._build()
+    content = library.read_bytes()
+    assert cpu_attention._build() == library
+    assert caplog.messages == []
+    harm(library)
+    assert not cpu_attention._is_sound(library)
+    assert cpu_attention._build() == library
+    assert caplog.messages == [
+        f"{library} is damaged, or others may write to it: it is built again."
+    ]
+    assert cpu_attention._is_sound(library)
+    assert library.read_bytes() == content
 
 
 @needs_kernel

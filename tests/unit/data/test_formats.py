@@ -28,6 +28,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    completed,
     expand_files,
     iter_rows,
     load_prompts,
@@ -844,3 +845,13 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
         load_prompts(file)
 
     damage.fuzz(count, damaged, read)
+
+
+def test_a_completion_outlives_a_row_that_json_cannot_hold() -> None:
+    row: dict[str, object] = {"prompt": "春", "note": "\ud800"}
+    assert json.loads(completed(row, "眠")) == {**row, "completion": "眠"}
+    assert completed(row, "眠").decode() == (
+        '{"prompt": "春", "note": "\\ud800", "completion": "眠"}\n'
+    )
+    row["again"] = row
+    assert json.loads(completed(row, "眠")) == {"completion": "眠"}

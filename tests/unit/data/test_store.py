@@ -29,7 +29,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import BadRows, Kind, Message, Source, Text
 from minigpt.data.store import Encoder, Limits, TokenStore, open_store
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat", "春眠不觉晓，处处闻啼鸟。", "42", "x" * 90]
 
@@ -376,6 +376,46 @@ def test_a_damaged_store_is_built_again(
     caplog.clear()
     opened("chat", rows)
     assert not caplog.messages
+
+
+def others_may_write(path: Path) -> None:
+    (path / "tokens.bin").chmod(0o666)
+
+
+def others_may_add(path: Path) -> None:
+    path.chmod(0o775)
+
+
+def a_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("harm", [others_may_write, others_may_add, a_link])
+def test_a_store_that_others_may_have_written_is_built_again(
+    harm: Any, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = opened("text", [{"text": "a"}])
+    written = (made.path / "tokens.bin").read_bytes()
+    (made.path / "tokens.bin").write_bytes(b"\1" * len(written))
+    harm(made.path)
+    again = opened("text", [{"text": "a"}])
+    assert (again.path / "tokens.bin").read_bytes() == written
+    expected = f"The token store {made.path} is another user's, or others may write to it"
+    assert caplog.messages.count(f"{expected}: it is built again.") == 1
+    caplog.clear()
+    opened("text", [{"text": "a"}])
+    assert not caplog.messages
+
+
+def test_a_store_of_another_user_that_cannot_be_replaced_is_refused(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = opened("text", [{"text": "a"}])
+    monkeypatch.setattr(stores, "is_private", lambda path: path != made.path)
+    monkeypatch.setattr(stores, "remove_directory", lambda _: None)
+    with pytest.raises(ConfigError, match=r"cannot be replaced.*MINIGPT_CACHE"):
+        opened("text", [{"text": "a"}])
 
 
 RACER = """

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_runs import told
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.store import Limits, open_store
@@ -383,3 +386,21 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "minigpt data check raw.jsonl --fix clean.jsonl" in done.stdout
+
+
+def test_a_full_temporary_directory_is_no_damage_of_rows(
+    minigpt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, fixed, scratch = (tmp_path / name for name in ("rows.jsonl", "fixed.jsonl", "scratch"))
+    good = b"".join(line({"text": f"row {number}"}) + b"\n" for number in range(500))
+    rows.write_bytes(codecs.BOM_UTF8 + good)
+    scratch.mkdir()
+    (scratch / "0.jsonl").symlink_to("/dev/full")
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
+        outcome = minigpt("data", "check", rows, "--fix", fixed)
+    told(outcome, str(rows), "No space left on device", "TMPDIR")
+    assert outcome.out == ""
+    assert not fixed.exists()
+    assert minigpt("data", "check", rows, "--fix", fixed).status == 0
+    assert fixed.read_bytes() == good

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from tiny_runs import told
 from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from minigpt.data.tokenizer import load as load_tokenizer
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export import gguf, hf
 from minigpt.export.card import Card
-from minigpt.files import write_manifest
+from minigpt.files import OLD, STAGING, atomic_directory, atomic_file, staging, write_manifest
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.architecture import fit_vocabulary
 from minigpt.model.lora import Lora, add_adapter, save_adapter
@@ -387,3 +388,52 @@ def test_places_that_are_taken(
     assert outcome.err.count("\n") == 1
     assert message in outcome.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_nothing_but_an_export(minigpt: Minigpt, tmp_path: Path) -> None:
+    """What was added, and what was changed since, is named, up to five of it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "README.md"):
+        (out / name).write_text(name)
+    write_manifest(out)
+    (out / "README.md").write_text("a card that was written by hand")
+    for name in ("a.gguf", "b.safetensors", "notes/c.txt", "d_config.json", "e.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    arguments = ["export", "hf", "--model", "none", "--output_dir", out]
+    for more in ((), ("--overwrite",)):
+        names = "README.md, a.gguf, b.safetensors, d_config.json, e.txt and more"
+        told(minigpt(*arguments, *more), f"{out} is no place for an export: it holds {names}")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_of_two_exports_to_one_path_the_second_is_refused(
+    kind: str, minigpt: Minigpt, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", kind, "--model", trained / "sft", "--output_dir", out]
+    with atomic_directory(out):
+        told(minigpt(*arguments), f"Another process is writing {out}")
+    if kind == "gguf":
+        file = tmp_path / "out.gguf"
+        arguments = ["export", kind, "--model", trained / "sft", "--output", file]
+        with atomic_file(file, exclusive=True) as partial:
+            told(minigpt(*arguments), f"Another process is writing {file}")
+            partial.touch()
+
+
+def test_what_a_killed_export_moved_aside_is_back_even_if_the_next_one_fails(
+    minigpt: Minigpt, tmp_path: Path
+) -> None:
+    out, killed = tmp_path / "out", tmp_path / f"{STAGING}killed"
+    with staging(out) as private:
+        shutil.copytree(private, killed)
+    (killed / OLD).mkdir()
+    (killed / OLD / "config.json").write_text("earlier")
+    write_manifest(killed / OLD)
+    told(minigpt("export", "hf", "--model", "none", "--output_dir", out, "--overwrite"), "none")
+    assert (out / "config.json").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
