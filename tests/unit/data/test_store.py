@@ -402,7 +402,7 @@ def test_a_store_that_others_may_have_written_is_built_again(
     again = opened("text", [{"text": "a"}])
     assert (again.path / "tokens.bin").read_bytes() == written
     expected = f"The token store {made.path} is another user's, or others may write to it"
-    assert caplog.messages.count(f"{expected}: it is built again.") == 1
+    assert caplog.messages.count(f"{expected}: built again.") == 1
     caplog.clear()
     opened("text", [{"text": "a"}])
     assert not caplog.messages
