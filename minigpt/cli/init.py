@@ -11,13 +11,12 @@ from minigpt.errors import ConfigError, MiniGPTError
 
 FOLDERS = ("configs", "data")
 NEXT = """\
-  cd {directory}
   minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
   minigpt fit --config configs/pretrain.yaml
   minigpt fit --config configs/sft.yaml
   minigpt chat --model outputs/sft
 """
-EXAMPLES = "examples:\n  minigpt init demo\n" + NEXT.format(directory="demo")
+EXAMPLES = "examples:\n  minigpt init demo && cd demo\n" + NEXT
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
     print(f"{directory}/configs and {directory}/data are written. Next:")
-    print(NEXT.format(directory=directory), end="")
+    print(f"  cd {directory}\n{NEXT}", end="")
 
 
 def starter() -> Path:

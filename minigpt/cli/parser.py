@@ -33,6 +33,7 @@ _FILES = re.compile(
     r"--(data\.(init_args\.)?(train|val|exam|predict|cache_dir)|predictions"
     r"|model\.(init_args\.)?(init_from|tokenizer|chat_template))"
 )
+_LISTS = (".train", ".val", ".exam")
 _NONE = "Expected a <class 'NoneType'>"
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _CLASSES = {
@@ -249,16 +250,25 @@ def _content(file: Path) -> object:
 
 
 def with_file_names(args: Sequence[str]) -> list[str]:
-    """Return a command line on which names of files that are there are not read as other YAML."""
+    """Return a command line whose names of files jsonargparse takes as they are meant.
+
+    Names of files that are there are not read as other YAML, and several behind an option that
+    takes a list, such as a shell makes of `texts/*.jsonl`, become that list.
+    """
     out: list[str] = []
+    option, values = "", list[str]()  # an option that takes files, and those behind it
     for arg in args:
-        option, given, value = arg.partition("=")
-        if given and _FILES.fullmatch(option):
-            out.append(f"{option}={_as_name(option, value)}")
-        elif out and _FILES.fullmatch(out[-1]):
-            out.append(_as_name(out[-1], arg))
+        name, given, value = arg.partition("=")
+        if arg.startswith("-"):
+            takes_files = _FILES.fullmatch(name) is not None
+            option, values = "" if given or not takes_files else name, []
+            out.append(f"{name}={_as_name(name, value)}" if given and takes_files else arg)
+        elif values and option.endswith(_LISTS):
+            values.append(arg)
+            out[-1] = json.dumps(values)
         else:
-            out.append(arg)
+            out.append(_as_name(option, arg) if option and not values else arg)
+            values.append(arg)
     return out
 
 
@@ -269,7 +279,7 @@ def _as_name(option: str, value: str) -> str:
         is_plain = False
     if is_plain or not os.path.exists(value):
         return value
-    if option.endswith(("train", "val", "exam")):  # which take lists
+    if option.endswith(_LISTS):
         return json.dumps([value])
     return os.path.join(os.curdir, value)
 

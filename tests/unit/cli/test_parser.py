@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.cli.parser import replaced_options
+from minigpt.cli.parser import replaced_options, with_file_names
 
 
 def arguments(sources: list[str], directory: Path) -> list[str]:
@@ -53,3 +53,19 @@ def test_validation_by_steps_and_by_batches_replace_each_other(tmp_path: Path) -
     assert replaced_options(arguments(sources, tmp_path)) == ["trainer.val_check_interval"]
     sources = ["validate: {every: epoch}", "trainer: {val_check_interval: 70}"]
     assert replaced_options(arguments(sources, tmp_path)) == ["validate.every"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--data.init_args.train", "a", "b"], ["--data.init_args.train", '["a", "b"]']),
+        (["--data.val", "a", "b", "c", "--x", "d", "e"], ["--data.val", '["a", "b", "c"]']),
+        (["--data.init_args.train", "a"], ["--data.init_args.train", "a"]),
+        (["--data.init_args.train=a", "b"], ["--data.init_args.train=a", "b"]),
+        (["--data.init_args.predict", "a", "b"], ["--data.init_args.predict", "a", "b"]),
+        (["--data.init_args.train", "--x", "a", "b"], ["--data.init_args.train"]),
+    ],
+)
+def test_several_files_behind_an_option_are_its_list(args: list[str], expected: list[str]) -> None:
+    rest = args[args.index("--x") :] if "--x" in args else []
+    assert with_file_names(["fit", *args]) == ["fit", *expected, *rest]
