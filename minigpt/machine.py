@@ -12,11 +12,11 @@ from typing import Any
 
 from minigpt.errors import ConfigError
 
-# What launchers set and PyTorch and Lightning read, with the smallest number that makes sense.
+# What launchers set and libraries read as they are imported, with the smallest number that makes sense.
 NUMBERS = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"), 1)
 NUMBERS |= dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"), -1)
 NUMBERS |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "MASTER_PORT"), 0)
-NUMBERS |= {"PL_GLOBAL_SEED": 0}
+NUMBERS |= dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "PL_GLOBAL_SEED"), 0)
 
 
 def check_environment() -> None:

@@ -107,6 +107,7 @@ def limited_time(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _end_when_over)
+    signal.siginterrupt(signal.SIGVTALRM, False)  # no system call of a library fails by it
     interval = min(1.0, seconds)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, interval, interval)
     _ends.append((time.thread_time() + seconds, seconds))

@@ -88,7 +88,7 @@ def damaged_json(draw: st.DrawFn, value: Any) -> bytes:
         path = draw(st.sampled_from(paths(changed)))
         if not path:
             if draw(st.integers(0, 9)) == 0:
-                changed = draw(odd)
+                changed = copy.deepcopy(draw(odd))
                 break
             continue
         parent = changed
@@ -97,7 +97,7 @@ def damaged_json(draw: st.DrawFn, value: Any) -> bytes:
         if draw(st.integers(0, 3)) == 0:
             del parent[path[-1]]
         else:
-            parent[path[-1]] = draw(odd)
+            parent[path[-1]] = copy.deepcopy(draw(odd))
     return json.dumps(changed).encode()
 
 

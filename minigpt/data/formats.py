@@ -791,8 +791,8 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
             continue
         if not data.endswith(b"\n"):
             data += stream.readline(LARGEST_ROW)
-            if len(data) > LARGEST_ROW:
-                raise _too_large(line)
+        if len(data) > LARGEST_ROW:
+            raise _too_large(line)
         if data.strip():
             rows += 1
             yield line, _decode(data, line)

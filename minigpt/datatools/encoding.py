@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import io
 import re
-import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from minigpt.data.formats import open_data
+from minigpt.data.formats import DAMAGED, LARGEST_ROW, lines_of, open_data
 from minigpt.errors import ConfigError, DataError
 
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff"  # of a pattern [...]
@@ -37,7 +37,7 @@ def readable(path: Path, copy: Path, report: Report) -> Path:
         with open_data(path) as stream:
             if all(map(_is_sound, _blocks(stream))):
                 return path
-    except (OSError, EOFError, zlib.error):
+    except (*DAMAGED, OSError, DataError):
         return path
     try:
         with copy.open("wb") as out:
@@ -61,13 +61,13 @@ def _mended_lines(path: Path, report: Report) -> Iterator[bytes]:
         with open_data(path) as stream:
             for line, data in enumerate(_utf8_lines(path, stream, report), 1):
                 yield _mended(path, line, data, report)
-    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+    except (*DAMAGED, OSError, UnicodeError, DataError) as error:
         raise _Damaged from error
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
     while block := stream.read(_BLOCK):
-        yield block + stream.readline()
+        yield block + stream.readline(LARGEST_ROW)
 
 
 def _is_sound(block: bytes) -> bool:
@@ -81,11 +81,12 @@ def _is_sound(block: bytes) -> bool:
 
 def _utf8_lines(path: Path, stream: io.BufferedReader[Any], report: Report) -> Iterator[bytes]:
     if not stream.peek(2).startswith(_UTF16):
-        yield from stream
+        yield from lines_of(stream)
         return
     report(finding(path, 1, "encoding", "the file is UTF-16, not UTF-8"))
     with io.TextIOWrapper(stream, "utf-16", newline="\n") as lines:
-        yield from (line.encode() for line in lines)
+        for line in iter(partial(lines.readline, LARGEST_ROW), ""):  # at most so much of one
+            yield line.encode()
 
 
 def _mended(path: Path, line: int, data: bytes, report: Report) -> bytes:

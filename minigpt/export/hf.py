@@ -39,6 +39,7 @@ from minigpt.model.architecture import embedding_rows
 from minigpt.model.lora import ADAPTER, merge, save_adapter
 from minigpt.model.pretrained import base_of, find_model, save_model
 from minigpt.model.rope import max_positions
+from minigpt.reading import NotReadableError, refusing
 
 SAME_WEIGHTS = 1e-5  # limits of the logits' differences, in fp32
 MERGED_WEIGHTS = 1e-3  # W x + B A x against (W + B A) x
@@ -56,13 +57,14 @@ def use_plain_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """
     if not tokenizer.chat_template:
         return
-    before = prompts(tokenizer)
-    tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.get_chat_template())
-    if prompts(tokenizer) != before:
-        raise ConfigError(
-            "The chat template cannot be exported: without its {% generation %} marks it renders "
-            "chats otherwise. Put the marks around the assistant's text alone."
-        )
+    with refusing("The chat template", ConfigError, verb="cannot be exported"):
+        before = prompts(tokenizer)
+        tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.get_chat_template())
+        if prompts(tokenizer) != before:
+            raise NotReadableError(
+                "without its {% generation %} marks it renders chats otherwise. Put the marks "
+                "around the assistant's text alone"
+            )
 
 
 def export_hf(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -51,6 +51,7 @@ PICKLED = (
 STAGES = ("pretrain", "sft", "dpo", "lora")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BYTES_A_SECOND = 20 * MEGABYTE  # of weights that are loaded, at least
+HUB_SECONDS = 3600  # of computing, for models whose size is not known before they are there
 # Sizes in a config, which its weights must bear out before a model of them is built: what is built
 # takes time and memory for each layer and expert, and for each width.
 _DEPTHS = re.compile(r"layers?$|blocks?$|experts$|depth$|codebooks$")
@@ -58,6 +59,7 @@ _WIDTHS = re.compile(
     r"vocab_size$|hidden_size$|intermediate_size$|ffn|_dim$|^d_|^n_(embd|inner)$|_heads$|^n_head$"
 )
 MANY = 1024  # layers or experts that any config may have
+WIDEST = 1 << 20  # of weights that are not known before they are there
 PACKED_VALUES = 16  # that quantized weights may hold in one number, at most
 _SHARES = re.compile(r"dropout|pdrop")
 
@@ -115,6 +117,8 @@ def _loaded(location: Path | str, attention: str) -> PreTrainedModel:
         _check_files(location)
         _check_sizes(location)
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if isinstance(location, str):
+        _check_numbers(config.to_dict(), WIDEST, 0)
     conformance = conformance_of(config)
     if conformance is not None:
         check_conformance(config, conformance, attention == PACKED)
@@ -160,7 +164,13 @@ def _check_sizes(directory: Path) -> None:
             for name in weights.keys():  # noqa: SIM118  (no mapping)
                 count += 1
                 widest = max([widest, *weights.get_slice(name).get_shape()])
-    for name, value in _numbers(read_json(directory / "config.json")):
+    if count:
+        _check_numbers(read_json(directory / "config.json"), widest, count)
+
+
+def _check_numbers(config: dict[str, Any], widest: int, count: int) -> None:
+    """Refuse a config for more layers than there are weights, or widths far above the widest."""
+    for name, value in _numbers(config):
         if _SHARES.search(name) and not 0 <= value <= 1:
             raise NotReadableError(f"its config sets {name} to {value}, which lies not in 0 to 1")
         limit = max(MANY, count) if _DEPTHS.search(name) else PACKED_VALUES * max(MANY, widest)
@@ -233,6 +243,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     with _refusing(location):
         if isinstance(location, Path):
             check_directory(location)
+            _check_sizes(location)
         loaded: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         int(loaded.get_text_config(decoder=True).vocab_size)
         max_positions(loaded)
@@ -242,9 +253,11 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 @contextmanager
 def _refusing(source: Path | str) -> Iterator[None]:
     """Tell what transformers says of a model that it cannot load."""
-    files = Path(source).glob("*.safetensors") if isinstance(source, Path) else ()
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    with refusing(f"The model at {source}", ModelError, seconds=SECONDS + size / BYTES_A_SECOND):
+    seconds: float = HUB_SECONDS
+    if isinstance(source, Path):
+        files = filter(Path.is_file, source.glob("*.safetensors"))
+        seconds = SECONDS + sum(file.stat().st_size for file in files) / BYTES_A_SECOND
+    with refusing(f"The model at {source}", ModelError, seconds=seconds):
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:

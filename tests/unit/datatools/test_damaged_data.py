@@ -54,6 +54,20 @@ def test_damaged_data(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
     damage.fuzz(count, rows | damage.damaged_bytes(LINES), read)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_row_without_end_is_an_error_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minigpt: Any, encoding: str
+) -> None:
+    for module in ("data.formats", "datatools.encoding"):
+        monkeypatch.setattr(f"minigpt.{module}.LARGEST_ROW", 2000)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(('{"text": "a"}\n{"text": "' + "x\0" * 4000 + '"}\n').encode(encoding))
+    outcome = minigpt("data", "check", file, "--fix", tmp_path / "fixed.jsonl")
+    assert outcome.status == 2
+    assert f"{file}:2: the row has more than 2,000 bytes" in outcome.out
+    assert not (tmp_path / "fixed.jsonl").exists()
+
+
 @damage.counts
 def test_damaged_rows_of_corpora(tmp_path: Path, count: int) -> None:
     rows = [{"title": "a", "author": "b", "paragraphs": ["c", "d"]}, *ROWS]
