@@ -12,7 +12,7 @@ from typing import Any
 
 from minigpt.errors import ConfigError
 
-# What launchers set and libraries read as they are imported, with the smallest number that makes sense.
+# What launchers set and libraries read when they are imported, with the smallest that makes sense.
 NUMBERS = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"), 1)
 NUMBERS |= dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"), -1)
 NUMBERS |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "MASTER_PORT"), 0)

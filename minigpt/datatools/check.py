@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
 from minigpt.data.formats import (
+    DAMAGED,
     BadRows,
     Kind,
     Message,
@@ -243,7 +243,7 @@ class Checker:
             for line, row in _raw_rows(self.copies[path]):
                 if line not in dropped:
                     yield _line(row, line in mended)
-        except (OSError, EOFError, zlib.error) as error:
+        except (*DAMAGED, OSError) as error:
             raise DataError(f"cannot be mended: {error}", path=path) from error
         except DataError as error:
             raise error.at(path, error.line) from None

@@ -180,7 +180,8 @@ def table(title: str, head: Sequence[str], rows: list[list[object]]) -> str:
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    rendered = "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    return f"## {cell(title)}\n\n{rendered}"
 
 
 def cell(value: object) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -28,6 +30,12 @@ from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, 
 from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
+
+
+def _refusing_sizes() -> AbstractContextManager[None]:
+    """Refuse, with a ConfigError, sizes that transformers or the memory has no room for."""
+    what, remedy = "A model of this architecture", "Give other sizes."
+    return refusing(what, ConfigError, remedy, inf, "cannot be built")
 
 
 @dataclass
@@ -99,7 +107,8 @@ class ModelSource:
         """
         if self.init_from is None:
             assert self.architecture is not None
-            return native_config(self.architecture, self.tokenizer)
+            with _refusing_sizes():
+                return native_config(self.architecture, self.tokenizer)
         config = load_config(self.init_from)
         if self.architecture is not None:
             check_sizes(self.architecture, config)
@@ -113,7 +122,8 @@ class ModelSource:
         """
         if self.init_from is None:
             assert self.architecture is not None
-            model = build_native(self.architecture, self.tokenizer)
+            with _refusing_sizes():
+                model = build_native(self.architecture, self.tokenizer)
         else:
             model = load_model(self.init_from)
             with refusing(f"The model at {self.init_from}", ModelError, verb="cannot be used"):

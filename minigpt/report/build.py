@@ -37,12 +37,12 @@ class Document:
     def heading(self, text: str) -> None:
         """Start a section."""
         self.html.append(f"<h2>{escape(text)}</h2>\n")
-        self.markdown += [f"## {text}", ""]
+        self.markdown += [f"## {' '.join(text.split())}", ""]
 
     def note(self, text: str) -> None:
         """Add a sentence."""
         self.html.append(f'<p class="soft">{escape(text)}</p>\n')
-        self.markdown += [text, ""]
+        self.markdown += [" ".join(text.split()), ""]
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Add a table."""

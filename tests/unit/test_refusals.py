@@ -504,3 +504,9 @@ def test_a_lock_that_is_a_link_is_refused(fit: Minigpt, tmp_path: Path) -> None:
     (tmp_path / "run" / ".lock").symlink_to("../elsewhere")
     told(fit("sft"), "run/.lock is a link", "--run_dir")
     assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"heads": 0}, {"layers": -1}])
+def test_an_architecture_that_cannot_be_built(fit: Minigpt, sizes: dict[str, int]) -> None:
+    changes = {f"model__init_args__architecture__{name}": size for name, size in sizes.items()}
+    told(fit("pretrain", **changes), "A model of this architecture cannot be built: ")

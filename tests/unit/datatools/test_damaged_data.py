@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import socket
 import threading
 from collections.abc import Iterator
@@ -51,7 +53,8 @@ def test_damaged_data(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
         checker.write_fixed(file, tmp_path / "fixed.jsonl")
 
     rows = st.one_of(*map(damage.damaged_json, ROWS)).map(lambda row: LINES + row + b"\n")
-    damage.fuzz(count, rows | damage.damaged_bytes(LINES), read)
+    packed = [damage.damaged_bytes(pack(LINES)) for pack in (gzip.compress, lzma.compress)]
+    damage.fuzz(count, st.one_of(rows, damage.damaged_bytes(LINES), *packed), read)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
