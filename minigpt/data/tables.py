@@ -167,15 +167,28 @@ def text_rows(path: PurePath, lines: Iterable[bytes]) -> Iterator[tuple[int, dic
     _log_documents(path, "what lies between blank lines" if by_blocks else "a line")
     block: list[str] = []
     start = 1
+    size = 0
     for number, line in chain(looked_at, numbered):
         if line.strip():
             start = start if block else number
+            size = len(line) + (size if block else 0)
+            if size > LARGEST_CELL:
+                raise _too_long(start)
             block.append(line)
         if block and not (by_blocks and line.strip()):
             yield start, {"text": "".join(block).strip("\r\n")}
             block = []
     if block:
         yield start, {"text": "".join(block).strip("\r\n")}
+
+
+def _too_long(line: int) -> DataError:
+    return DataError(
+        f"the document that begins here has more than {LARGEST_CELL:,} characters",
+        line=line,
+        remedy="Part it by blank lines.",
+        reason="row_size",
+    )
 
 
 @cache
@@ -232,7 +245,7 @@ def _row(names: list[str], cells: list[str], line: int) -> object:
         if name in NESTED and cell.lstrip().startswith(("[", "{")):
             try:
                 row[name] = json.loads(cell)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return _bad_table(f"the cell of {name} is not JSON", line)
         elif cell:
             row[name] = cell

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt.data.formats import iter_rows, renamed
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import atomic_file
+from minigpt.reading import reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,9 +60,9 @@ def rows_of(path: Path) -> Iterator[object]:
     except (DataError, FileNotFoundError):
         raise
     except Exception as error:  # damaged files raise whatever the package's parts raise
-        problem = " ".join(str(error).split()) or type(error).__name__
         remedy = "Copy it again, or save it as CSV."
-        raise DataError(f"cannot be read: {problem}", path=path, remedy=remedy) from error
+        problem = f"cannot be read: {reason_of(error)}"
+        raise DataError(problem, path=path, remedy=remedy) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
@@ -88,7 +89,12 @@ def _arrow_rows(path: Path) -> Iterator[object]:
 
 
 def _without_nulls(batch: pyarrow.RecordBatch) -> Iterator[object]:
-    """Yield rows in which a field that is null is absent, as it would be in JSONL."""
+    """Yield rows in which a field that is null is absent, as it would be in JSONL.
+
+    Raises:
+        pyarrow.ArrowInvalid: when values would be read outside of the batch.
+    """
+    batch.validate(full=True)
     for row in batch.to_pylist():
         yield {name: value for name, value in row.items() if value is not None}
 

@@ -837,14 +837,39 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
         *(damage.damaged_bytes(data) for data in (lines, json.dumps(rows).encode(), zipped(lines))),
     )
 
-    def read(data: bytes) -> None:
-        file = write(tmp_path / "rows", data)
+    table = b'text,messages\n"a, b",\n,"[{""role"": ""user"", ""content"": ""c""}]"\n'
+    named = [("rows", damaged), ("rows.txt", damage.damaged_bytes(b"one\n\ntwo\nthree\n"))]
+    named += [("rows.csv", damage.damaged_bytes(table))]
+    named += [("rows.tsv", damage.damaged_bytes(table.replace(b",", b"\t")))]
+    for name, pack in (("rows.xz", lzma.compress), ("rows.bz2", bz2.compress)):
+        named += [(name, damage.damaged_bytes(pack(lines)))]
+    examples = [one.map(lambda data, name=name: (name, data)) for name, one in named]
+
+    def read(example: tuple[str, bytes]) -> None:
+        name, data = example
+        file = write(tmp_path / name, data)
         for kind in ("text", "chat", "preference", None):
             with suppress(DataError):
                 list(read_records([file], kind, BadRows("skip", max_share=1)))  # type: ignore[arg-type]
         load_prompts(file)
 
-    damage.fuzz(count, damaged, read)
+    damage.fuzz(count, st.one_of(examples), read)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b'text,messages\na,"' + b"[" * 9999 + b'"\n'),
+        ("a.csv", b'text\n"' + b"x\n" * 200),
+        ("a.txt", b"\n\na\n" + b"x\n" * 200),
+    ],
+)
+def test_tables_and_texts_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.setattr("minigpt.data.tables.LARGEST_CELL", 20_000 if b"[" in content else 300)
+    with pytest.raises(DataError, match=rf"{name}:\d+: "):
+        list(iter_rows(write(tmp_path / name, content)))
 
 
 def test_a_completion_outlives_a_row_that_json_cannot_hold() -> None:

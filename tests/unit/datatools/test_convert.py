@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 
 from minigpt.__main__ import main
+from minigpt.datatools.convert import rows_of
 
 ROWS = [{"ask": "Hi?", "reply": "Hello."}, {"ask": "春?", "reply": "Yes."}]
 RENAMED = [{"prompt": row["ask"], "completion": row["reply"]} for row in ROWS]
@@ -87,3 +89,20 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "exists and is left alone" in capsys.readouterr().err
     assert main(["data", "convert", "a", "b", "--columns", "ask"]) == 2
     assert "--columns: must be OLD=NEW, but is 'ask'" in capsys.readouterr().err
+
+
+@damage.counts
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.parquet", parquet), ("a.arrow", arrow), ("a.xlsx", spreadsheet)],
+)
+def test_damaged_tables(name: str, write: Any, tmp_path: Path, count: int) -> None:
+    file = tmp_path / name
+    write(file)
+    sound = file.read_bytes()
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        list(rows_of(file))
+
+    damage.fuzz(count, damage.damaged_bytes(sound), read)
