@@ -20,6 +20,7 @@ from minigpt.serve.worker import Worker
 PUBLIC_PATHS = {"/", "/health"}  # they hold nothing that needs a key
 PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+MAX_RECEIVED = 64  # longest bodies, that bodies of requests being answered may have together
 HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -68,6 +69,7 @@ class AccessMiddleware:
         self.app = app
         self.metrics = metrics
         self.max_body = max_body
+        self.received = 0  # bytes of the bodies of requests that are being answered
         self.key_digest = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,13 +90,17 @@ class AccessMiddleware:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
+            self.received += len(message.get("body", b""))
             if size > self.max_body:
                 raise HTTPException(413, f"The body is longer than {self.max_body} bytes.")
+            if self.received > MAX_RECEIVED * self.max_body:
+                raise HTTPException(503, "Too many long requests at once. Try again.")
             return message
 
         try:
             await (self._refusal(scope) or self.app)(scope, receive_limited, send_noting_status)
         finally:
+            self.received -= size
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, status).inc()
             self.metrics.request_seconds.labels(path).observe(time.perf_counter() - start)

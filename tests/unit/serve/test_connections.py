@@ -22,7 +22,10 @@ def health(served: Served) -> httpx.Response:
         return client.get(served.url + "/health")
 
 
-def test_idle_connections_make_room_for_new_ones(engines: dict[str, Engine]) -> None:
+def test_idle_connections_make_room_for_new_ones(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "CLIENT_TIMEOUT", 10_000)
     with running(engines) as served, contextlib.ExitStack() as stack:
         state = served.server.server_state
         state.max_connections = 4

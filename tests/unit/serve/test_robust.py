@@ -21,7 +21,7 @@ from serving import ANSWER, QUESTION, Served, running, slow_reading
 
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
-from minigpt.serve import network
+from minigpt.serve import middleware, network
 
 CHAT: dict[str, Any] = {
     "model": "sft",
@@ -289,6 +289,25 @@ def test_body_limit(engines: dict[str, Engine]) -> None:
             assert answer.status_code == 413
             assert "2000 bytes" in error_of(answer)["message"]
         assert served.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_limit_of_all_bodies(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_RECEIVED", 3)
+    monkeypatch.setattr(network, "CLIENT_TIMEOUT", 10_000)
+    content = json.dumps(CHAT | {"max_tokens": 1}).encode().ljust(1900)
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(engines, max_body=2000) as served, contextlib.ExitStack() as stack:
+        assert served.post(CHATS, content=content, headers=JSON).status_code == 200
+
+        def refused() -> bool:
+            """Leave one more body unfinished, and ask: three of them leave no room."""
+            connection = stack.enter_context(served.connect())
+            connection.sendall(f"{head}Content-Length: 2000\r\n\r\n".encode() + content)
+            return served.post(CHATS, content=content, headers=JSON).status_code == 503
+
+        eventually(refused)
+        stack.close()
+        eventually(lambda: served.post(CHATS, content=content, headers=JSON).status_code == 200)
 
 
 def test_key(engines: dict[str, Engine]) -> None:
