@@ -12,8 +12,9 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +201,18 @@ class atomic_directory:  # noqa: N801  (used like a function)
     The files are on the disk before the rename is. What had the name is removed afterwards, and
     stays when anything fails.
 
+    Args:
+        directory: what is made.
+        replaced: patterns of the names that such a directory holds; what has another name in the
+            one that is replaced was put there by others, and is taken over. None replaces all.
+
     Raises:
         ConfigError: when another process is writing the same directory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, replaced: Sequence[str] | None = None) -> None:
         self.directory = directory
+        self.replaced = replaced
 
     def __enter__(self) -> Path:
         with ExitStack() as stack:
@@ -217,13 +224,40 @@ class atomic_directory:  # noqa: N801  (used like a function)
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self.stack:
             if kind is None:
-                _publish(self.new, self.directory)
+                _publish(self.new, self.directory, self.replaced)
 
 
-def _publish(new: Path, directory: Path) -> None:
+def others_in(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return what is in a directory under names that match no pattern."""
+    paths = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [path for path in paths if not any(fnmatch(path.name, each) for each in patterns)]
+
+
+def _take_over(directory: Path, new: Path, replaced: Sequence[str]) -> None:
+    """Have what others put into a directory in the new one as well."""
+    for path in others_in(directory, (*replaced, f"{STAGING}*")):
+        target = new / path.name
+        if os.path.lexists(target):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target)
+
+
+def _link(path: str | Path, target: str | Path) -> None:
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError:  # not on each file system
+        shutil.copy2(path, target, follow_symlinks=False)
+
+
+def _publish(new: Path, directory: Path, replaced: Sequence[str] | None) -> None:
     """Rename a finished directory to its final path; what was there is moved aside."""
     for path in new.rglob("*"):
         sync(path)
+    if replaced is not None:
+        _take_over(directory, new, replaced)
     sync(new)
     if os.path.lexists(directory):
         if not directory.is_dir():

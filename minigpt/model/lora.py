@@ -29,6 +29,18 @@ log = logging.getLogger(__name__)
 
 SCALING = "rope_scaling.json"  # beside an adapter: how its base's positions are scaled
 BASE = "base.json"  # beside an adapter: the digest of the weights it was trained on
+# Names of what models and adapters are saved as, by us and by transformers and peft.
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    BASE,
+    SCALING,
+)
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of peft by which an adapter is more than an update of the base's weights.
 NO_PLAIN_LORA = ("layer_replication", "alora_invocation_tokens")
@@ -337,7 +349,7 @@ def save_adapter(
     if weights is not None:
         tied = {f"base_model.model.{name}" for name in base.all_tied_weights_keys}
         weights = {name: value for name, value in weights.items() if name not in tied}
-    with atomic_directory(directory) as partial:
+    with atomic_directory(directory, MODEL_FILES) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
         generation_config(base, tokenizer).save_pretrained(partial)

@@ -128,19 +128,6 @@ class FSDP1(FSDPStrategy):
         torch.distributed.all_reduce(squares)
         return squares.sqrt()
 
-    def _begin(self, path: Path, stack: ExitStack) -> Path:
-        """Return the directory that all processes fill; the first one makes it, and renames it."""
-        made: Path | OSError = path
-        if self.is_global_zero:
-            try:
-                made = stack.enter_context(atomic_directory(path))
-            except OSError as error:  # raised by all processes, so that none waits for another
-                made = error
-        made = self.broadcast(made)
-        if isinstance(made, OSError):
-            raise made
-        return made
-
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from minigpt.model.conformance import (
     require_conformance,
 )
 from minigpt.model.generation import generation_config
-from minigpt.model.lora import ADAPTER, load_adapter, merge, read_config, saved_scaling
+from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
 from minigpt.reading import (
@@ -328,10 +328,10 @@ def save_model(
     Args:
         model: what to save; its config is written with the names older stacks read.
         tokenizer: saved beside it, with its chat template.
-        directory: replaced when it exists.
+        directory: replaced when it exists; what others have put there stays.
         weights: a full state dict, where the model's own parameters are sharded.
     """
-    with atomic_directory(directory) as partial:
+    with atomic_directory(directory, MODEL_FILES) as partial:
         model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}

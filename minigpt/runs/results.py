@@ -21,15 +21,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt.data.formats import Message, completed
 from minigpt.errors import ConfigError
 from minigpt.files import (
+    STAGING,
     atomic_file,
     explain_unwritable,
     is_stream,
+    others_in,
     system_reason,
     write_json,
 )
 from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
-from minigpt.model.lora import save_adapter
+from minigpt.model.lora import MODEL_FILES, save_adapter
 from minigpt.model.parallel import gather_weights, gathered, is_sharded
 from minigpt.model.pretrained import save_model
 from minigpt.runs.progress import Throughput
@@ -37,6 +39,8 @@ from minigpt.stages.base import BaseModule
 from minigpt.stages.evaluation import Completion
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("step=*", "aside-step=*", f"{STAGING}*")  # names in the directory of checkpoints
 
 Hyperparameter = int | float | str
 
@@ -54,10 +58,26 @@ class RemoveStaleRun(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove them."""
         for path in self.stale:
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                remove_written(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def remove_written(directory: Path) -> None:
+    """Remove what a run has written into one of its directories; what others put there stays."""
+    others = others_in(directory, (*MODEL_FILES, *CHECKPOINTS))
+    if not others:
+        shutil.rmtree(directory)
+        return
+    log.warning("%s stays: no run has written it.", ", ".join(map(str, others[:5])))
+    for path in directory.iterdir():
+        if path in others:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 class RunRecorder(Callback):

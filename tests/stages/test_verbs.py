@@ -107,13 +107,16 @@ def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
 ) -> None:
     fit("sft")
     losses = tiny_runs.metrics(tmp_path / "run")
-    (tmp_path / "run" / "notes.txt").write_text("mine")
+    notes = [tmp_path / "run" / name for name in ("notes.txt", "hf/notes", "checkpoints/a/notes")]
+    for file in notes:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
     with pytest.raises(RunExistsError, match=r"--ckpt_path auto.*--overwrite true"):
         fit("sft")
     assert tiny_runs.metrics(tmp_path / "run") == losses
     fit("sft", "run", "--overwrite", "true")
     assert tiny_runs.metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-6)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert [file.read_text() for file in notes] == ["mine"] * 3
 
 
 def test_a_run_that_is_refused_overwrites_nothing(fit: Fit, tmp_path: Path) -> None:

@@ -151,6 +151,19 @@ def test_what_was_there_stays_when_a_step_fails(
     assert failed or tree(tmp_path) == whole[1]
 
 
+def test_what_others_put_into_a_directory_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "b" / "notes" / "deep").mkdir(parents=True)
+    for name in ("a.json", "b.json", "notes/deep/c", "d"):
+        (tmp_path / "b" / name).write_text("old")
+    (tmp_path / "b" / "link").symlink_to("nowhere")
+    with atomic_directory(tmp_path / "b", ["*.json"]) as partial:
+        for name in ("a.json", "d"):
+            (partial / name).write_text("new")
+    files_there = {"b/a.json": "new", "b/notes/deep/c": "old", "b/d": "new", "b/link": "nowhere"}
+    directories = dict.fromkeys(("b", "b/notes", "b/notes/deep"), "directory")
+    assert tree(tmp_path) == files_there | directories
+
+
 def test_a_file_is_never_replaced_by_a_directory(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("notes")
     with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "b"):
