@@ -349,11 +349,14 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.renderer: Callable[..., object] = render_jinja_template
         self.source: str = _single(tokenizer.chat_template)
+        self.native = self.source == CHAT_TEMPLATE
+        if self.native:  # which comes to an end
+            self._examine(tokenizer)
+            return
         with refusing("The chat template", TokenizerError, f"Set {OPTION} to another."):
             self._examine(tokenizer)
 
     def _examine(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.native = self.source == CHAT_TEMPLATE
         self.marked = has_generation_marks(self.source)
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
@@ -534,7 +537,8 @@ class ChatTemplate:
         """Return the smallest chat with an answer as text, "" where the template refuses it."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         try:
-            return self._render_jinja(chat, ask=False)[0]
+            render = self._render_native if self.native else self._render_jinja
+            return render(chat, ask=False)[0]
         except DataError:
             return ""
 
@@ -636,6 +640,8 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """
     if not tokenizer.chat_template:
         return None
+    if tokenizer.chat_template == CHAT_TEMPLATE:
+        return TURN_END
     for chat in (_PROBE_CHAT, [*_PROBE_CHAT, _PROBE_CHAT[0]]):
         try:
             with limited_time(RENDER_SECONDS):

@@ -28,14 +28,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, cycle, islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from minigpt.data.tables import (
+    COMPRESSED,
     DELIMITERS,
     decompressed,
     refuse_foreign,
-    suffix_of,
     table_rows,
     text_rows,
 )
@@ -658,7 +658,8 @@ def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
     """
     try:
         with open_data(path) as stream:
-            refuse_foreign(path, stream.peek(32)[:32])
+            if not begins_as_json(stream):
+                refuse_foreign(path, stream.peek(32)[:32])
             suffix = suffix_of(path)
             if suffix == ".txt":
                 rows: Iterator[tuple[int, object]] = text_rows(path, lines_of(stream))
@@ -757,8 +758,25 @@ def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
     Raises:
         DataError: when the package that decompresses it is missing.
     """
-    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw, decompressed(raw) as stream:
-        yield stream
+    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
+        if begins_as_json(raw):
+            yield raw
+        else:
+            with decompressed(raw) as stream:
+                yield stream
+
+
+def begins_as_json(stream: io.BufferedReader[Any]) -> bool:
+    """Whether a file is JSON by its first byte, which no compressed or foreign file has."""
+    return stream.peek(1)[:1] in (b"{", b"[")
+
+
+def suffix_of(path: PurePath) -> str:
+    """Return a file's ending in lower case, without that of its compression."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    while endings and endings[-1] in COMPRESSED:
+        endings.pop()
+    return endings[-1] if endings else ""
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[bytes]:

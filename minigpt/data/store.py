@@ -48,9 +48,9 @@ from minigpt.data.formats import (
     Text,
     hash_reads,
     read_records,
+    suffix_of,
     unused_problem,
 )
-from minigpt.data.tables import suffix_of
 from minigpt.data.tokenizer import document_end, document_start, id_count, started
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import (

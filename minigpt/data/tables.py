@@ -123,21 +123,13 @@ class _ZstdFile(io.RawIOBase):
         return bool(compressed)
 
 
-def suffix_of(path: PurePath) -> str:
-    """Return a file's ending in lower case, without that of its compression."""
-    endings = [suffix.lower() for suffix in path.suffixes]
-    while endings and endings[-1] in COMPRESSED:
-        endings.pop()
-    return endings[-1] if endings else ""
-
-
 def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     """Refuse, with a DataError, a file of a kind that has no rows, by its first bytes."""
     name = next((n for sign, n in SIGNATURES.items() if beginning.startswith(sign)), None)
     if name is None:
         return
     remedy = "Give the text in it as JSONL, CSV or plain text."
-    if suffix_of(path) in CONVERTED:
+    if path.suffix.lower() in CONVERTED:
         remedy = f"Turn it into JSONL: minigpt data convert {path} {path.with_suffix('.jsonl')}"
     raise DataError(f"the file is {name}", remedy=remedy, reason="foreign")
 

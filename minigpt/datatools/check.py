@@ -34,13 +34,14 @@ from minigpt.data.formats import (
     parse_row,
     read_records,
     scan_rows,
+    suffix_of,
     texts_of,
     to_line,
     unused_fields,
     unused_problem,
 )
 from minigpt.data.store import Encoder, Limits
-from minigpt.data.tables import DELIMITERS, refuse_foreign, suffix_of
+from minigpt.data.tables import DELIMITERS, refuse_foreign
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
 from minigpt.datatools.encoding import CONTROL, finding, has_odd_characters, readable

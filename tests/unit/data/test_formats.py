@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import damage
@@ -35,6 +35,7 @@ from minigpt.data.formats import (
     parse_prompt,
     parse_row,
     read_records,
+    suffix_of,
     unused_fields,
 )
 from minigpt.errors import ConfigError, DataError
@@ -125,6 +126,14 @@ def test_a_file_is_decompressed_by_what_it_begins_with(
     assert [row for _, row in iter_rows(write(tmp_path / "rows", data))] == expected != []
     with pytest.raises(DataError, match="cut off or damaged"):
         list(iter_rows(write(tmp_path / "cut", data[:-9])))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("a.jsonl", ".jsonl"), ("a.csv.gz", ".csv"), ("a.b.TXT.zst", ".txt"), ("a", ""), ("a.gz", "")],
+)
+def test_the_ending_under_a_compression(name: str, suffix: str) -> None:
+    assert suffix_of(PurePath(name)) == suffix
 
 
 def test_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

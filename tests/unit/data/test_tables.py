@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minigpt.data import tables
 from minigpt.data.formats import BadRows, Kind, iter_rows, read_records, scan_rows
-from minigpt.data.tables import suffix_of, table_rows, text_rows
+from minigpt.data.tables import table_rows, text_rows
 from minigpt.errors import DataError
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=9)
@@ -103,14 +103,6 @@ def test_what_csv_writes_is_read(cells: list[tuple[str, str]]) -> None:
     writer.writerows([("one", "two"), *cells])
     expected = [{n: c for n, c in zip(("one", "two"), row, strict=True) if c} for row in cells]
     assert [row for _, row in rows(out.getvalue())] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [("a.jsonl", ".jsonl"), ("a.csv.gz", ".csv"), ("a.b.TXT.zst", ".txt"), ("a", ""), ("a.gz", "")],
-)
-def test_the_ending_under_a_compression(name: str, suffix: str) -> None:
-    assert suffix_of(PurePath(name)) == suffix
 
 
 @pytest.mark.parametrize(
