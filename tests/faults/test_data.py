@@ -37,7 +37,7 @@ BAD: list[tuple[bytes, str, str | None]] = [
     (b"not json", "bad_json", None),
     (b'{"messages": [], "x": "\xff"}', "bad_utf8", None),
     (b"[1, 2]", "wrong_type", None),
-    (b'{"question": "a", "answer": "b"}', "missing_key", None),
+    (b'{"ask": "a", "reply": "b"}', "missing_key", None),
     (MESSAGES % b'"hi"', "wrong_type", "messages"),
     (MESSAGES % b"[]", "no_messages", "messages"),
     (MESSAGES % b'[{"role": "user"}]', "missing_key", "messages[0]"),

@@ -179,3 +179,9 @@ def test_no_file_names_a_place_outside_the_repository() -> None:
             lines = content.decode().splitlines()
             found += [f"{name}: {line:.80}" for line in lines if home.search(line)]
     assert found == []
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Pytest imports them by these, without their folders."""
+    names = [file.name for file in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))

@@ -602,6 +602,7 @@ def test_the_command(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
         "lora-q4_0.gguf",
         "Modelfile",
         "README.md",
+        "manifest.json",
     }
     assert fields(tmp_path / "out" / "lora-q4_0.gguf")["general.license"] == "mit"
     file = ["--output", tmp_path / "lora.gguf"]

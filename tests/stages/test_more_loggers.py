@@ -62,7 +62,15 @@ def test_a_logger_that_does_not_exist_is_refused(fit: Fit) -> None:
 def test_a_logger_whose_package_is_missing_is_refused(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: CSVLogger, save_dir: str, name: str = "", version: str = "") -> None:
+    # All of its options: the parser may have read them before this test.
+    def refuse(
+        self: CSVLogger,
+        save_dir: str,
+        name: str = "",
+        version: str = "",
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
         raise ModuleNotFoundError("No module named 'somewhere'")
 
     monkeypatch.setattr(CSVLogger, "__init__", refuse)
