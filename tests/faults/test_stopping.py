@@ -448,13 +448,18 @@ def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
     size.write_text(json.dumps({"model": {"init_args": {"architecture": architecture}}}))
     options = ["--size", str(size), "--tokens", "3", "--repeats", "100000"]
     benchmark = subprocess.Popen([sys.executable, str(BENCH / "generate.py"), *options])
-    children = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children")
     running = eventually(
-        lambda: [p for p in children.read_text().split() if b"xllamacpp" in told(p, "maps")]
+        lambda: [p for p in descendants(str(benchmark.pid)) if b"xllamacpp" in told(p, "maps")]
     )
     benchmark.send_signal(signal.SIGTERM)
     assert benchmark.wait(limit(60)) == 75
-    assert not any(told(p, "cmdline") for p in running)
+    eventually(lambda: not any(told(p, "cmdline") for p in running))
+
+
+def descendants(process: str) -> list[str]:
+    """Return the processes that a process has started, with those that these have started."""
+    children = told(process, f"task/{process}/children").decode().split()
+    return children + [below for child in children for below in descendants(child)]
 
 
 def told(process: str, file: str) -> bytes:
