@@ -35,6 +35,7 @@ from minigpt.data.tables import (
     COMPRESSED,
     DELIMITERS,
     decompressed,
+    not_utf8,
     refuse_foreign,
     table_rows,
     text_rows,
@@ -348,8 +349,12 @@ def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> 
 
 
 def to_line(row: object) -> bytes:
-    """Return a row as a line of JSONL, in which a lone surrogate stays an escape."""
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    """Return a row as a line of JSONL, in which a lone surrogate stays an escape.
+
+    What JSON cannot hold, such as a table's dates, is written as text.
+    """
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def completed(row: Mapping[str, object], completion: str) -> bytes:
@@ -902,7 +907,7 @@ class _Array:
         except UnicodeDecodeError as error:
             text = self.buffer + error.object[: error.start].decode()
             line = self.line + text.count("\n")
-            raise _not_utf8(len(text.rpartition("\n")[2].encode()) + 1, "GBK", line) from None
+            raise not_utf8(len(text.rpartition("\n")[2].encode()) + 1, "GBK", line) from None
         self.ended = not data
         return bool(data)
 
@@ -932,7 +937,7 @@ def _decode(data: bytes, line: int) -> object:
         line += data.count(b"\n", 0, error.start)
         byte = error.start - data.rfind(b"\n", 0, error.start)
         utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        return _not_utf8(byte, "UTF-16" if utf16 else "GBK", line)
+        return not_utf8(byte, "UTF-16" if utf16 else "GBK", line)
     except json.JSONDecodeError as error:
         problem = _invalid(error.msg, error.colno, error.pos >= len(error.doc))
         line += error.lineno - 1
@@ -954,12 +959,3 @@ def _invalid(problem: str, column: int, at_end: bool) -> str:
 
 def _bad_json(problem: str, line: int) -> DataError:
     return DataError(problem, line=line, remedy=_REMEDIES["bad_json"], reason="bad_json")
-
-
-def _not_utf8(byte: int, encoding: str, line: int) -> DataError:
-    return DataError(
-        f"byte {byte} of the line is not UTF-8",
-        line=line,
-        remedy=f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`.",
-        reason="bad_utf8",
-    )

@@ -98,8 +98,9 @@ class _ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        while not self._data and self._feed():
-            pass
+        while not self._data:
+            if not self._feed():
+                return 0
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._data))
         view[:count] = self._data[:count]
@@ -192,12 +193,17 @@ def _decoded(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {error.start + 1} of the line is not UTF-8",
-            line=number,
-            remedy="Convert the file, for example with `iconv -f GB18030 -t UTF-8`.",
-            reason="bad_utf8",
-        ) from None
+        raise not_utf8(error.start + 1, "GB18030", number) from None
+
+
+def not_utf8(byte: int, encoding: str, line: int) -> DataError:
+    """Return the error for a line in another encoding, such as the one named."""
+    return DataError(
+        f"byte {byte} of the line is not UTF-8",
+        line=line,
+        remedy=f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`.",
+        reason="bad_utf8",
+    )
 
 
 def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, object]]:
@@ -223,17 +229,19 @@ def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, ob
             cells = next(reader, None)
             if cells is None:
                 return
-            if cells:
-                yield line, _row(names, cells, line)
+            if len(cells) > len(names):
+                problem = f"{len(cells)} cells stand under {len(names)} columns"
+                yield line, _bad_table(problem, line)
+            elif cells:
+                yield line, table_row(zip(names, cells, strict=False), line)
     except csv.Error as error:
         raise _bad_table(str(error), reader.line_num) from None
 
 
-def _row(names: list[str], cells: list[str], line: int) -> object:
-    if len(cells) > len(names):
-        return _bad_table(f"{len(cells)} cells stand under {len(names)} columns", line)
+def table_row(cells: Iterable[tuple[str, str]], line: int) -> dict[str, object] | DataError:
+    """Return the row of a table's cells, each with its column; its error where one is no JSON."""
     row: dict[str, object] = {}
-    for name, cell in zip(names, cells, strict=False):
+    for name, cell in cells:
         if name in NESTED and cell.lstrip().startswith(("[", "{")):
             try:
                 row[name] = json.loads(cell)

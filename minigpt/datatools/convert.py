@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.data.formats import iter_rows, renamed
+from minigpt.data.formats import iter_rows, renamed, to_line
+from minigpt.data.tables import table_row
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import atomic_file
 from minigpt.reading import reason_of
@@ -31,11 +31,14 @@ def convert(sources: Sequence[Path], out: Path, columns: Mapping[str, str]) -> i
         ConfigError: when the package that reads a file is missing.
     """
     count = 0
-    with atomic_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_file(out) as partial, partial.open("wb") as file:
         for source in sources:
             for row in rows_of(source):
-                line = json.dumps(renamed(row, columns), ensure_ascii=False, default=str)
-                file.write(line + "\n")
+                try:
+                    file.write(to_line(renamed(row, columns)))
+                except (ValueError, RecursionError) as error:
+                    problem = f"row {count + 1} cannot be written: {reason_of(error)}"
+                    raise DataError(problem, path=source) from error
                 count += 1
     return count
 
@@ -106,12 +109,17 @@ def _spreadsheet_rows(path: Path) -> Iterator[object]:
     book: Any = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
-        names = [str(name).strip() for name in next(rows, ()) if name is not None]
-        if len(set(names)) < len(names) or not names:
+        names = ["" if name is None else str(name).strip() for name in next(rows, ())]
+        given = list(filter(None, names))  # a column without a name is left out
+        if len(set(given)) < len(given) or not given:
             raise DataError("the first row must name each column once", path=path, line=1)
-        for cells in rows:
+        for number, cells in enumerate(rows, 2):
             pairs = zip(names, cells, strict=False)
-            if row := {name: str(cell) for name, cell in pairs if cell is not None}:
+            texts = ((name, str(cell)) for name, cell in pairs if name and cell is not None)
+            row = table_row(texts, number)
+            if isinstance(row, DataError):
+                raise row.at(path, number)
+            if row:
                 yield row
     finally:
         book.close()

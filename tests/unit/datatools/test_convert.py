@@ -41,7 +41,8 @@ def arrow(path: Path, stream: bool = False) -> None:
 def spreadsheet(path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
-    for row in (("ask", "reply"), *(tuple(row.values()) for row in ROWS)):
+    rows = [(row["ask"], "a note", row["reply"]) for row in ROWS]
+    for row in (("ask", None, "reply"), *rows):  # a column without a name is left out
         book.active.append(row)
     book.save(path)
 
@@ -62,6 +63,30 @@ def test_a_file_becomes_jsonl(name: str, write: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     assert convert(tmp_path / name, out) == 0
     assert [row for row in written(out) if row] == RENAMED
+
+
+def test_cells_of_a_spreadsheet_may_hold_messages(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    messages = [{"role": "user", "content": "Hi?"}]
+    book = openpyxl.Workbook()
+    for cell in ("messages", json.dumps(messages)):
+        book.active.append((cell,))
+    book.save(tmp_path / "rows.xlsx")
+    assert convert(tmp_path / "rows.xlsx", tmp_path / "out.jsonl") == 0
+    assert written(tmp_path / "out.jsonl") == [{"messages": messages}]
+
+
+def test_what_utf8_cannot_hold_stays_an_escape(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"ask": "\\ud800", "reply": "Hello."}')
+    assert convert(tmp_path / "rows.jsonl", tmp_path / "out.jsonl") == 0
+    assert written(tmp_path / "out.jsonl") == [{"prompt": "\ud800", "completion": "Hello."}]
+
+
+def test_patterns_stand_for_their_files(tmp_path: Path) -> None:
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+    assert convert(tmp_path / "*.jsonl", tmp_path / "out") == 0
+    assert written(tmp_path / "out") == RENAMED
 
 
 def test_several_files_become_one(tmp_path: Path) -> None:
