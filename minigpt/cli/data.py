@@ -112,10 +112,11 @@ def check(args: argparse.Namespace) -> None:
     from minigpt.datatools.check import Checker, Findings
 
     files = list(map(Path, expand_files(args.files)))
+    val, exam = expand_files(args.val), expand_files(args.exam)
     fix = Path(args.fix) if args.fix else None
     if fix and (len(files) > 1 or fix.exists()):
         raise ConfigError("--fix mends one file at a time and writes to a new one.")
-    check_distinct("--json", args.json, [*files, *args.val, *args.exam])
+    check_distinct("--json", args.json, [*files, *val, *exam])
     findings = Findings(limit=10**9 if args.all else 20)
     tokenizer = tokenizer_of(args)
     with tempfile.TemporaryDirectory(prefix="minigpt-check-") as scratch:
@@ -124,8 +125,8 @@ def check(args: argparse.Namespace) -> None:
                 findings,
                 Path(scratch),
                 args.kind,
-                args.val,
-                args.exam,
+                val,
+                exam,
                 tokenizer,
                 args.max_length,
                 args.near,
@@ -157,12 +158,13 @@ def stats(args: argparse.Namespace) -> None:
     from minigpt.datatools.stats import measure, section, terminal
     from minigpt.page import page
 
-    check_distinct("--json", args.json, expand_files(args.files))
-    check_distinct("--html", args.html, expand_files(args.files))
+    files = expand_files(args.files)
+    check_distinct("--json", args.json, files)
+    check_distinct("--html", args.html, files)
     tokenizer = tokenizer_of(args)
     sample = None if args.all else args.sample
     reports = []
-    for file in expand_files(args.files):
+    for file in files:
         with shown(f"measuring {file}"):
             report = measure(
                 Path(file), args.kind, tokenizer, args.max_length, args.tokens_per_batch, sample
@@ -184,13 +186,14 @@ def show(args: argparse.Namespace) -> None:
     from minigpt.datatools import show
     from minigpt.page import page
 
-    check_distinct("--html", args.html, expand_files(args.files))
+    files = expand_files(args.files)
+    check_distinct("--html", args.html, files)
     tokenizer = tokenizer_of(args)
     if tokenizer is None:
         raise ConfigError("Tokens need --tokenizer: a tokenizer or model directory, or hub id.")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     segments = []
-    for file in expand_files(args.files):
+    for file in files:
         for segment in show.segments(
             Path(file), tokenizer, args.kind, args.max_length, args.start, args.rows
         ):
@@ -212,7 +215,7 @@ def convert(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists and is left alone. Name a new file.")
     with writing(out), shown(f"writing {out}"):
-        rows = convert(list(map(Path, args.files)), out, dict(args.columns))
+        rows = convert(list(map(Path, expand_files(args.files))), out, dict(args.columns))
     print(f"{out}: {counted(rows, 'row')}")
 
 

@@ -247,6 +247,8 @@ class JSONLDataModule(LightningDataModule):
         super().__init__()
         self.train = train
         self.val = val
+        self.train_weights = _weights(train)
+        self.val_files = list(_weights(val))
         self.val_share = val_share
         self.exam = exam or []
         self.predict = predict
@@ -277,7 +279,7 @@ class JSONLDataModule(LightningDataModule):
     def _check(self) -> None:
         budget = self.tokens_per_batch
         longest = self.limits.max_length * (2 if self.kind == "preference" else 1)
-        if bad := [path for path, weight in _weights(self.train).items() if weight <= 0]:
+        if bad := [path for path, weight in self.train_weights.items() if weight <= 0]:
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
             raise ConfigError(
@@ -349,10 +351,10 @@ class JSONLDataModule(LightningDataModule):
             self._setup_train()
 
     def _setup_train(self) -> None:
-        weights = _weights(self.train)
+        weights = self.train_weights
         self.train_subsets = [StoreSubset(self._open(path)) for path in weights]
-        if self.val:
-            self.val_subsets = [StoreSubset(self._open(path)) for path in _weights(self.val)]
+        if self.val_files:
+            self.val_subsets = [StoreSubset(self._open(path)) for path in self.val_files]
         elif self.val_share:
             splits = [_split(subset.store, self.val_share) for subset in self.train_subsets]
             self.train_subsets = [train for train, _ in splits]
@@ -387,7 +389,7 @@ class JSONLDataModule(LightningDataModule):
         return PackedOrder(lengths, shares, self.tokens_per_batch, seed, limit=limit, repeat=repeat)
 
     def _files(self) -> list[str]:
-        return [*_weights(self.train), *_weights(self.val)]
+        return [*self.train_weights, *self.val_files]
 
     def _open(self, path: str) -> TokenStore:
         return open_store(path, self.kind, self.tokenizer, self.limits, self.cache_dir)
@@ -500,7 +502,7 @@ class JSONLDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """Return a digest of the training files' contents, limits and weights."""
         stores = [(s.store.path.name.rsplit("-", 1)[-1], len(s)) for s in self.train_subsets]
-        text = json.dumps([stores, list(_weights(self.train).values())])
+        text = json.dumps([stores, list(self.train_weights.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def advance(self, position: tuple[int, int]) -> None:

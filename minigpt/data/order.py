@@ -67,6 +67,7 @@ class PackedOrder:
         self.limit = limit
         self.repeat = repeat
         self.starts = np.cumsum([0, *(share.count for share in shares)])
+        self._counts: dict[int, int] = {}
 
     def batches(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
         """Yield an epoch's micro-batches as lists of (file, sample in that file)."""
@@ -87,8 +88,10 @@ class PackedOrder:
                 yield [(int(file[i]), int(sample[i])) for i in members]
 
     def count(self, epoch: int = 0) -> int:
-        """Return how many micro-batches an epoch has."""
-        return sum(1 for _ in self.batches(epoch))
+        """Return how many micro-batches an epoch has; it is packed for that once."""
+        if epoch not in self._counts:
+            self._counts[epoch] = sum(1 for _ in self.batches(epoch))
+        return self._counts[epoch]
 
     def _seed(self, epoch: int, stream: int) -> int:
         words = np.random.SeedSequence([self.seed or 0, epoch, stream]).generate_state(1)

@@ -164,6 +164,13 @@ def test_count() -> None:
     assert order().count() == 0
 
 
+def test_an_epoch_is_packed_once_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = order((30, 30))
+    counted = made.count(1)
+    monkeypatch.setattr(PackedOrder, "batches", None)
+    assert made.count(1) == counted > 0
+
+
 CASES = st.integers(1, 200).flatmap(
     lambda budget: st.tuples(
         st.lists(st.integers(1, budget), max_size=200), st.just(budget), st.integers(0, 99)
