@@ -215,7 +215,7 @@ def _given_options(args: Sequence[str]) -> Iterator[dict[str, object]]:
         option, given, value = arg.partition("=")
         if (key := option.removeprefix("--")) in keys:
             text = value if given else "".join(args[index + 1 : index + 2])
-            options[key] = yaml.safe_load(text)
+            options[key] = None if text in ("", "null", "-1") else text
     yield options
 
 

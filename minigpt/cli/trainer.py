@@ -331,9 +331,9 @@ class MiniGPTCLI(VerbCLI):
         if self.datamodule.tokens_per_step is not None:
             processes = trainer.num_devices * trainer.num_nodes
             trainer.accumulate_grad_batches = self.datamodule.accumulation(processes)
-        every = self.options.validate.every
-        if isinstance(every, int):
-            trainer.val_check_interval = every * trainer.accumulate_grad_batches
+        steps = self.options.validate.every
+        if isinstance(steps, int):
+            trainer.val_check_interval = steps * trainer.accumulate_grad_batches
 
     def _loggers(self, configured: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         """Return the run directory's loggers, and beside them those of the config."""

@@ -89,9 +89,9 @@ class Plan:
             if self.held_out_tokens
             else "Validation: none"
         )
-        every = f"every {self.checkpoint_every:,} steps, the last {self.checkpoints_kept} are kept"
-        is_cut = self.checkpoint_every < self.steps
-        yield f"Checkpoints: {every if is_cut else 'at the end alone'}"
+        saved = f"every {self.checkpoint_every:,} steps, the last {self.checkpoints_kept} are kept"
+        before_end = self.checkpoint_every < self.steps
+        yield f"Checkpoints: {saved if before_end else 'at the end alone'}"
 
     def warnings(self) -> Iterator[str]:
         """Yield what is unlikely to be meant, each with what to do about it."""
@@ -151,9 +151,15 @@ class RunPlan(Callback):
         rates = f"{options.name} {options.lr:g}"
         if options.name == "muon":
             rates += f", adamw {options.adamw_lr:g} beside it"
-        every = trainer.val_check_interval
-        batches = steps * accumulate
-        by_batches = isinstance(every, int)
+        step_tokens = data.tokens_per_batch * accumulate * trainer.world_size
+        epoch_tokens = data.epoch_tokens()
+        interval = trainer.val_check_interval  # in micro-batches, or 1.0 for an epoch
+        if isinstance(interval, int):
+            validations = steps * accumulate // interval
+            validated_every = f"every {interval / accumulate:g} steps"
+        else:
+            validations = steps * step_tokens // max(1, epoch_tokens)
+            validated_every = "at the end of each epoch"
         return Plan(
             parameters=parameters,
             trainable=trainable,
@@ -162,16 +168,14 @@ class RunPlan(Callback):
             hardware=f"{trainer.strategy.root_device.type}, {processes}",
             fast_precision=self.fast_precision,
             precision=str(trainer.precision),
-            step_tokens=data.tokens_per_batch * accumulate * trainer.world_size,
+            step_tokens=step_tokens,
             accumulate=accumulate,
             steps=steps,
-            epoch_tokens=data.epoch_tokens(),
+            epoch_tokens=epoch_tokens,
             rates=f"{rates}, {module.schedule_options.name}",
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
-            validations=int(batches // every) if by_batches else 0,
-            validated_every=(
-                f"every {every / accumulate:g} steps" if by_batches else "at the end of each epoch"
-            ),
+            validations=validations,
+            validated_every=validated_every,
             checkpoint_every=self.checkpoints.every,
             checkpoints_kept=self.checkpoints.keep,
         )

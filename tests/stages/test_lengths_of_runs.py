@@ -69,10 +69,15 @@ def test_validation_every_some_steps(fit: Fit, tmp_path: Path) -> None:
     assert validated(tmp_path / "run") == [2, 4, 5]
 
 
-def test_validation_at_the_end_of_each_epoch(fit: Fit, tmp_path: Path) -> None:
-    changes = EPOCHS | {"trainer__limit_train_batches": 4, "trainer__val_check_interval": 3}
-    fit("sft", "run", "--validate.every", "epoch", **changes)
-    assert validated(tmp_path / "run") == [4, 8, 12]
+def test_validation_at_the_end_of_each_epoch(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = EPOCHS | {"trainer__limit_train_batches": 1, "trainer__val_check_interval": 3}
+    with caplog.at_level("INFO"):
+        fit("sft", "run", "--validate.every", "epoch", **changes)
+    assert validated(tmp_path / "run") == [1, 2, 3]
+    assert "tokens, at the end of each epoch" in caplog.text
+    assert "Validation takes longer than training" in caplog.text
 
 
 def test_validation_by_steps_and_by_batches_exclude_each_other(fit: Fit) -> None:
