@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -195,3 +196,14 @@ def asked_as_text(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int
         for text in (f"user\n{question}", "\n", "assistant\n")
     )
     return [start, *user, end, *line, start, *assistant]
+
+
+# Lengths of a prompt and two answers; a text is an answer without a prompt, and no second one.
+SHAPES = st.lists(
+    st.one_of(
+        st.integers(1, 60).map(lambda n: (0, n, 0)),
+        st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 30)),
+    ),
+    min_size=1,
+    max_size=8,
+)

@@ -236,8 +236,8 @@ class ExactResume(Callback):
         assert self.checkpoint is not None
         run_dir = Path(self.checkpoint).resolve().parent.parent
         files = [logger for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
-        own = [file for file in files if file.path.resolve().parent == run_dir]
-        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in own)
+        in_run_dir = [file for file in files if file.path.resolve().parent == run_dir]
+        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in in_run_dir)
         if lost and self.point.logged:
             for logger in trainer.loggers:
                 logger.log_metrics(self.point.logged, steps - 1)

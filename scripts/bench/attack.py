@@ -170,13 +170,15 @@ def p95(values: list[float]) -> float:
 def memory(process: int) -> float:
     """Return the resident memory of a process and its children, in MB."""
     status = Path(f"/proc/{process}/status").read_text()
-    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    resident = next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")
+    )
     children = [
         int(child)
         for file in Path(f"/proc/{process}/task").glob("*/children")
         for child in file.read_text().split()
     ]
-    return own * 1024 / 1e6 + sum(map(memory, children))
+    return resident * 1024 / 1e6 + sum(map(memory, children))
 
 
 async def ask_all(args: Namespace, port: int) -> dict[str, Any]:

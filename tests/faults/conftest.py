@@ -56,8 +56,8 @@ def start(starter: Starter, world: Path, tmp_path: Path) -> Start:
     """Start a stage: `start("sft", "name of the run", "--more", ..., dotted__path=value)`."""
 
     def begin(stage: str, name: str = "run", *more: str, **changes: Any) -> Running:
-        own = ("env", "limits", "plain_user", "nohup")
-        process = {key: changes.pop(key) for key in own if key in changes}
+        of_process = ("env", "limits", "plain_user", "nohup")
+        process = {key: changes.pop(key) for key in of_process if key in changes}
         made = tiny_runs.config(world, stage, tmp_path / name, **{**OPTIONS, **changes})
         args = tiny_runs.arguments("fit", made, *more)
         return starter.start(args, tmp_path / f"{name}.log", **process)

@@ -146,9 +146,9 @@ def test_what_was_there_stays_when_a_step_fails(
         failed = True
     monkeypatch.undo()
     clear_leftovers(tmp_path)
-    whole = [{"b": "directory", f"b/{name}": "whole"} for name in ("old", "new")]
-    assert tree(tmp_path) in whole
-    assert failed or tree(tmp_path) == whole[1]
+    either = [{"b": "directory", f"b/{name}": "whole"} for name in ("old", "new")]
+    assert tree(tmp_path) in either
+    assert failed or tree(tmp_path) == either[1]
 
 
 def test_what_others_put_into_a_directory_is_taken_over(tmp_path: Path) -> None:

@@ -1,33 +1,17 @@
 from __future__ import annotations
 
-import numpy as np
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
+from tiny import SHAPES, preferences
 from torch import Tensor
 
 from minigpt.accel.fast_attention import map_groups
 from minigpt.accel.row_groups import row_groups
-from minigpt.data.batch import AttentionPlan, Sample, Span, collate, plan_attention, positions
-
-SHAPES = st.lists(
-    st.one_of(
-        st.integers(1, 60).map(lambda n: (0, n, 0)),
-        st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 30)),
-    ),
-    min_size=1,
-    max_size=8,
-)
+from minigpt.data.batch import AttentionPlan, Span, collate, plan_attention, positions
 
 
 def plan(*rows: tuple[int, int, int, int]) -> AttentionPlan:
     return plan_attention([Span(*row) for row in rows], torch.tensor([0]))
-
-
-def preference(prompt: int, chosen: int, rejected: int) -> Sample:
-    ids = np.ones(prompt + chosen + rejected, np.uint16)
-    answers = tuple(filter(None, (chosen, rejected)))
-    return Sample(ids, prompt, answers, None, ("a.jsonl", 1))
 
 
 def gathered(plan: AttentionPlan) -> list[list[list[int]]]:
@@ -65,7 +49,7 @@ def test_a_causal_function_of_groups_equals_each_row_alone(
     shapes: list[tuple[int, int, int]],
 ) -> None:
     """A causal mean stands for attention: what a token gets depends on all before it."""
-    batch = collate([preference(*shape) for shape in shapes])
+    batch = collate(preferences(shapes))
     values = torch.rand(len(batch.input_ids), generator=torch.manual_seed(0), dtype=torch.float64)
 
     def causal(x: Tensor) -> Tensor:

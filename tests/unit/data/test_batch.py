@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, Precision
+from tiny import SHAPES, preferences
 from torch import Tensor
 
 from minigpt.data.batch import (
@@ -148,24 +148,14 @@ def test_full_rows_stand_at_the_front(samples: list[Sample], full: int) -> None:
     assert collate(samples).plan.full == full
 
 
-SAMPLES = st.lists(
-    st.one_of(
-        st.integers(1, 60).map(lambda n: (0, n, 0)),
-        st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 30)),
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@given(SAMPLES)
+@given(SHAPES)
 def test_last_tokens_are_left_unread_as_far_as_matmuls_like_it(
     shapes: list[tuple[int, int, int]],
 ) -> None:
     """Those of single tokens and of full tiles never; of others so many that a MULTIPLE is full."""
     rows = [(p, n) for p, *answers in shapes for n in answers if n]
     may = [n > 1 and (p + n) % TILE > 0 for p, n in rows]
-    batch = collate([preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes])
+    batch = collate(preferences(shapes))
     unread = [n - span[3] for (_, n), span in zip(rows, batch.plan.rows, strict=True)]
     assert all(left in (0, int(free)) for left, free in zip(unread, may, strict=True))
     read = len(batch.input_ids)
@@ -175,9 +165,9 @@ def test_last_tokens_are_left_unread_as_far_as_matmuls_like_it(
     assert read == (even if even <= batch.n_tokens else least)
 
 
-@given(SAMPLES)
+@given(SHAPES)
 def test_positions_count_along_each_row(shapes: list[tuple[int, int, int]]) -> None:
-    batch = collate([preference([1] * p, [2] * a, [3] * b) for p, a, b in shapes])
+    batch = collate(preferences(shapes))
     rows = [positions(span) for span in batch.plan.rows]
     assert all(batch.position_ids[row].tolist() == list(range(len(row))) for row in rows)
     assert batch.plan.longest == max(map(len, rows))

@@ -146,13 +146,13 @@ def test_a_template_that_never_ends_is_refused(
 
 @damage.counts
 def test_damaged_models(model: Path, sound: Path, count: int) -> None:
-    whole = {name: (sound / "model" / name).read_bytes() for name in SMALL_FILES}
+    undamaged = {name: (sound / "model" / name).read_bytes() for name in SMALL_FILES}
     weights = (sound / "model" / "model.safetensors").read_bytes()
     damaged = [
         damage.damaged_json(json.loads(content)).map(lambda new, name=name: (name, new))
-        for name, content in whole.items()
+        for name, content in undamaged.items()
     ]
-    some = [("model.safetensors", weights), ("tokenizer.json", whole["tokenizer.json"])]
+    some = [("model.safetensors", weights), ("tokenizer.json", undamaged["tokenizer.json"])]
     damaged += [
         damage.damaged_bytes(content, 2000).map(lambda new, name=name: (name, new))
         for name, content in some

@@ -233,19 +233,20 @@ def test_damaged_runs_are_reported_or_refused(runs: Path, tmp_path: Path, count:
     shutil.copytree(runs / "sft", run, ignore=shutil.ignore_patterns("checkpoints", "hf"))
     scores = {"models": {"a": {"exam": {"skills": {"value": 0.5, "n": 4, "low": 0.1, "high": 1}}}}}
     (run / "scores.json").write_text(json.dumps(scores))
-    whole = {name: (run / name).read_bytes() for name in (*RUN_FILES, "scores.json")}
-    lines = whole["metrics.jsonl"].splitlines()
+    undamaged = {name: (run / name).read_bytes() for name in (*RUN_FILES, "scores.json")}
+    lines = undamaged["metrics.jsonl"].splitlines()
+    config = yaml.safe_load(undamaged["config.yaml"])
     damaged = [
-        damage.damaged_json(json.loads(whole[name])).map(lambda new, name=name: (name, new))
+        damage.damaged_json(json.loads(undamaged[name])).map(lambda new, name=name: (name, new))
         for name in ("summary.json", "exam.json", "scores.json")
     ]
     damaged += [
-        damage.damaged_json(yaml.safe_load(whole["config.yaml"])).map(lambda n: ("config.yaml", n)),
+        damage.damaged_json(config).map(lambda new: ("config.yaml", new)),
         damage.damaged_json(json.loads(lines[0])).map(lambda new: ("metrics.jsonl", new)),
     ]
     damaged += [
         damage.damaged_bytes(content).map(lambda new, name=name: (name, new))
-        for name, content in whole.items()
+        for name, content in undamaged.items()
     ]
 
     def read(example: tuple[str, bytes]) -> None:
@@ -256,7 +257,7 @@ def test_damaged_runs_are_reported_or_refused(runs: Path, tmp_path: Path, count:
             with suppress(ConfigError):
                 stages(run)
         finally:
-            (run / name).write_bytes(whole[name])
+            (run / name).write_bytes(undamaged[name])
 
     damage.fuzz(count, st.one_of(damaged), read)
 
