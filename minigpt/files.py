@@ -30,7 +30,8 @@ SIGNATURE = b"A directory of MiniGPT, in use while its process holds this file's
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Errors of reading that say what became of a file; others, such as EACCES, say nothing about it.
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_ERRORS = FULL | {errno.EIO}
 ACCESS_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -458,16 +459,22 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
 
     Raises:
         ConfigError: when another process writes it.
+        OSError: when the disk is full; it names `path`.
     """
     if is_stream(path):
         yield path
         return
-    with staging(path, exclusive) as private:
-        new = private / NEW
-        yield new
-        sync(new)
-        new.replace(path)
-        sync(path.parent)
+    try:
+        with staging(path, exclusive) as private:
+            new = private / NEW
+            yield new
+            sync(new)
+            new.replace(path)
+            sync(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:  # it names no file that was open already
+            error.filename = str(path)
+        raise
 
 
 def is_stream(path: Path) -> bool:

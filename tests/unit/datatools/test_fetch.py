@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 from patience import limit
 
+from minigpt import files
 from minigpt.datatools import fetch
 from minigpt.reading import limited_time
 
@@ -113,6 +116,25 @@ def test_another_version_is_not_joined_to_the_first_half(stub: Any, tmp_path: Pa
     stub.files[MEDICAL] = jsonl(CHATS[::-1])
     path, rows, _ = fetch.fetch("minimind-medical", tmp_path, modelscope=True)
     assert (rows, rows_of(path)) == (400, CHATS[::-1])
+
+
+def test_a_full_disk_costs_no_download(
+    stub: Any, tmp_path: Path, minigpt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.files[MEDICAL] = jsonl(CHATS)
+    command = ("data", "fetch", "minimind-medical", "--source", "modelscope")
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", refuse)
+        full = minigpt(*command, "--output_dir", tmp_path)
+    tiny_runs.told(full, f"Cannot write to {tmp_path}", "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == [".downloads"]
+    assert minigpt(*command, "--output_dir", tmp_path).status == 0
+    assert len(stub.asked) == 1
+    assert rows_of(tmp_path / "minimind-medical.jsonl") == CHATS
 
 
 def test_a_wrong_checksum_is_refused(stub: Any, tmp_path: Path, minigpt: Any) -> None:
