@@ -33,8 +33,11 @@ def published(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def test_the_bundled_chats_train_a_model_with_qwen3s_template(tmp_path: Path) -> None:
-    start, out = published(tmp_path, "qwen3"), tmp_path / "run"
+@pytest.mark.parametrize("name", ["qwen3", "glm", "mistral"])
+def test_the_bundled_chats_train_a_model_with_a_published_template(
+    name: str, tmp_path: Path
+) -> None:
+    start, out = published(tmp_path, name), tmp_path / "run"
     options = [
         *("--config", str(REPOSITORY / "configs/sft.yaml")),
         *("--model.init_args.init_from", str(start), "--run_dir", str(out)),
@@ -48,7 +51,7 @@ def test_the_bundled_chats_train_a_model_with_qwen3s_template(tmp_path: Path) ->
     run(["fit", *options])
     assert tiny_runs.metrics(out, "val/loss")
     saved = AutoTokenizer.from_pretrained(out / "hf").chat_template
-    assert saved.strip() == templates.source("qwen3", False).strip()
+    assert saved.strip() == templates.source(name, False).strip()
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "lora"])
