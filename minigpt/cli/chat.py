@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,8 +36,10 @@ EXAMPLES = """examples:
   minigpt chat --model outputs/sft --adapter outputs/lora --system "Answer in one sentence."
   minigpt chat --model exports/sft-gguf
 
-In the chat: !help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.
+In the chat: /help lists the commands, Ctrl-C stops an answer, /quit or Ctrl-D ends the chat.
 """
+HINT = "/help lists the commands, Ctrl-C stops an answer, /quit or Ctrl-D ends the chat."
+COMMAND = re.compile(r"[/!](\w*)(?:\s+(.*))?")  # a path such as /etc/passwd is a message
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> None:
     add_model(parser)
     add_weights(parser)
     parser.add_argument("--system", default="", help="system message")
-    add_sampling(parser, max_new_tokens=512, temperature=0.7)
+    # Small models give rare tokens too much probability: docs/log.md measures these defaults.
+    add_sampling(parser, max_new_tokens=512, temperature=0.5, min_p=0.1)
     args = parser.parse_args(argv)
     sampling, engine = sampling_of(args), load_engine(args)
     if engine.codec is None:
@@ -76,19 +80,19 @@ class ChatSession:
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, name)
-            for name in ("help", "clear", "set", "save", "load", "system", "retry")
+            for name in ("help", "clear", "set", "save", "load", "system", "retry", "quit")
         }
 
     def run(self) -> None:
         """Read lines and answer them, until the end of the input."""
-        self.print_note("!help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.")
+        self.print_note(HINT)
         while True:
             try:
                 self.handle(input("> ").strip())
             except EOFError:
                 return self.console.print()
             except KeyboardInterrupt:
-                self.print_note("\nCtrl-D ends the chat.")
+                self.print_note("\n/quit or Ctrl-D ends the chat.")
             except UnicodeDecodeError:
                 self.print_note("That line is not UTF-8.")
             except MiniGPTError as error:
@@ -99,12 +103,12 @@ class ChatSession:
         self.console.print(printable(text), style="dim")
 
     def handle(self, line: str) -> None:
-        """Run a command, or answer a message."""
-        if line.startswith("!"):
-            name, _, rest = line[1:].partition(" ")
+        """Run a command, which begins with / or !, or answer a message."""
+        if match := COMMAND.fullmatch(line):
+            name, rest = match.groups(default="")
             if name not in self.commands:
-                raise ConfigError(f"There is no command !{name}. See !help.")
-            self.commands[name](rest.strip())
+                raise ConfigError(f"There is no command {line[0]}{name}. See /help.")
+            self.commands[name](rest)
         elif line:
             self.answer(line)
 
@@ -136,16 +140,21 @@ class ChatSession:
         return [Message("system", self.system_text), *turns] if self.system_text else turns
 
     def help(self, _: str) -> None:
-        """!help: list the commands."""
-        self.print_note("\n".join(str(command.__doc__) for command in self.commands.values()))
+        """/help: list the commands."""
+        lines = [str(command.__doc__) for command in self.commands.values()]
+        self.print_note("\n".join([*lines, "Each may begin with ! instead of /."]))
+
+    def quit(self, _: str) -> None:
+        """/quit: end the chat."""
+        raise EOFError
 
     def clear(self, _: str) -> None:
-        """!clear: forget the dialogue."""
+        """/clear: forget the dialogue."""
         self.history, self.question = [], ""
         self.print_note("The dialogue is empty.")
 
     def set(self, rest: str) -> None:
-        """!set NAME VALUE: change how tokens are drawn; without a name, show it."""
+        """/set NAME VALUE: change how tokens are drawn; without a name, show it."""
         name, _, text = rest.partition(" ")
         values = {k: v for k, v in vars(self.sampling).items() if k != "logprobs"}
         if name and name not in values:
@@ -161,9 +170,9 @@ class ChatSession:
         self.print_note(" ".join(f"{k}={getattr(self.sampling, k)}" for k in values))
 
     def save(self, rest: str) -> None:
-        """!save FILE: write the dialogue, as a line of JSONL that SFT can read."""
+        """/save FILE: write the dialogue, as a line of JSONL that SFT can read."""
         if not rest or not self.history:
-            raise ConfigError("Give a file: !save FILE, after an answer.")
+            raise ConfigError("Give a file: /save FILE, after an answer.")
         messages = [{"role": m.role, "content": m.content} for m in self._with_system(self.history)]
         row = json.dumps({"messages": messages}, ensure_ascii=False)
         with writing(rest):
@@ -171,11 +180,11 @@ class ChatSession:
         self.print_note(f"Saved to {rest}.")
 
     def load(self, rest: str) -> None:
-        """!load FILE: go on with a dialogue that was saved."""
+        """/load FILE: go on with a dialogue that was saved."""
         from minigpt.data.formats import Chat, iter_rows, parse_row
 
         if not rest:
-            raise ConfigError("Give a file: !load FILE")
+            raise ConfigError("Give a file: /load FILE")
         line, row = next(iter_rows(rest), (1, None))
         try:
             saved = parse_row(row, "chat")
@@ -189,12 +198,12 @@ class ChatSession:
         self.print_note(f"{len(self.history)} messages. The last: {self.history[-1].content}")
 
     def system(self, rest: str) -> None:
-        """!system TEXT: put a system message before the dialogue; without a text, none."""
+        """/system TEXT: put a system message before the dialogue; without a text, none."""
         self.system_text = rest
         self.print_note(f"System message: {rest or 'none'}")
 
     def retry(self, _: str) -> None:
-        """!retry: answer the last message again, with other random numbers."""
+        """/retry: answer the last message again, with other random numbers."""
         if not self.question:
             raise ConfigError("There is nothing to answer again.")
         self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import minigpt
 from minigpt.cli.options import CommandParser
-from minigpt.errors import ConfigError, MiniGPTError
+from minigpt.data.bundled import FOLDERS, starter
+from minigpt.errors import ConfigError
 
-FOLDERS = ("configs", "data")
 NEXT = """\
   minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
   minigpt fit --config configs/pretrain.yaml
@@ -39,16 +38,3 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
     print(f"{directory}/configs and {directory}/data are written. Next:")
     print(f"  cd {directory}\n{NEXT}", end="")
-
-
-def starter() -> Path:
-    """Return the folder with the configs and the data: of a built package, or of the clone.
-
-    Raises:
-        MiniGPTError: when the package was built without them.
-    """
-    package = Path(minigpt.__file__).parent
-    for folder in (package / "starter", package.parent):
-        if all((folder / name).is_dir() for name in FOLDERS):
-            return folder
-    raise MiniGPTError("This installation has no configs and data. Install MiniGPT again.")

@@ -159,7 +159,9 @@ def _is_beside(file: Path, output: Path) -> bool:
     return output.parent in file.parents or file in (output, *output.parents)
 
 
-def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float) -> None:
+def add_sampling(
+    parser: CommandParser, max_new_tokens: int, temperature: float, min_p: float = 0.0
+) -> None:
     """Add the options of sampling, with the defaults of a verb."""
     add = parser.add_argument
     add("--max_new_tokens", type=positive, default=max_new_tokens, help=f"({max_new_tokens})")
@@ -167,7 +169,8 @@ def add_sampling(parser: CommandParser, max_new_tokens: int, temperature: float)
     add("--temperature", type=float, default=temperature, help=greedy)
     add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="or from those that hold this probability (1)")
-    add("--min_p", type=float, default=0.0, help="leave out tokens below this share of the best's")
+    below = f"leave out tokens below this share of the best's ({min_p:g})"
+    add("--min_p", type=float, default=min_p, help=below)
     add("--repetition_penalty", type=float, default=1.0, help="1 is none")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--seed", type=int, default=0)

@@ -103,7 +103,7 @@ class Card:
     def _results(self) -> Iterator[tuple[str, object]]:
         run = Path(self.model)
         if (run / "exam.json").is_file():
-            yield "Exam", read_object(run / "exam.json").get("scores")
+            yield "Exam", exam_scores(read_object(run / "exam.json"))
         for file in self.results:
             yield f"Results: {Path(file).stem}", read_object(Path(file))
 
@@ -120,6 +120,15 @@ def read_object(file: Path) -> dict[str, Any]:
             f"{file} cannot be read as JSON: {reason_of(error)}. Give results as --json writes "
             "them."
         ) from error
+
+
+def exam_scores(exam: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of exam.json, without those of the demo's exams in a run on other data."""
+    scores, demo = exam.get("scores"), exam.get("demo_families")
+    left_out = {f"exam/{family}" for family in demo} if isinstance(demo, list) else set()
+    if not isinstance(scores, dict):
+        return {}
+    return {name: score for name, score in scores.items() if name not in left_out}
 
 
 def stages(run: Path) -> list[list[object]]:

@@ -28,7 +28,7 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import Delta, Finish, check_fits
 from minigpt.infer.engine import Reply, check_unicode
 from minigpt.infer.sampling import Sampling
-from minigpt.infer.text import StopTexts
+from minigpt.infer.text import UNFINISHED, StopTexts
 from minigpt.reading import NotReadableError, refusing
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Gguf:
         ids, stop_type = answer["tokens"], answer["stop_type"]
         ended_by = ids.pop() if stop_type == "eos" else None
         finish: Finish = "length" if stop_type == "limit" else "stop"
-        return Reply(answer["content"], ids, ended_by, finish)
+        return Reply(answer["content"].rstrip(UNFINISHED), ids, ended_by, finish)
 
     def stream(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Delta]:
         """Complete one prompt and yield the reply as its characters come.
@@ -303,6 +303,7 @@ class Gguf:
         text = StopTexts(sampling.stop)
         count = 0
         silent: list[int] = []  # tokens without a text: the last may be the one that ends
+        broken = ""  # bytes that are no character, or not yet
         step: dict[str, Any] = {}
         for step in self.llama.complete(**body, stream=True):
             if step["stop"] or text.stopped:
@@ -310,7 +311,10 @@ class Gguf:
             ids = self._step_ids(step, count)
             count = step["tokens_predicted"]
             if step["content"]:
-                yield Delta(0, text.add(step["content"]), silent + ids, [])
+                content = broken + step["content"]
+                whole = content.rstrip(UNFINISHED)
+                broken = content[len(whole) :]
+                yield Delta(0, text.add(whole), silent + ids, [])
             silent = [] if step["content"] else silent + ids
         ended = step.get("stop_type") == "eos"
         ended_by = silent.pop() if ended and silent else None

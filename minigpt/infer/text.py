@@ -84,8 +84,8 @@ class TextStream:
         return released
 
     def end(self) -> str:
-        """Return what was held back, when no more tokens come."""
-        return self._take(self.backend.decode(self._ids)) + self._stops.end()
+        """Return what was held back, when no more tokens come; bytes of half a character go."""
+        return self._take(self.backend.decode(self._ids).rstrip(UNFINISHED)) + self._stops.end()
 
     def _take(self, text: str) -> str:
         new = text[self._prefix_chars :]

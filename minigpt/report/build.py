@@ -185,6 +185,10 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
         for reply in replies if isinstance(replies, list) else []:
             if isinstance(reply, dict):
                 families.setdefault(str(reply.get("family")), []).append(bool(reply.get("right")))
+        demo = run.exam.get("demo_families")
+        for family in demo if isinstance(demo, list) else []:
+            if families.pop(str(family), None):
+                run.gaps.append(f"{family} is an exam of the demo, and the run has other data")
         for family, rights in families.items():
             exams.setdefault(family, {})[run.name] = share(rights)
     if exams:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from minigpt.data.bundled import is_bundled
 from minigpt.data.formats import Message, completed
 from minigpt.errors import ConfigError
 from minigpt.files import (
@@ -34,6 +35,7 @@ from minigpt.machine import machine, peak_memory
 from minigpt.model.lora import MODEL_FILES, save_adapter
 from minigpt.model.parallel import gather_weights, gathered, is_sharded
 from minigpt.model.pretrained import save_model
+from minigpt.reading import read_json
 from minigpt.runs.progress import Throughput
 from minigpt.stages.base import BaseModule
 from minigpt.stages.evaluation import Completion
@@ -187,7 +189,31 @@ class RunRecorder(Callback):
         ]
         for name, score in scores.items():  # before the file, which may not be writable
             log.info("%s: %.4g", name, score)
-        write_json(self.run_dir / "exam.json", {"scores": scores, "replies": replies})
+        demo = self._demo_families(pl_module)
+        if demo:
+            log.warning(
+                "%s: exams of the demo, on whose data this run was not trained. Their scores are "
+                "in exam.json, and stay out of model cards and reports.",
+                ", ".join(demo),
+            )
+        exam = {"scores": scores, "replies": replies, "demo_families": demo}
+        write_json(self.run_dir / "exam.json", exam)
+
+    def _demo_families(self, module: BaseModule) -> list[str]:
+        """Return the families of the demo's exams, if the run was trained on none of its data."""
+        if any(is_bundled(file) for file in trained_on(self.run_dir)):
+            return []
+        files = [file for file in module.data.exam if is_bundled(file)]
+        return sorted({item.family for file in files for item in module.load_exam(file)})
+
+
+def trained_on(run_dir: Path) -> list[str]:
+    """Return the data files that a finished run was trained on; none where it does not say."""
+    try:
+        files = read_json(run_dir / "summary.json")["data"]["train"]
+        return [str(file["file"]) for file in files]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def export(module: BaseModule, directory: Path) -> None:

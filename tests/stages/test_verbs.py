@@ -15,9 +15,11 @@ from tiny_runs import RUN, Fit
 
 from minigpt.cli.trainer import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
+from minigpt.export.card import exam_scores
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model
+from minigpt.runs.results import trained_on
 
 KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "hf/model.safetensors")
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
@@ -36,6 +38,31 @@ def test_validate_repeats_the_last_validation(stage: str, world: Path) -> None:
     got = {name: float(value) for name, value in measured.callback_metrics.items()}
     assert got == pytest.approx(final, rel=1e-3, abs=1e-4)
     assert (world / stage / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(("bundled", "expected"), [((), []), (("exam",), ["empty", "odd"])])
+def test_an_exam_of_the_demo_in_a_run_on_other_data(
+    bundled: tuple[str, ...],
+    expected: list[str],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minigpt.data.bundled.starter", lambda: tmp_path)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    for name in bundled:
+        shutil.copy(world / f"{name}.jsonl", tmp_path / "data" / "deep")
+    made = finished(world, "sft", data__init_args__exam=[str(world / "exam.jsonl")])
+    run(tiny_runs.arguments("test", made))
+    exam = json.loads((world / "sft" / "exam.json").read_text())
+    assert exam["demo_families"] == expected
+    assert exam_scores(exam).keys() == ({"exam/empty", "exam/odd"} if not expected else set())
+    trained = [str(world / "sft.jsonl")]
+    assert trained_on(world / "sft") == trained
+    shutil.copy(trained[0], tmp_path / "data")
+    run(tiny_runs.arguments("test", made))
+    exam = json.loads((world / "sft" / "exam.json").read_text())
+    assert exam["demo_families"] == []
 
 
 @STAGE

@@ -26,7 +26,7 @@ from minigpt.infer.engine import Delta, Engine, Sampling
 
 Minigpt = Callable[..., Any]
 Sent = list[tuple[list[Message], Sampling]]
-HELLO = "!help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.\n"
+HELLO = "/help lists the commands, Ctrl-C stops an answer, /quit or Ctrl-D ends the chat.\n"
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_all_of_the_dialogue_is_sent(talk: Callable[..., str], sent: Sent) -> No
         [user("你好"), assistant("one."), user("and then?")],
     ]
     assert out == "> one.\n[3 tokens, N tokens/s]\n> > two.\n[3 tokens, N tokens/s]\n> \n"
-    assert sent[0][1] == Sampling(512, 0.7)
+    assert sent[0][1] == Sampling(512, 0.5, min_p=0.1)
 
 
 def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
@@ -83,7 +83,7 @@ def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
         "a",
         "!set top_k 7",
         "!set stop END",
-        "!set min_p 0.1",
+        "!set min_p 0.2",
         "!set max_new_tokens 9",
         "!system Be long.",
         "b",
@@ -93,10 +93,13 @@ def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
         "c",
         options=options,
     )
-    assert sent[0] == ([Message("system", "Be short."), user("a")], Sampling(512, 0.2, **SEED))
+    assert sent[0] == (
+        [Message("system", "Be short."), user("a")],
+        Sampling(512, 0.2, min_p=0.1, **SEED),
+    )
     longer = [Message("system", "Be long."), user("a"), assistant("one."), user("b")]
     assert sent[1][0] == longer
-    assert sent[1][1] == Sampling(9, 0.2, 7, seed=3, min_p=0.1, stop=("END",))
+    assert sent[1][1] == Sampling(9, 0.2, 7, seed=3, min_p=0.2, stop=("END",))
     assert [m.role for m in sent[2][0]] == ["user", "assistant", "user", "assistant", "user"]
     assert "max_new_tokens=9 temperature=0.2 top_k=7" in out
     assert "repetition_penalty=1.0 stop=()" in out
@@ -129,13 +132,15 @@ def test_a_saved_dialogue_goes_on(talk: Callable[..., str], sent: Sent, tmp_path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("!nothing", "There is no command !nothing. See !help."),
+        ("!nothing", "There is no command !nothing. See /help."),
+        ("/nothing at all", "There is no command /nothing. See /help."),
+        ("/", "There is no command /. See /help."),
         ("!set colour red", "There is no colour. Known are max_new_tokens, temperature,"),
         ("!set top_k many", "top_k must be a number, but is 'many'."),
         ("!set top_p 3", "top_p must lie in (0, 1]"),
-        ("!save", "Give a file: !save FILE"),
-        ("!save /", "Give a file: !save FILE, after an answer"),
-        ("!load", "Give a file: !load FILE"),
+        ("!save", "Give a file: /save FILE"),
+        ("!save /", "Give a file: /save FILE, after an answer"),
+        ("!load", "Give a file: /load FILE"),
         ("!load none.jsonl", "none.jsonl: cannot be read"),
         ("!load {root}/pretrain.jsonl", "pretrain.jsonl:1: not a chat row"),
         ("!retry", "There is nothing to answer again."),
@@ -148,17 +153,36 @@ def test_mistakes_are_reported_and_change_nothing(
     out = talk(line.replace("{root}", str(trained)), "the cat", "!set")
     assert message in out
     assert "tokens/s]" in out
-    assert "temperature=0.7 top_k=0 top_p=1.0" in out
+    assert "temperature=0.5 top_k=0 top_p=1.0" in out
 
 
 def test_a_path_that_cannot_be_written(talk: Callable[..., str], sent: Sent) -> None:
     assert "Cannot write to /proc/none/chat.jsonl" in talk("a", "!save /proc/none/chat.jsonl")
 
 
-def test_help_names_every_command(talk: Callable[..., str]) -> None:
-    out = talk("!help")
-    for name in ("help", "clear", "set", "save", "load", "system", "retry"):
-        assert f"!{name}" in out
+@pytest.mark.parametrize("line", ["/help", "!help"])
+def test_help_names_every_command(talk: Callable[..., str], line: str) -> None:
+    out = talk(line)
+    for name in ("help", "clear", "set", "save", "load", "system", "retry", "quit"):
+        assert f"/{name}" in out
+
+
+def test_commands_may_begin_with_a_slash(talk: Callable[..., str], sent: Sent) -> None:
+    out = talk("/set top_k 7", "/system Be short.", "a", "/retry", "/clear", "b")
+    assert "top_k=7" in out
+    assert [sampling.top_k for _, sampling in sent] == [7, 7, 7]
+    assert [prompt[1:] for prompt, _ in sent] == [[user("a")], [user("a")], [user("b")]]
+
+
+@pytest.mark.parametrize("line", ["/quit", "!quit"])
+def test_quit_ends_the_chat(talk: Callable[..., str], sent: Sent, line: str) -> None:
+    talk("a", line, "b")
+    assert len(sent) == 1
+
+
+def test_a_path_is_a_message(talk: Callable[..., str], sent: Sent) -> None:
+    talk("/etc/passwd holds what?", "//")
+    assert [prompt[-1].content for prompt, _ in sent] == ["/etc/passwd holds what?", "//"]
 
 
 def test_a_line_that_is_not_utf8(talk: Callable[..., str], sent: Sent) -> None:

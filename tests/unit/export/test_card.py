@@ -45,6 +45,15 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert str(trained) not in text
 
 
+def test_exams_of_the_demo_are_left_out_in_a_run_on_other_data(tmp_path: Path) -> None:
+    exam = {"scores": {"exam/skills": 0.5, "exam/law": 0.25}, "demo_families": ["skills"]}
+    (tmp_path / "exam.json").write_text(json.dumps(exam))
+    Card("x", str(tmp_path)).write(tmp_path, {"limit": 0.1})
+    text = (tmp_path / "README.md").read_text()
+    assert "| exam/law | 0.25 |" in text
+    assert "skills" not in text
+
+
 def test_results_are_read_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     for name, message in (("list.json", "no JSON object"), ("none.json", "cannot be read")):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.infer.text import Pieces, TextStream
+from minigpt.infer.text import UNFINISHED, Pieces, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,18 @@ def test_characters_come_whole(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_any_tokens_give_the_text_of_all(
     tokenizer: PreTrainedTokenizerFast, ids: list[int]
 ) -> None:
-    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    expected = tokenizer.decode(ids, skip_special_tokens=True).rstrip(UNFINISHED)
     assert "".join(pieces(TextStream(tokenizer), ids)) == expected
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_text_that_is_cut_off_ends_with_a_whole_character(
+    tokenizer: PreTrainedTokenizerFast, missing: int
+) -> None:
+    ids = tokenizer.encode("the cat 你好", add_special_tokens=False)
+    assert tokenizer.decode(ids[:-missing]).endswith(UNFINISHED)
+    released = pieces(TextStream(tokenizer, ["never"]), ids[:-missing])
+    assert "".join(released) == "the cat 你"
 
 
 PARTS = [[1], [2], [3], [4], *([5 + byte for byte in text.encode()] for text in "é你🙂")]
@@ -63,7 +73,8 @@ PARTS = [[1], [2], [3], [4], *([5 + byte for byte in text.encode()] for text in 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=30))
 def test_vocabularies_that_strip_the_first_space(parts: list[list[int]]) -> None:
     tokenizer, ids = sentencepiece(), [token for part in parts for token in part]
-    assert "".join(pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids)
+    expected = tokenizer.decode(ids).rstrip(UNFINISHED)
+    assert "".join(pieces(TextStream(tokenizer), ids)) == expected
 
 
 TEXTS = st.text(alphabet="abcE你", max_size=24)

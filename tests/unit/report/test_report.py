@@ -52,6 +52,17 @@ def test_a_run_is_read_whole(runs: Path) -> None:
     }
 
 
+def test_exams_of_the_demo_are_left_out_in_a_run_on_other_data(tmp_path: Path) -> None:
+    replies = [{"family": family, "right": True} for family in ("skills", "law")]
+    exam = {"scores": {}, "replies": replies, "demo_families": ["skills"]}
+    (tmp_path / "exam.json").write_text(json.dumps(exam))
+    write_report([tmp_path], tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    assert "| law | 100.0%" in text
+    assert "| skills" not in text
+    assert "skills is an exam of the demo, and the run has other data." in text
+
+
 def test_the_report_of_several_runs(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
     output = tmp_path / "out/report.html"
     run_dirs = (runs / "pretrain", runs / "again", runs / "sft")
