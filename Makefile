@@ -35,7 +35,7 @@ test: $(STAMP) ## Run all tests but the long ones (JOBS processes, beside BUSY b
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --busy $(BUSY)
 
 faults: $(STAMP) ## Kill runs at all moments and compare (the long tests, some minutes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -m "not large" -n $(JOBS) --busy $(BUSY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -m "faults and not large" -n $(JOBS) --busy $(BUSY)
 
 faults-large: $(STAMP) ## Train on 2 GB of text, prove every model type, read thousands of damaged files
 	$(PY) -m pytest -m large -s

@@ -245,9 +245,8 @@ def trained_on(megabytes: float, start: Start, tmp_path: Path) -> float:
 
 @pytest.mark.faults
 def test_memory_does_not_grow_with_the_corpus(start: Start, tmp_path: Path) -> None:
-    small, large = (trained_on(size, start, tmp_path) for size in (20, 200))
-    assert large < 900
-    assert (large - small) / 180 < 0.1  # MB for each MB of data: noise, not a part of the file
+    small, large = (trained_on(size, start, tmp_path) for size in (5, 65))
+    assert large - small < 45  # MB: noise, where the tokens alone, of 60 MB more, are 54 MB
 
 
 @pytest.mark.large
@@ -453,7 +452,7 @@ def packed_once(store: TokenStore) -> None:
     assert all(store.lengths(np.array([i for _, i in b])).sum() <= 70 for b in batches)
 
 
-@pytest.mark.parametrize("files", [200, pytest.param(2000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("files", [200, pytest.param(1000, marks=pytest.mark.faults)])
 def test_any_file_is_read_exactly_or_refused_with_a_place(
     files: int, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
