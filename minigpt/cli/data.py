@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +53,12 @@ def parser() -> CommandParser:
         action.add_argument("--kind", choices=("text", "chat", "preference"), help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
         action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
+        add_columns(action)
         return action
+
+    def add_columns(action: argparse.ArgumentParser) -> None:
+        text = "new names of keys: OLD=NEW"
+        action.add_argument("--columns", type=renaming, nargs="+", default=[], help=text)
 
     add = reader("check", check, "find problems; exit status 2 when there are errors").add_argument
     add("--val", nargs="+", default=[], help="validation files, which must not overlap")
@@ -74,10 +78,11 @@ def parser() -> CommandParser:
     add("--rows", type=positive, default=3, help="rows to show of each file (3)")
     add("--html", help="write a page to this file, too")
     text = "any files as JSONL, also Parquet, Arrow and spreadsheets"
-    add = verb("convert", convert, text).add_argument
+    action = verb("convert", convert, text)
+    add_columns(action)
+    add = action.add_argument
     add("files", nargs="+", help="what to read")
     add("output", help="the JSONL to write, which must not exist")
-    add("--columns", type=renaming, nargs="+", default=[], help="new names of keys: OLD=NEW")
     add = verb("fetch", fetch, "public corpora as JSONL").add_argument
     add("name", nargs="?", help="which one; without it, all are listed")
     add("--output_dir", default="data/public", help="where to put it (data/public)")
@@ -103,6 +108,11 @@ def renaming(text: str) -> tuple[str, str]:
     return old, new
 
 
+def columns(args: argparse.Namespace) -> dict[str, str]:
+    """Return the names that `--columns` gives to keys."""
+    return dict(args.columns)
+
+
 def check(args: argparse.Namespace) -> None:
     """Print the problems of files, and write a mended copy if asked to.
 
@@ -117,34 +127,26 @@ def check(args: argparse.Namespace) -> None:
     if fix and (len(files) > 1 or fix.exists()):
         raise ConfigError("--fix mends one file at a time and writes to a new one.")
     check_distinct("--json", args.json, [*files, *val, *exam])
-    findings = Findings(limit=10**9 if args.all else 20)
+    findings = Findings(limit=None if args.all else 20)
     tokenizer = tokenizer_of(args)
-    with tempfile.TemporaryDirectory(prefix="minigpt-check-") as scratch:
-        with shown("reading what must not leak"):
-            checker = Checker(
-                findings,
-                Path(scratch),
-                args.kind,
-                val,
-                exam,
-                tokenizer,
-                args.max_length,
-                args.near,
-            )
-        for file in files:
-            with shown(f"checking {file}"):
-                checker.check(file)
-        with shown("comparing rows"):
-            checker.finish()
-        lines = map(printable, findings.lines())
-        print(*lines, sep="\n", end="\n" if findings.counts else "")
-        hints = findings.counts.total() - findings.errors()
-        problems = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
-        print(f"{counted(checker.rows, 'row')} checked: {problems}")
-        if fix:
-            with writing(fix), shown(f"writing {fix}"):
-                written = checker.write_fixed(files[0], fix)
-            print(f"{fix}: {counted(written, 'row')}, {checker.rows - written:,} left out")
+    with shown("reading what must not leak"):
+        checker = Checker(
+            findings, args.kind, val, exam, tokenizer, args.max_length, args.near, columns(args)
+        )
+    for file in files:
+        with shown(f"checking {file}"):
+            checker.check(file)
+    with shown("comparing rows"):
+        checker.finish()
+    lines = map(printable, findings.lines())
+    print(*lines, sep="\n", end="\n" if findings.counts else "")
+    hints = findings.counts.total() - findings.errors()
+    problems = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
+    print(f"{counted(checker.rows, 'row')} checked: {problems}")
+    if fix:
+        with writing(fix), shown(f"writing {fix}"):
+            written = checker.write_fixed(files[0], fix)
+        print(f"{fix}: {counted(written, 'row')}, {checker.rows - written:,} left out")
     if args.json:
         with writing(args.json):
             write_json(Path(args.json), {"rows": checker.rows, **findings.as_dict()})
@@ -167,7 +169,13 @@ def stats(args: argparse.Namespace) -> None:
     for file in files:
         with shown(f"measuring {file}"):
             report = measure(
-                Path(file), args.kind, tokenizer, args.max_length, args.tokens_per_batch, sample
+                Path(file),
+                args.kind,
+                tokenizer,
+                args.max_length,
+                args.tokens_per_batch,
+                sample,
+                columns(args),
             )
         reports.append(report)
         print(printable(terminal(report)), end="\n\n")
@@ -195,7 +203,13 @@ def show(args: argparse.Namespace) -> None:
     segments = []
     for file in files:
         for segment in show.segments(
-            Path(file), tokenizer, args.kind, args.max_length, args.start, args.rows
+            Path(file),
+            tokenizer,
+            args.kind,
+            args.max_length,
+            args.start,
+            args.rows,
+            columns(args),
         ):
             segments.append(segment)
             console.print(f"── {printable(segment.heading)}", style="bold")
@@ -215,7 +229,7 @@ def convert(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists and is left alone. Name a new file.")
     with writing(out), shown(f"writing {out}"):
-        rows = convert(list(map(Path, expand_files(args.files))), out, dict(args.columns))
+        rows = convert(list(map(Path, expand_files(args.files))), out, columns(args))
     print(f"{out}: {counted(rows, 'row')}")
 
 

@@ -8,7 +8,7 @@ the outcome is records or a `DataError`.
     parse_row      decoded row → record
     load_prompts   file → prompts to complete
     scan_rows      file → decoded rows
-    open_data      file → bytes
+    open_data      file → lines in UTF-8
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import lzma
 import os
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from itertools import count, cycle, islice
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
 from minigpt.data.tables import (
     COMPRESSED,
     DELIMITERS,
@@ -105,6 +106,7 @@ DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # beside OSErrors without a nu
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BUFFER = 1 << 17  # bytes read at a time
+_ENDS = (b'"', b" ", b",")
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 
 _Row = Mapping[str, object]
@@ -187,6 +189,7 @@ class BadRows:
     counts: Counter[str] = field(default_factory=Counter, init=False)
     first: dict[str, str] = field(default_factory=dict, init=False)
     unused: set[str] = field(default_factory=set, init=False)  # see `unused_fields`
+    notes: defaultdict[Path, Notes] = field(default_factory=lambda: defaultdict(dict), init=False)
 
     def handle(self, error: DataError) -> None:
         """Count a bad row, or raise its error when the policy is "error".
@@ -239,7 +242,7 @@ def read_records(
             `bad` does not let a row pass.
     """
     good = 0
-    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path))
+    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path, bad.notes[path]))
     for source, line, row in rows:
         if limit is not None and good >= limit:
             break
@@ -377,9 +380,9 @@ def kind_of(row: object) -> Kind:
     return "text" if "text" in row and "messages" not in row else "chat"
 
 
-def guess_kind(path: Path) -> Kind:
+def guess_kind(path: Path, columns: Mapping[str, str] | None = None) -> Kind:
     """Tell a file's kind by its first object; "chat" is the default."""
-    rows = (row for _, row in islice(scan_rows(path), _PEEKED))
+    rows = (renamed(row, columns) for _, row in islice(scan_rows(path), _PEEKED))
     return kind_of(next((row for row in rows if isinstance(row, dict)), None))
 
 
@@ -418,6 +421,13 @@ def unused_fields(row: object, kind: Kind) -> set[str]:
 def unused_problem(fields: Iterable[str]) -> str:
     """Return what is said of a file with fields that are not used."""
     return f"its rows have {', '.join(sorted(fields))}, of which training makes no use"
+
+
+def changes(notes: Notes) -> Iterator[tuple[str, int, str]]:
+    """Yield what was changed: the reason, the first line, and the whole in words."""
+    for (reason, change), (lines, first) in notes.items():
+        counted = f": {lines:,} line{'' if lines == 1 else 's'}, from line {first:,} on"
+        yield reason, first, change + (counted if lines else "")
 
 
 class _RowParser:
@@ -655,16 +665,18 @@ def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
         yield line, row
 
 
-def scan_rows(path: Path) -> Iterator[tuple[int, object]]:
+def scan_rows(path: Path, notes: Notes | None = None) -> Iterator[tuple[int, object]]:
     """Stream rows; a line that is not JSON comes as its error, so that others may follow.
+
+    Args:
+        path: of the file.
+        notes: gets what was changed in its text so that it could be read.
 
     Raises:
         DataError: the file cannot be read, or it holds no rows.
     """
     try:
-        with open_data(path) as stream:
-            if not begins_as_json(stream):
-                refuse_foreign(path, stream.peek(32)[:32])
+        with open_data(path, notes) as stream:
             suffix = suffix_of(path)
             if suffix == ".txt":
                 rows: Iterator[tuple[int, object]] = text_rows(path, lines_of(stream))
@@ -757,18 +769,99 @@ class _WatchedFile(io.FileIO):
 
 
 @contextmanager
-def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
-    """Open a file, which is decompressed by what it begins with.
+def open_data(path: Path, notes: Notes | None = None) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file, which is decompressed by what it begins with, as lines in UTF-8.
+
+    Args:
+        path: of the file.
+        notes: gets what was changed in its text.
 
     Raises:
-        DataError: when the package that decompresses it is missing.
+        DataError: when the file holds no text, or the package that decompresses it is missing.
     """
     with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
         if begins_as_json(raw):
-            yield raw
+            yield _utf8(raw, notes)
         else:
             with decompressed(raw) as stream:
-                yield stream
+                refuse_foreign(path, stream.peek(32)[:32])
+                yield _utf8(stream, notes)
+
+
+def _utf8(stream: io.BufferedReader[Any], notes: Notes | None) -> io.BufferedReader[Any]:
+    text = _Utf8({} if notes is None else notes, _blocks(stream))
+    return io.BufferedReader(text, _BUFFER)
+
+
+class _Utf8(io.RawIOBase):
+    """The bytes of a file as UTF-8, without what no row can hold (`minigpt.data.encodings`).
+
+    Args:
+        notes: gets what was changed.
+        blocks: of the file.
+    """
+
+    def __init__(self, notes: Notes, blocks: Iterator[bytes]) -> None:
+        self._notes = notes
+        self._mender: Mender | None = None  # of a file that is not plain UTF-8
+        self._blocks = blocks
+        self._data = memoryview(b"")  # is to be read next
+        self._line = 1
+        self._begins_line = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._data:
+            block = next(self._blocks, b"")
+            if not block:
+                return 0
+            data = self._mended(block)
+            self._line += data.count(b"\n")
+            self._begins_line = data.endswith(b"\n") if data else self._begins_line
+            self._data = memoryview(data)
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._data))
+        view[:count] = self._data[:count]
+        self._data = self._data[count:]
+        return count
+
+    def _mended(self, block: bytes) -> bytes:
+        is_needed = self._mender is not None and self._mender.is_needed
+        if not is_needed and _is_sound(block):
+            return block
+        self._mender = self._mender or Mender(self._notes)
+        return self._mender.mend(block, self._line, self._begins_line)
+
+
+def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield a stream's bytes in blocks that end with a whole line or at least a whole character.
+
+    No character of UTF-8 or GB18030 ends with one of `_ENDS` but these themselves.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while data := stream.read(_BUFFER):
+        end = data.rfind(b"\n") + 1 or max(map(data.rfind, _ENDS)) + 1
+        size += len(data)
+        if not end and size <= LARGEST_ROW:
+            parts.append(data)
+            continue
+        end = end or len(data)
+        yield b"".join([*parts, data[:end]])
+        parts = [data[end:]]
+        size = len(parts[0])
+    yield b"".join(parts)
+
+
+def _is_sound(block: bytes) -> bool:
+    if len(block.translate(None, CONTROL_BYTES)) < len(block) or codecs.BOM_UTF8 in block:
+        return False
+    try:
+        return block.isascii() or bool(block.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def begins_as_json(stream: io.BufferedReader[Any]) -> bool:
@@ -807,7 +900,6 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
         data = stream.readline(_BUFFER)
         if not data:
             break
-        data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
         if not rows and data.lstrip().startswith(b"["):
             for rows, row in enumerate(_Array(stream, data, line).items(), 1):
                 yield rows, row
@@ -907,7 +999,7 @@ class _Array:
         except UnicodeDecodeError as error:
             text = self.buffer + error.object[: error.start].decode()
             line = self.line + text.count("\n")
-            raise not_utf8(len(text.rpartition("\n")[2].encode()) + 1, "GBK", line) from None
+            raise not_utf8(len(text.rpartition("\n")[2].encode()) + 1, line) from None
         self.ended = not data
         return bool(data)
 
@@ -936,8 +1028,7 @@ def _decode(data: bytes, line: int) -> object:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         byte = error.start - data.rfind(b"\n", 0, error.start)
-        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        return not_utf8(byte, "UTF-16" if utf16 else "GBK", line)
+        return not_utf8(byte, line)
     except json.JSONDecodeError as error:
         problem = _invalid(error.msg, error.colno, error.pos >= len(error.doc))
         line += error.lineno - 1

@@ -46,6 +46,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    changes,
     hash_reads,
     read_records,
     suffix_of,
@@ -68,7 +69,7 @@ from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer.
@@ -525,6 +526,8 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
     )
     if summary := bad.summary():
         log.warning("%s: %s", source, summary)
+    for _, _, change in changes(bad.notes[source]):
+        log.warning("%s: %s", source, change)
     if bad.unused:
         log.warning("%s: %s", source, unused_problem(bad.unused))
 

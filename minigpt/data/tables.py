@@ -191,17 +191,17 @@ def _log_documents(path: PurePath, document: str) -> None:
 
 def _decoded(line: bytes, number: int) -> str:
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return line.decode()
     except UnicodeDecodeError as error:
-        raise not_utf8(error.start + 1, "GB18030", number) from None
+        raise not_utf8(error.start + 1, number) from None
 
 
-def not_utf8(byte: int, encoding: str, line: int) -> DataError:
-    """Return the error for a line in another encoding, such as the one named."""
+def not_utf8(byte: int, line: int) -> DataError:
+    """Return the error for a line that is damaged, or in an encoding that is not told."""
     return DataError(
-        f"byte {byte} of the line is not UTF-8",
+        f"byte {byte} of the line is neither UTF-8 nor Chinese in GB18030",
         line=line,
-        remedy=f"Convert the file, for example with `iconv -f {encoding} -t UTF-8`.",
+        remedy="Convert the file to UTF-8, for example with iconv, or leave the line out.",
         reason="bad_utf8",
     )
 

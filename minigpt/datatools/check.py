@@ -1,7 +1,8 @@
 """Check data files: every problem with its place and what to do about it.
 
-One pass over the rows finds what training would stop at and what would spoil it. Memory
-grows by about 25 bytes a row (300 more with near duplicates), not with the rows' length.
+One pass over the rows, which training's own reader yields, finds what training would stop at, in
+its words, and what would spoil it. Memory grows by about 25 bytes a row (300 more with near
+duplicates), not with the rows' length.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
+from minigpt.data.encodings import CONTROL_BYTES
 from minigpt.data.formats import (
     DAMAGED,
     BadRows,
@@ -28,6 +29,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    changes,
     guess_kind,
     lines_of,
     open_data,
@@ -37,14 +39,12 @@ from minigpt.data.formats import (
     suffix_of,
     texts_of,
     to_line,
-    unused_fields,
     unused_problem,
 )
 from minigpt.data.store import Encoder, Limits
-from minigpt.data.tables import DELIMITERS, refuse_foreign
+from minigpt.data.tables import DELIMITERS
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
-from minigpt.datatools.encoding import CONTROL, finding, has_odd_characters, readable
 from minigpt.errors import DataError
 from minigpt.files import atomic_file
 
@@ -54,18 +54,23 @@ HINTS = {
     "control_character",
     "cut",
     "duplicate",
+    "encoding",
     "near_duplicate",
     "near_validation",
     "replacement_character",
     "same_prompt",
     "unused_fields",
 }
-_MENDABLE = HINTS - {"duplicate"} | {"encoding"}  # their rows are in the mended copy
+_MENDABLE = HINTS - {"duplicate"}  # their rows are in the mended copy
 _BLOCK_ROWS = 300  # examined together; more of them would keep the garbage collector busy
 _ALWAYS_TOKENISED = 8  # rows of a block that are tokenised even if they are short
-_CONTROL = re.compile(f"[{CONTROL}]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
+_ALONE = 3  # so many equal problems of a file have lines of their own; more are one line
+_NAMED = 5  # rows that are named in that line
+_NUMBER = re.compile(r"\d+")
 _REMEDIES = {
-    "control_character": "Use --fix.",
+    "control_character": "Training takes them; --fix writes a copy without them.",
     "replacement_character": "Text was lost when the file was converted: take it from its source.",
     "duplicate": "Leave it out; --fix does.",
     "near_duplicate": "Keep one of them.",
@@ -85,29 +90,55 @@ class Findings(BadRows):
     """The problems of the files: all are counted, and the first of each reason and file listed.
 
     Attributes:
-        limit: how many of each reason and file are listed.
+        limit: how many of each reason and file are listed; None for all.
         listed: the problems, as the errors that training would give.
+        groups: by file, reason and problem, of which numbers do not count, the first problems and
+            how many there are.
         dropped: per file, the lines that a mended copy leaves out, some of them twice.
     """
 
-    limit: int = 20
+    limit: int | None = 20
     listed: list[DataError] = field(default_factory=list, init=False)
+    groups: dict[tuple[str, str, str], tuple[list[DataError], list[int]]] = field(
+        default_factory=dict, init=False
+    )
+    kinds: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)  # groups
     by_file: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
     def handle(self, error: DataError) -> None:
         """Count a problem, and list it if it is among the first."""
-        if self.count(error.reason, str(error.path), error.line):
-            error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
-            self.listed.append(error.at(str(error.path), error.line))
-
-    def count(self, reason: str, path: str, line: int | None) -> bool:
-        """Count a problem and return whether it is to be listed."""
+        path, reason = str(error.path), error.reason
+        error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
+        error = error.at(path, error.line)
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
+        self.first.setdefault(reason, f"{path}:{error.line}")
         if reason not in _MENDABLE:
-            self.dropped.setdefault(path, array("I")).append(line or 0)
-        return self.by_file[path, reason] <= self.limit
+            self.drop(path, error.line)
+        if self.limit is None or self.by_file[path, reason] <= self.limit:
+            self.listed.append(error)
+        self._group(error)
+
+    def _group(self, error: DataError) -> None:
+        text = _NUMBER.sub("#", f"{error.field}: {error.problem}")
+        key = (str(error.path), error.reason, text)
+        if key not in self.groups:
+            if self.limit is not None and self.kinds[key[:2]] >= self.limit:
+                return
+            self.kinds[key[:2]] += 1
+            self.groups[key] = [], [0]
+        errors, count = self.groups[key]
+        count[0] += 1
+        if self.limit is None or len(errors) < _NAMED:
+            errors.append(error)
+
+    def drop(self, path: str, line: int | None) -> None:
+        """Leave a row out of the mended copy."""
+        self.dropped.setdefault(path, array("I")).append(line or 0)
+
+    def check(self, total: int) -> None:
+        """Go on, however many rows are bad."""
 
     def errors(self) -> int:
         """Return the number of problems that are not mere hints."""
@@ -120,14 +151,29 @@ class Findings(BadRows):
         return {"errors": self.errors(), "counts": self.counts, "problems": listed}
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each listed problem, by file and line, and for each count."""
-        for error in sorted(self.listed, key=lambda e: (str(e.path), e.line or 0)):
-            yield f"{'hint' if error.reason in HINTS else 'error'}: {error} [{error.reason}]"
-        for (path, reason), count in sorted(self.by_file.items()):
-            if count > self.limit:
-                yield f"{path}: {count - self.limit} more [{reason}]; --all shows them"
-        for reason, count in self.counts.most_common():
-            yield f"{count:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
+        """Yield the problems by file and line, equal ones in one line, and the counts."""
+        yield from self._problems()
+        grouped: Counter[tuple[str, str]] = Counter()
+        for (path, reason, _), (_, count) in self.groups.items():
+            grouped[path, reason] += count[0]
+        for (path, reason), total in sorted(self.by_file.items()):
+            if total > grouped[path, reason]:
+                yield f"{path}: {total - grouped[path, reason]} more [{reason}]; --all shows them"
+        for reason, total in self.counts.most_common():
+            yield f"{total:>9,} {'hint ' if reason in HINTS else 'error'} {reason}"
+
+    def _problems(self) -> Iterator[str]:
+        problems: list[tuple[DataError, str]] = []
+        for errors, (count,) in self.groups.values():
+            if self.limit is None or count <= _ALONE:
+                problems += [(error, "") for error in errors]
+            else:
+                named = ", ".join(str(error.line) for error in errors)
+                more = ", ..." if count > len(errors) else ""
+                problems.append((errors[0], f" {count:,} times: lines {named}{more}"))
+        for error, times in sorted(problems, key=lambda p: (str(p[0].path), p[0].line or 0)):
+            kind = "hint" if error.reason in HINTS else "error"
+            yield f"{kind}: {error} [{error.reason}]{times}"
 
 
 class Checker:
@@ -135,33 +181,29 @@ class Checker:
 
     Args:
         findings: collects the problems.
-        scratch: a directory for mended copies.
         kind: the kind of all rows; guessed from each file's first rows when None.
         validation: files that must not share rows with those checked.
         exams: exam files that must not leak.
         tokenizer: for its special tokens and for what the maximum length leaves to train on.
         max_length: tokens of a sample, as in training.
         near: similarity from which rows count as near duplicates, 0..1; None to not look.
-
-    Attributes:
-        rows: rows read so far, good and bad.
+        columns: the rows' keys that have other names here.
     """
 
     def __init__(
         self,
         findings: Findings,
-        scratch: Path,
         kind: Kind | None = None,
         validation: Sequence[str] = (),
         exams: Sequence[str] = (),
         tokenizer: PreTrainedTokenizerFast | None = None,
         max_length: int = 512,
         near: float | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.findings = findings
-        self.scratch = scratch
         self.kind = kind
-        self.rows = 0
+        self.columns = columns
         self.tokenizer = tokenizer
         self.limits = Limits(max_length=max_length)
         self.special_tokens: Sequence[str] = SPECIAL_TOKENS
@@ -172,35 +214,47 @@ class Checker:
         self.lines = array("I")  # of the same rows
         self.file_starts: list[tuple[int, Path]] = []  # the number of each file's first good row
         self.validation: dict[int, str] = {}  # file and line of rows and prompts, by hash
-        self.copies: dict[Path, Path] = {}
         self.mended_lines: dict[Path, array[int]] = {}
         for path in map(Path, validation):
             self._read_validation(path)
         self.validation_rows = len(self.hashes)
 
+    @property
+    def rows(self) -> int:
+        """Rows read so far, good and bad."""
+        return self.findings.seen
+
     def check(self, path: Path) -> None:
         """Check one file."""
-        copy = self.scratch / f"{len(self.copies)}{suffix_of(path) or '.jsonl'}"
         self.file_starts.append((len(self.hashes), path))
-        self.copies[path] = copy = readable(path, copy, self.findings.handle)
         self.mended_lines[path] = array("I")
+        errors = self.findings.errors()
         try:
-            self._check_rows(path, copy, self.kind or guess_kind(copy))
+            self._check_rows(path, self.kind or guess_kind(path, self.columns))
         except DataError as error:
-            self.findings.handle(error.at(path, error.line))
+            # That no row is good says nothing new where the bad ones are named.
+            if error.reason != "no_rows" or self.findings.errors() == errors:
+                self.findings.handle(error.at(path, error.line))
+        for reason, line, change in changes(self.findings.notes[path]):
+            remedy = "Training reads the file like that; --fix writes a plain copy."
+            self.findings.handle(
+                DataError(change, path=path, line=line, remedy=remedy, reason=reason)
+            )
         if self.findings.unused:
             self._add("unused_fields", unused_problem(self.findings.unused), path)
             self.findings.unused = set()
 
-    def _check_rows(self, path: Path, copy: Path, kind: Kind) -> None:
+    def _check_rows(self, path: Path, kind: Kind) -> None:
         encoder = None
         if self.tokenizer:
             self.special_tokens = refused_texts(self.tokenizer, kind)
             if kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
-        for rows in _blocks(scan_rows(copy)):
-            self.rows += len(rows)
-            records = list(self._good(rows, path, kind))
+        rows = read_records(
+            [path], kind, self.findings, special_tokens=self.special_tokens, columns=self.columns
+        )
+        for block in _blocks(rows):
+            records = list(self._mended([(source.line, record) for record, source in block], path))
             self._remember(records)
             self._compare(path, records)
             if encoder:
@@ -241,7 +295,7 @@ class Checker:
         dropped = set(self.findings.dropped.get(str(path), ()))
         mended = set(self.mended_lines[path])
         try:
-            for line, row in _raw_rows(self.copies[path]):
+            for line, row in _raw_rows(path):
                 if line not in dropped:
                     yield _line(row, line in mended)
         except (*DAMAGED, OSError) as error:
@@ -262,50 +316,42 @@ class Checker:
                 else:
                     first[value] = row
 
-    def _good(
-        self, rows: list[tuple[int, object]], path: Path, kind: Kind
-    ) -> Iterator[tuple[int, Record]]:
-        """Yield the records of good rows with their lines, and report the bad ones."""
-        records: list[tuple[int, object, Record]] = []
-        for line, row in rows:
-            try:
-                records.append((line, row, parse_row(row, kind, self.special_tokens)))
-            except DataError as error:
-                self.findings.handle(error.at(path, line))
-            else:
-                self.findings.unused |= unused_fields(row, kind)
-        texts = chain.from_iterable(texts_of(record) for _, _, record in records)
-        odd = has_odd_characters("\n".join(texts))
-        for line, row, record in records:
-            try:
-                good = self._mended(row, record, path, line, kind) if odd else record
-            except DataError as error:
-                self.findings.handle(error.at(path, line))
-                continue
+    def _mended(self, records: Records, path: Path) -> Iterator[tuple[int, Record]]:
+        """Report odd characters, and yield the records as they are in the mended copy."""
+        texts = (text for _, record in records for text in texts_of(record))
+        is_odd = has_odd_characters("\n".join(texts))
+        for line, record in records:
+            mended = self._without_odd(record, path, line) if is_odd else record
             if self.validation:
-                self._look_up(good, path, line)
-            yield line, good
+                self._look_up(mended, path, line)
+            yield line, mended
 
     def _remember(self, records: Records) -> None:
         self.lines.extend([line for line, _ in records])
         self.hashes.extend([hash(record) for _, record in records])
 
-    def _mended(self, row: object, record: Record, path: Path, line: int, kind: Kind) -> Record:
-        """Report odd characters, and read the row without those that can go."""
+    def _without_odd(self, record: Record, path: Path, line: int) -> Record:
+        """Report a record's odd characters, and return it without those that can go."""
         text = "\n".join(texts_of(record))
         if "\ufffd" in text:
             self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
         if not _CONTROL.search(text):
             return record
-        self.mended_lines[path].append(line)
         self._add("control_character", "holds control characters", path, line)
-        return parse_row(_without_control(row), kind, self.special_tokens)
+        try:
+            mended = parse_row(_without_control(as_row(record)), _kind(record), self.special_tokens)
+        except DataError:  # such as for a text of nothing else
+            self.findings.drop(str(path), line)
+            return record
+        self.mended_lines[path].append(line)
+        return mended
 
     def _read_validation(self, path: Path) -> None:
         """Remember where the rows and prompts of a validation file are."""
         self.file_starts.append((len(self.hashes), path))
         bad = BadRows("skip", 1.0)
-        rows = read_records([path], self.kind or guess_kind(path), bad)
+        kind = self.kind or guess_kind(path, self.columns)
+        rows = read_records([path], kind, bad, columns=self.columns)
         records = [(source.line, record) for record, source in rows]
         self._remember(records)
         for line, record in records:
@@ -350,23 +396,22 @@ class Checker:
             pass
 
     def _add(self, reason: str, problem: str, path: Path, line: int | None = None) -> None:
-        self.findings.handle(finding(path, line, reason, problem, _REMEDIES[reason]))
+        remedy = _REMEDIES[reason]
+        self.findings.handle(DataError(problem, path=path, line=line, remedy=remedy, reason=reason))
 
     def _add_pair(self, reason: str, problem: str, row: int, other: int) -> None:
         path, line = self._at(row)
-        if self.findings.count(reason, str(path), line):
-            other_path, other_line = self._at(other)
-            problem = f"{problem} {other_path}:{other_line}"
-            self.findings.listed.append(finding(path, line, reason, problem, _REMEDIES[reason]))
+        other_path, other_line = self._at(other)
+        self._add(reason, f"{problem} {other_path}:{other_line}", path, line)
 
     def _at(self, row: int) -> tuple[Path, int]:
         path = next(path for start, path in reversed(self.file_starts) if start <= row)
         return path, self.lines[row]
 
 
-def _blocks(rows: Iterable[tuple[int, object]]) -> Iterator[list[tuple[int, object]]]:
+def _blocks(rows: Iterable[tuple[Record, Source]]) -> Iterator[list[tuple[Record, Source]]]:
     """Yield all rows, some hundreds at a time, and raise what `rows` raises after the last."""
-    block: list[tuple[int, object]] = []
+    block: list[tuple[Record, Source]] = []
     try:
         for row in rows:
             block.append(row)
@@ -387,6 +432,31 @@ def _prompt_hash(record: Record) -> int:
     return hash(("prompt", prompt))
 
 
+def _kind(record: Record) -> Kind:
+    if isinstance(record, Preference):
+        return "preference"
+    return "text" if isinstance(record, Text) else "chat"
+
+
+def as_row(record: Record) -> dict[str, object]:
+    """Return a row that is read as this record."""
+    if isinstance(record, Text):
+        return {"text": record.text}
+    if isinstance(record, Preference):
+        chosen, rejected = record.chosen.content, record.rejected.content
+        prompt = [message._asdict() for message in record.prompt]
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"messages": [message._asdict() for message in record.messages]}
+
+
+def has_odd_characters(text: str) -> bool:
+    """Tell quickly whether a text holds control characters, byte order marks or U+FFFD."""
+    data = text.encode()
+    if len(data.translate(None, CONTROL_BYTES)) < len(data) or _C1.search(data):
+        return True
+    return any(character in text for character in "\ufffd\ufeff\ufffe\uffff")
+
+
 def _without_control(value: object) -> object:
     if isinstance(value, str):
         return _CONTROL.sub("", value)
@@ -400,7 +470,6 @@ def _without_control(value: object) -> object:
 def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Yield each row as the bytes of its line, or decoded where the file is no JSONL."""
     with open_data(path) as stream:
-        refuse_foreign(path, stream.peek(32)[:32])
         is_lines = suffix_of(path) not in (".txt", *DELIMITERS)
         if is_lines and not stream.peek().lstrip().startswith(b"["):
             yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())

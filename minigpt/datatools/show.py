@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,16 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import refused_texts
-from minigpt.data.formats import BadRows, Kind, Record, Source, guess_kind, parse_row, scan_rows
+from minigpt.data.formats import (
+    BadRows,
+    Kind,
+    Record,
+    Source,
+    guess_kind,
+    parse_row,
+    renamed,
+    scan_rows,
+)
 from minigpt.data.store import EncodedSample, Encoder, Limits
 from minigpt.errors import DataError
 from minigpt.page import escape
@@ -46,15 +55,16 @@ def segments(
     max_length: int = 512,
     start: int = 1,
     rows: int = 3,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[Segment]:
     """Yield the segments that training makes of the first `rows` rows from line `start` on.
 
     Raises:
         DataError: for a bad row.
     """
-    kind = kind or guess_kind(path)
+    kind = kind or guess_kind(path, columns)
     encoder = Encoder(kind, tokenizer, Limits(max_length=max_length))
-    records = _records(path, kind, start, refused_texts(tokenizer, kind))
+    records = _records(path, kind, start, refused_texts(tokenizer, kind), columns)
     for sample, source in encoder.encode(list(islice(records, rows)), BadRows()):
         for name, ids, targets in _named_ids(sample, kind):
             counts = f"{len(ids)} tokens, {sum(targets)} trained on"
@@ -63,13 +73,13 @@ def segments(
 
 
 def _records(
-    path: Path, kind: Kind, start: int, special: Sequence[str]
+    path: Path, kind: Kind, start: int, special: Sequence[str], columns: Mapping[str, str] | None
 ) -> Iterator[tuple[Record, Source]]:
     """Read the rows from a line on, whatever stands before it."""
     for line, row in scan_rows(path):
         if line >= start:
             try:
-                yield parse_row(row, kind, special), Source(path, line)
+                yield parse_row(renamed(row, columns), kind, special), Source(path, line)
             except DataError as error:
                 raise error.at(path, line) from None
 

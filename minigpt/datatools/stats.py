@@ -10,7 +10,7 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -145,26 +145,28 @@ def measure(
     max_length: int = 512,
     tokens_per_batch: int = 8192,
     sample: int | None = 2000,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure one file.
 
     Args:
-        path: a JSONL file or JSON array, plain or gzipped.
+        path: a file of any form that training reads.
         kind: the kind of its rows; guessed when None.
         tokenizer: counts tokens; without one there is no "tokens" part.
         max_length: tokens of a sample in training.
         tokens_per_batch: the budget that samples are packed into.
         sample: rows whose tokens are counted, spread evenly by chance; None for all.
+        columns: the rows' keys that have other names here.
 
     Raises:
         DataError: when the file cannot be read or no row can be used.
     """
-    kind = kind or guess_kind(path)
+    kind = kind or guess_kind(path, columns)
     rows = _Rows(kind)
     counts = _TokenCounts(kind, tokenizer, max_length) if tokenizer else None
     reservoir = _Reservoir(sample or 0)
     bad = BadRows("skip", 1.0)
-    records = (record for record, _ in read_records([path], kind, bad))
+    records = (record for record, _ in read_records([path], kind, bad, columns=columns))
     while block := list(islice(records, _BLOCK_ROWS)):
         rows.add(block)
         if counts and sample is None:

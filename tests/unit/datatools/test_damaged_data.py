@@ -46,7 +46,7 @@ def test_damaged_data(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
             section(report)
         with suppress(MiniGPTError):
             list(map(plain, segments(file, tokenizer)))
-        checker = Checker(Findings(), tmp_path, None, [], [], tokenizer, 64, 0.8)
+        checker = Checker(Findings(), None, [], [], tokenizer, 64, 0.8)
         checker.check(file)
         checker.finish()
         (tmp_path / "fixed.jsonl").unlink(missing_ok=True)
@@ -61,10 +61,11 @@ def test_damaged_data(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
 def test_a_row_without_end_is_an_error_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minigpt: Any, encoding: str
 ) -> None:
-    for module in ("data.formats", "datatools.encoding"):
-        monkeypatch.setattr(f"minigpt.{module}.LARGEST_ROW", 2000)
+    monkeypatch.setattr("minigpt.data.formats.LARGEST_ROW", 2000)
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(('{"text": "a"}\n{"text": "' + "x\0" * 4000 + '"}\n').encode(encoding))
+    file.write_bytes(
+        ('{"text": "a"}\n{"text": "' + "xxxxxxxxx\0\0\0" * 400 + '"}\n').encode(encoding)
+    )
     outcome = minigpt("data", "check", file, "--fix", tmp_path / "fixed.jsonl")
     assert outcome.status == 2
     assert f"{file}:2: the row has more than 2,000 bytes" in outcome.out
