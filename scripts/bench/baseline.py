@@ -11,6 +11,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,12 @@ from minigpt.data.store import TokenStore
 from minigpt.machine import peak_memory
 
 IGNORED = -100  # labels that transformers leaves out of its loss
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 MIN_STEPS = 3  # steps to measure, however long they take: two batches may hold more or less padding
 Row = tuple[list[int], list[int]]  # token ids and labels
 
@@ -50,6 +57,8 @@ class LoopConfig:
         lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`, and
             all steps count.
         rank: of the adapter (lora).
+        curve: how often the held-out loss is measured within `seconds`; the clock stands meanwhile.
+        save: directory for the trained model, with its adapter merged.
     """
 
     stage: str
@@ -66,6 +75,8 @@ class LoopConfig:
     lr: float = 1e-4
     decay: bool = False
     rank: int = 16
+    curve: int = 0
+    save: str | None = None
 
 
 def samples(store: TokenStore, order: Iterable[int]) -> Iterator[tuple[Row, ...]]:
@@ -166,7 +177,7 @@ def load(config: LoopConfig) -> nn.Module:
     return module.train()
 
 
-def train(config: LoopConfig) -> dict[str, float]:
+def train(config: LoopConfig) -> dict[str, Any]:
     """Train until the steps or the seconds are over; return its figures."""
     model = load(config)
     reference = copy.deepcopy(model).eval() if config.stage == "dpo" else None
@@ -177,6 +188,7 @@ def train(config: LoopConfig) -> dict[str, float]:
     scaler = torch.amp.GradScaler(config.device, enabled=dtype == torch.float16)
     count = tokens = counted_samples = 0
     elapsed = 0.0
+    curve: list[tuple[float, float]] = []  # seconds and held-out loss
     started = time.perf_counter()
     for batch, useful, rows in batches(config, TokenStore(Path(config.stores[0]), Path())):
         with half:
@@ -200,26 +212,47 @@ def train(config: LoopConfig) -> dict[str, float]:
         tokens += useful
         counted_samples += rows
         elapsed = time.perf_counter() - started
+        due = config.seconds * (len(curve) + 1) / (config.curve + 1)
+        if len(curve) < config.curve and elapsed >= due:
+            curve.append((elapsed, held_out(config, model)))
+            started = time.perf_counter() - elapsed
         enough = elapsed >= config.seconds and (config.decay or count > MIN_STEPS)
         if enough or count > config.steps:
             break
     result = {"tokens": tokens, "samples": counted_samples, "seconds": elapsed, "loss": last}
     result |= {"steps": count - (not config.decay), **peak_memory()}
-    return result | ({"held_out": held_out(config, model)} if config.stores[1] else {})
+    if config.stores[1]:
+        result["held_out"] = held_out(config, model)
+    if config.save:
+        save(config, model)
+    return result | ({"curve": curve} if config.curve else {})
+
+
+def save(config: LoopConfig, model: Any) -> None:
+    """Write the model with the files of the tokenizer that it started with."""
+    directory = Path(str(config.save))
+    directory.mkdir(parents=True, exist_ok=True)
+    (model.merge_and_unload() if config.stage == "lora" else model).save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        if (source := Path(config.model) / name).is_file():
+            shutil.copy(source, directory)
 
 
 @torch.no_grad()
 def held_out(config: LoopConfig, model: nn.Module) -> float:
-    """Return the mean loss over all tokens of the held-out texts, in nats."""
+    """Return the mean loss over all targets of the held-out rows, in nats."""
+    training = model.training
+    model.eval()
     store = TokenStore(Path(str(config.stores[1])), Path())
     rows = [row for sample in samples(store, range(len(store))) for row in sample]
     total = 0.0
     count = 0
-    for start in range(0, len(rows), 32):
-        batch = collate(rows[start : start + 32], config.device)
+    for start in range(0, len(rows), config.batch_size):
+        batch = collate(rows[start : start + config.batch_size], config.device)
         targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total += float(loss_of(model.eval(), None, batch)) * targets
+        total += float(loss_of(model, None, batch)) * targets
         count += targets
+    model.train(training)
     return total / count
 
 

@@ -23,6 +23,7 @@ from minigpt.data.batch import PackedBatch, collate
 from minigpt.data.datamodule import PackedDataset, StoreSubset
 from minigpt.data.order import FileShare, PackedOrder
 from minigpt.data.store import Limits, TokenStore, open_store
+from minigpt.infer.engine import Engine
 from minigpt.model.losses import dpo
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.pretrained import load_model
@@ -197,6 +198,21 @@ def test_rates_fall_over_the_time_and_the_held_out_loss_is_reported(
     assert baseline.train(LoopConfig(**{**vars(still), "steps": 30}))["samples"] == 4 * 31
     learnt = baseline.train(LoopConfig(**{**vars(still), "lr": 0.01}))
     assert learnt["held_out"] < done["held_out"] - 0.01
+    curved = baseline.train(LoopConfig(**{**vars(still), "lr": 0.01, "curve": 3}))
+    assert [at for at, _ in curved["curve"]] == pytest.approx([0.25, 0.5, 0.75], abs=0.1)
+    assert curved["held_out"] == pytest.approx(learnt["held_out"], abs=1e-3)
+    assert curved["samples"] == pytest.approx(learnt["samples"], abs=4 * 4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora"])
+def test_the_model_is_saved(stage: str, trained: Path, tmp_path: Path) -> None:
+    stores = (str(store_of(trained, stage).path), str(store_of(trained, stage).path))
+    options = loop(trained, stage, stores=stores, lr=0.01, save=str(tmp_path / "out"))
+    done = baseline.train(options)
+    engine = Engine.load(tmp_path / "out")
+    assert engine.codec is not None
+    held_out = baseline.held_out(options, engine.model)
+    assert held_out == pytest.approx(done["held_out"], rel=1e-4)
 
 
 def test_it_is_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:

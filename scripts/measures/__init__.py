@@ -1,0 +1,1 @@
+"""What docs/results.md measures of texts: pure functions of what a model wrote."""
