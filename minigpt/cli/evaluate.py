@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt.cli.options import (
+    MODEL_HELP,
     CommandParser,
     add_sampling,
     check_distinct,
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
     )
-    parser.add_argument("--model", nargs="+", required=True, help="run directories, HF directories")
+    parser.add_argument("--model", nargs="+", required=True, help=f"each a {MODEL_HELP}")
     for kind, description in KINDS.items():
         names = sorted({f"--{kind.replace('_', '-')}", f"--{kind}"})
         parser.add_argument(*names, nargs="+", default=[], metavar="FILE", help=description)

@@ -45,9 +45,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+MODEL_HELP = "run directory, RUN/checkpoints/step=N (or best, last), HF directory or hub id"
+
+
 def add_model(parser: CommandParser) -> None:
     """Add the options that name a model."""
-    parser.add_argument("--model", required=True, help="run directory, HF directory or hub id")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--adapter", help="LoRA directory to put on the model")
 
 
@@ -82,9 +85,12 @@ def load_engine(args: argparse.Namespace) -> Engine | Gguf:
 
 
 def run_name(directory: str | Path) -> str:
-    """Return the name of a run by its directory, or by the model in it."""
+    """Return the name of a run by its directory, by a checkpoint, or by the model in either."""
     path = Path(directory).resolve()
-    return (path.parent if path.name == "hf" else path).name
+    path = path.parent if path.name == "hf" else path
+    if path.parent.name == "checkpoints":  # step=N, best or last
+        return f"{path.parent.parent.name}-{path.name.replace('=', '')}"
+    return path.name
 
 
 def check_output(path: Path, what: str, others: list[str], overwrite: bool) -> None:

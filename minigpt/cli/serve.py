@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 
-from minigpt.cli.options import CommandParser, add_weights, positive, quiet, run_name
+from minigpt.cli.options import (
+    MODEL_HELP,
+    CommandParser,
+    add_weights,
+    positive,
+    quiet,
+    run_name,
+)
 from minigpt.errors import ConfigError
 
+CHECKPOINT = re.compile(r"[^=]*\bcheckpoints/(step=[0-9]+|best|last)/?")
 MAX_NAME = 256  # characters, as requests may name no longer one
 EXAMPLES = """examples:
   minigpt serve outputs/sft
@@ -30,7 +39,7 @@ def main(arguments: list[str]) -> None:
         "models",
         nargs="+",
         metavar="[NAME=]MODEL",
-        help="run directory, HF directory or hub id; the name is the directory's by default",
+        help=f"{MODEL_HELP}; the name is the directory's by default",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
@@ -66,7 +75,7 @@ def named(models: list[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for model in models:
         name, separator, path = model.partition("=")
-        if os.path.exists(model):  # which may hold a `=`
+        if os.path.exists(model) or CHECKPOINT.fullmatch(model):  # which may hold a `=`
             name, path = run_name(model), model
         elif not separator:
             name, path = model, model

@@ -89,7 +89,7 @@ def check_numbers(config: Namespace) -> None:
         "trainer.check_val_every_n_epoch": (epochs, epochs is None),
         "validate.every": (config.validate.every, config.validate.every in (None, "epoch")),
         "checkpoint.every": (config.checkpoint.every, False),
-        "checkpoint.keep": (config.checkpoint.keep, False),
+        "checkpoint.keep": (config.checkpoint.keep, config.checkpoint.keep == "all"),
     }
     for name, (value, unset) in limits.items():
         if not unset and value < 1:

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +45,13 @@ from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
 from minigpt.lightning_internals import FitLoop, VerbCLI, observe_children
 from minigpt.model.parallel import FSDP2, check_strategy, sharding
-from minigpt.runs.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint, verify
+from minigpt.runs.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointOptions,
+    Checkpoints,
+    newest_checkpoint,
+    verify,
+)
 from minigpt.runs.claim import claim, leftovers, locked
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
 from minigpt.runs.plan import RunPlan
@@ -80,19 +85,6 @@ EXAMPLES = """examples:
   minigpt test --config configs/sft.yaml
   minigpt predict --config configs/sft.yaml --data.init_args.predict prompts.jsonl
 """
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """When checkpoints are saved.
-
-    Args:
-        every: optimizer steps between two.
-        keep: how many are kept.
-    """
-
-    every: int = 500
-    keep: int = 2
 
 
 class SaveConfig(SaveConfigCallback):
@@ -288,12 +280,13 @@ class MiniGPTCLI(VerbCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run directory's loggers and callbacks."""
         config = self.config_init[self.verb]
-        recorder = RunRecorder(self.run_dir, self.throughput, self._hyperparameters())
+        saving = Checkpoints(self.run_dir, config.checkpoint) if self.verb == "fit" else None
+        hyperparameters = self._hyperparameters()
+        recorder = RunRecorder(self.run_dir, self.throughput, hyperparameters, saving)
         callbacks: list[Callback] = [OneStart(config.ckpt_path), self.throughput, recorder]
         callbacks.append(SampleText())
-        if self.verb == "fit":
+        if saving is not None:
             assert self.status is not None
-            saving = Checkpoints(self.run_dir, config.checkpoint.every, config.checkpoint.keep)
             self.stopping = Stopping(saving, self.status)
             stage_options = self.options.model.as_dict()["init_args"]
             resume = ExactResume(config.allow_changes, stage_options, config.ckpt_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import yaml
 
 from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError
+from minigpt.model.restore import MODEL as EXPORTED
+from minigpt.model.restore import find_checkpoint, number
 from minigpt.reading import read_json, read_yaml, reason_of, refusing
 
 # Names stand in a file's name, a shell command, Python and a Modelfile; licences in YAML.
@@ -108,7 +111,10 @@ class Card:
             yield f"Results: {Path(file).stem}", read_object(Path(file))
 
 
-TRAINING = ("stage", "data", "steps", "tokens seen", "held-out loss before", "after")
+TRAINING = (
+    *("stage", "data", "steps", "tokens seen", "held-out loss before", "after"),
+    *("weights", "ended by"),
+)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -132,7 +138,9 @@ def exam_scores(exam: dict[str, Any]) -> dict[str, Any]:
 
 
 def stages(run: Path) -> list[list[object]]:
-    """Return a row for a run and each that it started from, the first one first.
+    """Return a row for a run, or one of its checkpoints, and each that it started from.
+
+    Those come first that were trained first.
 
     Raises:
         ConfigError: when what a run says of itself is damaged.
@@ -140,29 +148,57 @@ def stages(run: Path) -> list[list[object]]:
     rows: list[list[object]] = []
     seen: set[Path] = set()
     while True:
-        run = run.parent if run.name == "hf" else run
-        has_files = (run / "summary.json").is_file() and (run / "config.yaml").is_file()
-        if not has_files or run.resolve() in seen:
+        run = run.parent if run.name == EXPORTED else run
+        checkpoint = find_checkpoint(run)
+        run = run if checkpoint is None else checkpoint.absolute().parent.parent
+        has_summary = checkpoint is not None or (run / "summary.json").is_file()
+        if not (has_summary and (run / "config.yaml").is_file()) or run.resolve() in seen:
             return rows[::-1]
         seen.add(run.resolve())
-        with refusing(f"{run / 'config.yaml'} or summary.json", ConfigError, verb="is damaged"):
-            row, start = _stage(run)
-        rows.append(row)
+        with refusing(f"What {run} says of itself", ConfigError, verb="is damaged"):
+            config = read_yaml(run / "config.yaml")
+            result = _summary(run) if checkpoint is None else _measured(run, number(checkpoint))
+            rows.append([run.resolve().name, _data(config), *result])
+            start = config["model"]["init_args"].get("init_from")
         if not start:
             return rows[::-1]
         run = Path(start)
 
 
-def _stage(run: Path) -> tuple[list[object], str | None]:
-    """Return a run's row, and what it started from."""
-    summary = read_object(run / "summary.json")
-    config = read_yaml(run / "config.yaml")
+def _data(config: dict[str, Any]) -> str:
     train = config["data"]["init_args"].get("train")
     files = [train] if isinstance(train, str) else train or []
-    losses = [summary.get(when, {}).get("val/loss") for when in ("before", "final")]
-    data = ", ".join(f"{Path(file).name} ({rows_of(Path(file))})" for file in files)
-    row = [run.resolve().name, data, summary.get("steps"), summary.get("tokens_seen"), *losses]
-    return row, config["model"]["init_args"].get("init_from")
+    return ", ".join(f"{Path(file).name} ({rows_of(Path(file))})" for file in files)
+
+
+def _summary(run: Path) -> list[object]:
+    """Return steps, tokens, losses, and which weights `hf/` holds, of a run that has ended."""
+    summary = read_object(run / "summary.json")
+    exported = summary.get("exported", {})  # which earlier versions did not write
+    after = exported.get("held_out", summary.get("final", {}))
+    losses = [values.get("val/loss") for values in (summary.get("before", {}), after)]
+    weights = f"{exported['weights']}, step {exported['step']}" if exported else None
+    totals = [summary.get("steps"), summary.get("tokens_seen")]
+    return [*totals, *losses, weights, summary.get("ended")]
+
+
+def _measured(run: Path, steps: int) -> list[object]:
+    """Return the same of a checkpoint, as far as it is logged."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(parse_line, lines) if row.get("step") in (0, steps - 1)]
+    before = next((row["val/loss"] for row in rows if "val/loss" in row), None)
+    at_step = {key: value for row in rows if row["step"] == steps - 1 for key, value in row.items()}
+    tokens, after = at_step.get("tokens_seen"), at_step.get("val/loss")
+    return [steps, tokens, before, after, f"checkpoint, step {steps}", None]
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """Return a row of metrics.jsonl; {} for a damaged line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
 
 
 def rows_of(file: Path) -> str:

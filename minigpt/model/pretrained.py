@@ -31,6 +31,7 @@ from minigpt.model.conformance import (
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
+from minigpt.model.restore import FOLDER, LAST, MODEL, find_checkpoint, newest_first
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
 from minigpt.reading import (
     MEGABYTE,
@@ -67,6 +68,8 @@ _SHARES = re.compile(r"dropout|pdrop")
 def find_model(source: str | Path) -> Path | str:
     """Return the model directory that a run directory, HF directory or hub id stands for.
 
+    A checkpoint of a run stands for the model as it then was; see `find_checkpoint`.
+
     Raises:
         ModelError: when a local path holds no model, with the command that makes it.
     """
@@ -76,14 +79,22 @@ def find_model(source: str | Path) -> Path | str:
         for candidate in (path / "hf", path):
             if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
                 return candidate
+        if (checkpoint := find_checkpoint(path)) is not None:
+            return checkpoint / MODEL
         is_hub_id = HUB_ID.fullmatch(name) and not path.exists() and not name.startswith(".")
         if is_hub_id and path.parent.name != "outputs":
             return name
         is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
+        is_unfinished = any((c / MODEL).is_dir() for c in newest_first(path))
     if is_gguf:
         raise ModelError(
             f"{source} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
             "Give the run that it was exported from."
+        )
+    if is_unfinished:
+        raise ModelError(
+            f"The run in {source} has not ended, so it has no {MODEL}/. Take the model of its "
+            f"newest checkpoint: {path / FOLDER / LAST}"
         )
     stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
     raise ModelError(

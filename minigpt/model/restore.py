@@ -1,16 +1,84 @@
-"""Reading checkpoints: plain values and tensors, never code, and only into a model they fit."""
+"""Reading checkpoints: plain values and tensors, never code, and only into a model they fit.
+
+`RUN/checkpoints/step=N` holds what a run goes on from, and under `hf/` the model as it then was.
+"""
 
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigpt.errors import ModelError
+from minigpt.reading import read_json, refusing
 
 SHARDED = "meta.pt"  # what a checkpoint of FSDP2 holds beside its shards
+FOLDER = "checkpoints"  # of a run directory
+NAME = re.compile(r"step=(0|[1-9][0-9]*)")
+MODEL = "hf"  # in a checkpoint and in a run directory
+BEST_FILE = "best.json"  # beside the checkpoints: which of them is the best
+BEST, LAST = "best", "last"  # stand for a checkpoint in paths
+
+
+def number(checkpoint: Path) -> int:
+    """Return the optimizer steps that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step="))
+
+
+def newest_first(run_dir: Path) -> Iterator[Path]:
+    """Yield a run's checkpoints, also damaged ones, the one with the most steps first."""
+    named = [path for path in (run_dir / FOLDER).glob("step=*") if NAME.fullmatch(path.name)]
+    yield from sorted(named, key=number, reverse=True)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Return the checkpoint that a path names; None when it names something else.
+
+    Args:
+        path: `RUN/checkpoints/step=N`, `RUN/checkpoints/last` for the newest with a model, or
+            `RUN/checkpoints/best` for the one that `checkpoint.best` keeps.
+
+    Raises:
+        ModelError: when there is no such checkpoint, or it holds no model.
+    """
+    folder, name = path.absolute().parent, path.name
+    if not (folder.name == FOLDER and folder.is_dir()):
+        return None
+    if not (name in (BEST, LAST) or NAME.fullmatch(name)):
+        return None
+    whole = [each for each in newest_first(folder.parent) if (each / MODEL).is_dir()]
+    checkpoint: Path | None = folder / name
+    if name == LAST:
+        checkpoint = whole[0] if whole else None
+    if name == BEST:
+        checkpoint = _best(folder)
+    if checkpoint in whole:
+        return checkpoint
+    listed = ", ".join(each.name for each in whole) or "none"
+    if checkpoint is not None and checkpoint.is_dir():
+        raise ModelError(
+            f"The checkpoint {checkpoint} holds no model ({MODEL}/ is missing in it): an earlier "
+            f"version saved it, or its run was cut off while it did. With a model: {listed}. A run "
+            "that goes on from it with --ckpt_path writes the model into it."
+        )
+    raise ModelError(f"There is no checkpoint {path}. In {folder} are, with a model: {listed}.")
+
+
+def _best(folder: Path) -> Path:
+    """Return the checkpoint that is noted as the best of a run."""
+    file = folder / BEST_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} has no best checkpoint: a run keeps it where checkpoint.best names a metric "
+            "such as val/loss, and notes it after its first validation. Name another checkpoint, "
+            f"such as {folder / LAST}."
+        )
+    with refusing(str(file), ModelError, "Name a checkpoint by its step.", verb="is damaged"):
+        return folder / f"step={int(read_json(file)['step'])}"
 
 
 def load_plain(

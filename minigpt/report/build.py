@@ -150,9 +150,22 @@ def _runs(document: Document, runs: Sequence[Run]) -> None:
             for metric in ("loss", "bits_per_byte")
         )
         losses = ["\u00a0→\u00a0".join(number(v) for v in pair if is_number(v)) for pair in edges]
-        rows.append((run.name, run.stage, *(lookup(run.summary, k) for k in keys), *losses))
-    document.table(head, rows)
-    document.note("Loss (nats per target) and bits per byte: held out, before → after.")
+        costs = (lookup(run.summary, key) for key in keys)
+        rows.append((run.name, run.stage, *costs, *losses, *_end(run)))
+    document.table((*head, "ended by", "hf/ holds"), rows)
+    document.note(
+        "Loss (nats per target) and bits per byte: held out, before → after the last step. What "
+        "hf/ holds: which weights, after how many steps, and their held-out loss."
+    )
+
+
+def _end(run: Run) -> tuple[str | None, str]:
+    """Return why a run ended, and which weights it exported."""
+    exported = [lookup(run.summary, f"exported {key}") for key in ("weights", "step")]
+    loss = lookup(run.summary, "exported held_out val/loss")
+    parts = [str(exported[0]), f"step {exported[1]}"] if None not in exported else []
+    parts += [f"loss {number(loss)}"] if parts and is_number(loss) else []
+    return lookup(run.summary, "ended", str), ", ".join(parts)
 
 
 def _curves(document: Document, runs: Sequence[Run]) -> None:

@@ -2,38 +2,54 @@
 
 A checkpoint is a directory `checkpoints/step=N` with `state.pt` (or the shards of FSDP2) and
 a manifest of sizes and checksums. It is filled under another name and renamed when all of it
-is on the disk.
+is on the disk. Then the model is written into it in the same way, as `hf/`.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
+import math
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from minigpt.errors import ModelError
+from minigpt.errors import ConfigError, ModelError
 from minigpt.files import (
     atomic_directory,
     clear_leftovers,
     damage,
     explain_unwritable,
     remove_directory,
+    write_json,
     write_manifest,
 )
-from minigpt.model.restore import SHARDED, check_kind, load_plain
+from minigpt.model.lora import MODEL_FILES, save_adapter
+from minigpt.model.parallel import gather_weights
+from minigpt.model.pretrained import save_model
+from minigpt.model.restore import (
+    BEST_FILE,
+    FOLDER,
+    MODEL,
+    NAME,
+    SHARDED,
+    check_kind,
+    load_plain,
+    newest_first,
+    number,
+)
 from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
-NAME = re.compile(r"step=(0|[1-9][0-9]*)")
+# Which value of a metric is the best, by the last word of its name.
+DIRECTIONS = {"loss": "min", "bits_per_byte": "min", "accuracy": "max", "margin": "max"}
 ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
 
 
@@ -69,35 +85,195 @@ class AtomicCheckpointIO(CheckpointIO):
         remove_directory(Path(path))
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When checkpoints are saved, and which of them stay.
+
+    Args:
+        every: optimizer steps between two.
+        keep: how many of the newest are kept, or `all`.
+        best: a metric of the validation, such as val/loss. A validation that improves it saves a
+            checkpoint, which stays until a better one.
+        mode: whether the least or the greatest value is the best. By default the least of metrics
+            whose last word is loss or bits_per_byte, the greatest of accuracy and margin.
+        export: whether `hf/` holds the last weights or those of the best checkpoint.
+    """
+
+    every: int = 500
+    keep: int | Literal["all"] = 2
+    best: str | None = None
+    mode: Literal["min", "max"] | None = None
+    export: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.best is None and (self.export == "best" or self.mode is not None):
+            option = "export: best" if self.export == "best" else f"mode: {self.mode}"
+            raise ConfigError(
+                f"checkpoint.{option} needs a metric that decides which checkpoint is the best: "
+                "set checkpoint.best, for example to val/loss."
+            )
+        word = (self.best or "").rpartition("/")[2]
+        if self.best is not None and self.mode is None and word not in DIRECTIONS:
+            raise ConfigError(
+                f"checkpoint.best: {self.best} may be best when it is small, or when it is great. "
+                "Set checkpoint.mode to min or max."
+            )
+
+    @property
+    def direction(self) -> int:
+        """1 where a greater value of the metric is better, -1 where a smaller one is."""
+        mode = self.mode or DIRECTIONS[(self.best or "").rpartition("/")[2]]
+        return 1 if mode == "max" else -1
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint of a run so far.
+
+    Attributes:
+        metric: by which it is the best.
+        step: optimizer steps after which it was saved.
+        held_out: all metrics of the validation of its weights.
+    """
+
+    metric: str
+    step: int
+    held_out: dict[str, float]
+
+
 class Checkpoints(Checkpoint):
-    """Saves a checkpoint every so many optimizer steps and at the end; keeps the newest.
+    """Saves a checkpoint, with its model, every so many optimizer steps and at the end.
 
     Args:
         run_dir: they go to its `checkpoints/`.
-        every: optimizer steps between two.
-        keep: how many are kept.
+        options: how often, and which of them stay.
+
+    Attributes:
+        best: the best one so far, where the options name a metric.
     """
 
-    def __init__(self, run_dir: Path, every: int, keep: int) -> None:
-        self.directory = run_dir / "checkpoints"
-        self.every = every
-        self.keep = keep
-        self.saved_step = 0
+    def __init__(self, run_dir: Path, options: CheckpointOptions) -> None:
+        self.run_dir = run_dir
+        self.directory = run_dir / FOLDER
+        self.options = options
+        self.saved_step: int | None = None  # until training begins
+        self.best: Best | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to keep the best of a run that validates nothing.
+
+        Raises:
+            ConfigError: for it.
+        """
+        assert isinstance(pl_module, BaseModule)
+        validates = trainer.enable_validation and pl_module.data.held_out_tokens() > 0
+        if self.options.best is not None and not validates:
+            raise ConfigError(
+                f"checkpoint.best: {self.options.best} is measured on held-out data, and the run "
+                "has none. Set data.val or data.val_share, or leave checkpoint.best out."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which checkpoint is the best."""
+        return {"best": None if self.best is None else asdict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with that one."""
+        best = state_dict["best"]
+        self.best = None if best is None else Best(**best)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not save again what the run goes on from; clear what was cut off."""
         assert isinstance(pl_module, BaseModule)
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, module: BaseModule) -> None:
+        """Begin once: a validation that is due when a run goes on comes before `on_train_start`."""
+        if self.saved_step is not None:
+            return
         self.saved_step = trainer.global_step
-        self.last_step = pl_module.total_steps()
+        self.last_step = module.total_steps()
         if trainer.is_global_zero:
-            clear_leftovers(self.directory.parent)
+            clear_leftovers(self.run_dir)
             clear_leftovers(self.directory)
-            set_aside(self.directory.parent, trainer.global_step)
+            set_aside(self.run_dir, trainer.global_step)
+        self._complete(trainer, module)
+        if trainer.is_global_zero:
+            self._check_best()
+        self.best = trainer.strategy.broadcast(self.best)
+
+    def _complete(self, trainer: Trainer, module: BaseModule) -> None:
+        """Write the model into the checkpoint of this step, if there is one that has none yet."""
+        checkpoint = self.directory / f"step={trainer.global_step}"
+        lacks_model = checkpoint.is_dir() and not (checkpoint / MODEL).is_dir()
+        if trainer.strategy.broadcast(lacks_model):
+            with explain_unwritable(checkpoint):
+                export(module, checkpoint / MODEL)
+
+    def _check_best(self) -> None:
+        """Let go of a best checkpoint by another metric, or that is no longer there."""
+        if self.best is not None and self.best.metric != self.options.best:
+            self.best = None
+        if self.best is not None and not (self._path(self.best) / MODEL).is_dir():
+            log.warning(
+                "%s, the best checkpoint by %s, is gone: the best from here on is kept.",
+                self._path(self.best),
+                self.best.metric,
+            )
+            self.best = None
+        self._note_best()
+
+    def _path(self, best: Best) -> Path:
+        return self.directory / f"step={best.step}"
+
+    def _note_best(self) -> None:
+        """Write which checkpoint is the best, for those who name it by `best`."""
+        file = self.directory / BEST_FILE
+        if self.best is not None:
+            with explain_unwritable(file):
+                write_json(file, asdict(self.best))
+        elif file.is_file():
+            file.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save every so many optimizer steps, and after the last one."""
-        if trainer.global_step % self.every == 0 or trainer.global_step >= self.last_step:
+        if trainer.global_step % self.options.every == 0 or trainer.global_step >= self.last_step:
             self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best checkpoint so far.
+
+        Raises:
+            ConfigError: when the validation does not measure the metric.
+        """
+        if self.options.best is None:
+            return
+        assert isinstance(pl_module, BaseModule)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        held_out = {name: value for name, value in metrics.items() if name.startswith("val/")}
+        held_out = trainer.strategy.broadcast(held_out)  # the first process alone logs them
+        if self.options.best not in held_out:
+            raise ConfigError(
+                f"checkpoint.best: the validation measures no {self.options.best}, but "
+                f"{', '.join(sorted(held_out))}. Name one of them."
+            )
+        if trainer.sanity_checking:
+            return
+        self._begin(trainer, pl_module)
+        if not self._improves(held_out[self.options.best]):
+            return
+        self.best = Best(self.options.best, trainer.global_step, held_out)
+        if not trainer.strategy.broadcast(self._path(self.best).is_dir()):
+            self.saved_step = -1  # it goes on from a checkpoint in another directory
+        self.save(trainer)
+        if trainer.is_global_zero:
+            self._note_best()
+            self._remove_old()
+
+    def _improves(self, value: float) -> bool:
+        if self.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return self.options.direction * (value - self.best.held_out[self.best.metric]) > 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step of a run that ends before its time."""
@@ -109,10 +285,48 @@ class Checkpoints(Checkpoint):
             return
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
+        module = trainer.lightning_module
+        assert isinstance(module, BaseModule)
+        self._complete(trainer, module)
         if trainer.is_global_zero:
-            old = list(newest_first(self.directory.parent))[self.keep :]
-            for path in (*old, *self.directory.glob(f"{ASIDE}*")):
+            self._remove_old()
+            for path in self.directory.glob(f"{ASIDE}*"):
                 remove_directory(path)
+
+    def _remove_old(self) -> None:
+        if self.options.keep == "all":
+            return
+        for path in list(newest_first(self.run_dir))[self.options.keep :]:
+            if self.best is None or path != self._path(self.best):
+                remove_directory(path)
+
+    def export(self, module: BaseModule) -> int:
+        """Write the run's `hf/`: the last weights, or those of the best checkpoint.
+
+        All processes must call this. Returns the optimizer steps that made those weights.
+        """
+        target, trainer = self.run_dir / MODEL, module.trainer
+        if self.options.export == "last" or self.best is None:
+            export(module, target)
+            return int(trainer.global_step)
+        if trainer.is_global_zero:
+            with atomic_directory(target, MODEL_FILES) as partial:
+                shutil.copytree(self._path(self.best) / MODEL, partial, dirs_exist_ok=True)
+        return self.best.step
+
+
+def export(module: BaseModule, directory: Path) -> None:
+    """Write the model (or its adapter) as a directory that the next stage starts from.
+
+    All processes must call this; the first one writes.
+    """
+    weights = gather_weights(module.trainer.strategy, module.model)
+    if not module.trainer.is_global_zero:
+        return
+    if module.adapter is not None:
+        save_adapter(module.adapter, module.tokenizer, directory, weights)
+    else:
+        save_model(module.model.hf, module.tokenizer, directory, weights)
 
 
 def set_aside(run_dir: Path, step: int) -> None:
@@ -135,24 +349,12 @@ def set_aside(run_dir: Path, step: int) -> None:
         )
 
 
-def number(checkpoint: Path) -> int:
-    """Return the optimizer steps that a checkpoint was saved after."""
-    return int(checkpoint.name.removeprefix("step="))
-
-
 def is_damaged(path: Path) -> bool:
     """Whether a checkpoint is certainly not whole."""
     try:
         return damage(path) is not None
     except ModelError:  # it cannot be read
         return False
-
-
-def newest_first(run_dir: Path) -> Iterator[Path]:
-    """Yield a run's checkpoints, also damaged ones, the one with the most steps first."""
-    directories = (run_dir / "checkpoints").glob("step=*")
-    named = [path for path in directories if NAME.fullmatch(path.name)]
-    yield from sorted(named, key=number, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

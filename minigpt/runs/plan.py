@@ -39,7 +39,8 @@ class Plan:
         validations: how many, between the first step and the last.
         validated_every: how often in words.
         checkpoint_every: optimizer steps between two checkpoints.
-        checkpoints_kept: how many of them stay.
+        checkpoints_kept: which of them stay, in words.
+        exported: which weights `hf/` will hold, in words.
     """
 
     parameters: int
@@ -58,7 +59,8 @@ class Plan:
     validations: int
     validated_every: str
     checkpoint_every: int
-    checkpoints_kept: int
+    checkpoints_kept: str
+    exported: str
 
     @property
     def tokens(self) -> int:
@@ -89,9 +91,10 @@ class Plan:
             if self.held_out_tokens
             else "Validation: none"
         )
-        saved = f"every {self.checkpoint_every:,} steps, the last {self.checkpoints_kept} are kept"
-        before_end = self.checkpoint_every < self.steps
-        yield f"Checkpoints: {saved if before_end else 'at the end alone'}"
+        saved = f"every {self.checkpoint_every:,} steps"
+        if self.checkpoint_every >= self.steps:
+            saved = "at the end alone"
+        yield f"Checkpoints: {saved}, {self.checkpoints_kept}; hf/ will hold the {self.exported}"
 
     def warnings(self) -> Iterator[str]:
         """Yield what is unlikely to be meant, each with what to do about it."""
@@ -160,6 +163,10 @@ class RunPlan(Callback):
         else:
             validations = steps * step_tokens // max(1, epoch_tokens)
             validated_every = "at the end of each epoch"
+        saving = self.checkpoints.options
+        kept = "all are kept" if saving.keep == "all" else f"the last {saving.keep} are kept"
+        if saving.best is not None:
+            kept += f", and the best by {saving.best}"
         return Plan(
             parameters=parameters,
             trainable=trainable,
@@ -176,6 +183,7 @@ class RunPlan(Callback):
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
             validations=validations,
             validated_every=validated_every,
-            checkpoint_every=self.checkpoints.every,
-            checkpoints_kept=self.checkpoints.keep,
+            checkpoint_every=saving.every,
+            checkpoints_kept=kept,
+            exported=saving.export,
         )

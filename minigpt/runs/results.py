@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,24 @@ from minigpt.files import (
 )
 from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
-from minigpt.model.lora import MODEL_FILES, save_adapter
-from minigpt.model.parallel import gather_weights, gathered, is_sharded
-from minigpt.model.pretrained import save_model
+from minigpt.model.lora import MODEL_FILES
+from minigpt.model.parallel import gathered, is_sharded
+from minigpt.model.restore import BEST_FILE
 from minigpt.reading import read_json
+from minigpt.runs.checkpoints import Checkpoints
 from minigpt.runs.progress import Throughput
+from minigpt.runs.status import why_it_ended
 from minigpt.stages.base import BaseModule
 from minigpt.stages.evaluation import Completion
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = ("step=*", "aside-step=*", f"{STAGING}*")  # names in the directory of checkpoints
+CHECKPOINTS = (
+    "step=*",
+    "aside-step=*",
+    BEST_FILE,
+    f"{STAGING}*",
+)  # names in the directory of checkpoints
 
 Hyperparameter = int | float | str
 
@@ -89,12 +97,18 @@ class RunRecorder(Callback):
         run_dir: gets `hf/`, `summary.json` and, after `minigpt test`, `exam.json`.
         throughput: measures the speed.
         hyperparameters: logged with the final metrics.
+        checkpoints: of a `fit`, which export the model.
     """
 
     def __init__(
-        self, run_dir: Path, throughput: Throughput, hyperparameters: dict[str, Hyperparameter]
+        self,
+        run_dir: Path,
+        throughput: Throughput,
+        hyperparameters: dict[str, Hyperparameter],
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.run_dir = run_dir
+        self.checkpoints = checkpoints
         self.throughput = throughput
         self.hyperparameters = hyperparameters
         self.before: dict[str, float] = {}
@@ -137,12 +151,15 @@ class RunRecorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the last weights, export them and write the summary."""
         assert isinstance(pl_module, BaseModule)
-        if trainer.enable_validation and self.validated_step != trainer.global_step:
+        if trainer.global_step == 0:  # the validation before the first step was of these weights
+            self.final = self.before
+        elif trainer.enable_validation and self.validated_step != trainer.global_step:
             validate_now(trainer)
+        assert self.checkpoints is not None
         with explain_unwritable(self.run_dir / "hf"):
-            export(pl_module, self.run_dir / "hf")
+            exported_step = self.checkpoints.export(pl_module)
         if trainer.is_global_zero:
-            self._write_summary(trainer, pl_module)
+            self._write_summary(trainer, pl_module, exported_step)
             final = {f"final/{name}": value for name, value in self.final.items()}
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # the only one with a table of both
@@ -150,25 +167,37 @@ class RunRecorder(Callback):
                 else:
                     logger.log_hyperparams(self.hyperparameters)
 
-    def _write_summary(self, trainer: Trainer, module: BaseModule) -> None:
+    def _write_summary(self, trainer: Trainer, module: BaseModule, exported_step: int) -> None:
+        assert self.checkpoints is not None
+        best = self.checkpoints.best
+        exported: dict[str, Any] = {"weights": "last", "held_out": self.final}
+        if best is not None and self.checkpoints.options.export == "best":
+            exported = {"weights": f"best by {best.metric}", "held_out": best.held_out}
+        exported["step"] = exported_step
         summary: dict[str, Any] = {
             "stage": type(module).__name__,
             "steps": trainer.global_step,
+            "ended": why_it_ended(trainer, module),
             "seconds": round(time.time() - self.started, 1),
             "tokens_seen": module.tokens_seen,
             "useful_tokens_per_s": round(self.throughput.mean, 1),
             **peak_memory(),
             "before": self.before,
             "final": self.final,
+            "final_step": self.validated_step if self.final else None,
+            "best": None if best is None else asdict(best),
+            "exported": exported,
             "data": module.data.statistics(),
             "machine": machine(),
         }
         write_json(self.run_dir / "summary.json", summary)
         message = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
+        message += f" (ended by {summary['ended']})"
         if "val/loss" in self.final:
             before = self.before.get("val/loss", math.nan)
             message += f"; held-out loss {before:.3f} → {self.final['val/loss']:.3f}"
-        log.info("%s. The model is in %s", message, self.run_dir / "hf")
+        weights = f"{exported['weights']}, step {exported_step}"
+        log.info("%s. The model (%s) is in %s", message, weights, self.run_dir / "hf")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the exam's result and all replies."""
@@ -214,20 +243,6 @@ def trained_on(run_dir: Path) -> list[str]:
         return [str(file["file"]) for file in files]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-
-
-def export(module: BaseModule, directory: Path) -> None:
-    """Write the model (or its adapter) as a directory that the next stage starts from.
-
-    All processes must call this; the first one writes.
-    """
-    weights = gather_weights(module.trainer.strategy, module.model)
-    if not module.trainer.is_global_zero:
-        return
-    if module.adapter is not None:
-        save_adapter(module.adapter, module.tokenizer, directory, weights)
-    else:
-        save_model(module.model.hf, module.tokenizer, directory, weights)
 
 
 class SampleText(Callback):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 
 from minigpt.errors import (
     INTERRUPTED,
@@ -23,6 +23,7 @@ from minigpt.errors import (
 )
 from minigpt.files import unwritable, write_json
 from minigpt.runs.claim import make_way
+from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,20 @@ def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
     return unwritable(error, next(files, run_dir)) or error
 
 
+def why_it_ended(trainer: Trainer, module: BaseModule) -> str:
+    """Return which limit or callback has ended a training that nothing went wrong with."""
+    if trainer.global_step >= module.total_steps():
+        by_steps = 0 < trainer.max_steps <= trainer.global_step
+        return "max_steps" if by_steps else "max_epochs"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) <= 0:
+            return "max_time"
+        stopped_early = isinstance(callback, EarlyStopping) and callback.stopping_reason_message
+        if stopped_early:
+            return f"early stopping: {' '.join(str(stopped_early).split())}"
+    return "a callback"
+
+
 class RunStatus(Callback):
     """Writes `status.json`, since launchers hide the exit codes of their children.
 
@@ -95,7 +110,8 @@ class RunStatus(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run is finished: the model is exported."""
-        self._write("finished", 0)
+        assert isinstance(pl_module, BaseModule)
+        self._write("finished", 0, why_it_ended(trainer, pl_module))
         self.exit_code = 0
 
     def on_exception(

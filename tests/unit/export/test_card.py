@@ -22,6 +22,7 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     shutil.copytree(trained / "sft", tmp_path / "sft")
     summary = json.loads((trained / "sft" / "summary.json").read_text())
     losses = {"before": {"val/loss": 5.1234}, "final": {"val/loss": 2.0}}
+    losses["exported"] = {"weights": "last", "step": 3, "held_out": losses["final"]}
     (tmp_path / "sft" / "summary.json").write_text(json.dumps(summary | losses))
     exam = {"scores": {"exam/skills": 0.9666, "exam/mean": 1}, "replies": [{"id": "a"}]}
     (tmp_path / "sft" / "exam.json").write_text(json.dumps(exam))
@@ -35,6 +36,7 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert head["library_name"] == "transformers"
     assert "# Mini\n" in text
     row = f"| sft | sft.jsonl (48 rows) | 3 | {summary['tokens_seen']} | 5.123 | 2 |"
+    row += " last, step 3 | max_steps |"
     assert row in text
     assert text.index("| pretrain | pretrain.jsonl (48 rows) | 3 |") < text.index(row)
     assert "## Exam\n\n| measure | value |\n| --- | --- |\n| exam/skills | 0.9666 |" in text

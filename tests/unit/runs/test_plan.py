@@ -24,7 +24,8 @@ PLAN = Plan(
     validations=10,
     validated_every="every 10 steps",
     checkpoint_every=50,
-    checkpoints_kept=2,
+    checkpoints_kept="the last 2 are kept",
+    exported="last",
 )
 
 
@@ -36,7 +37,7 @@ def test_the_plan_says_what_the_run_does() -> None:
         "all, 2 epochs, 51 tokens a parameter",
         "Rates: adamw 0.001, wsd",
         "Validation: 300 tokens, every 10 steps",
-        "Checkpoints: every 50 steps, the last 2 are kept",
+        "Checkpoints: every 50 steps, the last 2 are kept; hf/ will hold the last",
     ]
     assert list(PLAN.warnings()) == []
 
