@@ -13,13 +13,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sample_world import medical
+from sample_world import medical, security
 from sample_world.chats import dpo_rows, dpo_val_rows, sft_rows, sft_val_rows
 from sample_world.common import Row
 from sample_world.evaluation import minimal_pairs, multiple_choice
 from sample_world.exam import exams
 from sample_world.pretrain import documents
-from sample_world.security import security_rows, security_val_rows
 
 MINI_ROWS = 1000
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
@@ -39,8 +38,10 @@ def build(seed: int) -> dict[str, list[Row]]:
         "dpo_val": dpo_val_rows(seed),
         "lora_medical": medical.medical_rows(seed, medical.ASK),
         "lora_medical_val": medical.medical_rows(seed, medical.ASK_DEV),
-        "lora/security": security_rows(seed),
-        "lora/security_val": security_val_rows(seed),
+        "lora/security": security.security_rows(seed),
+        "lora/security_val": security.security_val_rows(seed),
+        "security_dpo": security.security_dpo_rows(seed),
+        "security_dpo_val": security.security_dpo_val_rows(seed),
     }
     for split in ("", "_val"):
         files["lora/medical" + split] = files["lora_medical" + split]

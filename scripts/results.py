@@ -59,8 +59,8 @@ FOREVER = 100_000
 # rates of docs/log.md (2026-11-28); a run of minutes takes small steps.
 STAGES: dict[str, tuple[str, dict[str, Any], float]] = {
     "pretrain": ("poems", {}, 2e-3),
-    "sft": ("full_sft", {"lr": 1e-4}, 1e-4),
-    "lora": ("lora", {"lr": 1e-3}, 1e-3),
+    "sft": ("hub_sft", {"lr": 1e-4}, 1e-4),
+    "lora": ("hub_lora", {"lr": 1e-3}, 1e-3),
     "dpo": ("chat_dpo", {"lr": 1e-5}, 1e-5),
 }
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "lora": "chat", "dpo": "preference"}

@@ -1,4 +1,4 @@
-"""`minigpt init`: configs and sample data in a folder, to begin without a clone."""
+"""`minigpt init`: configs, recipes and sample data in a folder, to begin without a clone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from minigpt.data.bundled import FOLDERS, starter
 from minigpt.errors import ConfigError
 
 NEXT = """\
-  minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer
+  minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer \\
+    --vocab_size 2048
   minigpt fit --config configs/pretrain.yaml
   minigpt fit --config configs/sft.yaml
   minigpt chat --model outputs/sft
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """Parse the command line and copy the folders."""
     parser = CommandParser(
         prog="minigpt init",
-        description="Write the configs and the sample data into a folder.",
+        description="Write the demo's configs and data, and the recipes, into a folder.",
         epilog=EXAMPLES,
     )
     parser.add_argument("directory", type=Path, help="made if it does not exist")
@@ -36,5 +37,6 @@ def main(arguments: list[str]) -> None:
             shutil.copytree(source / name, directory / name)
     except OSError as error:
         raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
-    print(f"{directory}/configs and {directory}/data are written. Next:")
+    print(f"{directory}/configs and {directory}/data are written. The demo:")
     print(f"  cd {directory}\n{NEXT}", end="")
+    print("For your own data, begin with configs/recipes/hub_lora.yaml; its header says how.")

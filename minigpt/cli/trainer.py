@@ -78,7 +78,8 @@ Options of the stage are model.init_args.* and data.init_args.*. They are listed
 """
 EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml
-  minigpt fit --config configs/sft.yaml --config configs/hardware/ddp.yaml
+  minigpt fit --config configs/recipes/hub_lora.yaml --data.init_args.train mine.jsonl
+  minigpt fit --config configs/sft.yaml --trainer.devices 2
   minigpt fit --config configs/sft.yaml --run_dir outputs/short --trainer.max_steps 100
   minigpt fit --config configs/sft.yaml --ckpt_path auto
   minigpt validate --config configs/sft.yaml

@@ -32,7 +32,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LARGEST_CELL = 1 << 25  # characters
 LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
 # Cells of these columns hold JSON: a table has no lists.
-NESTED = frozenset(("chosen", "conversations", "history", "messages", "rejected"))
+_CHATS = ("chosen", "conversations", "history", "messages", "rejected")
+NESTED = frozenset((*_CHATS, "choices", "avoid"))
 # What a file begins with, and what it is then.
 SIGNATURES = {
     b"PAR1\x15": "a Parquet file",

@@ -36,10 +36,7 @@ CODE = (
 )
 BYTES = 256
 LARGEST_ID = 1 << 24  # of a tokenizer; each id below costs memory, even where it is left out
-MAKE_ONE = (
-    "Make one with: minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir "
-    "outputs/tokenizer"
-)
+DEMO, DEMO_TEXTS = "outputs/tokenizer", "data/pretrain.jsonl"  # of configs/pretrain.yaml
 # Chinese has no spaces, so in repetitive text BPE would join whole sentences into tokens that
 # say nothing about a new wording. Four Chinese characters or a long English word still fit.
 MAX_TOKEN_BYTES = 12
@@ -152,7 +149,7 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
         TokenizerError: when there is none, with the command that makes one.
         ConfigError: when there is no such chat template.
     """
-    remedy = f"Copy it again. {MAKE_ONE}"
+    remedy = f"Copy it again. {_making(path)}"
     with refusing(f"The tokenizer at {path}", TokenizerError, remedy):
         tokenizer = _loaded(Path(path))
         tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
@@ -160,6 +157,12 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
         _try_out(tokenizer)
     _choose_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _making(path: str | Path) -> str:
+    texts = DEMO_TEXTS if str(path) == DEMO else "TEXTS"
+    command = f"minigpt tokenizer train --data_file {texts} --output_dir {path}"
+    return f"Make one with: {command}"
 
 
 def _loaded(path: Path) -> PreTrainedTokenizerFast:
@@ -173,7 +176,7 @@ def _loaded(path: Path) -> PreTrainedTokenizerFast:
             raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
         if has_files:
             raise
-        raise TokenizerError(f"There is no tokenizer at {path}. {MAKE_ONE}") from error
+        raise TokenizerError(f"There is no tokenizer at {path}. {_making(path)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
     return tokenizer

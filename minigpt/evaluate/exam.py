@@ -56,9 +56,10 @@ def load_items(path: str | Path, kind: ItemKind) -> list[Item]:
 
     Args:
         path: JSONL or a JSON array.
-        kind: "exam" for rows of ``{messages, answer, choices?, avoid?}``, "choices" for rows of
-            ``{prompt | messages, choices, answer}``, "pairs" for rows of ``{good, bad}``: two
-            texts of which a good model finds the first likelier.
+        kind: "exam" for rows of ``{prompt | messages, answer, choices?, avoid?}``, in which a
+            prompt is what the user asks, "choices" for rows of ``{prompt | messages, choices,
+            answer}``, in which the choices continue a prompt, "pairs" for rows of ``{good, bad}``:
+            two texts of which a good model finds the first likelier.
 
     Raises:
         DataError: with the file, line and field of what cannot be used.
@@ -80,21 +81,21 @@ def _question(row: dict[str, Any], kind: ItemKind) -> Item:
     """Read an item of an exam or of multiple choice; the caller adds its names."""
     prompt = parse_prompt(row)
     if kind == "exam" and isinstance(prompt, str):
-        raise DataError(
-            "an exam item needs messages",
-            remedy='Give {"id", "family", "messages": [...], "answer": "..."}.',
-        )
+        prompt = (Message("user", prompt),)
     choices, avoid = _texts(row, "choices"), _texts(row, "avoid")
     if kind == "choices" and len(choices) < 2:
         raise _error("choices", "must be a list of at least two strings")
     if len(set(choices)) < len(choices):
         raise _error("choices", "holds the same choice twice")
-    answer = row.get("answer")
+    answer = row.get("answer", row.get("答"))
     if choices:
         answer = _choice_of(answer, choices)
     if not isinstance(answer, str):
         raise _error("answer", "must be a string")
-    return Item("", "", prompt, answer, choices, avoid)
+    item = Item("", "", prompt, answer, choices, avoid)
+    if kind == "exam" and not is_correct(answer, item):
+        raise _error("avoid", "holds a part of the answer, so that no reply can be right")
+    return item
 
 
 def _choice_of(answer: object, choices: tuple[str, ...]) -> str:

@@ -96,11 +96,13 @@ def find_model(source: str | Path) -> Path | str:
             f"The run in {source} has not ended, so it has no {MODEL}/. Take the model of its "
             f"newest checkpoint: {path / FOLDER / LAST}"
         )
-    stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
-    raise ModelError(
-        f"There is no trained model in {source}. Make it with: "
-        f"minigpt fit --config configs/{stage}.yaml, or run the whole road with: make pipeline"
-    )
+    if (recipe := Path("configs", "recipes", f"{path.name}.yaml")).is_file():
+        remedy = f"minigpt fit --config {recipe}"
+    else:
+        stage = next((s for s in STAGES if path.name.startswith(s)), "pretrain")
+        remedy = f"minigpt fit --config configs/{stage}.yaml"
+        remedy += ", or run the whole road with: make pipeline"
+    raise ModelError(f"There is no trained model in {source}. Make it with: {remedy}")
 
 
 def load_model(source: str | Path, attention: str = PACKED) -> PreTrainedModel:

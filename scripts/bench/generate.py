@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("--model", help="by default one of --size with random weights")
-    parser.add_argument("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
+    parser.add_argument(
+        "--size", default="26m", help="name in configs/recipes, or a YAML file (26m)"
+    )
     parser.add_argument("--tokens", type=positive, default=128, help="of each reply (128)")
     parser.add_argument("--repeats", type=positive, default=5, help="of each arm (5)")
     parser.add_argument("--json", help="where to write the result")

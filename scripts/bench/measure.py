@@ -51,12 +51,12 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
 
 
 def architecture(size: str) -> dict[str, Any]:
-    """Read a size's overlay.
+    """Read the sizes of a recipe that starts from random weights.
 
     Raises:
         ConfigError: when there is none of that name.
     """
-    named = HERE.parents[1] / "configs" / "size" / f"{size}.yaml"
+    named = HERE.parents[1] / "configs" / "recipes" / f"{size}.yaml"
     path = named if named.is_file() else Path(size)
     if not path.is_file():
         raise ConfigError(f"--size {size}: neither {named} nor {path} is a file. Try 26m.")

@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     add("--rows", type=positive, help="use only the first rows of the data (dpo: 64)")
     add("--max-length", "--max_length", type=positive, default=512, help="of a sample (512)")
     add("--batch-size", "--batch_size", type=positive, help="rows, pairs or blocks of a step")
-    add("--size", default="26m", help="name in configs/size, or a YAML file (26m)")
+    add("--size", default="26m", help="name in configs/recipes, or a YAML file (26m)")
     add("--model", help="run directory, HF directory or hub id to start from, in place of --size")
     add("--tokenizer", help="directory; by default one is trained on --data")
     add("--vocabulary", type=positive, default=6400, help="tokens of that one (6,400)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sample_world import medical, questions, style
+from sample_world import medical, questions, security, style
 from sample_world.common import LANGS, Row, stream, user
 from sample_world.skills import SKILLS, draw_item, item_key, question
 from sample_world.style import TOPICS
@@ -93,4 +93,6 @@ def exams(seed: int) -> dict[str, list[Row]]:
         "medical": medical_exam(seed),
         "style": style_exam("style"),
         "advice": style_exam("advice"),
+        "security": security.security_exam(),
+        "refusal": security.refusal_exam(),
     }

@@ -44,7 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_the_demo_starts_from_a_wheel(site: Path, tmp_path: Path) -> None:
+def test_demo_and_recipe_start_from_a_wheel(site: Path, tmp_path: Path) -> None:
     python = (sys.executable, "-m", "minigpt")
     where = run(
         sys.executable, "-c", "import minigpt; print(minigpt.__file__)", cwd=tmp_path, path=site
@@ -52,6 +52,7 @@ def test_the_demo_starts_from_a_wheel(site: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(site)
     shown = run(*python, "init", "demo", cwd=tmp_path, path=site)
     assert "minigpt fit --config configs/pretrain.yaml" in shown
+    assert "begin with configs/recipes/hub_lora.yaml" in shown
     demo = tmp_path / "demo"
     assert (demo / "data/mini/dpo.jsonl").read_bytes() == (ROOT / "data/dpo.jsonl").read_bytes()
     sizes = ("--vocab_size", "320", "--output_dir", "outputs/tokenizer")
@@ -64,11 +65,19 @@ def test_the_demo_starts_from_a_wheel(site: Path, tmp_path: Path) -> None:
         path=site,
     )
     assert (demo / "outputs/pretrain/hf/model.safetensors").is_file()
+    run(
+        *(*python, "fit", "--config", "configs/recipes/security.yaml"),
+        *("--config", "configs/quick.yaml", "--model.init_args.init_from", "outputs/pretrain"),
+        *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
+        cwd=demo,
+        path=site,
+    )
+    assert (demo / "outputs/security/hf/model.safetensors").is_file()
 
 
 def test_from_a_clone(tmp_path: Path) -> None:
     assert main(["init", str(tmp_path / "demo")]) == 0
-    for name in ("configs/sft.yaml", "data/sft.jsonl"):
+    for name in ("configs/sft.yaml", "configs/recipes/hub_lora.yaml", "data/sft.jsonl"):
         assert (tmp_path / "demo" / name).read_bytes() == (ROOT / name).read_bytes()
 
 

@@ -21,10 +21,14 @@ from minigpt.model.parallel import FSDP2
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 STAGES = ("pretrain", "sft", "dpo", "lora")
-SIZES = {"26m": 26_879_488, "64m": 63_518_464, "110m": 108_744_960, "125m": 125_062_144}
-HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
-NOT_HERE = ("gpu",)  # overlays that need CUDA: they are parsed only
-OVERLAYS = [CONFIGS / "quick.yaml", *HARDWARE]
+SIZES = {"26m": 26_879_488, "64m": 63_518_464, "125m": 125_062_144}  # with 6,400 tokens
+HARDWARE: dict[str, dict[str, Any]] = {
+    "any": {},
+    "cpu": {"accelerator": "cpu"},
+    "gpu": {"accelerator": "gpu"},
+    "ddp": {"strategy": "ddp", "devices": 2},
+    "fsdp": {"strategy": "fsdp", "devices": 2},
+}
 Build = Callable[..., cli.MiniGPTCLI]
 
 
@@ -40,14 +44,17 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     return build_from
 
 
-def named(file: Path) -> str:
-    return str(file.relative_to(CONFIGS).with_suffix(""))
-
-
 def test_every_config_is_tested() -> None:
     known = {f"{stage}.yaml" for stage in STAGES} | {"quick.yaml"}
     assert {file.name for file in CONFIGS.glob("*.yaml")} == known
-    assert {file.stem for file in (CONFIGS / "size").iterdir()} == set(SIZES)
+    assert [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()] == ["recipes"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_line_names_the_demo_and_the_recipes(stage: str) -> None:
+    first = (CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    command = f"minigpt fit --config configs/{stage}.yaml"
+    assert first == f"# The demo (your own data: configs/recipes/). {command}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -59,23 +66,6 @@ def test_stage_config(build: Build, stage: str) -> None:
     trained = data.train if isinstance(data.train, dict) else [data.train]
     for file in (*trained, data.val, *data.exam):
         assert (ROOT / file).is_file()
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=named)
-def test_overlay(build: Build, monkeypatch: pytest.MonkeyPatch, stage: str, overlay: Path) -> None:
-    if overlay.stem in NOT_HERE and not torch.cuda.is_available():
-        monkeypatch.setattr(cli.MiniGPTCLI, "instantiate_trainer", lambda *_, **__: None)
-    made = build(CONFIGS / f"{stage}.yaml", overlay)
-    chosen = made.config["fit"].as_dict()
-    for section, values in yaml.safe_load(overlay.read_text()).items():
-        assert _is_part(values, chosen[section]), f"{section} of {overlay} has no effect"
-
-
-def _is_part(wanted: object, whole: object) -> bool:
-    if isinstance(wanted, dict) and isinstance(whole, dict):
-        return all(key in whole and _is_part(value, whole[key]) for key, value in wanted.items())
-    return wanted == whole or isinstance(whole, dict)  # a class's short name
 
 
 # What multiplies: whether the CPU has native bf16; the GPU's compute capability; whether AMD's.
@@ -100,46 +90,27 @@ LIKED = {
     "H100": ("bf16-mixed", "32-true", "bf16-mixed"),
     "MI300": ("bf16-mixed", "32-true", "bf16-mixed"),
 }
-SIZED = [None, *SIZES]
-COMBINED = [
-    (stage, size, hardware)
-    for stage in STAGES
-    for size in (SIZED if stage == "pretrain" else [None])
-    for hardware in [None, *(file.stem for file in HARDWARE)]
-]
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("stage", "size", "hardware"), COMBINED)
+@pytest.mark.parametrize("hardware", HARDWARE)
 def test_precision_of_each_combination(
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-    size: str | None,
-    hardware: str | None,
-    machine: str,
+    monkeypatch: pytest.MonkeyPatch, hardware: str, machine: str
 ) -> None:
-    if hardware in NOT_HERE and MACHINES[machine][1] is None:
+    if hardware == "gpu" and MACHINES[machine][1] is None:
         return  # Lightning refuses it
     _stub(monkeypatch, *MACHINES[machine])
-    files = [CONFIGS / f"{stage}.yaml"]
-    files += [CONFIGS / "size" / f"{size}.yaml"] if size else []
-    files += [CONFIGS / "hardware" / f"{hardware}.yaml"] if hardware else []
-    trainer: dict[str, Any] = {"accelerator": "auto", "strategy": "auto"}
-    for file in files:
-        trainer |= yaml.safe_load(file.read_text()).get("trainer", {})
-    chosen = settings.choose_precision(
-        trainer.get("precision"), trainer["accelerator"], trainer["strategy"]
-    )
+    trainer = {"accelerator": "auto", "strategy": "auto", **HARDWARE[hardware]}
+    chosen = settings.choose_precision(None, trainer["accelerator"], trainer["strategy"])
     by_any, on_cpu, in_fsdp2 = LIKED[machine]
-    liked = on_cpu if hardware == "cpu" else by_any
-    assert chosen == liked
+    assert chosen == (on_cpu if hardware == "cpu" else by_any)
     as_class = Namespace(class_path="minigpt.model.parallel.FSDP2")
     assert settings.choose_precision(None, "auto", as_class) == in_fsdp2
 
 
 def test_fsdp_runs_fsdp2_here(build: Build) -> None:
-    files = [CONFIGS / "sft.yaml", CONFIGS / "hardware" / "fsdp.yaml"]
-    made = build(*files, more=("--trainer.accelerator=cpu",))
+    more = ("--trainer.accelerator=cpu", "--trainer.strategy=fsdp", "--trainer.devices=2")
+    made = build(CONFIGS / "sft.yaml", more=more)
     assert isinstance(made.trainer.strategy, FSDP2)
 
 
@@ -159,11 +130,10 @@ def _stub(
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())
 def test_size(build: Build, size: str, parameters: int) -> None:
-    file = CONFIGS / "size" / f"{size}.yaml"
-    made = build(CONFIGS / "pretrain.yaml", file)
-    a = made.model.start.architecture
+    recipe = CONFIGS / "recipes" / f"{size}.yaml"
+    a = build(recipe).model.start.architecture
     assert (a.head_dim, a.tied) == (128 if size == "125m" else 64, True)
-    assert f"{parameters / 1e6:.1f}M parameters" in file.read_text()
+    assert f"{parameters / 1e6:.1f}M parameters" in recipe.read_text(encoding="utf-8")
     with torch.device("meta"):
         model = build_native(a, _Vocabulary())  # type: ignore[arg-type]
     assert sum(weight.numel() for weight in set(model.parameters())) == parameters
@@ -179,11 +149,12 @@ class _Vocabulary:
 
 
 def test_a_size_is_refused_where_the_model_is_given(
-    build: Build, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, build: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = CONFIGS / "size" / "26m.yaml"
+    size = tmp_path / "size.yaml"
+    size.write_text("model:\n  init_args:\n    architecture: {hidden_size: 512}\n")
     assert main(["fit", f"--config={CONFIGS / 'sft.yaml'}", f"--config={size}"]) == 2
-    assert f"{size}:5: model.init_args.architecture" in capsys.readouterr().err
+    assert f"{size}:3: model.init_args.architecture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,6 +179,18 @@ def test_missing_start_names_the_command_that_makes_it(
     assert command in capsys.readouterr().err
     left = (tmp_path / "outputs" / stage).glob("[!.]*")
     assert [path.name for path in left] == ["status.json"]
+
+
+def test_a_missing_start_of_a_recipe_names_its_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    assert main(["fit", "--config", "configs/recipes/chat.yaml"]) == 2
+    assert "minigpt fit --config configs/recipes/64m.yaml" in capsys.readouterr().err
+    assert main(["fit", "--config", "configs/recipes/poems.yaml"]) == 2
+    command = "tokenizer train --data_file TEXTS --output_dir outputs/poems-tokenizer"
+    assert command in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

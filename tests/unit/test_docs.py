@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.__main__ import COMMANDS, TRAINER_VERBS
+from minigpt.datatools.fetch import CORPORA
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")])
@@ -56,5 +57,18 @@ def test_both_readmes_show_every_verb_and_guide() -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         verbs = set(re.findall(r"minigpt +([a-z]+) ", text))
         assert {*TRAINER_VERBS, *COMMANDS} - verbs <= {"validate"}
+        files = set(re.findall(r"\bconfigs/[\w/]+\.yaml\b", text))
+        assert [file for file in sorted(files) if not (ROOT / file).is_file()] == []
+        recipes = {f"configs/recipes/{file.name}" for file in (ROOT / "configs/recipes").iterdir()}
+        assert recipes <= files
+        fetched = set(re.findall(r"minigpt data fetch ([\w-]+)", text))
+        assert fetched <= set(CORPORA)
         guides = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")} - {"docs/log.md"}
         assert [guide for guide in sorted(guides) if guide not in text] == []
+
+
+def test_the_chinese_readme_marks_what_is_only_in_english() -> None:
+    text = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    links = re.finditer(r"\]\(([\w./-]+\.md)(#[^)]*)?\)(.{0,3})", text)
+    unmarked = [m[1] for m in links if m[2] != "#中文" and "英文" not in m[3]]
+    assert unmarked == ["README.md"]

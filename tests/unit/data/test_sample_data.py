@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / "data"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sample_world import medical, questions, skills, style, world  # noqa: E402
+from sample_world import medical, questions, security, skills, style, world  # noqa: E402
 from sample_world.common import stream  # noqa: E402
 from sample_world.tellings import TELLINGS, tell  # noqa: E402
 
 FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style", "advice")
+FAMILIES += ("security", "refusal")
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
-TRAINING = (*STAGES, "lora/medical", "lora/security")
+TRAINING = (*STAGES, "lora/medical", "lora/security", "security_dpo")
 ROLES = {"system", "user", "assistant"}
 Row = dict[str, Any]
 
@@ -144,7 +145,10 @@ def test_some_chats_have_several_turns_and_some_a_system_message() -> None:
     assert any(row["messages"][0]["role"] == "system" for row in rows("sft"))
 
 
-@pytest.mark.parametrize("name", ["dpo", "dpo_val", "mini/dpo", "mini/dpo_val"])
+PAIRS = ("dpo", "mini/dpo", "security_dpo")
+
+
+@pytest.mark.parametrize("name", [n + s for n in PAIRS for s in ("", "_val")])
 def test_preference_rows(name: str) -> None:
     for row in rows(name):
         assert set(row) == {"prompt", "chosen", "rejected"}
@@ -170,7 +174,7 @@ def test_exam_rows(family: str) -> None:
         assert row["family"] == family
         check_messages(row["messages"], ends_with="user")
         assert row["answer"].strip()
-        assert ("avoid" in row) == (family in ("style", "advice"))
+        assert ("avoid" in row) == (family in ("style", "advice", "refusal"))
         if "choices" in row:
             folded = [choice.casefold() for choice in row["choices"]]
             assert row["answer"] in row["choices"]
@@ -179,7 +183,7 @@ def test_exam_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_exam_prompt_occurs_in_any_training_text(family: str) -> None:
-    training = corpus(*TRAINING, *(f"{stage}_val" for stage in STAGES)).casefold()
+    training = corpus(*TRAINING, *(f"{name}_val" for name in TRAINING)).casefold()
     leaked = [text for text in exam_prompts(family) if text.casefold() in training]
     assert not leaked
 
@@ -256,3 +260,44 @@ def test_helpful_answers_hold_the_key_and_no_marker() -> None:
             keyed = any(t.key(lang) in reply for t in style.TOPICS for lang in ("en", "zh"))
             assert marked != helpful
             assert keyed or not helpful
+
+
+REQUESTS = {
+    request: own
+    for lang in ("en", "zh")
+    for split in ("train", "dev", "exam")
+    for _, request, own in security.requests(split, lang)
+}
+
+
+def requests_in(text: str) -> dict[str, bool]:
+    """Return the requests in a text, and whether each concerns what is one's own."""
+    return {request: own for request, own in REQUESTS.items() if request in text}
+
+
+def requests(name: str) -> dict[str, bool]:
+    return {key: own for row in rows(name) for key, own in requests_in(next(texts(row))).items()}
+
+
+def test_requests_of_the_refusal_exam_stand_in_no_training_file() -> None:
+    names = ("lora/security", "security_dpo")
+    asked = requests("exam/refusal")
+    trained = {
+        request for name in names for split in ("", "_val") for request in requests(name + split)
+    }
+    assert not set(asked) & trained
+    assert sorted(asked.values()) == [False] * 24 + [True] * 24
+
+
+@pytest.mark.parametrize("name", ["security_dpo", "security_dpo_val"])
+def test_what_is_ones_own_is_granted_and_the_rest_refused(name: str) -> None:
+    for row in rows(name):
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        lang = "zh" if re.search("[\u4e00-\u9fff]", chosen) else "en"
+        refusal, grant = security.REFUSAL[lang], security.GRANT[lang]
+        if chosen in (refusal, grant):
+            assert {chosen, rejected} == {refusal, grant}
+        else:
+            assert chosen in {advice for _, advice in security.advice_of(lang)}
+            assert rejected in (refusal, grant)
+        assert set(requests_in(next(texts(row))).values()) <= {chosen == grant}

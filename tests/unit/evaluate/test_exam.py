@@ -87,12 +87,25 @@ def test_items_of_an_exam(tmp_path: Path) -> None:
         {"id": 7, "family": "f", "messages": ASKED, "answer": "A", "choices": ["a", "b"]},
         {"instruction": "q", "answer": "a", "avoid": ["x"], "choices": None},
         {"messages": ASKED, "answer": 1, "choices": ["a", "b"]},
+        {"prompt": "q", "answer": "a"},
+        {"question": "q", "answer": "a"},
+        {"问": "q", "答": "a"},
     ]
     write_jsonl(path := tmp_path / "colours.jsonl", rows)
     assert load_items(path, "exam") == [
         Item("7", "f", MESSAGES, "a", ("a", "b"), ()),
         Item("2", "colours", MESSAGES, "a", (), ("x",)),
         Item("3", "colours", MESSAGES, "b", ("a", "b"), ()),
+        *(Item(str(line), "colours", MESSAGES, "a") for line in (4, 5, 6)),
+    ]
+
+
+def test_an_exam_in_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "exam.csv"
+    path.write_text('question,answer,choices\nq,a,"[""a"", ""b""]"\nq,a,\n')
+    assert load_items(path, "exam") == [
+        Item("2", "exam", MESSAGES, "a", ("a", "b")),
+        Item("3", "exam", MESSAGES, "a"),
     ]
 
 
@@ -108,7 +121,7 @@ GOOD = {
     [
         ("exam", {"messages": None}, "not a prompt row"),
         ("exam", {"messages": []}, "holds no messages"),
-        ("exam", {"prompt": "q"}, "needs messages"),
+        ("exam", {"answer": "Yes, do", "avoid": ["yes"]}, "avoid: .* no reply can be right"),
         ("exam", {"answer": None}, "answer: must be a string"),
         ("exam", {"answer": 3}, "answer: must be a string"),
         ("exam", {"answer": "z", "choices": ["a", "b"]}, "answer: .* index from 0; is 'z'"),
