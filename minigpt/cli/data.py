@@ -48,7 +48,9 @@ def parser() -> CommandParser:
 
     def reader(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         action = verb(name, run, text)
-        text = "JSONL, JSON arrays, text, CSV or TSV, also compressed; folders and patterns"
+        text = (
+            "JSONL, JSON arrays, text, CSV, TSV (also compressed), .xlsx, Parquet, Arrow; folders"
+        )
         action.add_argument("files", nargs="+", help=text)
         action.add_argument("--kind", choices=("text", "chat", "preference"), help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
@@ -77,7 +79,7 @@ def parser() -> CommandParser:
     add("--start", type=positive, default=1, help="first line to show (1)")
     add("--rows", type=positive, default=3, help="rows to show of each file (3)")
     add("--html", help="write a page to this file, too")
-    text = "any files as JSONL, also Parquet, Arrow and spreadsheets"
+    text = "files of any form as one JSONL file"
     action = verb("convert", convert, text)
     add_columns(action)
     add = action.add_argument

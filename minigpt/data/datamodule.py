@@ -217,6 +217,8 @@ class JSONLDataModule(LightningDataModule):
         data_limit: use only the first rows of each training file.
         on_bad_row: stop at a bad row, or skip and count it.
         max_bad_share: share of skipped rows above which the run stops.
+        max_too_long_share: share of rows above which the run stops that are left out because
+            `max_length` leaves nothing to learn of them.
         seed: decides the order of samples.
         num_workers: processes that read batches ahead; by default 2 beside a GPU, and none on a
             CPU, whose cores the model needs.
@@ -243,6 +245,7 @@ class JSONLDataModule(LightningDataModule):
         cache_dir: str | None = None,
         tokens_per_step: int | None = None,
         columns: dict[str, str] | None = None,
+        max_too_long_share: float = 0.05,
     ) -> None:
         super().__init__()
         self.train = train
@@ -259,6 +262,7 @@ class JSONLDataModule(LightningDataModule):
             data_limit,
             on_bad_row,
             max_bad_share,
+            max_too_long_share,
             tuple(self.columns.items()),
         )
         self.tokens_per_batch = tokens_per_batch
@@ -294,11 +298,13 @@ class JSONLDataModule(LightningDataModule):
         for name, value in optional.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, but is {value}.")
-        if not 0 <= self.val_share < 1 or not 0 <= self.limits.max_bad_share <= 1:
+        if not 0 <= self.val_share < 1:
             raise ConfigError(
-                "data.val_share and data.max_bad_share are shares, 0 to 1, but are "
-                f"{self.val_share} and {self.limits.max_bad_share}."
+                f"data.val_share is a share, 0 or more and below 1, but is {self.val_share}."
             )
+        for name in ("max_bad_share", "max_too_long_share"):
+            if not 0 <= (share := getattr(self.limits, name)) <= 1:
+                raise ConfigError(f"data.{name} is a share, 0 to 1, but is {share}.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"data.seed must lie in 0 to {2**63 - 1}, but is {self.seed}.")
         if not 0 <= (self.num_workers or 0) <= MOST_WORKERS:

@@ -1,8 +1,8 @@
 """Rows of data files become records: typed, validated, and traced to file and line.
 
 The one reader of rows, for training and for every tool. A file is JSONL, one JSON array, plain text
-(.txt), CSV or TSV, as it is or compressed (gzip, xz, bzip2, zstd). Whatever a file or a row holds,
-the outcome is records or a `DataError`.
+(.txt), CSV or TSV, as it is or compressed (gzip, xz, bzip2, zstd), or Parquet, Arrow or .xlsx.
+Whatever a file or a row holds, the outcome is records or a `DataError`.
 
     read_records   files → records; bad rows stop the reading, or are counted
     parse_row      decoded row → record
@@ -31,8 +31,10 @@ from itertools import count, cycle, islice
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from minigpt.data.columnar import columnar_rows, reader_of
 from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
 from minigpt.data.tables import (
+    COLUMNAR,
     COMPRESSED,
     DELIMITERS,
     decompressed,
@@ -92,6 +94,7 @@ _REMEDIES = {
     "row_size": "Cut it into several rows, or give a file with one JSON object on each line.",
     "role_order": "One system message may come first; then user and assistant alternate.",
     "special_token": "Remove it: an answer must not be able to start or end a turn.",
+    "too_many_too_long": "Raise max_length, shorten these rows, or raise max_too_long_share.",
     "too_many_bad_rows": "Mend or remove these rows, or allow a larger share of bad rows.",
     "tool_role": "Leave out conversations with tool calls.",
     "unknown_role": f"Known are {', '.join(ROLES)}.",
@@ -101,7 +104,7 @@ _REMEDIES = {
 }
 LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
-READABLE = (".jsonl", ".json", ".txt", ".csv", ".tsv")
+READABLE = (".jsonl", ".json", ".txt", ".csv", ".tsv", *COLUMNAR)
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # beside OSErrors without a number
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -181,10 +184,19 @@ class BadRows:
     Args:
         policy: "error" stops at the first one; "skip" leaves them out and counts them.
         max_share: the share of skipped rows above which reading stops all the same.
+        max_too_long_share: the share of rows above which reading stops that are left out because
+            the maximum length leaves nothing to learn of them.
+
+    Attributes:
+        too_long: how many these are, under either policy.
+        first_too_long: says which came first.
     """
 
     policy: Literal["error", "skip"] = "error"
     max_share: float = 0.05
+    max_too_long_share: float = 0.05
+    too_long: int = field(default=0, init=False)
+    first_too_long: DataError | None = field(default=None, init=False)
     seen: int = field(default=0, init=False)  # rows, good and bad, of all reads with this object
     counts: Counter[str] = field(default_factory=Counter, init=False)
     first: dict[str, str] = field(default_factory=dict, init=False)
@@ -212,6 +224,30 @@ class BadRows:
             problem = f"{self.summary()}; that is more than {self.max_share:.1%} of {total} rows"
             raise _error("too_many_bad_rows", None, problem)
 
+    def leave_out(self, error: DataError) -> None:
+        """Count a row of which the maximum length leaves nothing to learn.
+
+        Raises:
+            DataError: when these are too many of many rows.
+        """
+        self.too_long += 1
+        self.first_too_long = self.first_too_long or error
+        if self.seen >= _CHECK_AFTER:
+            self.check_too_long(self.seen)
+
+    def check_too_long(self, total: int) -> None:
+        """Refuse to go on when too large a share of `total` rows was left out.
+
+        Raises:
+            DataError: the share is above `max_too_long_share`.
+        """
+        first = self.first_too_long
+        if first is not None and self.too_long > self.max_too_long_share * total:
+            share = f"{self.too_long} of {total} rows, more than {self.max_too_long_share:.1%}"
+            raise _error("too_many_too_long", None, f"{first.problem}: {share}").at(
+                str(first.path), first.line
+            )
+
     def summary(self) -> str:
         """Return the counts by reason and where each came first, in one line; "" if all are 0."""
         common = self.counts.most_common()
@@ -230,7 +266,7 @@ def read_records(
     """Stream the records of the files, one file after the other, at most `limit` in all.
 
     Args:
-        paths: JSONL, JSON arrays, plain text, CSV or TSV, as they are or compressed.
+        paths: of files of any form.
         kind: the rows' kind; None reads each row as the kind that its fields tell.
         bad: decides what becomes of bad rows, and counts them.
         limit: the largest number of records.
@@ -571,7 +607,8 @@ def _wrong_type(value: object, expected: str, field: str | None) -> DataError:
 
 
 def _type_problem(value: object, expected: str) -> str:
-    return f"must be {expected}, not {_TYPES.get(type(value), 'a number')}"
+    number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return f"must be {expected}, not {_TYPES.get(type(value), number)}"
 
 
 def _bad_role(value: object, field: str) -> DataError:
@@ -676,14 +713,8 @@ def scan_rows(path: Path, notes: Notes | None = None) -> Iterator[tuple[int, obj
         DataError: the file cannot be read, or it holds no rows.
     """
     try:
-        with open_data(path, notes) as stream:
-            suffix = suffix_of(path)
-            if suffix == ".txt":
-                rows: Iterator[tuple[int, object]] = text_rows(path, lines_of(stream))
-            elif suffix in DELIMITERS:
-                rows = table_rows(lines_of(stream), DELIMITERS[suffix])
-            else:
-                rows = _rows(stream)
+        with _opened(path) as stream:
+            rows = _rows_of(path, stream, {} if notes is None else notes)
             first = next(rows, None)
             if first is None:
                 raise _error("no_rows", None, "the file holds no rows")
@@ -768,29 +799,45 @@ class _WatchedFile(io.FileIO):
             _watchers[-1](self.bytes_read, os.fstat(self.fileno()).st_size)
 
 
-@contextmanager
-def open_data(path: Path, notes: Notes | None = None) -> Iterator[io.BufferedReader[Any]]:
-    """Open a file, which is decompressed by what it begins with, as lines in UTF-8.
+def _rows_of(
+    path: Path, stream: io.BufferedReader[Any], notes: Notes
+) -> Iterator[tuple[int, object]]:
+    if not begins_as_json(stream):
+        is_plain = isinstance(stream.raw, _WatchedFile)
+        if is_plain and (read := reader_of(path, stream.peek(8))):
+            return columnar_rows(path, read)
+        refuse_foreign(path, stream.peek(32)[:32])
+    text = io.BufferedReader(_Utf8(notes, _blocks(stream)), _BUFFER)
+    suffix = suffix_of(path)
+    if suffix == ".txt":
+        return text_rows(path, lines_of(text))
+    if suffix in DELIMITERS:
+        return table_rows(lines_of(text), DELIMITERS[suffix])
+    return _rows(text)
 
-    Args:
-        path: of the file.
-        notes: gets what was changed in its text.
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file, which is decompressed by what it begins with."""
+    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
+        if begins_as_json(raw):
+            yield raw
+        else:
+            with decompressed(raw) as stream:
+                yield stream
+
+
+@contextmanager
+def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file, which is decompressed by what it begins with, as lines in UTF-8.
 
     Raises:
         DataError: when the file holds no text, or the package that decompresses it is missing.
     """
-    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
-        if begins_as_json(raw):
-            yield _utf8(raw, notes)
-        else:
-            with decompressed(raw) as stream:
-                refuse_foreign(path, stream.peek(32)[:32])
-                yield _utf8(stream, notes)
-
-
-def _utf8(stream: io.BufferedReader[Any], notes: Notes | None) -> io.BufferedReader[Any]:
-    text = _Utf8({} if notes is None else notes, _blocks(stream))
-    return io.BufferedReader(text, _BUFFER)
+    with _opened(path) as stream:
+        if not begins_as_json(stream):
+            refuse_foreign(path, stream.peek(32)[:32])
+        yield io.BufferedReader(_Utf8({}, _blocks(stream)), _BUFFER)
 
 
 class _Utf8(io.RawIOBase):

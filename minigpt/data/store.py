@@ -94,6 +94,8 @@ class Limits:
         data_limit: use only the first rows of each file.
         on_bad_row: stop at the first bad row, or skip and count it.
         max_bad_share: share of bad rows above which skipping stops with an error.
+        max_too_long_share: share of rows above which leaving out those of which `max_length` leaves
+            nothing to learn stops with an error.
         columns: (name in the file, name in MiniGPT) of the rows' keys that differ.
     """
 
@@ -102,6 +104,7 @@ class Limits:
     data_limit: int | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_share: float = 0.05
+    max_too_long_share: float = 0.05
     columns: tuple[tuple[str, str], ...] = ()
 
 
@@ -445,7 +448,7 @@ def _build(
         partial.mkdir()
         dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
         writer = _Writer(partial, dtype, kind == "chat")
-        bad = BadRows(limits.on_bad_row, limits.max_bad_share)
+        bad = BadRows(limits.on_bad_row, limits.max_bad_share, limits.max_too_long_share)
         encoder = Encoder(kind, tokenizer, limits)
         refused = refused_texts(tokenizer, kind)
         columns = dict(limits.columns)
@@ -461,6 +464,7 @@ def _build(
                 remedy="Start again when nothing writes to it any more.",
                 reason="changed",
             )
+        bad.check_too_long(bad.seen)
         if not writer.samples:
             raise DataError(
                 f"none of the {encoder.rows} rows leaves a token to train on",
@@ -478,6 +482,7 @@ def _build(
             "highest_id": writer.highest_id,
             "cut": encoder.cut,
             "skipped": dict(bad.counts),
+            "too_long": bad.too_long,
         }
         write_json(partial / "meta.json", meta)
         write_sums(partial)
@@ -526,6 +531,9 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
     )
     if summary := bad.summary():
         log.warning("%s: %s", source, summary)
+    if first := bad.first_too_long:
+        lines = f"{bad.too_long} of {bad.seen} rows, the first in line {first.line}"
+        log.warning("%s: left out, because %s: %s", source, first.problem, lines)
     for _, _, change in changes(bad.notes[source]):
         log.warning("%s: %s", source, change)
     if bad.unused:
@@ -554,7 +562,7 @@ class Encoder:
     def encode(
         self, records: Iterable[tuple[Record, Source]], bad: BadRows
     ) -> Iterator[tuple[EncodedSample, Source]]:
-        """Yield the samples of all records, in order; rows without targets go to `bad`.
+        """Yield the samples of all records, in order; `bad` counts rows that leave none.
 
         While the tokenizer's threads encode one block of rows, the next is read.
 
@@ -597,15 +605,8 @@ class Encoder:
             samples = list(self._samples(record, turns, ids))
             if not samples:
                 problem = f"no target token is left after cutting to {self.limits.max_length}"
-                bad.handle(
-                    DataError(
-                        problem,
-                        path=source.path,
-                        line=source.line,
-                        remedy="Raise max_length, or set on_bad_row: skip to leave such rows out.",
-                        reason="no_targets",
-                    )
-                )
+                error = DataError(problem, path=source.path, line=source.line, reason="too_long")
+                bad.leave_out(error)
             for sample in samples:
                 yield sample, source
 

@@ -49,7 +49,7 @@ SIGNATURES = {
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
 }
-CONVERTED = (".arrow", ".feather", ".parquet", ".xlsx")  # what `minigpt data convert` reads
+COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
 
 def decompressed(raw: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
@@ -131,8 +131,10 @@ def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     if name is None:
         return
     remedy = "Give the text in it as JSONL, CSV or plain text."
-    if path.suffix.lower() in CONVERTED:
-        remedy = f"Turn it into JSONL: minigpt data convert {path} {path.with_suffix('.jsonl')}"
+    if name.startswith(("a Parquet", "an Arrow")):
+        remedy = "Decompress it: it is compressed inside."
+    elif name.startswith("a ZIP"):
+        remedy = "Unpack it; a spreadsheet's name must end with .xlsx."
     raise DataError(f"the file is {name}", remedy=remedy, reason="foreign")
 
 

@@ -59,6 +59,7 @@ HINTS = {
     "near_validation",
     "replacement_character",
     "same_prompt",
+    "too_long",
     "unused_fields",
 }
 _MENDABLE = HINTS - {"duplicate"}  # their rows are in the mended copy
@@ -78,6 +79,7 @@ _REMEDIES = {
     "near_validation": "Remove one, or the validation loss will look better than it is.",
     "same_prompt": "Remove one, unless the answers are meant to differ.",
     "exam": "Remove it, as --fix does: an exam must ask what training has not shown.",
+    "too_long": "Training leaves it out. Raise --max_length, or shorten the row.",
     "cut": "Raise --max_length, or shorten the rows.",
     "unused_fields": "Nothing needs to be done where the text alone is to be learnt.",
 }
@@ -109,7 +111,9 @@ class Findings(BadRows):
     def handle(self, error: DataError) -> None:
         """Count a problem, and list it if it is among the first."""
         path, reason = str(error.path), error.reason
-        error.remedy = error.remedy or "Correct it, or leave the row out with --fix."
+        error.remedy = error.remedy or _REMEDIES.get(
+            reason, "Correct it, or leave the row out with --fix."
+        )
         error = error.at(path, error.line)
         self.counts[reason] += 1
         self.by_file[path, reason] += 1
@@ -132,6 +136,12 @@ class Findings(BadRows):
         count[0] += 1
         if self.limit is None or len(errors) < _NAMED:
             errors.append(error)
+
+    def leave_out(self, error: DataError) -> None:
+        """Count a row that is too long, and list it if it is among the first."""
+        self.too_long += 1
+        self.first_too_long = self.first_too_long or error
+        self.handle(error)
 
     def drop(self, path: str, line: int | None) -> None:
         """Leave a row out of the mended copy."""
@@ -229,6 +239,7 @@ class Checker:
         self.file_starts.append((len(self.hashes), path))
         self.mended_lines[path] = array("I")
         errors = self.findings.errors()
+        self.findings.too_long, self.findings.first_too_long = 0, None
         try:
             self._check_rows(path, self.kind or guess_kind(path, self.columns))
         except DataError as error:
@@ -250,6 +261,7 @@ class Checker:
             self.special_tokens = refused_texts(self.tokenizer, kind)
             if kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
+        before = self.rows
         rows = read_records(
             [path], kind, self.findings, special_tokens=self.special_tokens, columns=self.columns
         )
@@ -261,6 +273,7 @@ class Checker:
                 self._encode(encoder, path, records)
         if encoder and encoder.cut:
             self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
+        self.findings.check_too_long(self.rows - before)
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
@@ -469,12 +482,21 @@ def _without_control(value: object) -> object:
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Yield each row as the bytes of its line, or decoded where the file is no JSONL."""
+    if not _is_jsonl(path):
+        yield from scan_rows(path)
+        return
     with open_data(path) as stream:
-        is_lines = suffix_of(path) not in (".txt", *DELIMITERS)
-        if is_lines and not stream.peek().lstrip().startswith(b"["):
-            yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())
-            return
-    yield from scan_rows(path)
+        yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())
+
+
+def _is_jsonl(path: Path) -> bool:
+    if suffix_of(path) in (".txt", *DELIMITERS):
+        return False
+    try:
+        with open_data(path) as stream:
+            return not stream.peek().lstrip().startswith(b"[")
+    except DataError:  # a file of columns, or one of which `scan_rows` says what it is
+        return False
 
 
 def _line(row: object, mend: bool) -> bytes:

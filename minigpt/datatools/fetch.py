@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt import progress
-from minigpt.data.formats import LARGEST_ROW, Kind, iter_rows, lines_of, parse_row
+from minigpt.data.formats import LARGEST_ROW, Kind, iter_rows, lines_of, open_data, parse_row
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import atomic_file, follow_no_link, is_disk_error, write_json
@@ -52,7 +52,7 @@ def _stories(path: Path) -> Rows:
     """Plain text whose documents end with a line <|endoftext|>."""
     lines: list[str] = []
     size = 0
-    with path.open("rb") as file:
+    with open_data(path) as file:
         for line in lines_of(file):
             if line.strip() == b"<|endoftext|>":
                 yield {"text": "".join(lines).strip()}

@@ -65,11 +65,14 @@ def segments(
     kind = kind or guess_kind(path, columns)
     encoder = Encoder(kind, tokenizer, Limits(max_length=max_length))
     records = _records(path, kind, start, refused_texts(tokenizer, kind), columns)
-    for sample, source in encoder.encode(list(islice(records, rows)), BadRows()):
+    bad = BadRows()
+    for sample, source in encoder.encode(list(islice(records, rows)), bad):
         for name, ids, targets in _named_ids(sample, kind):
             counts = f"{len(ids)} tokens, {sum(targets)} trained on"
             tokens = list(_pieces(tokenizer, ids, targets))
             yield Segment(f"{path}:{source.line}{name}: {counts}", tokens)
+    if first := bad.first_too_long:
+        yield Segment(f"{path}:{first.line}: {first.problem}", [])
 
 
 def _records(

@@ -319,7 +319,7 @@ def file_of(kind: Kind) -> st.SearchStrategy[tuple[bytes, Kind]]:
 
 
 def opened(file: Path, kind: Kind, tokenizer: Any, policy: Any) -> TokenStore | DataError:
-    limits = Limits(max_length=LONGEST, on_bad_row=policy, max_bad_share=1.0)
+    limits = Limits(LONGEST, on_bad_row=policy, max_bad_share=1.0, max_too_long_share=1.0)
     try:
         return open_store(file, kind, tokenizer, limits, file.parent / policy)
     except DataError as error:

@@ -361,6 +361,7 @@ BAD_NUMBERS = [
     ("data__init_args__max_prompt_length", 0),
     ("data__init_args__val_share", -0.1),
     ("data__init_args__max_bad_share", 1.1),
+    ("data__init_args__max_too_long_share", -0.1),
     ("data__init_args__seed", -1),
     ("data__init_args__seed", 2**70),
     ("data__init_args__num_workers", -1),

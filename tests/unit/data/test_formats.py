@@ -155,7 +155,6 @@ def test_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"PAR1\x15" + bytes(40), "a Parquet file"),
         (b"PK\x03\x04" + bytes(40), "a ZIP archive"),
         (b"%PDF-1.7", "a PDF"),
     ],
@@ -176,7 +175,7 @@ def test_folders_and_patterns_stand_for_their_files(tmp_path: Path) -> None:
     assert expand_files(["missing.jsonl"]) == ["missing.jsonl"]
     odd = str(write(tmp_path / "a[1].jsonl", LINES))
     assert expand_files([odd]) == [odd]
-    for nothing in (f"{tmp_path}/*.parquet", str(tmp_path / "empty")):
+    for nothing in (f"{tmp_path}/*.arrow", str(tmp_path / "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match="there is no data file"):
             expand_files([nothing])

@@ -92,7 +92,7 @@ def test_texts_are_tokenised_as_they_are(
     tokens = sum(map(len, expected))
     counts = {"rows": 4, "samples": 4, "tokens": tokens, "targets": tokens - 4, "cut": 0}
     counts["highest_id"] = max(map(max, expected))
-    assert store.meta == {"dtype": "uint16", **counts, "skipped": {}}
+    assert store.meta == {"dtype": "uint16", **counts, "skipped": {}, "too_long": 0}
 
 
 @settings(max_examples=40)
@@ -180,7 +180,7 @@ def test_a_cut_chat_gets_no_false_end_of_turn(
     if not answer_tokens:
         with pytest.raises(DataError, match="no target token is left") as caught:
             opened("chat", rows, max_length=limit)
-        assert (caught.value.reason, caught.value.line) == ("no_targets", 1)
+        assert (caught.value.reason, caught.value.line) == ("too_many_too_long", 1)
         return
     store = opened("chat", rows, max_length=limit)
     assert runs(store)[0][1] == full[:limit]
@@ -189,20 +189,32 @@ def test_a_cut_chat_gets_no_false_end_of_turn(
     assert store.meta["cut"] == int(answer_tokens < answer)
 
 
-def test_rows_without_targets_are_skipped_and_counted_on_demand(
-    opened: Opener, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_rows_of_which_the_cut_leaves_nothing_are_left_out_and_counted(
+    opened: Opener, caplog: pytest.LogCaptureFixture, policy: str
 ) -> None:
-    rows = [said("x" * 99, "a"), said("u", "a"), said("y" * 99, "b")]
-    limits = {"max_length": 40, "on_bad_row": "skip"}
-    store = opened("chat", rows, **limits, max_bad_share=0.7)
-    assert (len(store), store.lines().tolist()) == (1, [2])
-    assert store.meta["skipped"] == {"no_targets": 2}
-    assert "skipped 2 bad rows: 2 no_targets (first" in caplog.text
-    with pytest.raises(DataError, match="more than 5") as caught:
-        opened("chat", rows, **limits)
-    assert caught.value.reason == "too_many_bad_rows"
+    rows = [said("x" * 99, "a"), *[said("u", "a")] * 19]
+    limits = {"max_length": 40, "on_bad_row": policy}
+    store = opened("chat", rows, **limits)
+    assert store.lines().tolist() == list(range(2, 21))
+    assert (store.meta["too_long"], store.meta["skipped"]) == (1, {})
+    assert "no target token is left after cutting to 40: 1 of 20 rows, the first in" in caplog.text
+    with pytest.raises(
+        DataError, match=r"1 of 20 rows, more than 4.0%. Raise max_length"
+    ) as caught:
+        opened("chat", rows, **limits, max_too_long_share=0.04)
+    assert (caught.value.reason, caught.value.line) == ("too_many_too_long", 1)
     with pytest.raises(DataError, match="none of the 1 rows leaves a token"):
-        opened("chat", rows[:1], **limits, max_bad_share=1.0)
+        opened("chat", rows[:1], **limits, max_too_long_share=1.0)
+
+
+def test_a_long_file_of_rows_that_are_too_long_is_refused_early(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.data.formats._CHECK_AFTER", 3)
+    monkeypatch.setattr("minigpt.data.store.ROWS_AT_A_TIME", 2)
+    with pytest.raises(DataError, match=r"of [3-6] rows, more than 5.0%"):
+        opened("chat", [said("x" * 99, "a")] * 50, max_length=40)
 
 
 PROMPT, CHOSEN, REJECTED = "what is it", "yes it is", "no"
@@ -256,9 +268,9 @@ def test_answers_that_the_cut_makes_equal_are_dropped_and_counted(
     limits = {"max_length": 10, "max_prompt_length": 4}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: no target token is left"):
         opened("preference", rows, **limits)
-    store = opened("preference", rows, **limits, on_bad_row="skip", max_bad_share=0.5)
+    store = opened("preference", rows, **limits, max_too_long_share=0.5)
     assert store.lines().tolist() == [2]
-    assert store.meta["skipped"] == {"no_targets": 1}
+    assert store.meta["too_long"] == 1
 
 
 def test_a_store_is_built_once(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:

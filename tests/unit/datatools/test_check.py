@@ -268,9 +268,9 @@ def test_what_the_maximum_length_leaves(write: Any, tokenizer_dir: Path, minigpt
     path = write([GOOD, long, half, *(chat(f"q{n}", "a") for n in range(20))])
     options = ("data", "check", path, "--tokenizer", tokenizer_dir, "--max_length")
     outcome = minigpt(*options, 64)
-    assert outcome.status == 2
-    assert f"error: {path}:2: no target token is left after cutting to 64." in outcome.out
-    assert "[no_targets]" in outcome.out
+    assert outcome.status == 0
+    assert f"hint: {path}:2: no target token is left after cutting to 64." in outcome.out
+    assert "[too_long]" in outcome.out
     assert f"hint: {path}: 2 rows are cut to 64." in outcome.out
     assert minigpt(*options, 4096).status == 0
     long_text = write([{"text": "word " * 60}], "text.jsonl")
@@ -283,7 +283,11 @@ def test_pairs_that_differ_only_after_the_cut(
 ) -> None:
     path = write([pair("p", "same " * 40 + "good", "same " * 40 + "bad")])
     outcome = minigpt("data", "check", path, "--tokenizer", tokenizer_dir, "--max_length", 64)
-    assert "[no_targets]" in outcome.out
+    assert "[too_long]" in outcome.out
+    assert (
+        f"error: {path}:1: no target token is left after cutting to 64: 1 of 1 rows" in outcome.out
+    )
+    assert outcome.status == 2
 
 
 def test_the_kind_is_guessed_or_given(write: Any, minigpt: Any) -> None:

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import damage
 import pytest
+from columnar_files import arrow, parquet, spreadsheet
 
 from minigpt.__main__ import main
-from minigpt.datatools.convert import rows_of
 
 ROWS = [{"ask": "Hi?", "reply": "Hello."}, {"ask": "春?", "reply": "Yes."}]
 RENAMED = [{"prompt": row["ask"], "completion": row["reply"]} for row in ROWS]
@@ -23,37 +22,13 @@ def convert(*arguments: object) -> int:
     return main(["data", "convert", *map(str, arguments), *columns])
 
 
-def parquet(path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"ask": None, "reply": None}]), path)
-
-
-def arrow(path: Path, stream: bool = False) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    table = pyarrow.Table.from_pylist([*ROWS, {"ask": None, "reply": None}])
-    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
-    with new(str(path), table.schema) as writer:
-        writer.write_table(table)
-
-
-def spreadsheet(path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    rows = [(row["ask"], "a note", row["reply"]) for row in ROWS]
-    for row in (("ask", None, "reply"), *rows):  # a column without a name is left out
-        book.active.append(row)
-    book.save(path)
-
-
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("rows.parquet", parquet),
-        ("rows.arrow", arrow),
-        ("stream.arrow", lambda path: arrow(path, stream=True)),
-        ("rows.xlsx", spreadsheet),
+        ("rows.parquet", lambda path: parquet(path, ROWS)),
+        ("rows.arrow", lambda path: arrow(path, ROWS)),
+        ("stream.arrow", lambda path: arrow(path, ROWS, stream=True)),
+        ("rows.xlsx", lambda path: spreadsheet(path, ROWS)),
         ("rows.csv", lambda path: path.write_text("ask,reply\nHi?,Hello.\n春?,Yes.\n")),
         ("rows.jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)))),
     ],
@@ -114,20 +89,3 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "exists and is left alone" in capsys.readouterr().err
     assert main(["data", "convert", "a", "b", "--columns", "ask"]) == 2
     assert "--columns: must be OLD=NEW, but is 'ask'" in capsys.readouterr().err
-
-
-@damage.counts
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [("a.parquet", parquet), ("a.arrow", arrow), ("a.xlsx", spreadsheet)],
-)
-def test_damaged_tables(name: str, write: Any, tmp_path: Path, count: int) -> None:
-    file = tmp_path / name
-    write(file)
-    sound = file.read_bytes()
-
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
-        list(rows_of(file))
-
-    damage.fuzz(count, damage.damaged_bytes(sound), read)

@@ -1,0 +1,181 @@
+"""Training and the tools read spreadsheets, Parquet and Arrow as they read JSONL."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import damage
+import pytest
+from columnar_files import arrow, parquet, spreadsheet
+from transformers import PreTrainedTokenizerFast
+
+from minigpt.data import columnar
+from minigpt.data.formats import BadRows, expand_files, iter_rows, read_records
+from minigpt.data.store import Limits, open_store
+from minigpt.errors import DataError
+
+ROWS = [{"question": f"{number}?", "answer": f"春{number}"} for number in range(200)]
+FORMS: dict[str, Callable[[Path, Any], None]] = {
+    "rows.parquet": partial(parquet, row_group_size=70),
+    "rows.arrow": arrow,
+    "rows.feather": partial(arrow, stream=True),
+    "rows.xlsx": spreadsheet,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_training_reads_the_rows(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = tmp_path / "rows.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    FORMS[name](tmp_path / name, ROWS)
+    expected = open_store(plain, "chat", tokenizer, Limits(), tmp_path / "cache")
+    limits = Limits(on_bad_row="skip")  # of the row that is empty
+    store = open_store(tmp_path / name, "chat", tokenizer, limits, tmp_path / "cache")
+    assert store.tokens[:].tolist() == expected.tokens[:].tolist()
+    first = 2 if name.endswith(".xlsx") else 1  # of a sheet, whose first row names the columns
+    assert store.lines().tolist() == list(range(first, first + 200))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_tools_read_the_rows(name: str, tmp_path: Path, minigpt: Any) -> None:
+    FORMS[name](tmp_path / name, ROWS)
+    nulls = 0 if name.endswith(".xlsx") else 1
+    outcome = minigpt("data", "check", tmp_path, "--fix", tmp_path / "fixed.jsonl")
+    assert f"{200 + nulls} rows checked: {nulls} error" in outcome.out
+    fixed = (tmp_path / "fixed.jsonl").read_text("utf-8").splitlines()
+    assert list(map(json.loads, fixed)) == ROWS
+    assert "200 of chat" in minigpt("data", "stats", tmp_path / name).out
+
+
+def test_a_sheet_may_hold_messages_and_other_names(tmp_path: Path) -> None:
+    messages = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    spreadsheet(tmp_path / "a.xlsx", [{"chat": messages}])
+    good = read_records([tmp_path / "a.xlsx"], "chat", BadRows(), columns={"chat": "messages"})
+    with pytest.raises(DataError, match="must be a list of messages, not a string"):
+        list(good)
+    spreadsheet(tmp_path / "b.xlsx", [{"messages": messages}])
+    assert len(list(read_records([tmp_path / "b.xlsx"], "chat", BadRows()))) == 1
+
+
+def test_a_folder_holds_them(tmp_path: Path) -> None:
+    for name, write in FORMS.items():
+        write(tmp_path / name, ROWS[:1])
+    assert expand_files([str(tmp_path)]) == [str(tmp_path / name) for name in sorted(FORMS)]
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("pyarrow", "rows.parquet"), ("openpyxl", "rows.xlsx")]
+)
+def test_a_missing_package_is_named(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FORMS[name](tmp_path / name, ROWS)
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"{name}: .*{package}.*pip install 'minigpt\[tables\]'"):
+        list(iter_rows(tmp_path / name))
+
+
+def test_what_is_compressed_around_is_named(tmp_path: Path) -> None:
+    import gzip
+
+    parquet(tmp_path / "rows.parquet", ROWS)
+    packed = tmp_path / "rows.parquet.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.parquet").read_bytes()))
+    with pytest.raises(DataError, match="the file is a Parquet file"):
+        list(iter_rows(packed))
+
+
+@pytest.mark.parametrize(
+    "part", ["xl/sharedStrings.xml", "xl/styles.xml", "xl/worksheets/sheet1.xml"]
+)
+def test_a_spreadsheet_that_unpacks_to_too_much_is_refused(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "LARGEST_FILE", 100_000)
+    monkeypatch.setattr(columnar, "LARGEST_SHEET", 100_000)
+    path = tmp_path / "rows.xlsx"
+    spreadsheet(path, ROWS[:1])
+    assert list(iter_rows(path))
+    with zipfile.ZipFile(path) as sound:
+        parts = {name: sound.read(name) for name in sound.namelist()}
+    head, _, tail = parts.get(part, b"<sst></sst>").rpartition(b"</")
+    parts[part] = head + b" " * 2_000_000 + b"</" + tail
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(DataError, match=f"{part} unpacks to 2,00.* bytes, more than 100,000"):
+        list(iter_rows(path))
+
+
+def test_rows_that_are_far_larger_than_their_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "LARGEST_ROWS", 1 << 20)
+    parquet(tmp_path / "rows.parquet", [{"text": "x" * 50_000}] * 500, compression="zstd")
+    assert (tmp_path / "rows.parquet").stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"rows.parquet:1: 64 rows have 3,2.* bytes"):
+        list(iter_rows(tmp_path / "rows.parquet"))
+
+
+def test_a_sheet_whose_rows_have_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "SHEET_ROWS", 1000)
+    spreadsheet(tmp_path / "a.xlsx", ROWS[:1])
+    content = io.BytesIO((tmp_path / "a.xlsx").read_bytes())
+    with zipfile.ZipFile(content) as sound, zipfile.ZipFile(tmp_path / "b.xlsx", "w") as archive:
+        for name in sound.namelist():
+            data = sound.read(name)
+            archive.writestr(name, data.replace(b'<row r="2"', b'<row r="99999999999"'))
+    with pytest.raises(DataError, match="holds no rows"):
+        list(iter_rows(tmp_path / "b.xlsx"))
+
+
+def test_a_large_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    """Forty megabytes in one row group."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import numpy as np
+    from pyarrow import parquet as files
+
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(500).hex() for _ in range(40_000)]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": texts})
+    files.write_table(table, path, compression="none", row_group_size=10**6, use_dictionary=False)
+    del table, texts
+    code = (
+        "import sys, pyarrow.parquet; from pathlib import Path\n"
+        "from minigpt.machine import peak_memory; from minigpt.data.formats import iter_rows\n"
+        "before = peak_memory()['peak_rss_mb']\n"
+        "rows = sum(1 for _ in iter_rows(Path(sys.argv[1])))\n"
+        "print(rows, peak_memory()['peak_rss_mb'] - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    rows, grown = map(int, done.stdout.split())
+    assert (rows, done.returncode) == (40_000, 0)
+    assert grown < 30
+
+
+@damage.counts
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.xlsx"])
+def test_damaged_files_are_refused(name: str, tmp_path: Path, count: int) -> None:
+    file = tmp_path / name
+    FORMS[name](file, ROWS[:3])
+    sound = file.read_bytes()
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        list(iter_rows(file))
+
+    damage.fuzz(count, damage.damaged_bytes(sound), read)
