@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from minigpt.infer.engine import Engine
 
 VOCABULARY = 6400
+REPLY = 128  # tokens of a reply about a form
 LONGEST = 512  # tokens of a poem, a chat, or a pair's longer answer with its prompt
 POEMS = 200  # that are generated
 SAMPLES = 20  # that the page shows
@@ -61,7 +62,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], float]] = {
     "pretrain": ("poems", {}, 2e-3),
     "sft": ("hub_sft", {"lr": 1e-4}, 1e-4),
     "lora": ("hub_lora", {"lr": 1e-3}, 1e-3),
-    "dpo": ("chat_dpo", {"lr": 1e-5}, 1e-5),
+    "dpo": ("chat_dpo", {"lr": 5e-6}, 5e-6),
 }
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "lora": "chat", "dpo": "preference"}
 STEP_TOKENS = 2048
@@ -107,7 +108,9 @@ class Work:
             started = time.time()
             record = self.arms[name]()
             seconds = round(time.time() - started, 1)
-            write_json(file, record | {"arm_seconds": seconds, "machine": surroundings()})
+            budget = self.args.poems_minutes if name.startswith("poems") else self.args.minutes
+            record |= {"budget_minutes": budget, "arm_seconds": seconds}
+            write_json(file, record | {"machine": surroundings()})
             print(f"[{name}] {seconds:.0f} s", flush=True)
 
     def poems(self) -> Record:
@@ -250,8 +253,8 @@ class Work:
                 made = formats.pairs(block[i], replies[i : i + ANSWERS])
                 (val if block[i].held_out else train).extend(made)
             late = (time.time() - started) / planned
-            enough = len(train) >= LEAST_PAIRS and len(val) >= LEAST_PAIRS
-            if late > (1 if enough else LATEST):
+            fewest = min(len(train), len(val))
+            if late > (1 if fewest >= LEAST_PAIRS else LATEST) and fewest:
                 break
         if not (train and val):
             raise MiniGPTError(f"Of {asked} answers none makes a pair: take a better --model.")
@@ -373,7 +376,7 @@ def answer(
     from minigpt.infer.engine import Sampling
 
     chats = [(Message("user", prompt),) for prompt in prompts]
-    samplings = [Sampling(96, temperature, min_p=0.05, seed=seed + i) for i in range(len(chats))]
+    samplings = [Sampling(REPLY, temperature, min_p=0.05, seed=seed + i) for i in range(len(chats))]
     replies = engine.complete(chats, samplings)
     return [reply.text if reply.ended_by is not None else "" for reply in replies]
 

@@ -33,7 +33,7 @@ VERSE = {
 COMMAND = """```bash
 export OMP_NUM_THREADS={threads}
 python scripts/results.py --output_dir outputs/results --poems $DATA/poems_zh_train.jsonl \\
-  --poems_val $DATA/poems_zh_val.jsonl --model $MODEL --chats $DATA/lf_alpaca_en_demo.json
+  --poems_val $DATA/poems_zh_val.jsonl --model $MODEL --chats $DATA/lf_alpaca_en_demo.json{minutes}
 python scripts/results.py --output_dir outputs/results --page
 ```"""
 
@@ -57,7 +57,11 @@ def write_page(directory: Path, file: Path) -> None:
 
 def render(records: Mapping[str, Record]) -> str:
     """Return the page."""
-    parts = [introduction(next(iter(records.values()))["machine"])]
+    minutes = {
+        "--poems_minutes" if name.startswith("poems") else "--minutes": record["budget_minutes"]
+        for name, record in records.items()
+    }
+    parts = [introduction(next(iter(records.values()))["machine"], minutes)]
     if poems := {name: records[name] for name in ("poems", "poems-plain") if name in records}:
         parts += poem_sections(poems)
     if chat := {name: records[name] for name in CHAT_ARMS if name in records}:
@@ -65,10 +69,11 @@ def render(records: Mapping[str, Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def introduction(machine: Record) -> str:
-    """Return the beginning: what was run, and on what."""
+def introduction(machine: Record, minutes: Mapping[str, float]) -> str:
+    """Return the beginning: what was run, on what, and for how many minutes by which option."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    command = COMMAND.format(threads=machine["threads"])
+    options = "".join(f" \\\n  {name} {value:g}" for name, value in sorted(minutes.items()))
+    command = COMMAND.format(threads=machine["threads"], minutes=options)
     return f"""# Results on real data
 
 What the recipes reach in given minutes, beside the plain loop of transformers and peft
@@ -119,7 +124,7 @@ def chat_sections(records: Mapping[str, Record], pairs: Record | None) -> Iterat
     yield (
         "## A chat model of 135M parameters\n\n"
         "SFT and LoRA learn from nine tenths of the chats; the loss on the others is in nats per "
-        "target. Forms: 64 questions that ask for a form of the reply, greedy, at most 96 tokens; "
+        "target. Forms: 64 questions that ask for a form of the reply, greedy, at most 128 tokens; "
         "a reply counts if it has the form by a checker and ends by itself."
     )
     if pairs:

@@ -17,7 +17,7 @@ SCRIPTS = ROOT / "scripts"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), str(SCRIPTS / "bench"), *sys.path])
     return importlib.import_module
 
 
@@ -180,7 +180,9 @@ def options(tmp_path: Path, **changes: Any) -> Namespace:
     return Namespace(**{**defaults, **changes})
 
 
-def test_a_run_that_was_cut_off_goes_on(results: Any, load: Any, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_goes_on(
+    results: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[str] = []
 
     def arm(name: str, fails: bool = False) -> Any:
@@ -192,6 +194,7 @@ def test_a_run_that_was_cut_off_goes_on(results: Any, load: Any, tmp_path: Path)
 
         return run
 
+    monkeypatch.setattr(load("measure"), "surroundings", dict)
     work = results.Work(options(tmp_path))
     work.arms = {"a": arm("a"), "b": arm("b", fails=True), "c": arm("c")}
     with pytest.raises(KeyboardInterrupt):
@@ -203,6 +206,20 @@ def test_a_run_that_was_cut_off_goes_on(results: Any, load: Any, tmp_path: Path)
     assert record["name"] == "b"
     assert record.keys() >= {"arm_seconds", "machine"}
     assert not (tmp_path / "c.json").exists()
+
+
+def test_each_stage_has_a_recipe(results: Any, tmp_path: Path) -> None:
+    work = results.Work(options(tmp_path, recipes=str(ROOT / "configs" / "recipes")))
+    modules = {
+        stage: results.read_yaml(work.recipe(stage))["model"]["class_path"]
+        for stage in results.STAGES
+    }
+    assert modules == {
+        "pretrain": "PretrainModule",
+        "sft": "SFTModule",
+        "lora": "LoRAModule",
+        "dpo": "DPOModule",
+    }
 
 
 @pytest.mark.parametrize(
@@ -248,7 +265,7 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     page = load("results_page")
     cost = {"minutes": 20.04, "steps": 1200, "tokens_seen": 123456, "peak_rss_mb": 900}
     cost |= {"useful_tokens_per_s": 1234.5, "curve": [[0.0, 2.0], [10.0, 1.0]]}
-    common = {"machine": MACHINE, "arm_seconds": 1.0}
+    common = {"machine": MACHINE, "arm_seconds": 1.0, "budget_minutes": 20.0}
     poems = {"bits_per_character": 6.5, "bits_per_character_per_nat": 2.0, "verse": SHARES}
     poems |= {"verse_held_out": SHARES, "poems": ["題\n人\n甲，乙。"] * 20}
     forms = {"all": 0.5, "JSON": 0.25}
@@ -274,6 +291,7 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     assert "| SFT | 20 | 1,200 | 123,456 | 1,234 | 900 | 1.5 | 50% | 75% |" in text
     assert "| JSON | 25% | 25% | 25% |" in text
     assert "400 answers" in text
+    assert " \\\n  --minutes 20 \\\n  --poems_minutes 20\n" in text
     assert "[SFT] (did not end)" in text
     assert "[DPO, plain]" not in text
     assert "(did not end)" in text
