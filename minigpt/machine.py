@@ -55,6 +55,23 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def memory_in_use(device: str) -> int:
+    """Return the bytes in use: on a GPU of this process's tensors, else all that it has resident.
+
+    Args:
+        device: its type, such as cpu or cuda.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():  # only Linux says it; elsewhere the most so far
+        return peak_memory()["peak_rss_mb"] * 1_000_000
+    line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
 def machine() -> dict[str, Any]:
     """Return what a reader needs to compare times: processor, cores, system, versions."""
     import torch

@@ -245,7 +245,7 @@ class MiniGPTCLI(VerbCLI):
             except BaseException as error:
                 if self.status is None:
                     raise
-                user_error = as_user_error(error, self.run_dir)
+                user_error = as_user_error(error, self.run_dir, getattr(self, "datamodule", None))
                 if not isinstance(user_error, RunExistsError):  # what is there stays as it is
                     self.status.end(user_error)
                 if user_error is error:

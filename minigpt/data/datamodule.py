@@ -33,6 +33,7 @@ T = TypeVar("T")
 Files = str | list[str] | dict[str, float] | None
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
 LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
+LOOK_AHEAD = 8  # micro-batches whose sizes are looked at together
 MOST_WORKERS = 256  # processes that read ahead
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
 
@@ -214,6 +215,9 @@ class JSONLDataModule(LightningDataModule):
             `accumulate_grad_batches` says that.
         max_prompt_length: tokens of a preference's prompt.
         columns: keys of the rows that have other names in MiniGPT, such as {ask: prompt}.
+        max_held_out_tokens: how many tokens `val_share` holds out at most; null for no bound.
+        max_val_tokens: how many tokens a validation reads at most. Of larger held-out data it reads
+            rows that are spread evenly, the same each time; null reads all.
         data_limit: use only the first rows of each training file.
         on_bad_row: stop at a bad row, or skip and count it.
         max_bad_share: share of skipped rows above which the run stops.
@@ -246,6 +250,8 @@ class JSONLDataModule(LightningDataModule):
         tokens_per_step: int | None = None,
         columns: dict[str, str] | None = None,
         max_too_long_share: float = 0.05,
+        max_held_out_tokens: int | None = 200_000,
+        max_val_tokens: int | None = 100_000,
     ) -> None:
         super().__init__()
         self.train = train
@@ -267,6 +273,9 @@ class JSONLDataModule(LightningDataModule):
         )
         self.tokens_per_batch = tokens_per_batch
         self.tokens_per_step = tokens_per_step
+        self.max_held_out_tokens = max_held_out_tokens
+        self.max_val_tokens = max_val_tokens
+        self.all_held_out_tokens = 0  # of which a validation reads at most `max_val_tokens`
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = cache_dir
@@ -282,7 +291,7 @@ class JSONLDataModule(LightningDataModule):
 
     def _check(self) -> None:
         budget = self.tokens_per_batch
-        longest = self.limits.max_length * (2 if self.kind == "preference" else 1)
+        longest = self.longest_sample
         if bad := [path for path, weight in self.train_weights.items() if weight <= 0]:
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
@@ -294,6 +303,8 @@ class JSONLDataModule(LightningDataModule):
             "max_prompt_length": self.limits.max_prompt_length,
             "data_limit": self.limits.data_limit,
             "tokens_per_step": self.tokens_per_step,
+            "max_held_out_tokens": self.max_held_out_tokens,
+            "max_val_tokens": self.max_val_tokens,
         }
         for name, value in optional.items():
             if value is not None and value < 1:
@@ -359,12 +370,18 @@ class JSONLDataModule(LightningDataModule):
     def _setup_train(self) -> None:
         weights = self.train_weights
         self.train_subsets = [StoreSubset(self._open(path)) for path in weights]
+        held_out: list[StoreSubset] = []
         if self.val_files:
-            self.val_subsets = [StoreSubset(self._open(path)) for path in self.val_files]
+            held_out = [StoreSubset(self._open(path)) for path in self.val_files]
         elif self.val_share:
-            splits = [_split(subset.store, self.val_share) for subset in self.train_subsets]
-            self.train_subsets = [train for train, _ in splits]
-            self.val_subsets = [held_out for _, held_out in splits]
+            shares_held_out = [_held_out(one.store, self.val_share) for one in self.train_subsets]
+            held_out = within(shares_held_out, self.max_held_out_tokens)
+            self.train_subsets = [
+                _without(one.store, rows)
+                for one, rows in zip(self.train_subsets, held_out, strict=True)
+            ]
+        self.all_held_out_tokens = sum(subset.tokens() for subset in held_out)
+        self.val_subsets = [one for one in within(held_out, self.max_val_tokens) if len(one)]
         shares = [
             _share(path, len(subset), weight)
             for subset, (path, weight) in zip(self.train_subsets, weights.items(), strict=True)
@@ -372,8 +389,8 @@ class JSONLDataModule(LightningDataModule):
         if shares:
             self.order = self._ordered(self.train_subsets, shares, self.seed, *self._epoch())
         if self.val_subsets:
-            held_out = [FileShare(len(subset), len(subset)) for subset in self.val_subsets]
-            self.val_order = self._ordered(self.val_subsets, held_out, None)
+            all_of_them = [FileShare(len(subset), len(subset)) for subset in self.val_subsets]
+            self.val_order = self._ordered(self.val_subsets, all_of_them, None)
 
     def _epoch(self) -> tuple[int | None, bool]:
         """Return how many micro-batches an epoch has, if not all, and whether all are the same."""
@@ -425,6 +442,19 @@ class JSONLDataModule(LightningDataModule):
             return tokens
         return min(tokens, limit * self.tokens_per_batch * self.world_size)
 
+    def held_out_source(self) -> str:
+        """Return in words what a validation reads less than, and by which option; often nothing."""
+        text = ""
+        if not self.val_files and self.val_subsets:
+            text = f" of the training data (val_share {self.val_share:g}"
+            if self.max_held_out_tokens is not None:
+                text += f", at most {self.max_held_out_tokens:,} tokens: max_held_out_tokens"
+            text += ")"
+        if self.max_val_tokens is not None and self.all_held_out_tokens > self.max_val_tokens:
+            held_out = f"{self.all_held_out_tokens:,} held out"
+            text = f" (max_val_tokens) of the {held_out}{text}"
+        return text
+
     def accumulation(self, processes: int) -> int:
         """Return how many micro-batches each process accumulates to fill `tokens_per_step`.
 
@@ -444,6 +474,34 @@ class JSONLDataModule(LightningDataModule):
                 processes,
             )
         return count
+
+    def first_samples(self, tokens: int) -> list[Sample]:
+        """Return samples of the next training micro-batch with about so many tokens, or one."""
+        assert self.order is not None
+        epoch, start = self.position
+        following = islice(self.order.batches(epoch), start, None)
+        samples: list[Sample] = []
+        for file, index in next(following, ()) or next(self.order.batches(epoch + 1)):
+            samples.append(self.train_subsets[file].sample(index))
+            tokens -= len(samples[-1].ids)
+            if tokens <= 0:
+                break
+        return samples
+
+    def largest_micro_batch(self) -> int:
+        """Return the tokens of the largest of the next micro-batches; they differ little."""
+        assert self.order is not None
+        epoch, start = self.position
+        sizes = [0]
+        for members in islice(self.order.batches(epoch), start, start + LOOK_AHEAD):
+            lengths = (self.train_subsets[file].lengths(np.array([i])) for file, i in members)
+            sizes.append(sum(int(length[0]) for length in lengths))
+        return max(sizes)
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens that one sample may have: two answers of a preference count apart."""
+        return self.limits.max_length * (2 if self.kind == "preference" else 1)
 
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:
         """Return the optimizer steps of some epochs: each epoch ends with a step."""
@@ -561,8 +619,8 @@ def _share(path: str, samples: int, weight: float) -> FileShare:
     return FileShare(samples, count)
 
 
-def _split(store: TokenStore, share: float) -> tuple[StoreSubset, StoreSubset]:
-    """Split a store's samples by row into (rest, held out), which is spread evenly."""
+def _held_out(store: TokenStore, share: float) -> StoreSubset:
+    """Return the samples of a share of a store's rows, spread evenly."""
     line = store.lines()
     held_out = np.floor(line * share) > np.floor((line - 1) * share)
     if held_out.all() or not held_out.any():
@@ -570,9 +628,46 @@ def _split(store: TokenStore, share: float) -> tuple[StoreSubset, StoreSubset]:
             f"{store.source} has too few rows to hold out a share of {share}. "
             "Give data.init_args.val, or set val_share to 0."
         )
-    return StoreSubset(store, np.flatnonzero(~held_out)), StoreSubset(
-        store, np.flatnonzero(held_out)
-    )
+    return StoreSubset(store, np.flatnonzero(held_out))
+
+
+def _without(store: TokenStore, rows: StoreSubset) -> StoreSubset:
+    """Return the samples of a store that a subset leaves."""
+    assert rows.index is not None
+    is_left = np.ones(len(store), dtype=bool)
+    is_left[rows.index] = False
+    return StoreSubset(store, np.flatnonzero(is_left))
+
+
+def within(subsets: list[StoreSubset], bound: int | None) -> list[StoreSubset]:
+    """Return of each subset the samples of some rows that together have at most so many tokens.
+
+    The rows are spread evenly over all subsets, always the same, and at least one. Subsets within
+    the bound stay as they are.
+    """
+    total = sum(subset.tokens() for subset in subsets)
+    if bound is None or total <= bound:
+        return subsets
+    indices = [np.arange(len(s)) if s.index is None else s.index for s in subsets]
+    rows, lengths, first = [], [], 0
+    for subset, index in zip(subsets, indices, strict=True):
+        _, row = np.unique(subset.store.lines()[index], return_inverse=True)
+        rows.append(first + row)
+        lengths.append(subset.store.lengths(index))
+        first += int(row.max(initial=-1)) + 1
+    row_tokens = np.bincount(np.concatenate(rows), np.concatenate(lengths), first)  # [rows]
+    share, numbers = bound / total, np.arange(first)
+    chosen = np.floor((numbers + 1) * share) > np.floor(numbers * share)
+    left: float = bound
+    for number in np.flatnonzero(chosen).tolist():
+        chosen[number] = row_tokens[number] <= left
+        left -= row_tokens[number] * chosen[number]
+    if not chosen.any():
+        chosen[row_tokens.argmin()] = True
+    return [
+        StoreSubset(subset.store, index[chosen[row]])
+        for subset, index, row in zip(subsets, indices, rows, strict=True)
+    ]
 
 
 class PretrainDataModule(JSONLDataModule):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,11 +13,15 @@ from lightning.pytorch.callbacks import Callback
 
 from minigpt.model.architecture import count_parameters
 from minigpt.runs.checkpoints import Checkpoints
+from minigpt.runs.demo import MOST_PARAMETERS, demo_files, demo_prompts
+from minigpt.runs.memory import expected_memory
 from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
 MANY_EPOCHS = 20
+LONG = 1e14  # operations: some minutes on a CPU
+STEPS_TIMED = 20  # before the time to the end is told
 FORWARD_SHARE = 1 / 3  # of a training step's computation: the backward pass costs two forwards
 
 
@@ -36,11 +42,15 @@ class Plan:
         epoch_tokens: tokens of an epoch.
         rates: optimizer, peak rates and schedule in words.
         held_out_tokens: of one validation; 0 for none.
+        held_out_source: what they are a part of, in words.
         validations: how many, between the first step and the last.
         validated_every: how often in words.
         checkpoint_every: optimizer steps between two checkpoints.
         checkpoints_kept: which of them stay, in words.
         exported: which weights `hf/` will hold, in words.
+        memory: the expected peak, in words; "" where it is not known.
+        demo_files: data of the demo in a run that is not the demo.
+        demo_prompts: sample prompts of the demo in such a run.
     """
 
     parameters: int
@@ -56,11 +66,15 @@ class Plan:
     epoch_tokens: int
     rates: str
     held_out_tokens: int
+    held_out_source: str
     validations: int
     validated_every: str
     checkpoint_every: int
     checkpoints_kept: str
     exported: str
+    memory: str = ""
+    demo_files: Sequence[str] = ()
+    demo_prompts: Sequence[str] = ()
 
     @property
     def tokens(self) -> int:
@@ -87,7 +101,8 @@ class Plan:
         )
         yield f"Rates: {self.rates}"
         yield (
-            f"Validation: {self.held_out_tokens:,} tokens, {self.validated_every}"
+            f"Validation: {self.held_out_tokens:,} tokens{self.held_out_source}, "
+            f"{self.validated_every}"
             if self.held_out_tokens
             else "Validation: none"
         )
@@ -95,9 +110,34 @@ class Plan:
         if self.checkpoint_every >= self.steps:
             saved = "at the end alone"
         yield f"Checkpoints: {saved}, {self.checkpoints_kept}; hf/ will hold the {self.exported}"
+        if self.memory:
+            yield f"Memory: {self.memory}"
 
     def warnings(self) -> Iterator[str]:
         """Yield what is unlikely to be meant, each with what to do about it."""
+        yield from self._wasteful()
+        if self.checkpoint_every >= self.steps and self.operations > LONG:
+            yield (
+                f"The run of {self.steps:,} steps saves no checkpoint before its end: what ends it "
+                "by force loses all of it. Lower checkpoint.every."
+            )
+        if self.demo_files:
+            yield (
+                f"This run is not the demo, and reads the demo's data, an invented world: "
+                f"{', '.join(self.demo_files)}. Give your own (data.train, data.val, data.exam)."
+            )
+        if self.demo_prompts:
+            yield (
+                f"The run asks the demo's sample prompts ({', '.join(self.demo_prompts)}). Set "
+                "model.sample_prompts to some that its data can answer."
+            )
+
+    @property
+    def operations(self) -> float:
+        """About how many floating-point operations training takes: 6 a parameter and token."""
+        return 6.0 * self.parameters * self.tokens
+
+    def _wasteful(self) -> Iterator[str]:
         if self.precision == "32-true" != self.fast_precision:
             yield (
                 f"This hardware computes {self.fast_precision} faster than fp32: "
@@ -116,8 +156,8 @@ class Plan:
             )
         if self.validations * self.held_out_tokens * FORWARD_SHARE > self.tokens:
             yield (
-                "Validation takes longer than training. Hold out less (data.val, data.val_share), "
-                "or raise validate.every."
+                "Validation takes longer than training. Lower data.max_val_tokens, or raise "
+                "validate.every."
             )
 
 
@@ -132,6 +172,8 @@ class RunPlan(Callback):
     def __init__(self, checkpoints: Checkpoints, fast_precision: str) -> None:
         self.checkpoints = checkpoints
         self.fast_precision = fast_precision
+        self.started = 0.0
+        self.timed_at = 0  # step after which the time to the end is told
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it, on the first process."""
@@ -143,6 +185,27 @@ class RunPlan(Callback):
             log.info("%s", line)
         for line in plan.warnings():
             log.warning("%s", line)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+        self.timed_at = trainer.global_step + STEPS_TIMED
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Tell the time to the end, once, after some steps; validations between them count."""
+        assert isinstance(pl_module, BaseModule)
+        step = trainer.global_step
+        if step < self.timed_at or not trainer.is_global_zero:
+            return
+        self.timed_at = sys.maxsize
+        seconds, left = time.monotonic() - self.started, pl_module.total_steps() - step
+        if left > 0:
+            log.info(
+                "%d steps took %s: about %s to the end.",
+                STEPS_TIMED,
+                duration(seconds),
+                duration(seconds / STEPS_TIMED * left),
+            )
 
     def plan(self, trainer: Trainer, module: BaseModule) -> Plan:
         """Return the run's numbers."""
@@ -163,6 +226,10 @@ class RunPlan(Callback):
         else:
             validations = steps * step_tokens // max(1, epoch_tokens)
             validated_every = "at the end of each epoch"
+        is_demo = len(demo_files(data.train_weights)) == len(data.train_weights)
+        is_demo = is_demo and parameters <= MOST_PARAMETERS
+        files = [*data.train_weights, *data.val_files, *data.exam]
+        memory = expected_memory(module)
         saving = self.checkpoints.options
         kept = "all are kept" if saving.keep == "all" else f"the last {saving.keep} are kept"
         if saving.best is not None:
@@ -181,9 +248,21 @@ class RunPlan(Callback):
             epoch_tokens=epoch_tokens,
             rates=f"{rates}, {module.schedule_options.name}",
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
+            held_out_source=data.held_out_source(),
             validations=validations,
             validated_every=validated_every,
             checkpoint_every=saving.every,
             checkpoints_kept=kept,
             exported=saving.export,
+            memory="" if memory is None else str(memory),
+            demo_files=() if is_demo else demo_files(files),
+            demo_prompts=() if is_demo else demo_prompts(module.sample_prompts),
         )
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, in the unit that fits."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 
+from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import (
     INTERRUPTED,
     PREEMPTED,
@@ -19,9 +20,11 @@ from minigpt.errors import (
     ProcessLost,
     Stopped,
     Terminated,
+    TrainingError,
     chain,
 )
 from minigpt.files import unwritable, write_json
+from minigpt.machine import peak_memory
 from minigpt.runs.claim import make_way
 from minigpt.stages.base import BaseModule
 
@@ -48,10 +51,45 @@ def stopped(number: int, step: int | None) -> Stopped:
     return Stopped(f"stopped by {name}: {saved}. Go on with --ckpt_path auto.", SIGNALS[number])
 
 
-def as_user_error(error: BaseException, run_dir: Path) -> BaseException:
-    """Return the error that a user reads for a failure; an unexpected one stays as it is."""
+def out_of_memory(error: BaseException, data: JSONLDataModule | None) -> TrainingError | None:
+    """Return the error for a full memory, with the setting to halve; None for other errors."""
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
+        return None
+    peaks = peak_memory()
+    where, peak = "memory", peaks["peak_rss_mb"]
+    if not on_cpu and "peak_gpu_mb" in peaks:
+        where, peak = "GPU's memory", peaks["peak_gpu_mb"]
+    budget = "data.init_args.tokens_per_batch"
+    remedy = f"Halve {budget}"
+    if data is not None:
+        remedy += f", which is {data.tokens_per_batch:,}"
+        if data.tokens_per_batch // 2 < data.longest_sample:
+            remedy = f"Halve data.init_args.max_length, which is {data.limits.max_length:,}, and "
+            remedy += f"{budget}, which is {data.tokens_per_batch:,}"
+        elif data.tokens_per_step is None:
+            remedy += ", and double trainer.accumulate_grad_batches, by which the steps stay alike"
+    return TrainingError(
+        f"The {where} is full; the peak was {peak / 1000:.2f} GB. {remedy}. Or set "
+        "model.init_args.activation_checkpointing to true, which takes less and computes a third "
+        "more. A run that has checkpoints goes on with --ckpt_path auto --allow_changes true."
+    )
+
+
+def as_user_error(
+    error: BaseException, run_dir: Path, data: JSONLDataModule | None = None
+) -> BaseException:
+    """Return the error that a user reads for a failure; an unexpected one stays as it is.
+
+    Args:
+        error: what ended the run.
+        run_dir: where it wrote.
+        data: what it was trained on, if it came so far.
+    """
     if isinstance(error, MiniGPTError):
         return error
+    if (full := out_of_memory(error, data)) is not None:
+        return full
     if isinstance(error, KeyboardInterrupt):
         return stopped(signal.SIGINT, None)
     if isinstance(error, Terminated):
@@ -118,7 +156,8 @@ class RunStatus(Callback):
         self, trainer: Trainer, pl_module: LightningModule, error: BaseException
     ) -> None:
         """The run ended otherwise."""
-        self.end(as_user_error(error, self.path.parent))
+        assert isinstance(pl_module, BaseModule)
+        self.end(as_user_error(error, self.path.parent, pl_module.data))
 
     def end(self, error: BaseException) -> None:
         """Write what ended the run, unless that is written."""

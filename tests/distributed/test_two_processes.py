@@ -18,7 +18,7 @@ from patience import limit
 import minigpt.model.optimizer as optim
 import minigpt.stages.setup as setup
 from minigpt.cli.trainer import run
-from minigpt.model.pretrained import load_model
+from minigpt.model.pretrained import find_model, load_model
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[st
         trainer__max_epochs=2,
         trainer__val_check_interval=1,
         data__init_args__tokens_per_batch=400,
-        checkpoint={"every": 1, "keep": 9},
+        checkpoint={"every": 1, "keep": 9, "best": "val/loss", "export": "last"},
         **changes,
     )
     if kind == "muon":
@@ -163,6 +163,20 @@ def test_a_resumed_run_ends_where_the_whole_one_did(
     assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(before)) - 2
     for name, value in load_model(resumed).state_dict().items():
         assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("stage", "kind", "strategy"), ALL)
+def test_checkpoints_are_models_and_the_best_stays(
+    stage: str, kind: str, strategy: str, runs: Path
+) -> None:
+    checkpoints = runs / f"{stage}-{kind}-{strategy}" / "checkpoints"
+    best = json.loads((checkpoints / "best.json").read_text())
+    values = tiny_runs.metrics(checkpoints.parent, "val/loss")
+    assert best["held_out"]["val/loss"] == min(values)
+    assert find_model(checkpoints / "best") == checkpoints / f"step={best['step']}" / "hf"
+    last = load_model(checkpoints / "last").state_dict()
+    exported = load_model(checkpoints.parent).state_dict()
+    assert all(torch.equal(last[name], value) for name, value in exported.items())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -190,6 +190,64 @@ def test_a_share_of_rows_is_held_out(module: Any, share: float, expected_rows: i
     assert len(val) == expected_rows
 
 
+def tokens_of_rows(made: JSONLDataModule) -> list[int]:
+    """How many tokens each of the 23 rows has."""
+    (subset,) = made.train_subsets
+    store = subset.store
+    lengths = torch.tensor(store.lengths(torch.arange(len(store)).numpy()))
+    return torch.bincount(torch.tensor(store.lines()) - 1, lengths).int().tolist()
+
+
+@pytest.mark.parametrize("bound", [1, 100, 150, 250])
+def test_the_share_holds_out_a_bounded_number_of_tokens(module: Any, bound: int) -> None:
+    options = {"val_share": 0.5, "max_length": 8, "tokens_per_batch": 64}
+    unbounded = set(lines(epoch(module(**options, max_held_out_tokens=None), held_out=True)))
+    made = module(**options, max_held_out_tokens=bound)
+    train, val = (set(lines(epoch(made, held_out=h))) for h in (False, True))
+    assert (train & val, train | val) == (set(), set(range(1, 24)))
+    assert val < unbounded
+    tokens, spent = tokens_of_rows(made), sum(batch.n_tokens for batch in epoch(made, True))
+    assert spent == sum(tokens[row - 1] for row in val)
+    if bound == 1:
+        assert len(val) == 1  # a row is the least
+    else:
+        assert bound / 3 <= spent <= bound
+        assert max(val) - min(val) > 4  # not the first ones
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_validation_reads_a_bounded_number_of_tokens(module: Any, write: Any, files: int) -> None:
+    names = [str(write(TEXTS, f"val-{number}.jsonl")) for number in range(files)]
+    whole = module(train=names[0], val=names, max_val_tokens=None)
+    whole_tokens = sum(batch.n_tokens for batch in epoch(whole, held_out=True))
+    bound = whole_tokens // 3
+    options = {"train": names[0], "val": names, "max_val_tokens": bound}
+    made, again = module(**options), module(**options)
+    batches = epoch(made, held_out=True)
+    assert bound / 2 < sum(batch.n_tokens for batch in batches) <= bound
+    assert [content(batch) for batch in batches] == [content(b) for b in epoch(again, True)]
+    read = {source for batch in batches for source in batch.sources}
+    assert len({file for file, _ in read}) == files  # rows of each file
+    assert made.all_held_out_tokens == whole_tokens
+    assert len(epoch(made, held_out=False)) == len(epoch(whole, held_out=False))
+    assert f"(max_val_tokens) of the {whole_tokens:,} held out" in made.held_out_source()
+    assert whole.held_out_source() == ""
+
+
+def test_the_plan_says_what_is_held_out(module: Any) -> None:
+    made = module(val_share=0.5, max_held_out_tokens=250, max_val_tokens=100)
+    text = made.held_out_source()
+    assert " of the training data (val_share 0.5, at most 250 tokens: max_held_out_tokens)" in text
+    assert text.startswith(" (max_val_tokens) of the ")
+    assert module(val_share=0.5, max_held_out_tokens=None).held_out_source().endswith("share 0.5)")
+
+
+@pytest.mark.parametrize("name", ["max_held_out_tokens", "max_val_tokens"])
+def test_bounds_of_held_out_data_are_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.{name} must be at least 1, but is 0"):
+        PretrainDataModule(**{name: 0})
+
+
 @pytest.mark.parametrize(
     ("share", "problem"),
     [

@@ -21,6 +21,7 @@ PLAN = Plan(
     epoch_tokens=25_600,
     rates="adamw 0.001, wsd",
     held_out_tokens=300,
+    held_out_source=" of the training data",
     validations=10,
     validated_every="every 10 steps",
     checkpoint_every=50,
@@ -36,7 +37,7 @@ def test_the_plan_says_what_the_run_does() -> None:
         "Length: 100 steps of up to 512 tokens (2 micro-batch(es) a process), 51,200 tokens in "
         "all, 2 epochs, 51 tokens a parameter",
         "Rates: adamw 0.001, wsd",
-        "Validation: 300 tokens, every 10 steps",
+        "Validation: 300 tokens of the training data, every 10 steps",
         "Checkpoints: every 50 steps, the last 2 are kept; hf/ will hold the last",
     ]
     assert list(PLAN.warnings()) == []
@@ -48,6 +49,7 @@ def test_the_plan_says_what_the_run_does() -> None:
         ({"trainable": 10}, "Model: 1,000 parameters, 10 of them trained; 320 tokens"),
         ({"held_out_tokens": 0}, "Validation: none"),
         ({"checkpoint_every": 100}, "Checkpoints: at the end alone"),
+        ({"memory": "about 1 GB"}, "Memory: about 1 GB"),
     ],
 )
 def test_a_line_of_other_plans(changes: dict[str, Any], line: str) -> None:
@@ -61,6 +63,12 @@ def test_a_line_of_other_plans(changes: dict[str, Any], line: str) -> None:
         ({"parameters": 60_000}, "reads 0.85 tokens a parameter"),
         ({"epoch_tokens": 2_000}, "the same data 26 times"),
         ({"held_out_tokens": 16_000}, "Validation takes longer than training"),
+        (
+            {"checkpoint_every": 100, "parameters": 10**9, "from_random": False},
+            "saves no checkpoint before its end",
+        ),
+        ({"demo_files": ["a.jsonl", "b.jsonl"]}, "an invented world: a.jsonl, b.jsonl. Give"),
+        ({"demo_prompts": ["Who?"]}, "the demo's sample prompts (Who?)"),
     ],
 )
 def test_a_plan_that_is_unlikely_to_be_meant(changes: dict[str, Any], warning: str) -> None:
@@ -74,6 +82,7 @@ def test_a_plan_that_is_unlikely_to_be_meant(changes: dict[str, Any], warning: s
         {"precision": "32-true", "fast_precision": "32-true"},
         {"parameters": 60_000, "from_random": False},
         {"epoch_tokens": 2_560},
+        {"checkpoint_every": 100},
     ],
 )
 def test_what_is_usual_is_not_warned_of(changes: dict[str, Any]) -> None:

@@ -1,0 +1,183 @@
+"""How much memory a run will take, from its parts, two of which are measured before training.
+
+    peak = held + gradients + optimizer + max(activations, update)
+    activations = fixed + tokens of the largest micro-batch x bytes a token
+
+- held: what there is before training, measured: on a GPU its tensors, on a CPU all that the
+  process has in memory.
+- gradients: one value for each trained weight, of its type.
+- optimizer: two such values with AdamW, one with Muon (for the matrices that it trains).
+- activations: what the forward pass of a micro-batch keeps for the backward pass. It is measured on
+  some samples of the first micro-batch and on every second one of them, between which it grows by a
+  number of bytes a token.
+- update: what Muon computes with, five times the matrices of one shape that are most together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.machine import memory_in_use
+from minigpt.model.optimizer import BatchedMuon, MuonAdamW
+from minigpt.stages.base import BaseModule
+
+PROBE_TOKENS = 1024  # of the samples that are read to measure activations
+UPDATE_COPIES = 5  # of a group of matrices: updates, stacked, and three of Newton-Schulz
+
+
+@dataclass(frozen=True)
+class ExpectedMemory:
+    """The parts of a run's peak memory, in bytes, as this file's beginning describes them."""
+
+    held: int
+    gradients: int
+    optimizer: int
+    activations: int
+    update: int
+
+    @property
+    def peak(self) -> int:
+        """The most that the run has in memory at once."""
+        return self.held + self.gradients + self.optimizer + max(self.activations, self.update)
+
+    def __str__(self) -> str:
+        parts = {
+            "before training": self.held,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+        }
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        return f"about {gigabytes(self.peak)} at the peak ({listed})"
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes as text, in GB with two digits."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def expected_memory(module: BaseModule) -> ExpectedMemory | None:
+    """Return what a run will take of the memory of its device; None for a sharded model.
+
+    Called on one process, before the layers are compiled; no random number is drawn.
+    """
+    trained = [p for p in module.model.parameters() if p.requires_grad]
+    if any(hasattr(p, "device_mesh") or hasattr(p, "dimensions") for p in trained):
+        return None
+    held = memory_in_use(module.device.type)
+    state, update = optimizer_bytes(module.trainer.optimizers[0])
+    return ExpectedMemory(
+        held=held,
+        gradients=sum(map(_size, trained)),
+        optimizer=state,
+        activations=activation_bytes(module),
+        update=update,
+    )
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Return the bytes of an optimizer's state, and of what an update computes with."""
+    if not isinstance(optimizer, MuonAdamW):
+        return 2 * sum(map(_size, _parameters(optimizer))), 0
+    adamw, muon = _parameters(optimizer.adamw), list(_parameters(optimizer.muon))
+    by_shape = Counter[torch.Size]()
+    for matrix in muon:
+        by_shape[matrix.shape] += _size(matrix)
+    largest = max(by_shape.values(), default=0)
+    return 2 * sum(map(_size, adamw)) + sum(map(_size, muon)), UPDATE_COPIES * largest
+
+
+def _parameters(optimizer: torch.optim.Optimizer | BatchedMuon) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def activation_bytes(module: BaseModule) -> int:
+    """Return what the forward pass of a full micro-batch keeps for the backward pass."""
+    samples = module.data.first_samples(PROBE_TOKENS)
+    tokens, kept = _measured(module, samples)
+    a_token, fixed = kept / tokens, 0.0
+    if len(samples) > 1:
+        fewer_tokens, fewer_kept = _measured(module, samples[::2])
+        a_token = max(0.0, (kept - fewer_kept) / (tokens - fewer_tokens))
+        fixed = max(0.0, kept - a_token * tokens)
+    return round(fixed + a_token * max(tokens, module.data.largest_micro_batch()))
+
+
+def _measured(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
+    """Return the tokens of some samples, and the bytes that their forward pass keeps."""
+    batch = collate(samples, (0, 0)).to(module.device)
+    pairs = module.data.kind == "preference"
+    live = LiveTensors([*module.parameters(), *module.buffers(), *_tensors(batch)])
+    with _same_random_numbers(module.device), live:
+        with module.trainer.precision_plugin.forward_context():
+            loss = module.model(batch, per_answer=pairs)
+        kept = live.bytes()
+    del loss
+    return batch.n_tokens, kept
+
+
+def _tensors(batch: PackedBatch) -> Iterable[Tensor]:
+    return (value for value in vars(batch).values() if isinstance(value, Tensor))
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+class LiveTensors(TorchDispatchMode):
+    """Context manager that counts the memory of what is computed in it and still there.
+
+    Args:
+        others: tensors that do not count, nor their views.
+    """
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._others = {tensor.untyped_storage()._cdata for tensor in others}
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute, and note the storages of the results."""
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._others:
+                    weak = StorageWeakRef(storage)
+                    self._storages[storage._cdata] = (weak, storage.nbytes())
+        return out
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Forget them."""
+        super().__exit__(kind, error, traceback)
+        self._storages.clear()
+
+    def bytes(self) -> int:
+        """Return the memory of those that are still there."""
+        return sum(size for weak, size in self._storages.values() if not weak.expired())
