@@ -8,6 +8,7 @@ that read them raise whatever their bytes lead to, or never end. So each reader 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from minigpt.errors import MiniGPTError
+from minigpt.errors import MiniGPTError, chain
 
 MEGABYTE = 1 << 20
 LARGEST_FILE = 256 * MEGABYTE  # of files beside weights, of which tokenizers are the largest
@@ -27,6 +28,10 @@ SECONDS = 120  # of computing by one thread: a hundred times what the slowest ho
 REASON = 300  # characters of a reason, at most
 # Exceptions whose text alone, such as "'weights'", says little.
 UNCLEAR = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+
+_OFFLINE = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"}
+_OFFLINE |= {"LocalEntryNotFoundError", "ReadTimeout", "ProxyError", "SSLError"}
+_GATED = {"GatedRepoError"}
 
 _ends: list[tuple[float, float]] = []  # of the limits that hold now: the time, and the seconds
 
@@ -91,6 +96,23 @@ def reason_of(error: BaseException) -> str:
     elif not first or isinstance(error, UNCLEAR):
         first = f"{type(error).__name__}: {first}".rstrip(": ")
     return first if len(first) <= REASON else first[: REASON - 1] + "…"
+
+
+def hub_problem(error: BaseException) -> str:
+    """Return why the hub did not give a file, in a sentence with what to do; "" for other errors.
+
+    Goes by the names of the errors, since the hub's client and its parts have several for this.
+    """
+    names = {type(each).__name__ for each in chain(error)}
+    if names & _OFFLINE or "couldn't connect to" in str(error):
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return (
+            f"it is no folder here, and the hub at {hub} is not reachable. Check the name and the "
+            "network, set HF_ENDPOINT to a mirror, or download it and give its folder."
+        )
+    if names & _GATED:
+        return "the hub asks for access. Accept its terms on its page, and set HF_TOKEN."
+    return ""
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _UNKNOWN = (
     re.compile(r"Option '([\w.]+)' is not accepted"),
     re.compile(r"unrecognized arguments: --([\w.]+)"),
 )
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 # Options that take names of files, which may look like other YAML: null, 5, or #c, a comment.
 _FILES = re.compile(
     r"--(data\.(init_args\.)?(train|val|exam|predict|cache_dir)|predictions"
@@ -101,6 +102,10 @@ def as_option_error(message: str, ex: BaseException | None, options: Sequence[st
         if match := pattern.search(problem):
             name = ".".join(match.groups())
             return OptionError("there is no such option", f"{key}.{name}".strip("."), options)
+    if match := _NO_MODULE.search(problem):
+        package = match[1].partition(".")[0]
+        text = f"the package {package} is not installed: pip install it, or leave the class out"
+        return OptionError(text, key)
     if "arguments are required" in problem:
         missing = problem.rpartition(": ")[2]
         if ".model" not in missing:

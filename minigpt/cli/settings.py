@@ -28,6 +28,36 @@ def join_launcher(trainer: Namespace) -> None:
     trainer.num_nodes = world // local
 
 
+# Variables of which a launcher sets one, or a user who starts each machine himself.
+LAUNCHERS = (
+    "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR",
+    "NODE_RANK",
+    "SLURM_JOB_ID",
+    "LSB_JOBID",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "KUBERNETES_PORT",
+)
+
+
+def check_machines(trainer: Namespace) -> None:
+    """Refuse several machines where nothing says which of them this one is.
+
+    Each would wait for the others without end, as the first of them.
+
+    Raises:
+        ConfigError: then.
+    """
+    is_launched = trainer.plugins or any(name in os.environ for name in LAUNCHERS)
+    if trainer.num_nodes != 1 and not is_launched:
+        raise ConfigError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but no launcher has started this process. "
+            "Start it on each machine: torchrun --nnodes N --nproc_per_node GPUS --node_rank I "
+            "--master_addr FIRST_MACHINE -m minigpt fit --config ..., or by srun."
+        )
+
+
 def choose_precision(requested: object, accelerator: str, strategy: object = "auto") -> str:
     """Return the precision to train in: as requested, or what the hardware multiplies fast.
 

@@ -33,6 +33,7 @@ from minigpt.cli.parser import (
     with_file_names,
 )
 from minigpt.cli.settings import (
+    check_machines,
     check_numbers,
     check_seed,
     check_weights,
@@ -64,7 +65,7 @@ from minigpt.runs.results import (
     SampleText,
 )
 from minigpt.runs.resume import ExactResume, OneStart
-from minigpt.runs.status import RunStatus, as_user_error
+from minigpt.runs.status import RunStatus, as_user_error, misconfigured
 from minigpt.runs.stopping import Stopping, restored_signals
 from minigpt.stages.base import BaseModule
 
@@ -218,6 +219,7 @@ class MiniGPTCLI(VerbCLI):
             config.trainer.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         if "TORCHELASTIC_RUN_ID" in os.environ and config.trainer.devices == "auto":
             join_launcher(config.trainer)
+        check_machines(config.trainer)
 
     def _settle_start(self, config: Namespace) -> None:
         if config.get("ckpt_path") == "auto":
@@ -311,7 +313,7 @@ class MiniGPTCLI(VerbCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+            raise misconfigured(error) from error
         check_strategy(trainer.strategy)
         if not isinstance(trainer.strategy, FSDP2):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -356,3 +358,5 @@ def run(args: list[str]) -> MiniGPTCLI:
         return MiniGPTCLI(with_file_names(args))
     except OptionError as error:
         raise explained(error, args) from error
+    except MisconfigurationException as error:  # of Lightning, while a verb runs
+        raise misconfigured(error) from error

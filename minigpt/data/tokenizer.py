@@ -21,6 +21,7 @@ from minigpt.reading import (
     LARGEST_CONFIG,
     NotReadableError,
     check_directory,
+    hub_problem,
     read_text,
     reason_of,
     refusing,
@@ -176,6 +177,8 @@ def _loaded(path: Path) -> PreTrainedTokenizerFast:
             raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
         if has_files:
             raise
+        if not path.exists() and (problem := hub_problem(error)):
+            raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {problem}") from error
         raise TokenizerError(f"There is no tokenizer at {path}. {_making(path)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")

@@ -67,8 +67,34 @@ SIZES = {  # what a config calls the sizes of an `Architecture`, all but `rope_t
 }
 
 
+def check_architecture(a: Architecture) -> None:
+    """Refuse sizes of which no native model can be built.
+
+    Raises:
+        ConfigError: for the first one.
+    """
+    name = "model.init_args.architecture"
+    for size in ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions"):
+        if (value := getattr(a, size)) < 1:
+            raise ConfigError(f"{name}.{size} must be at least 1, but is {value}.")
+    if a.heads % a.kv_heads:
+        raise ConfigError(
+            f"{name}.heads is {a.heads} and kv_heads {a.kv_heads}: as many query heads share each "
+            "key and value head, so heads must be a multiple of kv_heads."
+        )
+    if a.head_dim % 2:
+        raise ConfigError(
+            f"{name}.head_dim is {a.head_dim}, but rotary positions turn pairs: make it even."
+        )
+
+
 def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Return the config of a native model for a tokenizer's vocabulary."""
+    """Return the config of a native model for a tokenizer's vocabulary.
+
+    Raises:
+        ConfigError: for sizes that do not go together.
+    """
+    check_architecture(a)
     return Qwen3Config(
         vocab_size=tokenizers.id_count(tokenizer),
         hidden_size=a.hidden_size,

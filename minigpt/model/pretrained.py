@@ -38,6 +38,7 @@ from minigpt.reading import (
     SECONDS,
     NotReadableError,
     check_directory,
+    hub_problem,
     read_json,
     reason_of,
     refusing,
@@ -279,6 +280,8 @@ def _refusing(source: Path | str) -> Iterator[None]:
                 what = f"{reason_of(error)} {PICKLED}"
             if "ignore_mismatched_sizes" in str(error):
                 what = "its config says other sizes than its weights have. Copy it again."
+            if isinstance(source, str):
+                what = what or hub_problem(error)
             if not what:
                 raise
             raise ModelError(f"The model at {source} cannot be loaded: {what}") from error

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 
@@ -16,6 +17,7 @@ from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import (
     INTERRUPTED,
     PREEMPTED,
+    ConfigError,
     MiniGPTError,
     ProcessLost,
     Stopped,
@@ -94,6 +96,9 @@ def as_user_error(
         return stopped(signal.SIGINT, None)
     if isinstance(error, Terminated):
         return stopped(error.number, None)
+    is_monitored = str(error).startswith("Early stopping conditioned on metric")
+    if is_monitored or isinstance(error, MisconfigurationException):
+        return misconfigured(error)
     is_nccl = isinstance(error, torch.distributed.DistBackendError)
     is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     if is_nccl or is_gloo:
@@ -114,6 +119,11 @@ def why_it_ended(trainer: Trainer, module: BaseModule) -> str:
         if stopped_early:
             return f"early stopping: {' '.join(str(stopped_early).split())}"
     return "a callback"
+
+
+def misconfigured(error: BaseException) -> ConfigError:
+    """Return what Lightning says of an option of the Trainer, or of a class given to it."""
+    return ConfigError(f"trainer: {' '.join(str(error).split())}")
 
 
 class RunStatus(Callback):

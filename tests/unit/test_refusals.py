@@ -413,6 +413,44 @@ def test_trainer_that_cannot_be_built(fit: Minigpt, changes: dict[str, Any]) -> 
     told(fit("sft", **changes), "minigpt: trainer: ")
 
 
+def test_several_machines_without_a_launcher(fit: Minigpt) -> None:
+    told(fit("sft", trainer__num_nodes=2), "trainer.num_nodes is 2, but no launcher", "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("kv_heads", 3, "a multiple of kv_heads"),
+        ("head_dim", 9, "make it even"),
+        ("layers", 0, "1"),
+    ],
+)
+def test_sizes_that_do_not_go_together(fit: Minigpt, name: str, value: int, words: str) -> None:
+    outcome = fit("pretrain", **{f"model__init_args__architecture__{name}": value})
+    told(outcome, f"model.init_args.architecture.{name if value != 3 else 'heads'} ", words)
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_callback_that_watches_what_is_not_logged(fit: Minigpt, callback: str) -> None:
+    watcher = {
+        "class_path": f"lightning.pytorch.callbacks.{callback}",
+        "init_args": {"monitor": "val/nothing"},
+    }
+    told(fit("sft", trainer__callbacks=[watcher]), "minigpt: trainer: ", "val/nothing")
+
+
+def test_a_logger_whose_package_is_missing(fit: Minigpt) -> None:
+    outcome = fit("sft", "--trainer.logger", "nowhere_installed.Logger")
+    told(outcome, "--trainer.logger: the package nowhere_installed is not installed")
+
+
+@pytest.mark.parametrize("option", ["init_from", "tokenizer"])
+def test_a_hub_that_is_not_reachable(fit: Minigpt, option: str) -> None:
+    stage = "sft" if option == "init_from" else "pretrain"
+    outcome = fit(stage, **{f"model__init_args__{option}": "some-user/some-model"})
+    told(outcome, "some-user/some-model cannot be loaded", "is not reachable", "HF_ENDPOINT")
+
+
 # Run directories
 
 
@@ -507,7 +545,7 @@ def test_a_lock_that_is_a_link_is_refused(fit: Minigpt, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
-@pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"heads": 0}, {"layers": -1}])
+@pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"ffn": 10**12}])
 def test_an_architecture_that_cannot_be_built(fit: Minigpt, sizes: dict[str, int]) -> None:
     changes = {f"model__init_args__architecture__{name}": size for name, size in sizes.items()}
     told(fit("pretrain", **changes), "A model of this architecture cannot be built: ")
