@@ -138,7 +138,8 @@ class ExactResume(Callback):
 
     def _compare(self, saved: dict[str, str], now: dict[str, str]) -> None:
         names = saved.keys() | now.keys()
-        self.changed = sorted(name for name in names if saved.get(name) != now.get(name))
+        unset = as_text(None)  # an option that is newer than the checkpoint, and left out
+        self.changed = sorted(n for n in names if saved.get(n, unset) != now.get(n, unset))
         if not self.changed:
             return
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in self.changed)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation against a frozen reference model."""
+"""Direct preference optimisation and its kin, most against a frozen reference model."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
-from minigpt.model.losses import SMOOTHED, PreferenceLoss, dpo, sum_by
+from minigpt.model.losses import PreferenceLoss, sum_by
 from minigpt.model.packed_lm import PackedLM
 from minigpt.stages.base import BaseModule, LossSums
+from minigpt.stages.preference_loss import PreferenceOptions
 from minigpt.stages.reference import digest_of, scores_of
 
 
 class DPOModule(BaseModule):
-    """Make chosen answers likelier than rejected ones, relative to the reference.
+    """Make chosen answers likelier than rejected ones, for most losses relative to the reference.
 
     The reference is the model as the run started. Under LoRA it is the model with the
     adapter off, so no copy is needed. (A run that starts from an adapter merges it first, so
     the adapter that is switched off here is always the one that this run trains.)
 
     Args:
-        beta: strength of the pull towards the reference.
-        loss: sigmoid (DPO); cdpo or robust (labels that may be wrong); hinge (SLiC); ipo or
-            sigmoid_norm (by the mean over an answer's tokens). Formulas: `losses.dpo`.
-        label_smoothing: the share of wrong labels, for cdpo and robust.
+        beta: strength of the pull towards the reference; a scale where there is none.
+        loss: against the reference: sigmoid (DPO), cdpo, robust, hinge, ipo, sigmoid_norm, exo,
+            nca, apo_zero, apo_down, sppo_hard; without: simpo, orpo, cpo. See docs/preferences.md.
+        label_smoothing: the share of wrong labels, for cdpo, robust and exo.
+        gamma: how far ahead simpo wants chosen answers; by default 0.5.
+        sft_weight: of an SFT term, the chosen answer's negative log-prob per token (RPO); by
+            default 1 for orpo and cpo, which are defined with it, and 0 for the others.
         reference: `model` keeps the frozen model; `precomputed` computes its log-probs of
             all pairs once, keeps them with the token stores, and lets it go.
         kwargs: see `BaseModule`.
@@ -38,33 +42,28 @@ class DPOModule(BaseModule):
         beta: float = 0.1,
         loss: PreferenceLoss = "sigmoid",
         label_smoothing: float = 0.0,
+        gamma: float | None = None,
+        sft_weight: float | None = None,
         reference: Literal["model", "precomputed"] = "model",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):
-            raise ConfigError(
-                f"model.label_smoothing belongs to loss: {' or '.join(SMOOTHED)} and lies in "
-                f"0..0.5; got {label_smoothing} with loss: {loss}."
-            )
-        if not beta > 0:
-            raise ConfigError(f"model.beta must be above 0, but is {beta}.")
-        self.beta = beta
-        self.loss = loss
-        self.label_smoothing = label_smoothing
+        self.preference = PreferenceOptions(loss, beta, label_smoothing, gamma, sft_weight)
+        if reference == "precomputed" and not self.preference.needs_reference:
+            raise ConfigError(f"loss: {loss} has no reference: leave out model.reference.")
         self.reference = reference
         self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
         self._precomputed: dict[tuple[str, int], Tensor] = {}  # [2] log-probs by file and line
 
     @property
     def needs_base(self) -> bool:
-        """The model that a run starts from takes part to the end."""
-        return True
+        """With a reference, the model that a run starts from takes part to the end."""
+        return self.preference.needs_reference or super().needs_base
 
     def build_model(self) -> PackedLM:
         """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
         lm = super().build_model()
-        if self.source is self.start:
+        if self.source is self.start and self.preference.needs_reference:
             if self.reference == "precomputed":
                 self._digest = digest_of(lm, str(self.trainer.precision))
             if self.lora is None:
@@ -79,7 +78,8 @@ class DPOModule(BaseModule):
 
     def on_validation_start(self) -> None:
         """Load the reference where a finished run is only validated."""
-        if self.source is not self.start and not self._frozen:
+        needs_reference = self.preference.needs_reference and not self._frozen
+        if self.source is not self.start and needs_reference:
             self._frozen.append(PackedLM(self.start.build()).requires_grad_(False).eval())
 
     def on_test_start(self) -> None:
@@ -123,12 +123,12 @@ class DPOModule(BaseModule):
         return scores
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
-        """Return the summed DPO loss of all pairs, and the sums behind its metrics."""
+        """Return the summed loss of all pairs, and the sums behind its metrics."""
         learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
         policy = self.model(batch, per_answer=True)
-        reference = self.reference_logprobs(batch)
+        reference = self.reference_logprobs(batch) if self.preference.needs_reference else None
         lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)
-        pairs = dpo(policy, reference, lengths, self.beta, self.loss, self.label_smoothing)
+        pairs = self.preference.pairs(policy, reference, lengths)
         margins = pairs.chosen_rewards - pairs.rejected_rewards
         metrics: dict[str, Tensor | float] = {
             "rewards/chosen": pairs.chosen_rewards.sum(),
@@ -138,4 +138,8 @@ class DPOModule(BaseModule):
             "logps/chosen": policy[0::2].sum(),
             "logps/rejected": policy[1::2].sum(),
         }
-        return LossSums(pairs.losses.sum() * float(learns), len(margins) * learns, metrics)
+        loss = pairs.losses.sum()
+        if (sft := self.preference.sft_term(policy, lengths)) is not None:
+            metrics["nll/chosen"] = sft.sum()
+            loss = loss + self.preference.weight_of_sft * sft.sum()
+        return LossSums(loss * float(learns), len(margins) * learns, metrics)

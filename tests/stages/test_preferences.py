@@ -18,13 +18,15 @@ from tiny_runs import Fit
 
 from minigpt.cli.trainer import run
 from minigpt.data.datamodule import PackedDataset
-from minigpt.errors import ConfigError
+from minigpt.model.lora import Lora
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.pretrained import load_model
 from minigpt.stages import reference
 from minigpt.stages.dpo import DPOModule
 
 LORA = {"r": 4, "dropout": 0.0}
+# Each step takes the same pairs, so that its loss can be compared with the one before.
+SAME_PAIRS = {"data__init_args__data_limit": 8, "data__init_args__tokens_per_batch": 1024}
 
 
 def same(first: list[float], second: list[float]) -> bool:
@@ -270,6 +272,11 @@ def test_the_reference_stays_as_it_was(world: Path, fit: Fit) -> None:
         ("hinge", 0.0, 1.0),
         ("ipo", 0.0, 25.0),
         ("sigmoid_norm", 0.0, math.log(2)),
+        ("exo", 0.001, 2.761231),
+        ("nca", 0.0, 1.386294),
+        ("apo_zero", 0.0, 1.0),
+        ("apo_down", 0.0, 1.0),
+        ("sppo_hard", 0.0, 50.0),
     ],
 )
 def test_other_losses_train(
@@ -281,10 +288,51 @@ def test_other_losses_train(
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "sigmoid_norm"])
-def test_label_smoothing_needs_a_loss_with_wrong_labels(loss: Any) -> None:
-    with pytest.raises(ConfigError, match=f"loss: cdpo or robust .*with loss: {loss}"):
-        DPOModule(init_from="start", loss=loss, label_smoothing=0.1)
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo"])
+def test_without_a_reference_no_model_is_kept_or_asked(
+    loss: str, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(DPOModule, "reference_logprobs")
+    more = {"trainer__val_check_interval": 3, **SAME_PAIRS}
+    module = fit("dpo", model__init_args__loss=loss, **more).model
+    losses = tiny_runs.metrics(tmp_path / "run")
+    assert losses[-1] < losses[0]
+    assert module._frozen == []
+    assert module.packed_models() == [module.model]
+    assert not module.needs_base
+    assert len(tiny_runs.metrics(tmp_path / "run", "val/rewards/accuracy")) > 0
+    nll = tiny_runs.metrics(tmp_path / "run", "train/nll/chosen")
+    assert bool(nll) == (loss != "simpo")
+
+
+def test_a_start_that_is_gone_is_not_asked_for_without_a_reference(
+    world: Path, tmp_path: Path
+) -> None:
+    """A finished run is validated by itself; with an adapter it needs its base."""
+    shutil.copytree(world / "sft", tmp_path / "start")
+    options: dict[str, Any] = {
+        "model__init_args__loss": "simpo",
+        "model__init_args__init_from": str(tmp_path / "start"),
+        "trainer__val_check_interval": 3,
+    }
+    made = tiny_runs.config(world, "dpo", tmp_path / "run", **options)
+    run(tiny_runs.arguments("fit", made))
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    shutil.rmtree(tmp_path / "start")
+    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    assert float(measured["val/loss"]) == pytest.approx(final["val/loss"], rel=1e-3)
+    assert DPOModule(init_from="start", loss="simpo", lora=Lora(r=4)).needs_base
+    assert DPOModule(init_from="start", loss="nca").needs_base
+
+
+def test_the_sft_term_is_added_to_any_loss(tmp_path: Path, fit: Fit) -> None:
+    fit("dpo", "plain", **SAME_PAIRS)
+    fit("dpo", "rpo", model__init_args__sft_weight=0.5, **SAME_PAIRS)
+    plain, rpo = (tiny_runs.metrics(tmp_path / run)[0] for run in ("plain", "rpo"))
+    nll = tiny_runs.metrics(tmp_path / "rpo", "train/nll/chosen")
+    assert rpo == pytest.approx(plain + 0.5 * nll[0], rel=1e-5)
+    assert nll[-1] < nll[0]
+    assert tiny_runs.metrics(tmp_path / "plain", "train/nll/chosen") == []
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])

@@ -1,13 +1,21 @@
-"""Losses against tables of numbers."""
+"""Losses against tables of numbers, closed forms, finite differences, and TRL."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from minigpt.model.losses import dpo, sum_by
+from minigpt.model.losses import Preferences, chosen_nll, cpo, dpo, orpo, simpo, sum_by
 
 BETA = 0.1
 
@@ -87,3 +95,178 @@ def test_sum_by() -> None:
     (sums * torch.tensor([1.0, 1.0, 3.0, 1.0])).sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [3.0, 1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "value"),
+    [
+        ("exo", 1e-3, 2.761231),
+        ("nca", 0.0, 1.386294),
+        ("apo_zero", 0.0, 1.0),
+        ("apo_down", 0.0, 1.0),
+        ("sppo_hard", 0.0, 50.0),
+    ],
+)
+def test_losses_where_policy_and_reference_agree(loss: Any, smoothing: float, value: float) -> None:
+    policy = torch.tensor([-3.0, -4.0, -50.0, -1.0])
+    pairs = dpo(policy, policy.clone(), LENGTHS.repeat(2), BETA, loss, smoothing)
+    assert pairs.losses.tolist() == pytest.approx([value, value], abs=1e-6)
+    assert pairs.chosen_rewards.tolist() == pairs.rejected_rewards.tolist() == [0.0, 0.0]
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+# One pair, in numbers: log-probs of policy and reference, chosen before rejected, and tokens.
+POLICY, REFERENCE, TOKENS = (-7.0, -12.0), (-10.0, -11.0), (4, 8)
+H, B = (3.0, -1.0), 0.3  # log-ratios, and a beta
+EXO = sigma(1.2), sigma(-1.2)
+ODDS = [1 / (math.exp(-logp / n) - 1) for n, logp in zip(TOKENS, POLICY, strict=True)]
+BY_HAND: dict[str, float] = {
+    "exo": EXO[0] * math.log(EXO[0] / 0.9) + EXO[1] * math.log(EXO[1] / 0.1),
+    "nca": -math.log(sigma(0.9)) - math.log(sigma(-0.9)) / 2 - math.log(sigma(0.3)) / 2,
+    "apo_zero": sigma(-0.9) + sigma(-0.3),
+    "apo_down": sigma(0.9) + sigma(-1.2),
+    "sppo_hard": (3 - 1 / 0.6) ** 2 + (-1 + 1 / 0.6) ** 2,
+    # The probability that Bradley and Terry give the pair, from its scores.
+    "simpo": math.log1p(math.exp(-(B * (-7 / 4 + 12 / 8) - 0.7))),
+    "orpo": B * math.log(1 + ODDS[1] / ODDS[0]),
+    "cpo": math.log((math.exp(-7 * B) + math.exp(-12 * B)) / math.exp(-7 * B)),
+}
+REWARDS = {
+    "simpo": (B * -7 / 4, B * -12 / 8),
+    "orpo": (B * -7 / 4, B * -12 / 8),
+    "cpo": (B * -7, B * -12),
+}
+Loss = Callable[[Tensor], Preferences]
+LOSSES: dict[str, Loss] = {
+    **{
+        name: lambda policy, name=name: dpo(
+            policy,
+            policy.new_tensor(REFERENCE),
+            torch.tensor(TOKENS),
+            B,
+            name,
+            0.1 if name in ("exo", "cdpo", "robust") else 0.0,
+        )
+        for name in (*(row[0] for row in TABLE), "exo", "nca", "apo_zero", "apo_down", "sppo_hard")
+    },
+    "simpo": partial(simpo, lengths=torch.tensor(TOKENS), beta=B, gamma=0.7),
+    "orpo": partial(orpo, lengths=torch.tensor(TOKENS), beta=B),
+    "cpo": partial(cpo, beta=B),
+}
+
+
+@pytest.mark.parametrize("loss", BY_HAND)
+def test_losses_by_hand(loss: str) -> None:
+    pairs = LOSSES[loss](torch.tensor(POLICY, dtype=torch.float64))
+    assert pairs.losses.tolist() == pytest.approx([BY_HAND[loss]], rel=1e-12)
+    rewards = REWARDS.get(loss, (B * H[0], B * H[1]))
+    assert (pairs.chosen_rewards.item(), pairs.rejected_rewards.item()) == pytest.approx(rewards)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_by_finite_differences(loss: str) -> None:
+    policy = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: LOSSES[loss](p).losses, (policy,))
+    pairs = LOSSES[loss](policy)
+    assert not pairs.chosen_rewards.requires_grad
+    assert not pairs.rejected_rewards.requires_grad
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_finite_far_away(loss: str) -> None:
+    """Also where an answer is certain, or nothing of it is left to learn."""
+    for values in ((-1e5, 0.0), (0.0, -1e5), (0.0, 0.0)):
+        policy = torch.tensor(values, requires_grad=True)
+        losses = LOSSES[loss](policy).losses
+        losses.sum().backward()
+        assert losses.isfinite().all(), values
+        assert policy.grad is not None
+        assert policy.grad.isfinite().all(), values
+
+
+def test_the_margin_of_simpo_moves_its_loss() -> None:
+    policy, lengths = torch.tensor([-4.0, -4.0]), torch.tensor([2, 2])
+    losses = [simpo(policy, lengths, 2.0, gamma).losses.item() for gamma in (0.0, 1.0)]
+    assert losses == pytest.approx([math.log(2), math.log1p(math.e)])
+
+
+def test_the_sft_term_is_of_the_chosen_answers_by_their_lengths() -> None:
+    policy = torch.tensor([-6.0, -5.0, -8.0, -1.0], requires_grad=True)
+    term = chosen_nll(policy, torch.tensor([3, 5, 0, 2]))
+    assert term.tolist() == [2.0, 8.0]
+    term.sum().backward()
+    assert policy.grad is not None
+    assert policy.grad.tolist() == pytest.approx([-1 / 3, 0.0, -1.0, 0.0])
+
+
+TRL = """
+import json, warnings
+warnings.simplefilter("ignore")
+from collections import defaultdict
+from types import SimpleNamespace
+import torch
+from trl import DPOTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+
+def same(value): return value
+
+logps = torch.tensor(%(policy)s, dtype=torch.float64)
+reference = torch.tensor(%(reference)s, dtype=torch.float64)
+lengths = torch.tensor(%(tokens)s)
+beta = %(beta)s
+accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
+
+def dpo(*losses, weights, smoothing):
+    width = int(lengths.max())
+    mask = torch.zeros(2, width + 1)  # one token of a prompt
+    for row, length in zip(mask, lengths):
+        row[1 : length + 1] = 1
+    each = mask[:, 1:] * (logps / lengths)[:, None]
+    zeros = torch.zeros(2, width)
+    outputs = SimpleNamespace(
+        log_probs=each, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
+    inputs = {"input_ids": mask.long(), "attention_mask": mask, "completion_mask": mask}
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference.chunk(2)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False,
+        ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", beta=beta,
+        loss_types=losses, loss_weights=weights, label_smoothing=smoothing, use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
+    )
+    loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    return float(loss)
+
+names = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair")
+names += ("apo_zero", "apo_down", "sppo_hard")
+smoothed = {"robust": 0.1, "exo_pair": 0.1}
+losses = {n: dpo(n, weights=[1.0], smoothing=smoothed.get(n, 0.0)) for n in names}
+losses["rpo"] = dpo("sigmoid", "sft", weights=[1.0, 0.4], smoothing=0.0)
+cpo = SimpleNamespace(alpha=0.0, beta=beta, label_smoothing=0.0, accelerator=accelerator)
+cpo.loss_type = "sigmoid"
+losses["cpo"] = float(CPOTrainer.cpo_loss(cpo, *logps.chunk(2))[0])
+cpo.loss_type, cpo.simpo_gamma = "simpo", 0.7
+losses["simpo"] = float(CPOTrainer.cpo_loss(cpo, *(logps / lengths).chunk(2))[0])
+odds = ORPOTrainer.odds_ratio_loss(cpo, *(logps / lengths).chunk(2))[0]
+losses["orpo"] = float(-odds)  # it subtracts it
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
+def test_losses_are_those_of_trl() -> None:
+    numbers = {"policy": POLICY, "reference": REFERENCE, "tokens": TOKENS, "beta": B}
+    command = [sys.executable, "-W", "ignore", "-c", TRL % numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    policy = torch.tensor(POLICY, dtype=torch.float64)
+    ours = {name: loss(policy).losses.item() for name, loss in LOSSES.items() if name != "cdpo"}
+    ours["rpo"] = ours["sigmoid"] + 0.4 * chosen_nll(policy, torch.tensor(TOKENS)).item()
+    names = {name.removesuffix("_pair"): value for name, value in theirs.items()}
+    assert ours.keys() == names.keys()
+    assert ours == pytest.approx(names, rel=1e-6)

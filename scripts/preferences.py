@@ -1,0 +1,109 @@
+"""Train each preference loss on the bundled pairs, and print one table of what it brought.
+
+    python scripts/preferences.py
+    python scripts/preferences.py --losses sigmoid,simpo --trainer.max_steps 20
+
+All start from one model, with the options of `configs/dpo.yaml` beside those of RUNS below.
+Further options go to all of them. A run that is finished is not made again. docs/preferences.md
+says when to use which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import GENERAL, ROOT, examine, mean
+from sweep import Choice, label, train
+
+# What a loss needs beside its name; rpo is DPO with an SFT term. simpo's are its paper's.
+RUNS: dict[str, Choice] = {
+    "sigmoid": {},
+    "cdpo": {"label_smoothing": "0.1"},
+    "robust": {"label_smoothing": "0.1"},
+    "hinge": {},
+    "ipo": {},
+    "sigmoid_norm": {},
+    "exo": {"label_smoothing": "0.001"},
+    "nca": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "sppo_hard": {},
+    "rpo": {"loss": "sigmoid", "sft_weight": "1.0"},
+    "simpo": {"beta": "2.0", "gamma": "1.0"},
+    "orpo": {},
+    "cpo": {},
+}
+
+
+class Row(NamedTuple):
+    """What a loss brought, as shares, and what it took; NaN where the run failed."""
+
+    name: str
+    accuracy: float = math.nan
+    style: float = math.nan
+    exam: float = math.nan
+    seconds: float = math.nan
+
+    def text(self, before: Row) -> str:
+        """Write the row, with the general exam beside what it was before."""
+        shares = (self.accuracy, self.style, self.exam, self.exam - before.exam)
+        seconds = f"{self.seconds:9.0f}"
+        return f"{self.name:14}" + "".join(f"{100 * s:>10.1f}" for s in shares) + seconds
+
+
+HEAD = f"{'loss':14}{'accuracy':>10}{'style':>10}{'exam':>10}{'change':>10}{'seconds':>9}"
+
+
+def choice_of(name: str) -> Choice:
+    """Return the options of a run, by their full names."""
+    return {f"model.init_args.{key}": value for key, value in ({"loss": name} | RUNS[name]).items()}
+
+
+def scores(model: Path) -> tuple[float, float]:
+    """Return a model's scores in style and in the general exam."""
+    from minigpt.infer.engine import Engine
+
+    families = examine(Engine.load(model), *GENERAL, "style")
+    return families["style"], mean(families)
+
+
+def result(args: argparse.Namespace, name: str, more: list[str]) -> Row:
+    """Train and examine one loss."""
+    choice = choice_of(name)
+    accuracy = train(args, choice, [*more, "--model.init_args.init_from", args.model])
+    if not math.isfinite(accuracy):
+        return Row(name)
+    run_dir = Path(args.output_dir) / label(choice).replace(" ", ",")
+    seconds = json.loads((run_dir / "summary.json").read_text())["seconds"]
+    return Row(name, accuracy, *scores(run_dir), seconds)
+
+
+def main() -> None:
+    """Train all that are named, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--losses", default=",".join(RUNS), help="names, joined by commas")
+    parser.add_argument("--model", default="outputs/sft", help="run that all start from")
+    parser.add_argument("--config", action="append", help="of the stage (configs/dpo.yaml)")
+    parser.add_argument("--output_dir", default="outputs/preferences")
+    args, more = parser.parse_known_args()
+    names = args.losses.split(",")
+    if unknown := sorted(set(names) - RUNS.keys()):
+        parser.error(f"There is no loss {unknown[0]}. There are: {', '.join(RUNS)}.")
+    args.config, args.metric = args.config or ["configs/dpo.yaml"], "val/rewards/accuracy"
+    os.chdir(ROOT)
+    before = Row("(before)", math.nan, *scores(Path(args.model)))
+    rows = [result(args, name, more) for name in names]
+    print("In percent; change is that of the general exam.", HEAD, sep="\n")
+    for row in (before, *rows):
+        print(row.text(before).replace("nan", "  -"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The table of preference losses: each once, from one model, with options that it takes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from minigpt.model.losses import PreferenceLoss
+from minigpt.stages.preference_loss import PreferenceOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+SCORES = {"sft": 0.9, "simpo": 0.85, "sigmoid": 0.88}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("preferences")
+
+
+def test_all_losses_are_there_with_options_that_they_take(script: Any) -> None:
+    made = []
+    for name in script.RUNS:
+        options = {key.rpartition(".")[2]: v for key, v in script.choice_of(name).items()}
+        loss = options.pop("loss")
+        made.append(loss)
+        PreferenceOptions(loss, **({"beta": 0.1} | {k: float(v) for k, v in options.items()}))
+    assert set(made) == set(get_args(PreferenceLoss))
+
+
+def test_the_table(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[dict[str, str], list[str]]] = []
+
+    def train(args: Namespace, choice: dict[str, str], more: list[str]) -> float:
+        assert args.config == ["configs/dpo.yaml"]
+        assert args.metric == "val/rewards/accuracy"
+        asked.append((choice, more))
+        if choice["model.init_args.loss"] == "hinge":
+            return math.inf
+        run_dir = tmp_path / script.label(choice).replace(" ", ",")
+        run_dir.mkdir()
+        (run_dir / "summary.json").write_text(json.dumps({"seconds": 12.4}))
+        return 0.75
+
+    def scores(model: Path) -> tuple[float, float]:
+        name = model.name.partition(",")[0].removeprefix("loss=")
+        return 0.5, SCORES[name]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(script, "scores", scores)
+    words = ["--losses", "simpo,hinge,sigmoid", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["preferences.py", *words, "--trainer.max_steps", "3"])
+    script.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table == [
+        ["(before)", "-", "50.0", "90.0", "0.0", "-"],
+        ["simpo", "75.0", "50.0", "85.0", "-5.0", "12"],
+        ["hinge", "-", "-", "-", "-", "-"],
+        ["sigmoid", "75.0", "50.0", "88.0", "-2.0", "12"],
+    ]
+    start = ["--model.init_args.init_from", "outputs/sft"]
+    assert all(more == ["--trainer.max_steps", "3", *start] for _, more in asked)
+    assert asked[0][0] == {
+        "model.init_args.loss": "simpo",
+        "model.init_args.beta": "2.0",
+        "model.init_args.gamma": "1.0",
+    }
+
+
+def test_a_loss_that_is_not_there(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["preferences.py", "--losses", "sigmoid,dop"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "There is no loss dop. There are: sigmoid, cdpo," in capsys.readouterr().err
