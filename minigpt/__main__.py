@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "write a model for transformers, peft, llama.cpp and Ollama",
     "serve": "serve models: an OpenAI-compatible API and a web chat",
     "report": "write a page about runs",
+    "schema": "print a JSON Schema of the configs, for editors",
 }
 PRINTING = COMMANDS.keys() - {"serve"}  # verbs whose results go to standard output
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -103,6 +103,30 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+def add_run_options(parser: ArgumentParser) -> None:
+    """Add the run directory and what happens in it."""
+    parser.add_argument("--run_dir", type=str, default="outputs/run", help="Where the run is.")
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, help="Start over in a used run directory."
+    )
+    parser.add_argument(
+        "--predictions", type=str | None, default=None, help="Where predict writes."
+    )
+    parser.add_argument(
+        "--allow_changes",
+        type=bool,
+        default=False,
+        help="Go on from a checkpoint with other data, tokenizer or base.",
+    )
+    parser.add_class_arguments(CheckpointOptions, "checkpoint")
+    parser.add_argument(
+        "--validate.every",
+        type=int | Literal["epoch"] | None,
+        default=None,
+        help="Optimizer steps between two validations, or epoch for one at each epoch's end.",
+    )
+
+
 class MiniGPTCLI(VerbCLI):
     """The verbs that need a Trainer.
 
@@ -159,27 +183,8 @@ class MiniGPTCLI(VerbCLI):
         check_seed(self.options.seed_everything)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run directory and what happens in it."""
-        parser.add_argument("--run_dir", type=str, default="outputs/run", help="Where the run is.")
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Start over in a used run directory."
-        )
-        parser.add_argument(
-            "--predictions", type=str | None, default=None, help="Where predict writes."
-        )
-        parser.add_argument(
-            "--allow_changes",
-            type=bool,
-            default=False,
-            help="Go on from a checkpoint with other data, tokenizer or base.",
-        )
-        parser.add_class_arguments(CheckpointOptions, "checkpoint")
-        parser.add_argument(
-            "--validate.every",
-            type=int | Literal["epoch"] | None,
-            default=None,
-            help="Optimizer steps between two validations, or epoch for one at each epoch's end.",
-        )
+        """Add the options of a run."""
+        add_run_options(parser)
 
     @property
     def options(self) -> Namespace:
