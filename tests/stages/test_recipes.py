@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 FIELDS = ["Data", "Run", "Hardware", "Time", "Memory", "Rates"]
-MEASURED: set[str] = set()  # whose time, memory and score are measured; the others' are computed
+MEASURED = {
+    "security",
+    "security_dpo",
+}  # whose time, memory and score are measured; the others' are computed
 ROWS = {
     "PretrainDataModule": {"text": "the cat sat on the mat near the log " * 4},
     "SFTDataModule": {"prompt": "the cat", "completion": "sat on it"},
