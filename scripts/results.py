@@ -460,12 +460,13 @@ def main(arguments: list[str]) -> None:
     add("--chats", help="file of chats")
     add("--recipes", default=str(ROOT / "configs" / "recipes"), help="folder of the recipes")
     add("--page", action="store_true", help="write docs/results.md from the records")
+    add("--note", default="", help="a sentence for the page about the conditions of the runs")
     args = parser.parse_args(arguments)
     args.poems_minutes = args.poems_minutes or 2 * args.minutes
     if args.page:
         from results_page import write_page
 
-        return write_page(Path(args.output_dir), ROOT / "docs" / "results.md")
+        return write_page(Path(args.output_dir), ROOT / "docs" / "results.md", args.note)
     work = Work(args)
     names = args.arms or list(work.arms)
     if unknown := set(names) - set(work.arms):

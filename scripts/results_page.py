@@ -38,8 +38,13 @@ python scripts/results.py --output_dir outputs/results --page
 ```"""
 
 
-def write_page(directory: Path, file: Path) -> None:
+def write_page(directory: Path, file: Path, note: str = "") -> None:
     """Write the page; arms without a record are left out.
+
+    Args:
+        directory: of the records.
+        file: the page.
+        note: a sentence about the conditions of the runs.
 
     Raises:
         ConfigError: when there is no record at all.
@@ -51,17 +56,17 @@ def write_page(directory: Path, file: Path) -> None:
     records = {name: r for name, r in records.items() if "arm_seconds" in r}
     if not records:
         raise ConfigError(f"{directory} has no records. Run the arms first.")
-    write_text(file, render(records))
+    write_text(file, render(records, note))
     print(f"{file} is written.")
 
 
-def render(records: Mapping[str, Record]) -> str:
-    """Return the page."""
+def render(records: Mapping[str, Record], note: str = "") -> str:
+    """Return the page, with a sentence about the conditions of the runs."""
     minutes = {
         "--poems_minutes" if name.startswith("poems") else "--minutes": record["budget_minutes"]
         for name, record in records.items()
     }
-    parts = [introduction(next(iter(records.values()))["machine"], minutes)]
+    parts = [introduction(next(iter(records.values()))["machine"], minutes, note)]
     if poems := {name: records[name] for name in ("poems", "poems-plain") if name in records}:
         parts += poem_sections(poems)
     if chat := {name: records[name] for name in CHAT_ARMS if name in records}:
@@ -69,8 +74,9 @@ def render(records: Mapping[str, Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def introduction(machine: Record, minutes: Mapping[str, float]) -> str:
+def introduction(machine: Record, minutes: Mapping[str, float], note: str) -> str:
     """Return the beginning: what was run, on what, and for how many minutes by which option."""
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     options = "".join(f" \\\n  {name} {value:g}" for name, value in sorted(minutes.items()))
     command = COMMAND.format(threads=machine["threads"], minutes=options)
@@ -78,7 +84,7 @@ def introduction(machine: Record, minutes: Mapping[str, float]) -> str:
 
 What the recipes reach in given minutes, beside the plain loop of transformers and peft
 (`scripts/bench/baseline.py`) with the same minutes, threads and data. {machine["date"]},
-{machine["threads"]} threads, {machine["processor"]}; {versions}.
+{threads}, {machine["processor"]}; {versions}.{" " * bool(note)}{note}
 
 {command}
 

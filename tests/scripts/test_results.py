@@ -282,7 +282,7 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     for name, record in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record | common))
     (tmp_path / "other.json").write_text("{}")
-    page.write_page(tmp_path, tmp_path / "results.md")
+    page.write_page(tmp_path, tmp_path / "results.md", "Other work ran beside.")
     text = (tmp_path / "results.md").read_text()
     assert "| bits per character | 6.5 | 6.5 |  |" in text
     assert "| recipe | 4.000 (0.0) | 2.000 (10.0) |" in text
@@ -291,6 +291,7 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     assert "| SFT | 20 | 1,200 | 123,456 | 1,234 | 900 | 1.5 | 50% | 75% |" in text
     assert "| JSON | 25% | 25% | 25% |" in text
     assert "400 answers" in text
+    assert " Other work ran beside.\n" in text
     assert " \\\n  --minutes 20 \\\n  --poems_minutes 20\n" in text
     assert "[SFT] (did not end)" in text
     assert "[DPO, plain]" not in text
