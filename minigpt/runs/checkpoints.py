@@ -173,13 +173,17 @@ class Checkpoints(Checkpoint):
                 "has none. Set data.val or data.val_share, or leave checkpoint.best out."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return which checkpoint is the best."""
-        return {"best": None if self.best is None else asdict(self.best)}
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add which checkpoint is the best."""
+        checkpoint["best"] = None if self.best is None else asdict(self.best)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with that one."""
-        best = state_dict["best"]
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with that one; checkpoints of earlier versions name none."""
+        best = checkpoint.get("best")
         self.best = None if best is None else Best(**best)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """How much memory a run will take, from its parts, two of which are measured before training.
 
-    peak = held + gradients + optimizer + max(activations, update)
+    peak = held + gradients + optimizer + max(activations, update) + kept
     activations = fixed + tokens of the largest micro-batch x bytes a token
 
 - held: what there is before training, measured: on a GPU its tensors, on a CPU all that the
@@ -11,6 +11,10 @@
   some samples of the first micro-batch and on every second one of them, between which it grows by a
   number of bytes a token.
 - update: what Muon computes with, five times the matrices of one shape that are most together.
+- kept: on a CPU, what lies free between tensors whose sizes change from step to step: `KEPT` times
+  the activations, `MOST_KEPT` at most (glibc gives back what is above 32 MB). In bf16 also the
+  kernels that oneDNN makes for each new size, `KERNELS`: few where each micro-batch is full of
+  targets, many where their number changes. All as measured: docs/log.md.
 """
 
 from __future__ import annotations
@@ -29,11 +33,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.formats import Kind
 from minigpt.machine import memory_in_use
 from minigpt.model.optimizer import BatchedMuon, MuonAdamW
 from minigpt.stages.base import BaseModule
 
 PROBE_TOKENS = 1024  # of the samples that are read to measure activations
+KEPT, MOST_KEPT = 2.5, 700_000_000
+KERNELS: dict[Kind, int] = {
+    "text": 100_000_000,
+    "chat": 500_000_000,
+    "preference": 500_000_000,
+}
 UPDATE_COPIES = 5  # of a group of matrices: updates, stacked, and three of Newton-Schulz
 
 
@@ -46,11 +57,13 @@ class ExpectedMemory:
     optimizer: int
     activations: int
     update: int
+    kept: int
 
     @property
     def peak(self) -> int:
         """The most that the run has in memory at once."""
-        return self.held + self.gradients + self.optimizer + max(self.activations, self.update)
+        computed = max(self.activations, self.update)
+        return self.held + self.gradients + self.optimizer + computed + self.kept
 
     def __str__(self) -> str:
         parts = {
@@ -58,8 +71,9 @@ class ExpectedMemory:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
+            "kept by allocator and kernels": self.kept,
         }
-        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
         return f"about {gigabytes(self.peak)} at the peak ({listed})"
 
 
@@ -76,15 +90,24 @@ def expected_memory(module: BaseModule) -> ExpectedMemory | None:
     trained = [p for p in module.model.parameters() if p.requires_grad]
     if any(hasattr(p, "device_mesh") or hasattr(p, "dimensions") for p in trained):
         return None
-    held = memory_in_use(module.device.type)
+    activations = activation_bytes(module)
+    on_cpu, precision = module.device.type == "cpu", str(module.trainer.precision)
+    held = memory_in_use(module.device.type)  # only now: kernels are made when they are first used
     state, update = optimizer_bytes(module.trainer.optimizers[0])
     return ExpectedMemory(
         held=held,
         gradients=sum(map(_size, trained)),
         optimizer=state,
-        activations=activation_bytes(module),
+        activations=activations,
         update=update,
+        kept=kept_on_cpu(activations, precision, module.data.kind) if on_cpu else 0,
     )
+
+
+def kept_on_cpu(activations: int, precision: str, kind: Kind) -> int:
+    """Return the bytes that a run on a CPU keeps beyond what it computes with."""
+    kernels = KERNELS[kind] if precision.startswith("bf16") else 0
+    return min(MOST_KEPT, round(KEPT * activations)) + kernels
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

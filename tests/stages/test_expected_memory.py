@@ -91,7 +91,9 @@ def test_the_parts_are_those_of_the_tensors(
     assert (expected.update > 0) == (name == "muon")
     assert expected.activations == pytest.approx(stored, rel=CLOSE)
     parts = expected.held + expected.gradients + expected.optimizer
-    assert expected.peak == parts + max(expected.activations, expected.update)
+    computed = max(expected.activations, expected.update)
+    assert expected.peak == parts + computed + expected.kept
+    assert expected.kept == memory.kept_on_cpu(expected.activations, "32-true", "chat")
 
 
 def note(gradients: dict[int, int], parameter: int, gradient: Tensor) -> None:
@@ -100,6 +102,13 @@ def note(gradients: dict[int, int], parameter: int, gradient: Tensor) -> None:
 
 def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def test_what_a_cpu_keeps_is_bounded() -> None:
+    assert memory.kept_on_cpu(1000, "32-true", "chat") == 2500
+    assert memory.kept_on_cpu(10**12, "32-true", "text") == memory.MOST_KEPT
+    for kind, kernels in memory.KERNELS.items():
+        assert memory.kept_on_cpu(1000, "bf16-mixed", kind) == 2500 + kernels
 
 
 def test_activations_that_are_computed_twice_take_less(fit: Fit, seen: list[Seen]) -> None:
