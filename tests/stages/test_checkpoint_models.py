@@ -188,7 +188,7 @@ def test_a_run_that_goes_on_keeps_the_same_best(fit: Fit, tmp_path: Path) -> Non
     every = {**RISING, "checkpoint": {"every": 1, "keep": "all", "best": "val/loss"}}
     fit("sft", "whole", **every)
     expected = json.loads((tmp_path / "whole" / "checkpoints" / "best.json").read_text())
-    for step in range(1, 6):
+    for step in (1, 3, 5):
         shutil.copytree(tmp_path / "whole", tmp_path / "run")
         for path in newest_first(tmp_path / "run"):
             if int(path.name.removeprefix("step=")) > step:
