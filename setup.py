@@ -18,7 +18,8 @@ class BuildWithStarter(build_py):
         if not self.editable_mode:
             for name in ("configs", "data"):
                 target = Path(self.build_lib, "minigpt", "starter", name)
-                shutil.copytree(name, target, dirs_exist_ok=True)
+                fetched = shutil.ignore_patterns("public")
+                shutil.copytree(name, target, dirs_exist_ok=True, ignore=fetched)
 
 
 setup(cmdclass={"build_py": BuildWithStarter})

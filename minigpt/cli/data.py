@@ -154,7 +154,7 @@ def check(args: argparse.Namespace) -> None:
             write_json(Path(args.json), {"rows": checker.rows, **findings.as_dict()})
     if findings.errors():
         errors = counted(findings.errors(), "error")
-        raise DataError(f"{errors} in {', '.join(args.files)}; see above")
+        raise DataError(f"{errors} in {', '.join(findings.files_with_errors())}; see above")
 
 
 def stats(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from minigpt.cli.options import CommandParser
-from minigpt.data.bundled import FOLDERS, starter
+from minigpt.data.bundled import FETCHED, FOLDERS, starter
 from minigpt.errors import ConfigError
 
 NEXT = """\
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"{directory / name} exists and is left alone. Name another folder.")
     try:
         for name in FOLDERS:
-            shutil.copytree(source / name, directory / name)
+            ignored = shutil.ignore_patterns(FETCHED)  # of a clone
+            shutil.copytree(source / name, directory / name, ignore=ignored)
     except OSError as error:
         raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
     print(f"{directory}/configs and {directory}/data are written. The demo:")

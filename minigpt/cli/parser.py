@@ -187,20 +187,21 @@ def config_files(args: Sequence[str]) -> Iterator[Path]:
             yield from map(Path, [value] if given else following)
 
 
-def replaced_options(args: Sequence[str]) -> list[str]:
-    """Return the options whose alternative a later config, or the command line, gives.
+def replaced_options(args: Sequence[str]) -> dict[str, str]:
+    """Return the options whose alternative a later config, or the command line, gives, with that.
 
     The last word counts: `--trainer.max_epochs 3` behind a config with `max_steps: 280` makes
     three epochs. Where one source gives both options, both hold.
     """
     sources = list(_given_options(args))
-    replaced = []
+    replaced = {}
     for alternatives in ALTERNATIVES:
         last = dict.fromkeys(alternatives, -1)
         for position, given in enumerate(sources):
             last |= {key: position for key in alternatives if given.get(key) not in (None, -1)}
         if -1 not in last.values() and len(set(last.values())) > 1:
-            replaced.append(min(last, key=lambda key: last[key]))
+            earlier, later = sorted(last, key=lambda key: last[key])
+            replaced[earlier] = later
     return replaced
 
 

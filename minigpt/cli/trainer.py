@@ -201,9 +201,9 @@ class MiniGPTCLI(VerbCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the run directory and the hardware."""
         config = self.options
-        for key in self.replaced:
+        for key, later in self.replaced.items():
             config[key] = -1 if key.startswith("trainer.max_") else None
-            log.info("%s is left out: what it excludes was given later.", key)
+            log.info("%s, which is given last, replaces %s.", later, key)
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
             if first := is_first_process():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Iterator
 from pathlib import Path
 
 import minigpt
 from minigpt.errors import MiniGPTError
 
 FOLDERS = ("configs", "data")
+FETCHED = "public"  # in `data`: where `minigpt data fetch` puts what is not bundled
+# In `data`: the demo's files, each with one for validation, and folders of others.
+_FILES = ("pretrain", "sft", "dpo", "lora_medical", "security_dpo")
+_DATA_FOLDERS = ("eval", "exam", "lora", "mini")
 
 
 def starter() -> Path:
@@ -24,6 +29,14 @@ def starter() -> Path:
     raise MiniGPTError("This installation has no configs and data. Install MiniGPT again.")
 
 
+def bundled_data(folder: Path) -> Iterator[Path]:
+    """Yield the demo's files in its folder of data, in which others may have put theirs."""
+    for name in _FILES:
+        yield from (folder / f"{name}.jsonl", folder / f"{name}_val.jsonl")
+    for name in _DATA_FOLDERS:
+        yield from (folder / name).iterdir()
+
+
 def is_bundled(file: str | Path) -> bool:
     """Whether a file is one of the demo's data files, or a copy of the same name."""
     path = Path(file)
@@ -33,4 +46,5 @@ def is_bundled(file: str | Path) -> bool:
         return False
     if not path.is_file():
         return False
-    return any(filecmp.cmp(path, other, shallow=False) for other in folder.rglob(path.name))
+    same_name = (other for other in bundled_data(folder) if other.name == path.name)
+    return any(filecmp.cmp(path, other, shallow=False) for other in same_name)

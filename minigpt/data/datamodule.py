@@ -433,6 +433,14 @@ class JSONLDataModule(LightningDataModule):
         limit = self.order.limit
         return tokens if limit is None else min(tokens, limit * self.tokens_per_batch)
 
+    def epoch_micro_batches(self) -> int:
+        """Return how many micro-batches an epoch has; of a large one that is an estimate."""
+        if self.order is None:
+            return 0
+        if self.order.is_quick_to_count:
+            return self.order.count()
+        return -(-self.epoch_tokens() // self.tokens_per_batch)
+
     def held_out_tokens(self) -> int:
         """Return about how many tokens a validation reads, limits of batches included."""
         assert self.trainer is not None
@@ -466,12 +474,12 @@ class JSONLDataModule(LightningDataModule):
         count = max(1, round(self.tokens_per_step / at_a_time))
         if count * at_a_time != self.tokens_per_step:
             log.info(
-                "tokens_per_step: %s instead of %s, as %d micro-batches of %s on %d process(es).",
+                "tokens_per_step: %s instead of %s, as %d micro-batches of %s on %s.",
                 f"{count * at_a_time:,}",
                 f"{self.tokens_per_step:,}",
                 count,
                 f"{self.tokens_per_batch:,}",
-                processes,
+                "1 process" if processes == 1 else f"{processes} processes",
             )
         return count
 

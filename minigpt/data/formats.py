@@ -86,7 +86,7 @@ _REMEDIES = {
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
     "missing_file": "Check the name; relative paths start at the current directory.",
     "no_assistant": "Add the answer, or leave the row out.",
-    "no_rows": "Give a file with one JSON object on each line.",
+    "no_rows": "Give a file that holds some, such as one JSON object on each line.",
     "no_targets": "Leave the row out, or give an answer that is to be learnt weight 1.",
     "part_type": "Leave out rows with images, sound or calls: models here read text alone.",
     "prompt_end": "Leave out what follows the last user message.",
@@ -658,7 +658,7 @@ def _prompt_key(row: _Row) -> str | None:
 def _missing(row: _Row, kind: str) -> DataError:
     likely = next((rows for key, rows in _LOOKS_LIKE.items() if key in row), kind)
     hint = "" if likely.startswith(kind) else f"This looks like {likely}. "
-    remedy = f"{hint}Accepted are {_ACCEPTED[kind]}."
+    remedy = f"{hint}Accepted are {_ACCEPTED[kind]}. Keys with other names: see columns."
     return _error("missing_key", None, f"not a {kind} row: its keys are {list(row)!r:.200}", remedy)
 
 

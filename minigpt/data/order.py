@@ -93,6 +93,11 @@ class PackedOrder:
             self._counts[epoch] = sum(1 for _ in self.batches(epoch))
         return self._counts[epoch]
 
+    @property
+    def is_quick_to_count(self) -> bool:
+        """Whether the first epoch is packed at once, or was packed already."""
+        return 0 in self._counts or int(self.starts[-1]) <= self.buffer
+
     def _seed(self, epoch: int, stream: int) -> int:
         words = np.random.SeedSequence([self.seed or 0, epoch, stream]).generate_state(1)
         return int(words[0])

@@ -29,6 +29,7 @@ _COMPRESSION = re.compile(  # by the first bytes of a file
 )
 _BUFFER = 1 << 17  # bytes decompressed at a time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+OTHER_DELIMITERS = ";\t,"  # spreadsheets write these where a comma marks decimals
 LARGEST_CELL = 1 << 25  # characters
 LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
 # Cells of these columns hold JSON: a table has no lists.
@@ -49,6 +50,7 @@ SIGNATURES = {
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
 }
+OFFICE = (".docx", ".pptx", ".odt", ".odp", ".ods", ".epub")  # archives inside
 COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
 
@@ -131,7 +133,9 @@ def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     if name is None:
         return
     remedy = "Give the text in it as JSONL, CSV or plain text."
-    if name.startswith(("a Parquet", "an Arrow")):
+    if name.startswith("a ZIP") and path.suffix.lower() in OFFICE:
+        name = f"a document ({path.suffix.lower()})"
+    elif name.startswith(("a Parquet", "an Arrow")):
         remedy = "Decompress it: it is compressed inside."
     elif name.startswith("a ZIP"):
         remedy = "Unpack it; a spreadsheet's name must end with .xlsx."
@@ -216,13 +220,17 @@ def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, ob
 
     Args:
         lines: of the file, with their ends.
-        delimiter: between two cells.
+        delimiter: between two cells, unless the first line lacks it and has another.
 
     Raises:
         DataError: when there are no names, or the file is not UTF-8.
     """
     csv.field_size_limit(LARGEST_CELL)
-    reader = csv.reader(map(_decoded, lines, count(1)), delimiter=delimiter, strict=True)
+    texts = map(_decoded, lines, count(1))
+    first = next(texts, "")
+    if delimiter not in first:
+        delimiter = next((other for other in OTHER_DELIMITERS if other in first), delimiter)
+    reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         if not all(names) or len(set(names)) < len(names) or not names:

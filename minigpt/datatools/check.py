@@ -154,6 +154,10 @@ class Findings(BadRows):
         """Return the number of problems that are not mere hints."""
         return sum(count for reason, count in self.counts.items() if reason not in HINTS)
 
+    def files_with_errors(self) -> list[str]:
+        """Return the files that have more than hints, in the order in which they were read."""
+        return list(dict.fromkeys(path for path, reason in self.by_file if reason not in HINTS))
+
     def as_dict(self) -> dict[str, object]:
         """Return the counts and the listed problems as plain values."""
         names = ("path", "line", "field", "reason", "problem", "remedy")

@@ -40,6 +40,7 @@ class Plan:
         accumulate: micro-batches of a process in a step.
         steps: optimizer steps.
         epoch_tokens: tokens of an epoch.
+        epoch_steps: optimizer steps of an epoch.
         rates: optimizer, peak rates and schedule in words.
         held_out_tokens: of one validation; 0 for none.
         held_out_source: what they are a part of, in words.
@@ -64,6 +65,7 @@ class Plan:
     accumulate: int
     steps: int
     epoch_tokens: int
+    epoch_steps: int
     rates: str
     held_out_tokens: int
     held_out_source: str
@@ -79,15 +81,16 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of the run, counting each as often as it is read."""
-        return self.steps * self.step_tokens
+        return round(self.epochs * self.epoch_tokens)
 
     @property
     def epochs(self) -> float:
         """How often the run reads each token."""
-        return self.tokens / max(1, self.epoch_tokens)
+        return self.steps / self.epoch_steps
 
     def lines(self) -> Iterator[str]:
         """Yield the plan, a topic a line."""
+        micro_batches = f"{self.accumulate} micro-batch" + ("es" if self.accumulate > 1 else "")
         trained = "all" if self.trainable == self.parameters else f"{self.trainable:,}"
         yield (
             f"Model: {self.parameters:,} parameters, {trained} of them trained; "
@@ -96,7 +99,7 @@ class Plan:
         yield f"Hardware: {self.hardware}, {self.precision}"
         yield (
             f"Length: {self.steps:,} steps of up to {self.step_tokens:,} tokens "
-            f"({self.accumulate} micro-batch(es) a process), {self.tokens:,} tokens in all, "
+            f"({micro_batches} a process), {self.tokens:,} tokens in all, "
             f"{self.epochs:.3g} epochs, {self.tokens / self.parameters:.2g} tokens a parameter"
         )
         yield f"Rates: {self.rates}"
@@ -218,13 +221,13 @@ class RunPlan(Callback):
         if options.name == "muon":
             rates += f", adamw {options.adamw_lr:g} beside it"
         step_tokens = data.tokens_per_batch * accumulate * trainer.world_size
-        epoch_tokens = data.epoch_tokens()
+        epoch_steps = max(1, -(-data.epoch_micro_batches() // (accumulate * trainer.world_size)))
         interval = trainer.val_check_interval  # in micro-batches, or 1.0 for an epoch
         if isinstance(interval, int):
             validations = steps * accumulate // interval
             validated_every = f"every {interval / accumulate:g} steps"
         else:
-            validations = steps * step_tokens // max(1, epoch_tokens)
+            validations = steps // epoch_steps
             validated_every = "at the end of each epoch"
         is_demo = len(demo_files(data.train_weights)) == len(data.train_weights)
         is_demo = is_demo and parameters <= MOST_PARAMETERS
@@ -245,7 +248,8 @@ class RunPlan(Callback):
             step_tokens=step_tokens,
             accumulate=accumulate,
             steps=steps,
-            epoch_tokens=epoch_tokens,
+            epoch_tokens=data.epoch_tokens(),
+            epoch_steps=epoch_steps,
             rates=f"{rates}, {module.schedule_options.name}",
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
             held_out_source=data.held_out_source(),

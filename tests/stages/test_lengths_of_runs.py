@@ -208,13 +208,22 @@ def test_a_run_says_what_it_will_do(fit: Fit, caplog: pytest.LogCaptureFixture) 
     assert (data.epoch_tokens(), data.held_out_tokens()) == (6 * 64, 2 * 64)
     for line in (
         "Hardware: cpu, 1 process, 32-true",
-        "Length: 3 steps of up to 128 tokens (2 micro-batch(es) a process), 384 tokens in all, "
+        "Length: 3 steps of up to 128 tokens (2 micro-batches a process), 384 tokens in all, "
         "1 epochs",
         "Rates: adamw 0.01, wsd",
         "Validation: 128 tokens, every 1 steps",
         "Checkpoints: at the end alone",
     ):
         assert line in caplog.text
+
+
+def test_epochs_of_the_plan_are_those_of_the_run(
+    fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Micro-batches are not full of tokens, so that a budget times steps says too much."""
+    with caplog.at_level("INFO"):
+        cli = fit("sft", "run", "--trainer.max_epochs", "2")
+    assert f"{2 * cli.datamodule.epoch_tokens():,} tokens in all, 2 epochs, " in caplog.text
 
 
 def test_tokens_of_an_epoch_follow_the_weights_of_the_files(fit: Fit, world: Path) -> None:

@@ -45,14 +45,18 @@ def test_the_limit_of_a_run_that_is_given_last_replaces_the_other(
     sources: list[str], replaced: str | None, tmp_path: Path
 ) -> None:
     expected = [] if replaced is None else [f"trainer.{replaced}"]
-    assert replaced_options(arguments(sources, tmp_path)) == expected
+    assert list(replaced_options(arguments(sources, tmp_path))) == expected
 
 
 def test_validation_by_steps_and_by_batches_replace_each_other(tmp_path: Path) -> None:
     sources = ["trainer: {val_check_interval: 70}", "--validate.every 10 --trainer.max_epochs 1"]
-    assert replaced_options(arguments(sources, tmp_path)) == ["trainer.val_check_interval"]
+    assert replaced_options(arguments(sources, tmp_path)) == {
+        "trainer.val_check_interval": "validate.every"
+    }
     sources = ["validate: {every: epoch}", "trainer: {val_check_interval: 70}"]
-    assert replaced_options(arguments(sources, tmp_path)) == ["validate.every"]
+    assert replaced_options(arguments(sources, tmp_path)) == {
+        "validate.every": "trainer.val_check_interval"
+    }
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,10 @@ def test_count() -> None:
     made = order((100, 150), (10, 10), buffer=32)
     assert [made.count(e) for e in (0, 1)] == [len(list(made.batches(e))) for e in (0, 1)]
     assert order().count() == 0
+    assert made.is_quick_to_count  # it was counted
+    sizes = (100, 150), (10, 10)
+    assert order(*sizes).is_quick_to_count
+    assert not order(*sizes, buffer=32).is_quick_to_count
 
 
 def test_an_epoch_is_packed_once_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:

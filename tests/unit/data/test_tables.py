@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_rows_of_a_table() -> None:
     ]
     assert rows("text\tnote\none, two\t3\n", "\t") == [(2, {"text": "one, two", "note": "3"})]
     assert rows("text\n") == []
+
+
+@pytest.mark.parametrize("other", [";", "\t", ","])
+def test_the_first_line_says_what_parts_the_cells(other: str) -> None:
+    """Excel writes semicolons where a comma marks decimals."""
+    data = f"question{other}answer\nWhat?{other}It is so\n"
+    expected = [(2, {"question": "What?", "answer": "It is so"})]
+    assert rows(data) == rows(data, "\t") == expected
+
+
+def test_another_delimiter_within_names_parts_nothing() -> None:
+    assert rows("a;b,c\n1;2,3\n") == [(2, {"a;b": "1;2", "c": "3"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a.docx", "a document (.docx)"), ("a.zip", "a ZIP archive")]
+)
+def test_archives_are_named_for_what_they_are(name: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"PK\x03\x04" + bytes(60))
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(scan_rows(path))
 
 
 def test_cells_that_hold_messages() -> None:

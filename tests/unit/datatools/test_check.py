@@ -139,6 +139,7 @@ def test_what_cannot_be_read_is_reported_beside_the_rest(
         (missing, "missing_file"),
     ):
         assert any(str(path) in t and f"[{reason}]" in t for t in outcome.out.splitlines())
+    assert outcome.err == f"minigpt: 3 errors in {damaged}, {empty}, {missing}; see above\n"
 
 
 def test_fix_mends_what_is_safe_and_changes_nothing_else(

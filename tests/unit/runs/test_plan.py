@@ -19,6 +19,7 @@ PLAN = Plan(
     accumulate=2,
     steps=100,
     epoch_tokens=25_600,
+    epoch_steps=50,
     rates="adamw 0.001, wsd",
     held_out_tokens=300,
     held_out_source=" of the training data",
@@ -34,7 +35,7 @@ def test_the_plan_says_what_the_run_does() -> None:
     assert list(PLAN.lines()) == [
         "Model: 1,000 parameters, all of them trained; 320 tokens in the vocabulary",
         "Hardware: cpu, 1 process, bf16-mixed",
-        "Length: 100 steps of up to 512 tokens (2 micro-batch(es) a process), 51,200 tokens in "
+        "Length: 100 steps of up to 512 tokens (2 micro-batches a process), 51,200 tokens in "
         "all, 2 epochs, 51 tokens a parameter",
         "Rates: adamw 0.001, wsd",
         "Validation: 300 tokens of the training data, every 10 steps",
@@ -61,7 +62,7 @@ def test_a_line_of_other_plans(changes: dict[str, Any], line: str) -> None:
     [
         ({"precision": "32-true"}, "--trainer.precision null takes it"),
         ({"parameters": 60_000}, "reads 0.85 tokens a parameter"),
-        ({"epoch_tokens": 2_000}, "the same data 26 times"),
+        ({"epoch_steps": 4}, "the same data 25 times"),
         ({"held_out_tokens": 16_000}, "Validation takes longer than training"),
         (
             {"checkpoint_every": 100, "parameters": 10**9, "from_random": False},
@@ -81,7 +82,7 @@ def test_a_plan_that_is_unlikely_to_be_meant(changes: dict[str, Any], warning: s
     [
         {"precision": "32-true", "fast_precision": "32-true"},
         {"parameters": 60_000, "from_random": False},
-        {"epoch_tokens": 2_560},
+        {"epoch_steps": 5},
         {"checkpoint_every": 100},
     ],
 )
