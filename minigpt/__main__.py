@@ -79,6 +79,7 @@ def guarded(args: list[str]) -> int:
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler itself
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     logging.getLogger("minigpt").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ REASON = 300  # characters of a reason, at most
 # Exceptions whose text alone, such as "'weights'", says little.
 UNCLEAR = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OFFLINE = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"}
 _OFFLINE |= {"LocalEntryNotFoundError", "ReadTimeout", "ProxyError", "SSLError"}
 _GATED = {"GatedRepoError"}
@@ -96,6 +98,14 @@ def reason_of(error: BaseException) -> str:
     elif not first or isinstance(error, UNCLEAR):
         first = f"{type(error).__name__}: {first}".rstrip(": ")
     return first if len(first) <= REASON else first[: REASON - 1] + "…"
+
+
+def may_be_hub_id(source: str | Path) -> bool:
+    """Whether the hub is to be asked for a model: not for paths, such as of runs (outputs/NAME)."""
+    name = str(source)
+    if not _HUB_ID.fullmatch(name) or name.startswith((".", "outputs/")):
+        return False
+    return not Path(name).exists()
 
 
 def hub_problem(error: BaseException) -> str:

@@ -142,6 +142,8 @@ class MiniGPTCLI(VerbCLI):
         with self._ended_in_order(), warnings.catch_warnings():
             # DDP starts this program again from sys.argv, so it stays what the user typed.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            if self.verb != "fit":  # whose callbacks alone save checkpoints and go on from them
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
             super().__init__(
                 BaseModule,
                 JSONLDataModule,

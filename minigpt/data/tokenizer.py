@@ -22,6 +22,7 @@ from minigpt.reading import (
     NotReadableError,
     check_directory,
     hub_problem,
+    may_be_hub_id,
     read_text,
     reason_of,
     refusing,
@@ -168,6 +169,9 @@ def _making(path: str | Path) -> str:
 
 def _loaded(path: Path) -> PreTrainedTokenizerFast:
     has_files = path.is_dir() and any(path.glob("tokenizer*"))
+    missing = f"There is no tokenizer at {path}. {_making(path)}"
+    if not path.exists() and not may_be_hub_id(path):
+        raise TokenizerError(missing)
     try:
         if path.is_dir():
             check_directory(path)
@@ -179,7 +183,7 @@ def _loaded(path: Path) -> PreTrainedTokenizerFast:
             raise
         if not path.exists() and (problem := hub_problem(error)):
             raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {problem}") from error
-        raise TokenizerError(f"There is no tokenizer at {path}. {_making(path)}") from error
+        raise TokenizerError(missing) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"The tokenizer at {path} has no fast version, which MiniGPT needs.")
     return tokenizer

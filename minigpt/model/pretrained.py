@@ -39,6 +39,7 @@ from minigpt.reading import (
     NotReadableError,
     check_directory,
     hub_problem,
+    may_be_hub_id,
     read_json,
     reason_of,
     refusing,
@@ -51,7 +52,6 @@ PICKLED = (
     "them, load them with transformers and call save_pretrained, which writes safetensors."
 )
 STAGES = ("pretrain", "sft", "dpo", "lora")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BYTES_A_SECOND = 20 * MEGABYTE  # of weights that are loaded, at least
 HUB_SECONDS = 3600  # of computing, for models whose size is not known before they are there
 # Sizes in a config, which its weights must bear out before a model of them is built: what is built
@@ -82,8 +82,7 @@ def find_model(source: str | Path) -> Path | str:
                 return candidate
         if (checkpoint := find_checkpoint(path)) is not None:
             return checkpoint / MODEL
-        is_hub_id = HUB_ID.fullmatch(name) and not path.exists() and not name.startswith(".")
-        if is_hub_id and path.parent.name != "outputs":
+        if may_be_hub_id(name):
             return name
         is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
         is_unfinished = any((c / MODEL).is_dir() for c in newest_first(path))

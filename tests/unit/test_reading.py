@@ -20,6 +20,7 @@ from minigpt.reading import (
     TimeUpError,
     check_directory,
     limited_time,
+    may_be_hub_id,
     read_bytes,
     read_json,
     read_yaml,
@@ -164,3 +165,23 @@ def test_damaged_files(tmp_path: Path, count: int) -> None:
 
     damaged = damage.damaged_bytes(PLAIN.encode()), damage.damaged_bytes(BOMB.encode())
     damage.fuzz(count, st.one_of(*damaged, damage.damaged_json({"a": [1, {"b": None}]})), read)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", True),
+        ("gpt2", True),
+        ("outputs/chinese-tokenizer", False),
+        ("./gpt2", False),
+        ("/models/gpt2", False),
+        ("a/b/c", False),
+        ("data", False),
+    ],
+)
+def test_the_hub_is_not_asked_for_paths(
+    name: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert may_be_hub_id(name) is expected

@@ -36,7 +36,11 @@ BAD_ROWS: dict[str, tuple[bytes | str, str, str]] = {  # row, field, a fragment 
     "not json": ("{oops", "", "invalid JSON at column 2"),
     "wrong keys": ('{"foo": 1}', "", "not a chat row: its keys are ['foo']. Accepted are"),
     "wrong type": (chat(("user", 5)), "messages[0].content", "must be a string, not a number"),
-    "bad utf-8": (b'{"messages": "\xff"}', "", "byte 15 of the line is not UTF-8. Convert"),
+    "bad utf-8": (
+        b'{"messages": "\xff"}',
+        "",
+        "byte 15 of the line is neither UTF-8 nor Chinese in GB18030. Convert",
+    ),
     "roles": (chat(("user", "a"), ("user", "b")), "messages[1].role", "'user' where 'assistant'"),
     "no assistant": (chat(("user", "a")), "messages[0].role", "no assistant message"),
     "special token": (
@@ -44,7 +48,6 @@ BAD_ROWS: dict[str, tuple[bytes | str, str, str]] = {  # row, field, a fragment 
         "messages[1].content",
         "holds the special token '<|im_end|>'. Remove it",
     ),
-    "no targets": (chat(("user", LONG), ("assistant", "b")), "", "Raise max_length"),
     "surrogate": (
         chat(("user", "\ud800"), ("assistant", "b")),
         "messages[0].content",
