@@ -14,7 +14,8 @@
 - kept: on a CPU, what lies free between tensors whose sizes change from step to step: `KEPT` times
   the activations, `MOST_KEPT` at most (glibc gives back what is above 32 MB). In bf16 also the
   kernels that oneDNN makes for each new size, `KERNELS`: few where each micro-batch is full of
-  targets, many where their number changes. All as measured: docs/log.md.
+  targets, many where their number changes, twice as many with an adapter, which has more matrices.
+  All as measured: docs/log.md.
 """
 
 from __future__ import annotations
@@ -100,13 +101,14 @@ def expected_memory(module: BaseModule) -> ExpectedMemory | None:
         optimizer=state,
         activations=activations,
         update=update,
-        kept=kept_on_cpu(activations, precision, module.data.kind) if on_cpu else 0,
+        kept=kept_on_cpu(activations, precision, module) if on_cpu else 0,
     )
 
 
-def kept_on_cpu(activations: int, precision: str, kind: Kind) -> int:
+def kept_on_cpu(activations: int, precision: str, module: BaseModule) -> int:
     """Return the bytes that a run on a CPU keeps beyond what it computes with."""
-    kernels = KERNELS[kind] if precision.startswith("bf16") else 0
+    kernels = KERNELS[module.data.kind] if precision.startswith("bf16") else 0
+    kernels *= 1 if module.adapter is None else 2
     return min(MOST_KEPT, round(KEPT * activations)) + kernels
 
 

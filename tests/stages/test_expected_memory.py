@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_parts_are_those_of_the_tensors(
     parts = expected.held + expected.gradients + expected.optimizer
     computed = max(expected.activations, expected.update)
     assert expected.peak == parts + computed + expected.kept
-    assert expected.kept == memory.kept_on_cpu(expected.activations, "32-true", "chat")
+    assert expected.kept == memory.kept_on_cpu(expected.activations, "32-true", cli.model)
 
 
 def note(gradients: dict[int, int], parameter: int, gradient: Tensor) -> None:
@@ -104,11 +105,14 @@ def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def test_what_a_cpu_keeps_is_bounded() -> None:
-    assert memory.kept_on_cpu(1000, "32-true", "chat") == 2500
-    assert memory.kept_on_cpu(10**12, "32-true", "text") == memory.MOST_KEPT
-    for kind, kernels in memory.KERNELS.items():
-        assert memory.kept_on_cpu(1000, "bf16-mixed", kind) == 2500 + kernels
+@pytest.mark.parametrize(("kind", "times"), [("text", 1), ("chat", 1), ("chat", 2)])
+def test_what_a_cpu_keeps_is_bounded(kind: str, times: int) -> None:
+    adapter = None if times == 1 else object()
+    module: Any = SimpleNamespace(data=SimpleNamespace(kind=kind), adapter=adapter)
+    kept = memory.kept_on_cpu
+    assert kept(1000, "32-true", module) == 2500
+    assert kept(10**12, "32-true", module) == memory.MOST_KEPT
+    assert kept(1000, "bf16-mixed", module) == 2500 + times * memory.KERNELS[kind]  # type: ignore[index]
 
 
 def test_activations_that_are_computed_twice_take_less(fit: Fit, seen: list[Seen]) -> None:
