@@ -23,7 +23,7 @@ from minigpt.errors import DataError
 # whole file, and the first of them.
 Notes = dict[tuple[str, str], list[int]]
 
-CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\r"))
+CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\r"))  # JSON allows DEL
 COMMON_SHARE = 0.15  # of letters, by which text is Chinese; other encodings give up to a tenth
 BINARY_SHARE = 0.1  # of runs of NUL bytes among all bytes; a crash may leave some long ones
 _WIDE = {

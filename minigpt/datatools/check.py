@@ -66,6 +66,7 @@ _MENDABLE = HINTS - {"duplicate"}  # their rows are in the mended copy
 _BLOCK_ROWS = 300  # examined together; more of them would keep the garbage collector busy
 _ALWAYS_TOKENISED = 8  # rows of a block that are tokenised even if they are short
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_CONTROL_BYTES = CONTROL_BYTES + b"\x7f"
 _C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
 _ALONE = 3  # so many equal problems of a file have lines of their own; more are one line
 _NAMED = 5  # rows that are named in that line
@@ -469,7 +470,7 @@ def as_row(record: Record) -> dict[str, object]:
 def has_odd_characters(text: str) -> bool:
     """Tell quickly whether a text holds control characters, byte order marks or U+FFFD."""
     data = text.encode()
-    if len(data.translate(None, CONTROL_BYTES)) < len(data) or _C1.search(data):
+    if len(data.translate(None, _CONTROL_BYTES)) < len(data) or _C1.search(data):
         return True
     return any(character in text for character in "\ufffd\ufeff\ufffe\uffff")
 

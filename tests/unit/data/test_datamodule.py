@@ -252,8 +252,8 @@ def test_bounds_of_held_out_data_are_positive(name: str) -> None:
     ("share", "problem"),
     [
         (0.01, "too few rows to hold out a share"),
-        (1.0, "val_share .* 0 to 1"),
-        (-0.5, "val_share .* 0 to 1"),
+        (1.0, "val_share is a share, .* below 1"),
+        (-0.5, "val_share is a share, .* below 1"),
     ],
 )
 def test_a_share_that_leaves_a_half_empty_is_refused(
