@@ -136,7 +136,8 @@ def _text(value: object, field: str) -> str:
 
 
 def _error(field: str | None, problem: str) -> DataError:
-    return DataError(problem, field=field, reason="wrong_type")
+    remedy = "Correct the item, or leave it out."
+    return DataError(problem, field=field, remedy=remedy, reason="wrong_type")
 
 
 def fold(text: str) -> str:

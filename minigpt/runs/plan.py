@@ -90,6 +90,7 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """Yield the plan, a topic a line."""
+        epochs = f"{self.epochs:.3g} epoch" + ("s" if self.epochs != 1 else "")
         micro_batches = f"{self.accumulate} micro-batch" + ("es" if self.accumulate > 1 else "")
         trained = "all" if self.trainable == self.parameters else f"{self.trainable:,}"
         yield (
@@ -100,7 +101,7 @@ class Plan:
         yield (
             f"Length: {self.steps:,} steps of up to {self.step_tokens:,} tokens "
             f"({micro_batches} a process), {self.tokens:,} tokens in all, "
-            f"{self.epochs:.3g} epochs, {self.tokens / self.parameters:.2g} tokens a parameter"
+            f"{epochs}, {self.tokens / self.parameters:.2g} tokens a parameter"
         )
         yield f"Rates: {self.rates}"
         yield (

@@ -209,7 +209,7 @@ def test_a_run_says_what_it_will_do(fit: Fit, caplog: pytest.LogCaptureFixture) 
     for line in (
         "Hardware: cpu, 1 process, 32-true",
         "Length: 3 steps of up to 128 tokens (2 micro-batches a process), 384 tokens in all, "
-        "1 epochs",
+        "1 epoch, ",
         "Rates: adamw 0.01, wsd",
         "Validation: 128 tokens, every 1 steps",
         "Checkpoints: at the end alone",
