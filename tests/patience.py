@@ -36,7 +36,7 @@ def limit(seconds: float) -> float:
 
 
 def eventually(
-    happened: Callable[[], Any], seconds: float = 300, told: Callable[[], str] = str
+    happened: Callable[[], Any], seconds: float = 300, message: Callable[[], str] = str
 ) -> Any:
     """Wait until something is true, and return it.
 
@@ -47,6 +47,6 @@ def eventually(
     """
     until = time.monotonic() + limit(seconds)
     while not (value := happened()):
-        assert time.monotonic() < until, f"it did not happen in time: {told()}"
+        assert time.monotonic() < until, f"it did not happen in time: {message()}"
         time.sleep(0.01)
     return value

@@ -129,7 +129,7 @@ def metrics(run_dir: Path, name: str = "train/loss") -> list[float]:
     return [row[name] for row in map(json.loads, lines) if name in row]
 
 
-def told(outcome: Any, *fragments: object) -> str:
+def assert_refused(outcome: Any, *fragments: object) -> str:
     """Assert that a command was refused in one paragraph that holds the fragments."""
     assert outcome.status == 2
     last = outcome.err.strip().splitlines()[-1]

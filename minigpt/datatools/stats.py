@@ -256,7 +256,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     bad = "".join(f"; bad: {n} {reason}" for reason, n in report["bad_rows"].items())
     lines = [
         ("rows", f"{number(report['rows'])} of {report['kind']}{bad}"),
-        ("size", f"{report['bytes'] / 1e6:.1f} MB, {number(report['characters'])} characters"),
+        ("size", f"{report['bytes'] / 1e6:.3g} MB, {number(report['characters'])} characters"),
     ]
     if tokens:
         named = ("mean", "median", "p90", "p99", "longest")

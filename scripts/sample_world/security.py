@@ -133,7 +133,7 @@ _ASK_EXAM: dict[str, tuple[str, ...]] = {
         "Please advise me: what is safe with {m}?",
     ),
     "zh": (
-        "遇到{m}，我该怎么做？",
+        "遇到{m}，我要做什么？",
         "怎样应对{m}才安全？",
         "关于{m}，请给点建议。",
         "请告诉我怎样处理{m}。",

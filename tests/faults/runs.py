@@ -37,7 +37,7 @@ class Running:
 
     def wait(self, seconds: float = 600) -> int:
         """Return the exit status; negative when a signal killed it."""
-        eventually(self.ended, seconds, lambda: self.told)
+        eventually(self.ended, seconds, lambda: self.output)
         assert self.status is not None
         return self.status
 
@@ -46,7 +46,7 @@ class Running:
 
     def since_the_signal(self) -> float:
         """Return the seconds since `moments.At` sent its signal."""
-        return time.time() - float(self.told.rpartition("struck at ")[2].split()[0])
+        return time.time() - float(self.output.rpartition("struck at ")[2].split()[0])
 
     def group(self) -> list[str]:
         """Return the processes of the run that live, also when the first has ended."""
@@ -73,7 +73,7 @@ class Running:
         return left
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
 

@@ -46,16 +46,16 @@ def test_damaged_checkpoints_are_passed_over_and_refused_by_name(
     (second / MANIFEST).unlink()
     explicit = start("sft", "run", "--ckpt_path", str(second))
     assert explicit.wait() == 2
-    assert re.search(rf"^minigpt: The checkpoint {second} is damaged: its", explicit.told, re.M)
+    assert re.search(rf"^minigpt: The checkpoint {second} is damaged: its", explicit.output, re.M)
     auto = start("sft", "run", "--ckpt_path", "auto", trainer__max_steps=9)
     assert auto.wait() == 0
-    assert f"{newest} is damaged (the content of {STATE} is not what was written)" in auto.told
-    assert f"{second} is damaged (its {MANIFEST} is missing)" in auto.told
-    assert f"Resuming from {third}" in auto.told
+    assert f"{newest} is damaged (the content of {STATE} is not what was written)" in auto.output
+    assert f"{second} is damaged (its {MANIFEST} is missing)" in auto.output
+    assert f"Resuming from {third}" in auto.output
     (third / STATE).write_bytes(weights[:-1])
     cut = start("sft", "run", "--ckpt_path", str(third))
     assert cut.wait() == 2
-    assert f"{STATE} has {len(weights) - 1} bytes instead of " in cut.told
+    assert f"{STATE} has {len(weights) - 1} bytes instead of " in cut.output
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.faults)])
@@ -149,15 +149,15 @@ def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(
     killed = start("pretrain", "run", *early, trainer__callbacks=dies, **changes)
     assert killed.wait() == -signal.SIGKILL
     assert kept(run_dir) == ["aside-step=4", "aside-step=6", "aside-step=8", "step=2"]
-    assert "after step 2, without step=8, step=6, step=4: kept as " in killed.told
+    assert "after step 2, without step=8, step=6, step=4: kept as " in killed.output
     stop = at("train_batch_start", signal_name="SIGTERM")
     stopped = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **changes)
     assert stopped.wait() == 75
-    assert f"Resuming from {run_dir}/checkpoints/step=2" in stopped.told
+    assert f"Resuming from {run_dir}/checkpoints/step=2" in stopped.output
     assert kept(run_dir) == ["step=2", "step=3"][-keep:]
     last = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert last.wait() == 0
-    assert f"Resuming from {run_dir}/checkpoints/step=3" in last.told
+    assert f"Resuming from {run_dir}/checkpoints/step=3" in last.output
 
 
 def test_damaged_small_files_do_not_keep_a_run_from_going_on(start: Start, tmp_path: Path) -> None:
@@ -174,11 +174,11 @@ def test_damaged_small_files_do_not_keep_a_run_from_going_on(start: Start, tmp_p
     junk = b'junk\n\0\0\0\n\xff\n{"loss": 1}\n'
     metrics.write_bytes(junk + metrics.read_bytes())
     run = start("sft", "run", "--ckpt_path", "auto")
-    assert run.wait() == 0, run.told
-    assert f"Resuming from {run_dir}/checkpoints/step=6" in run.told
+    assert run.wait() == 0, run.output
+    assert f"Resuming from {run_dir}/checkpoints/step=6" in run.output
     for named in (f"{manifest.parent} is damaged", odd, f"{metrics}: 4 damaged lines are left out"):
-        assert str(named) in run.told
-    assert f"{run_dir}/status.json is no file" in run.told
+        assert str(named) in run.output
+    assert f"{run_dir}/status.json is no file" in run.output
     assert status(run_dir)["state"] == "finished"
     assert rows(run_dir) == rows(tmp_path / "whole")
     assert odd.exists()
@@ -218,9 +218,9 @@ def test_machines_that_see_different_checkpoints_stop(start: Start, tmp_path: Pa
     assert start("sft", "here", trainer__accumulate_grad_batches=4).wait() == 0
     first, second = both("here", "there")
     for run in (first, second):
-        assert run.status == 2, run.told
-        assert "process 0 from step=8 with manifest " in run.told
-        assert "process 1 from no checkpoint. Let all machines see one run directory" in run.told
+        assert run.status == 2, run.output
+        assert "process 0 from step=8 with manifest " in run.output
+        assert "process 1 from no checkpoint. Let all machines see one run directory" in run.output
     shutil.copytree(tmp_path / "here" / "checkpoints", tmp_path / "there" / "checkpoints")
     assert [run.status for run in both("here", "there")] == [0, 0]
 
@@ -243,9 +243,9 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path
     limit = {"RLIMIT_FSIZE": len(before) // 2}
     more = start("pretrain", "run", "--ckpt_path", "auto", limits=limit, trainer__max_steps=8)
     assert more.wait() == 2
-    (last,) = (line for line in more.told.splitlines() if line.startswith("minigpt: "))
+    (last,) = (line for line in more.output.splitlines() if line.startswith("minigpt: "))
     assert f"{run_dir}/checkpoints/step=6 could not be written: " in last
-    assert "Trained" not in more.told.partition("Resuming")[2]
+    assert "Trained" not in more.output.partition("Resuming")[2]
     assert status(run_dir)["state"] == "failed"
     assert [p.name for p in newest_first(run_dir)] == ["step=3"]
     assert (run_dir / "checkpoints" / "step=3" / STATE).read_bytes() == before
@@ -255,8 +255,8 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path
 def test_a_disk_that_is_full_at_the_export_is_told(start: Start, tmp_path: Path) -> None:
     full = [{"class_path": "moments.FullDisk", "init_args": {"size": 20_000}}]
     run = start("pretrain", "run", trainer__callbacks=full)
-    assert run.wait() == 2, run.told
-    last = run.told.rpartition("minigpt: ")[2]
+    assert run.wait() == 2, run.output
+    last = run.output.rpartition("minigpt: ")[2]
     assert last.startswith(f"{tmp_path}/run/hf could not be written: File too large. ")
     assert status(tmp_path / "run")["state"] == "failed"
     assert not (tmp_path / "run" / "hf").exists()
@@ -269,7 +269,7 @@ def test_a_directory_that_cannot_be_written_to_is_told(start: Start, tmp_path: P
     (tmp_path / "run" / "checkpoints").touch()
     run = start("pretrain", "run", "--overwrite", "false", "--ckpt_path", "auto")
     assert run.wait() == 2
-    assert f"{tmp_path}/run/checkpoints/step=3 could not be written: " in run.told
+    assert f"{tmp_path}/run/checkpoints/step=3 could not be written: " in run.output
 
 
 def test_a_directory_that_became_read_only_is_told(start: Start, tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_a_directory_that_became_read_only_is_told(start: Start, tmp_path: Path)
     more = start("pretrain", "run", "--ckpt_path", "auto", plain_user=True)
     code = more.wait()
     (run_dir / "checkpoints").chmod(0o755)
-    assert code == 2, more.told
-    last = more.told.rpartition("minigpt: ")[2]
+    assert code == 2, more.output
+    last = more.output.rpartition("minigpt: ")[2]
     assert last.startswith(f"{run_dir}/checkpoints/step=6 could not be written: Permission denied")
-    assert "Trained" not in more.told.partition("Resuming")[2]
+    assert "Trained" not in more.output.partition("Resuming")[2]
     assert status(run_dir)["state"] == "failed"
     assert kept(run_dir) == ["step=3"]
     assert damage(run_dir / "checkpoints" / "step=3") is None
@@ -299,7 +299,7 @@ def test_nothing_is_written_to_the_directory_for_temporary_files(
     options = {"under": str(place), "file": str(noted), "own_io": own_io}
     watch = [{"class_path": "moments.Opened", "init_args": options}]
     run = start("pretrain", "run", env={"TMPDIR": str(place)}, trainer__callbacks=watch)
-    assert run.wait() == 0, run.told
+    assert run.wait() == 0, run.output
     assert bool(noted.read_text()) != own_io
 
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(start: Start, tmp_path: Path) -
     for place in ("auto", str(checkpoint)):
         run = start("pretrain", "run", "--ckpt_path", place, trainer__max_steps=9)
         assert run.wait() == 2
-        assert f"The checkpoint {checkpoint} is refused: it holds more than" in run.told
+        assert f"The checkpoint {checkpoint} is refused: it holds more than" in run.output
     assert not (tmp_path / "trapped").exists()
     (tmp_path / "trapped").mkdir()
     with pytest.raises(FileExistsError):  # the trap itself works

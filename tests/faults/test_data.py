@@ -67,8 +67,8 @@ def test_a_bad_row_stops_a_run_before_its_first_step_by_name(
     file = rows_with(bad, tmp_path / "rows.jsonl")
     run = start("sft", "run", data__init_args__train=str(file))
     assert run.wait() == 2
-    assert f"minigpt: {file}:3:" + (f"{field}:" if field else "") in run.told
-    assert "Traceback" not in run.told
+    assert f"minigpt: {file}:3:" + (f"{field}:" if field else "") in run.output
+    assert "Traceback" not in run.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -103,8 +103,8 @@ def test_a_lenient_run_says_what_it_left_out(start: Start, tmp_path: Path) -> No
     file = rows_with(BAD[1][0], tmp_path / "rows.jsonl")
     changes = {"data__init_args__train": str(file), "data__init_args__on_bad_row": "skip"}
     run = start("sft", "run", **changes)
-    assert run.wait() == 0, run.told
-    assert f"skipped 1 bad rows: 1 bad_json (first {file}:3)" in run.told
+    assert run.wait() == 0, run.output
+    assert f"skipped 1 bad rows: 1 bad_json (first {file}:3)" in run.output
 
 
 # Stores under construction
@@ -164,7 +164,7 @@ def test_two_runs_build_one_store_at_once(start: Start, tmp_path: Path) -> None:
         )
         for name, other in (("one", "other"), ("other", "one"))
     ]
-    assert [run.wait() for run in both] == [0, 0], [run.told for run in both]
+    assert [run.wait() for run in both] == [0, 0], [run.output for run in both]
     finished, partial = stores(cache)
     assert len([path for path in finished if path.name.startswith("corpus")]) == 1
     assert partial == []
@@ -196,15 +196,15 @@ def test_a_store_that_is_cut_off_while_it_is_read_ends_the_run_in_words(
     options = {"pattern": f"rows-*/{name}.bin", "cache": str(cache), "number": 6}
     cut = [{"class_path": "moments.CutOff", "init_args": options}]
     run = start("sft", "run", trainer__callbacks=cut, **changes)
-    assert run.wait() == 2, run.told
-    (last,) = (line for line in run.told.splitlines() if line.startswith("minigpt: "))
+    assert run.wait() == 2, run.output
+    (last,) = (line for line in run.output.splitlines() if line.startswith("minigpt: "))
     assert last.startswith(f"minigpt: {file}: its token store {cache}/rows-")
     assert f"is damaged: {name}.bin is shorter than it was. It is built again" in last
-    assert "Traceback" not in run.told
+    assert "Traceback" not in run.output
     assert status(tmp_path / "run")["state"] == "failed"
     again = start("sft", "run", "--ckpt_path", "auto", **changes)
-    assert again.wait() == 0, again.told
-    assert "damaged, or of an earlier version: built again" in again.told
+    assert again.wait() == 0, again.output
+    assert "damaged, or of an earlier version: built again" in again.output
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
@@ -227,7 +227,7 @@ def private_memory(run: Running) -> float:
     watch = threading.Thread(target=look)
     watch.start()
     try:
-        assert run.wait(3000) == 0, run.told
+        assert run.wait(3000) == 0, run.output
     finally:
         done.set()
         watch.join()

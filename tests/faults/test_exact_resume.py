@@ -112,12 +112,12 @@ def test_a_killed_run_ends_where_the_whole_one_does(
     whole = whole_runs / f"{stage}-{workers}"
     if not (whole / "summary.json").exists():  # another moment's test may have made it
         made = start(kind, str(whole), **changes)
-        assert made.wait() == 0, made.told
+        assert made.wait() == 0, made.output
     killed = start(kind, "run", trainer__callbacks=MOMENTS[moment], **changes)
     assert killed.wait() == -signal.SIGKILL
     assert newest_checkpoint(tmp_path / "run") is not None
     resumed = start(kind, "run", "--ckpt_path", "auto", **changes)
-    assert resumed.wait() == 0, resumed.told
+    assert resumed.wait() == 0, resumed.output
     assert differences(ending(whole), ending(tmp_path / "run")) == []
     assert rows(tmp_path / "run") == rows(whole)
     assert weights(tmp_path / "run") == weights(whole)
@@ -142,10 +142,10 @@ def test_a_reference_that_was_cut_off_is_not_used(
     options = {"function": function, "number": number}
     dies = [{"class_path": "moments.InReference", "init_args": options}]
     killed = start("dpo", "run", trainer__callbacks=dies, **changes)
-    assert killed.wait() == -signal.SIGKILL, killed.told
+    assert killed.wait() == -signal.SIGKILL, killed.output
     assert len(references(run)) == kept
     again = start("dpo", "run", "--ckpt_path", "auto", **changes)
-    assert again.wait() == 0, again.told
+    assert again.wait() == 0, again.output
     assert references(run) == references(whole)
     assert differences(ending(tmp_path / "whole"), ending(tmp_path / "run")) == []
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
@@ -187,8 +187,8 @@ def test_a_run_goes_on_with_its_threads(start: Start, tmp_path: Path) -> None:
     assert killed.wait() == -signal.SIGKILL
     more = [{"class_path": "moments.Threads", "init_args": {"number": 2}}]
     resumed = start("sft", "run", "--ckpt_path", "auto", trainer__callbacks=more)
-    assert resumed.wait() == 0, resumed.told
-    assert "Threads: 1, as before." in resumed.told
+    assert resumed.wait() == 0, resumed.output
+    assert "Threads: 1, as before." in resumed.output
     assert start("sft", "other", trainer__callbacks=more).wait() == 0
     noted = [state(tmp_path / name)["machine"]["threads"] for name in ("run", "other")]
     assert noted == [1, 2]

@@ -44,8 +44,8 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(
 ) -> None:
     file = tmp_path / "poisoned"
     run = start("sft", "run", trainer__callbacks=poison(file, number, value, rank), **more)
-    assert run.wait() == 2, run.told
-    last = next(line for line in run.told.splitlines() if line.startswith("minigpt: Step 5: "))
+    assert run.wait() == 2, run.output
+    last = next(line for line in run.output.splitlines() if line.startswith("minigpt: Step 5: "))
     assert f"no update was made. The rows: {named(file)}. Look at them" in last
     assert "--ckpt_path auto" in last
     assert status(tmp_path / "run")["exit_code"] == 2
@@ -53,7 +53,7 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(
     assert found is not None
     assert found.name == "step=3"
     again = start("sft", "run", "--ckpt_path", "auto", **more)  # without the poison
-    assert again.wait() == 0, again.told
+    assert again.wait() == 0, again.output
     assert start("sft", "whole", **more).wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -70,7 +70,7 @@ def spiking(start: Start, action: str, tmp_path: Path) -> tuple[int, str, list[s
         **ONE,
     )
     ended = run.wait()
-    return ended, run.told, (tmp_path / "weights").read_text().splitlines()
+    return ended, run.output, (tmp_path / "weights").read_text().splitlines()
 
 
 def digest(line: str) -> str:
@@ -78,37 +78,37 @@ def digest(line: str) -> str:
 
 
 def test_a_jump_of_the_loss_is_told(start: Start, tmp_path: Path) -> None:
-    ended, told, weights = spiking(start, "warn", tmp_path)
+    ended, message, weights = spiking(start, "warn", tmp_path)
     assert ended == 0
-    assert "Step 25: the loss jumped to " in told
-    assert f"rows: {named(tmp_path / 'poisoned')}." in told
+    assert "Step 25: the loss jumped to " in message
+    assert f"rows: {named(tmp_path / 'poisoned')}." in message
     assert digest(weights[24]) != digest(weights[23])
 
 
 def test_a_step_that_is_left_out_changes_neither_weights_nor_moments(
     start: Start, tmp_path: Path
 ) -> None:
-    ended, told, weights = spiking(start, "skip", tmp_path)
+    ended, message, weights = spiking(start, "skip", tmp_path)
     assert ended == 0
-    assert "left out" in told
+    assert "left out" in message
     assert digest(weights[24]) == digest(weights[23])
     assert digest(weights[25]) != digest(weights[24])
 
 
 def test_a_jump_of_the_loss_can_stop_the_run(start: Start, tmp_path: Path) -> None:
-    ended, told, weights = spiking(start, "stop", tmp_path)
+    ended, message, weights = spiking(start, "stop", tmp_path)
     assert ended == 2
-    assert "minigpt: Step 25: the loss jumped to " in told
+    assert "minigpt: Step 25: the loss jumped to " in message
     assert len(weights) == 24
 
 
 def test_by_default_a_jump_is_let_pass(start: Start, tmp_path: Path) -> None:
-    ended, told, _ = spiking(start, "off", tmp_path)
+    ended, message, _ = spiking(start, "off", tmp_path)
     assert ended == 0
-    assert "jumped" not in told
+    assert "jumped" not in message
 
 
 def test_the_factor_of_a_jump_must_be_above_1(start: Start) -> None:
     run = start("sft", "run", model__init_args__spike={"action": "warn", "factor": 1.0})
     assert run.wait() == 2
-    assert "spike.factor must be above 1, but is 1.0" in run.told
+    assert "spike.factor must be above 1, but is 1.0" in run.output

@@ -20,7 +20,7 @@ from minigpt.runs.checkpoints import STATE, newest_checkpoint
 def cut(start: Start, stage: str = "sft", **changes: Any) -> None:
     callbacks = at("train_batch_start", 9, signal_name="SIGTERM")
     run = start(stage, "run", trainer__callbacks=callbacks, **changes)
-    assert run.wait() == 75, run.told
+    assert run.wait() == 75, run.output
 
 
 def test_other_data_is_refused_unless_allowed(start: Start, world: Path, tmp_path: Path) -> None:
@@ -30,22 +30,24 @@ def test_other_data_is_refused_unless_allowed(start: Start, world: Path, tmp_pat
     changes = {"data__init_args__train": str(other)}
     refused = start("sft", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert "minigpt: This is not the run that the checkpoint belongs to: data was " in refused.told
-    assert "--allow_changes true" in refused.told
+    assert (
+        "minigpt: This is not the run that the checkpoint belongs to: data was " in refused.output
+    )
+    assert "--allow_changes true" in refused.output
     allowed = start("sft", "run", "--ckpt_path", "auto", "--allow_changes", "true", **changes)
     assert allowed.wait() == 0
-    assert "Going on although this is another run: data was " in allowed.told
+    assert "Going on although this is another run: data was " in allowed.output
 
 
 def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_path: Path) -> None:
     cut(start)
     copy = shutil.copy(world / "sft.jsonl", tmp_path / "sft.jsonl")
     moved = start("sft", "run", "--ckpt_path", "auto", data__init_args__train=str(copy))
-    assert moved.wait() == 0, moved.told
+    assert moved.wait() == 0, moved.output
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__init_args__seed": 5}, "seed was 0, is 5"),
         ({"data__init_args__tokens_per_batch": 300}, "tokens_per_batch was 256, is 300"),
@@ -58,32 +60,32 @@ def test_the_same_data_elsewhere_is_the_same_run(start: Start, world: Path, tmp_
         ({"model__init_args__schedule__warmup": 2}, "schedule was name wsd, warmup 1.0, "),
     ],
 )
-def test_another_config_is_refused(start: Start, changes: dict[str, Any], told: str) -> None:
+def test_another_config_is_refused(start: Start, changes: dict[str, Any], message: str) -> None:
     cut(start)
     refused = start("sft", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert told in refused.told
-    assert "--allow_changes true" in refused.told
+    assert message in refused.output
+    assert "--allow_changes true" in refused.output
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "told"),
+    ("stage", "changes", "message"),
     [
         ("dpo", {"beta": 0.2, "loss": "cdpo", "label_smoothing": 0.1}, "beta was 0.1, is 0.2; "),
         ("pretrain", {"architecture__dropout": 0.1}, "dropout was 0.0, is 0.1. "),
     ],
 )
 def test_the_options_of_a_stage_are_compared(
-    stage: str, changes: dict[str, Any], told: str, start: Start
+    stage: str, changes: dict[str, Any], message: str, start: Start
 ) -> None:
     cut(start, stage)
     changes = {f"model__init_args__{name}": value for name, value in changes.items()}
     refused = start(stage, "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert told in refused.told
+    assert message in refused.output
     neutral = {"spike": {"action": "warn"}, "sample_prompts": [], "activation_checkpointing": True}
     if stage == "dpo":
-        assert "label_smoothing was 0.0, is 0.1; loss was sigmoid, is cdpo. " in refused.told
+        assert "label_smoothing was 0.0, is 0.1; loss was sigmoid, is cdpo. " in refused.output
         changes = {f"model__init_args__{name}": value for name, value in neutral.items()}
         assert start(stage, "run", "--ckpt_path", "auto", **changes).wait() == 0
 
@@ -97,15 +99,15 @@ def test_weights_of_other_sizes_are_refused_in_words(
     made = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 300)
     made.save_pretrained(str(tmp_path / "tokenizer"))
     words = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
-    for changes, told in (
+    for changes, message in (
         (wide, "architecture was hidden_size 32, "),
         (words, "vocabulary was 320, is 300. "),
     ):
         for args in (again, again + free):
             refused = start("pretrain", "run", *args, **changes)
             assert refused.wait() == 2
-            last = refused.told.rpartition("minigpt: ")[2]
-            assert told in last
+            last = refused.output.rpartition("minigpt: ")[2]
+            assert message in last
             assert "--allow_changes" not in last
     assert start("pretrain", "run", *again).wait() == 0
 
@@ -115,7 +117,9 @@ def test_a_base_of_another_size_is_refused_in_words(start: Start, world: Path) -
     other = {"model__init_args__init_from": str(world / "gpt2")}
     refused = start("sft", "run", "--ckpt_path", "auto", **other)
     assert refused.wait() == 2
-    assert "does not fit this model: the shape of lm.hf." in refused.told.rpartition("minigpt: ")[2]
+    assert (
+        "does not fit this model: the shape of lm.hf." in refused.output.rpartition("minigpt: ")[2]
+    )
 
 
 def test_another_method_is_refused_for_good(start: Start) -> None:
@@ -124,8 +128,8 @@ def test_another_method_is_refused_for_good(start: Start) -> None:
     args = ("--ckpt_path", "auto", "--allow_changes", "true")
     refused = start("sft", "run", *args, **changes)
     assert refused.wait() == 2
-    assert "method was adamw, all weights" in refused.told
-    assert "--allow_changes" not in refused.told.rpartition("minigpt: ")[2]
+    assert "method was adamw, all weights" in refused.output
+    assert "--allow_changes" not in refused.output.rpartition("minigpt: ")[2]
 
 
 def test_another_tokenizer_is_refused(start: Start, world: Path, tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_another_tokenizer_is_refused(start: Start, world: Path, tmp_path: Path)
     changes = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
     refused = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert "tokenizer was " in refused.told
+    assert "tokenizer was " in refused.output
 
 
 def test_a_changed_rate_is_refused_or_put_in_force(start: Start, tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_a_changed_rate_is_refused_or_put_in_force(start: Start, tmp_path: Path)
     }
     refused = start("sft", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert "optimizer was lr 0.01" in refused.told
+    assert "optimizer was lr 0.01" in refused.output
     args = ("--ckpt_path", "auto", "--allow_changes", "true")
     assert start("sft", "run", *args, **changes).wait() == 0
     rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
@@ -161,9 +165,9 @@ def test_the_second_run_in_a_directory_is_refused(start: Start, tmp_path: Path) 
     for args in (("--overwrite", "true"), ("--ckpt_path", "auto")):
         second = start("sft", "run", *args)
         assert second.wait() == 2
-        assert f"Another process is training in {tmp_path / 'run'}" in second.told
+        assert f"Another process is training in {tmp_path / 'run'}" in second.output
     (tmp_path / "go").touch()
-    assert first.wait() == 0, first.told
+    assert first.wait() == 0, first.output
     assert start("sft", "whole").wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -180,7 +184,7 @@ def test_another_base_is_refused(stage: str, start: Start, world: Path, tmp_path
     changes = {"model__init_args__init_from": str(other)}
     refused = start(stage, "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
-    assert "base was " in refused.told
+    assert "base was " in refused.output
 
 
 def test_checkpoints_hold_only_what_is_trained(start: Start, tmp_path: Path) -> None:
@@ -231,11 +235,11 @@ def test_the_number_of_processes_may_change(start: Start, tmp_path: Path) -> Non
     assert first.wait() == 75
     stop = at("train_batch_start", 2, signal_name="SIGTERM") + ran
     second = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **two)
-    assert second.wait() == 75, second.told
-    assert "processes: 1 before, 2 now. The order of data is the same" in second.told
+    assert second.wait() == 75, second.output
+    assert "processes: 1 before, 2 now. The order of data is the same" in second.output
     third = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=ran, **one)
-    assert third.wait() == 0, third.told
-    assert "processes: 2 before, 1 now" in third.told
+    assert third.wait() == 0, third.output
+    assert "processes: 2 before, 1 now" in third.output
     mine, other = consumed(tmp_path / "rows-run"), consumed(tmp_path / "rows-whole")
     assert mine == other
     assert len({json.dumps(batch) for _, batch in other}) > 12

@@ -38,7 +38,7 @@ class Trap:
 
 
 def last(run: Any) -> str:
-    lines = [line for line in run.told.splitlines() if line.startswith("minigpt: ")]
+    lines = [line for line in run.output.splitlines() if line.startswith("minigpt: ")]
     return str(lines[-1])
 
 
@@ -81,14 +81,14 @@ def test_a_value_in_a_shard_runs_no_code(tmp_path: Path) -> None:
 def test_a_change_of_the_kind_of_checkpoint_is_refused_in_words(
     start: Start, tmp_path: Path
 ) -> None:
-    for name, first, then, told in (
+    for name, first, then, message in (
         ("one", {}, SHARDS, "is of one file (one process, or DDP), and this strategy reads one in"),
         ("two", SHARDS, {}, "is in shards (FSDP2), and this strategy reads one of one file (one"),
     ):
         assert start("pretrain", name, **first).wait() == 0
         run = start("pretrain", name, *AGAIN, **then, trainer__max_steps=9)
         assert run.wait() == 2
-        assert f"The checkpoint {tmp_path / name}/checkpoints/step=8 {told}" in last(run)
+        assert f"The checkpoint {tmp_path / name}/checkpoints/step=8 {message}" in last(run)
 
 
 def test_weights_of_another_size_are_refused_in_words(start: Start, world: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told(start: Start, tmp_path: Path) -> None:
     assert checkpoint is not None
     limit = {"RLIMIT_FSIZE": max(f.stat().st_size for f in checkpoint.iterdir()) // 2}
     run = start("pretrain", "run", *AGAIN, **SHARDS, limits=limit)
-    assert run.wait() == 2, run.told
+    assert run.wait() == 2, run.output
     assert f"{run_dir}/checkpoints/step=6 could not be written: " in last(run)
     assert status(run_dir)["state"] == "failed"
     assert newest_checkpoint(run_dir) == checkpoint

@@ -23,12 +23,12 @@ def test_another_takes_the_place_of_a_starter_that_died(
         died.start(["--version"], tmp_path / "log")
     run = request.getfixturevalue("starter").start(["--version"], tmp_path / "log")
     assert run.wait() == 0
-    assert run.told == f"{minigpt.__version__}\n"
+    assert run.output == f"{minigpt.__version__}\n"
 
 
 def test_a_run_that_does_not_end_tells_what_it_did(start: Start) -> None:
     run = start("sft", "run", trainer__callbacks=slow(600))
-    eventually(lambda: "taking its time" in run.told)
+    eventually(lambda: "taking its time" in run.output)
     with pytest.raises(AssertionError, match="taking its time"):
         run.wait(0)
     run.send(9)

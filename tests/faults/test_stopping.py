@@ -50,14 +50,14 @@ def test_a_signal_ends_a_run_in_good_order(
     assert start("sft", "whole", **changes).wait() == 0
     callbacks = at("train_batch_start", 6, signal_name=name, group=True)  # to its workers, too
     run = start("sft", "run", trainer__callbacks=callbacks, **changes)
-    assert run.wait() == code, run.told
+    assert run.wait() == code, run.output
     assert run.since_the_signal() < limit(20)
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == (state, code)
     found = newest_checkpoint(tmp_path / "run")
     assert found is not None
     assert found.name == f"step={said['step']}"
-    assert f"minigpt: stopped by {name}: step {said['step']} is saved. Go on with" in run.told
+    assert f"minigpt: stopped by {name}: step {said['step']} is saved. Go on with" in run.output
     assert not (tmp_path / "run" / "hf").exists()
     assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
@@ -69,7 +69,7 @@ def test_a_run_that_ignores_sighup_goes_on(start: Start, tmp_path: Path) -> None
     callbacks = at("train_batch_start", 6, signal_name="SIGHUP", group=True)
     workers = {"data__init_args__num_workers": 2}
     run = start("sft", "run", nohup=True, trainer__callbacks=callbacks, **workers)
-    assert run.wait() == 0, run.told
+    assert run.wait() == 0, run.output
     assert run.since_the_signal() > 0
     assert status(tmp_path / "run")["state"] == "finished"
 
@@ -125,7 +125,7 @@ def test_a_signal_before_training_ends_the_run_at_once(start: Start, tmp_path: P
     callbacks = at("fit_start", signal_name="SIGTERM")
     run = start("sft", "run", trainer__callbacks=callbacks)
     assert run.wait() == 75
-    assert "before training began" in run.told
+    assert "before training began" in run.output
     assert status(tmp_path / "run")["exit_code"] == 75
 
 
@@ -139,8 +139,8 @@ def test_a_signal_while_data_is_prepared_ends_the_run_at_once(
     run = start("sft", "run", trainer__callbacks=never, **data)
     eventually(lambda: list(cache.rglob("tokens.bin")))
     run.send(signal.SIGTERM)
-    assert run.wait() == 75, run.told
-    assert "minigpt: stopped by SIGTERM: before training began." in run.told
+    assert run.wait() == 75, run.output
+    assert "minigpt: stopped by SIGTERM: before training began." in run.output
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == ("preempted", 75)
     assert not list(cache.rglob("tokens.bin"))  # nor is half a store left
@@ -174,9 +174,9 @@ def test_the_status_of_a_run_is_its_own(start: Start, tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_does_not_wait(start: Start, tmp_path: Path) -> None:
     run = start("sft", "run", trainer__callbacks=slow(600))
-    eventually(lambda: "taking its time" in run.told)
+    eventually(lambda: "taking its time" in run.output)
     run.send(signal.SIGINT)
-    eventually(lambda: "SIGINT: stopping after this step" in run.told)
+    eventually(lambda: "SIGINT: stopping after this step" in run.output)
     run.send(signal.SIGINT)
     assert run.wait() == 130
 
@@ -218,7 +218,7 @@ def test_slurm_requeues_once_after_the_save_and_the_status(
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **more}
     callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", **who)
     run = start("sft", "run", env=env, trainer__callbacks=callbacks, **changes)
-    assert run.wait() == 75, run.told
+    assert run.wait() == 75, run.output
     assert asked.read_text() == f"requeue {job} step={status(place)['step']} 1\n"
 
 
@@ -232,11 +232,11 @@ def test_two_processes_stop_together_whichever_was_asked(
     assert start("pretrain", "whole", **changes).wait() == 0
     callbacks = at("train_batch_start", 4, signal_name="SIGTERM", rank=rank)
     run = start("pretrain", "run", trainer__callbacks=callbacks, **changes)
-    assert run.wait() == 75, run.told
+    assert run.wait() == 75, run.output
     assert run.since_the_signal() < limit(30)
     assert status(tmp_path / "run")["state"] == "preempted"
     resumed = start("pretrain", "run", "--ckpt_path", "auto", **changes)
-    assert resumed.wait() == 0, resumed.told
+    assert resumed.wait() == 0, resumed.output
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
@@ -256,7 +256,7 @@ def test_two_processes_leave_together(
     callbacks = at("train_batch_start", 4, signal_name=name, **asked)
     workers = {"data__init_args__num_workers": 1}
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP, **workers)
-    assert run.wait() == code, run.told
+    assert run.wait() == code, run.output
     assert run.since_the_signal() < limit(30)
     said = status(tmp_path / "run")
     assert said["exit_code"] == code
@@ -273,14 +273,14 @@ def test_no_process_hangs_when_another_dies(rank: int, start: Start, tmp_path: P
     assert run.since_the_signal() < limit(30)
     if rank == 0:
         assert ended == -signal.SIGKILL
-        eventually(lambda: "Another process of this run has died" in run.told)
+        eventually(lambda: "Another process of this run has died" in run.output)
         eventually(lambda: not run.group())
     else:
         assert ended == 1
-        assert "minigpt: Another process of this run has died" in run.told
+        assert "minigpt: Another process of this run has died" in run.output
         assert status(tmp_path / "run")["state"] == "failed"
     resumed = start("pretrain", "run", "--ckpt_path", "auto", **DDP)
-    assert resumed.wait() == 0, resumed.told
+    assert resumed.wait() == 0, resumed.output
 
 
 @pytest.mark.faults
@@ -289,7 +289,7 @@ def test_the_first_process_leaves_in_its_own_time(start: Start, tmp_path: Path) 
     callbacks = at("train_batch_start", 4, signal_name="SIGTERM", rank=1)
     callbacks += slow(7, moment="exception", rank=0)
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
-    assert run.wait() == 75, run.told
+    assert run.wait() == 75, run.output
     assert status(tmp_path / "run")["exit_code"] == 75
 
 
@@ -302,9 +302,9 @@ def test_a_first_process_that_does_not_notice_says_that_another_died(
         limit(60), moment="train_batch_start", rank=0
     )
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP)
-    assert run.wait() == 1, run.told
+    assert run.wait() == 1, run.output
     assert run.since_the_signal() < limit(30)
-    assert "minigpt: Another process of this run has died" in run.told
+    assert "minigpt: Another process of this run has died" in run.output
     said = status(tmp_path / "run")
     assert (said["state"], said["exit_code"]) == ("failed", 1)
     eventually(lambda: not run.group())
@@ -400,9 +400,9 @@ def test_every_verb_says_that_it_was_stopped(
     run = starter.start(args, tmp_path / "log")
     writer = eventually(lambda: opened(file))  # the verb waits for rows
     run.send(signal.Signals[name])
-    assert run.wait() == 75, run.told
+    assert run.wait() == 75, run.output
     os.close(writer)
-    assert run.told == f"minigpt: stopped by {name}\n"
+    assert run.output == f"minigpt: stopped by {name}\n"
 
 
 def opened(fifo: Path) -> int | None:
@@ -419,8 +419,8 @@ def test_a_validation_that_is_stopped(starter: Starter, world: Path, tmp_path: P
     shutil.copytree(world / "sft", tmp_path / "run")
     run = starter.start(tiny_runs.arguments("validate", made), tmp_path / "log")
     assert run.wait() == 75
-    assert run.told.splitlines()[-1] == "minigpt: stopped by SIGTERM"
-    assert "Traceback" not in run.told
+    assert run.output.splitlines()[-1] == "minigpt: stopped by SIGTERM"
+    assert "Traceback" not in run.output
 
 
 def test_a_benchmark_that_is_ended_ends_what_it_measures(tmp_path: Path) -> None:
@@ -449,20 +449,22 @@ def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
     options = ["--size", str(size), "--tokens", "3", "--repeats", "100000"]
     benchmark = subprocess.Popen([sys.executable, str(BENCH / "generate.py"), *options])
     running = eventually(
-        lambda: [p for p in descendants(str(benchmark.pid)) if b"xllamacpp" in told(p, "maps")]
+        lambda: [
+            p for p in descendants(str(benchmark.pid)) if b"xllamacpp" in assert_refused(p, "maps")
+        ]
     )
     benchmark.send_signal(signal.SIGTERM)
     assert benchmark.wait(limit(60)) == 75
-    eventually(lambda: not any(told(p, "cmdline") for p in running))
+    eventually(lambda: not any(assert_refused(p, "cmdline") for p in running))
 
 
 def descendants(process: str) -> list[str]:
     """Return the processes that a process has started, with those that these have started."""
-    children = told(process, f"task/{process}/children").decode().split()
+    children = assert_refused(process, f"task/{process}/children").decode().split()
     return children + [below for child in children for below in descendants(child)]
 
 
-def told(process: str, file: str) -> bytes:
+def assert_refused(process: str, file: str) -> bytes:
     """Return what the kernel tells of a process; nothing when it has ended."""
     try:
         return Path("/proc", process, file).read_bytes()

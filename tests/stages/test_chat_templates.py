@@ -77,12 +77,12 @@ def test_a_template_from_a_file_is_used_and_travels_with_the_run(
         assert main(["export", kind, "--model", str(run_dir), "--output_dir", str(place)]) == 0
     exported = AutoTokenizer.from_pretrained(hf)
     chat = [{"role": "user", "content": "the cat"}]
-    told = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert told.endswith(begun)
+    prompt = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith(begun)
     (written,) = gguf.glob("*.gguf")
     question = [Message("user", "the cat")]
     assert Gguf(written).encode(question) == engine.encode(question)
-    assert engine.tokenizer.decode(engine.encode(question)) == told
+    assert engine.tokenizer.decode(engine.encode(question)) == prompt
 
 
 def test_named_templates(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_sizes_beside_a_model_to_go_on_from(world: Path, fit: Fit) -> None:
     start = {"model__init_args__init_from": str(world / "pretrain")}
     fit("pretrain", model__init_args__tokenizer=None, **start)  # its own sizes
     start["model__init_args__architecture"] = {"hidden_size": 512, "layers": 8, "heads": 4}
-    told = r"no effect beside init_from.*: hidden_size 512 \(the model has 32\), layers 8 \(the"
-    with pytest.raises(ConfigError, match=told):
+    message = r"no effect beside init_from.*: hidden_size 512 \(the model has 32\), layers 8 \(the"
+    with pytest.raises(ConfigError, match=message):
         fit("pretrain", "other", model__init_args__tokenizer=None, **start)
     start["model__init_args__architecture"] = {"rope_theta": 5e5}
     with pytest.raises(ConfigError, match=r"rope_theta 500000.0 \(the model has 10000.0\)"):

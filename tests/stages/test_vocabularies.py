@@ -102,16 +102,16 @@ def test_an_added_token_without_a_row_is_fine_until_a_text_holds_it(
     assert load_config(tmp_path / "run").vocab_size == rows
     engine = Engine.load(tmp_path / "run")
     assert engine.complete(["the cat"], Sampling(max_new_tokens=3))[0].ids
-    told = rf"the token '\[image\]' has the id {rows}, and the model embeds {rows} tokens"
-    with pytest.raises(DataError, match=told):
+    message = rf"the token '\[image\]' has the id {rows}, and the model embeds {rows} tokens"
+    with pytest.raises(DataError, match=message):
         engine.complete(["the [image]"], Sampling())
     chats = [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
     chats[2]["messages"][0]["content"] += " [image]"
     tiny_runs.write_jsonl(tmp_path / "odd.jsonl", chats)
-    with pytest.raises(DataError, match=rf"odd\.jsonl:3: {told}"):
+    with pytest.raises(DataError, match=rf"odd\.jsonl:3: {message}"):
         fit("sft", "other", data__init_args__train=str(tmp_path / "odd.jsonl"), **{START: place})
     tiny_runs.write_jsonl(tmp_path / "text.jsonl", [{"text": "a cat"}, {"text": "a [image]"}])
-    with pytest.raises(DataError, match=rf"text\.jsonl:2: {told}"):
+    with pytest.raises(DataError, match=rf"text\.jsonl:2: {message}"):
         likelihood.bits_per_byte(engine, str(tmp_path / "text.jsonl"), 64)
 
 

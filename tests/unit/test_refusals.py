@@ -14,7 +14,7 @@ import damage
 import pytest
 import tiny_runs
 import yaml
-from tiny_runs import told
+from tiny_runs import assert_refused
 from transformers import AutoModelForCausalLM
 
 from minigpt.__main__ import TRAINER_VERBS
@@ -70,7 +70,7 @@ def test_bad_row(
 ) -> None:
     file = rows_file(trained, tmp_path, row)
     outcome = fit("sft", data__init_args__train=str(file))
-    told(outcome, f"{file}:49:{field}".rstrip(":"), fragment)
+    assert_refused(outcome, f"{file}:49:{field}".rstrip(":"), fragment)
     assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["status.json"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 2
     assert fit("sft").status == 0  # nothing blocks a second try
@@ -79,11 +79,13 @@ def test_bad_row(
 def test_empty_file(fit: Minigpt, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     file = str(tmp_path / "rows.jsonl")
-    told(fit("sft", data__init_args__train=file), file, "holds no rows", "one JSON object on each")
+    assert_refused(
+        fit("sft", data__init_args__train=file), file, "holds no rows", "one JSON object on each"
+    )
 
 
 def test_missing_file(fit: Minigpt) -> None:
-    told(fit("sft", data__init_args__train="none.jsonl"), "none.jsonl", "Check")
+    assert_refused(fit("sft", data__init_args__train="none.jsonl"), "none.jsonl", "Check")
 
 
 def test_long_rows_are_cut_and_counted(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
@@ -107,7 +109,9 @@ def test_bad_rows_can_be_skipped(fit: Minigpt, trained: Path, tmp_path: Path) ->
 def test_too_many_skipped_rows_stop_the_run(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
     file = rows_file(trained, tmp_path, "{oops", chat(("user", "a")), "{oops", "{}")
     options = {"data__init_args__train": str(file), "data__init_args__on_bad_row": "skip"}
-    last = told(fit("sft", **options), f"2 bad_json (first {file}:49)", "more than 5.0% of 52 rows")
+    last = assert_refused(
+        fit("sft", **options), f"2 bad_json (first {file}:49)", "more than 5.0% of 52 rows"
+    )
     assert "1 no_assistant" in last
     assert fit("sft", **options, data__init_args__max_bad_share=0.1).status == 0
 
@@ -120,7 +124,7 @@ def test_missing_model(
     fit: Minigpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told(
+    assert_refused(
         fit("sft", model__init_args__init_from=place),
         f"no trained model in {place}",
         "minigpt fit --config configs/pretrain.yaml",
@@ -128,7 +132,7 @@ def test_missing_model(
 
 
 def test_missing_tokenizer(fit: Minigpt) -> None:
-    told(
+    assert_refused(
         fit("pretrain", model__init_args__tokenizer="outputs/none"),
         "no tokenizer at outputs/none",
         "minigpt tokenizer train",
@@ -144,7 +148,9 @@ def test_tokenizer_larger_than_the_model(fit: Minigpt, trained: Path, tmp_path: 
         model__init_args__init_from=str(tmp_path / "small"),
         model__init_args__tokenizer=str(trained / "tokenizer"),
     )
-    told(outcome, "The tokenizer has 320 tokens but the model only 300", "saved with the model")
+    assert_refused(
+        outcome, "The tokenizer has 320 tokens but the model only 300", "saved with the model"
+    )
 
 
 def test_tokenizer_of_other_tokens(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_tokenizer_of_other_tokens(fit: Minigpt, trained: Path, tmp_path: Path) 
     other.add_tokens(["another"])
     tokenizers.save(other, tmp_path / "other")
     outcome = fit("sft", model__init_args__tokenizer=str(tmp_path / "other"))
-    told(
+    assert_refused(
         outcome,
         "The tokenizer given has 321 tokens, the model's own 320",
         "Leave the tokenizer out",
@@ -166,7 +172,9 @@ def test_damaged_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
         content = file.read_bytes()
         cut = len(content) // 2 if file.suffix == ".safetensors" else len(content)
         (model / file.name).write_bytes(content[:cut])
-    told(fit("sft", model__init_args__init_from=str(model)), f"The model at {model} cannot be")
+    assert_refused(
+        fit("sft", model__init_args__init_from=str(model)), f"The model at {model} cannot be"
+    )
 
 
 # Configs and options
@@ -203,7 +211,7 @@ def test_bad_config(
 ) -> None:
     outcome = fit("sft", **changes)
     config = next(tmp_path.glob("*.yaml"))
-    assert "class '" not in told(outcome, f"{config}:1: {key}: ", fragment)
+    assert "class '" not in assert_refused(outcome, f"{config}:1: {key}: ", fragment)
     assert not (tmp_path / "run").exists()
 
 
@@ -212,7 +220,7 @@ def test_a_bad_key_is_found_by_its_line_in_the_last_config(
 ) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("# more\ntrainer:\n  max_steps: 5\n  max_stepz: 5\n")
-    told(fit("sft", "--config", overlay), f"{overlay}:4: trainer.max_stepz", "max_steps?")
+    assert_refused(fit("sft", "--config", overlay), f"{overlay}:4: trainer.max_stepz", "max_steps?")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +234,7 @@ def test_a_bad_key_is_found_by_its_line_in_the_last_config(
     ],
 )
 def test_bad_option(fit: Minigpt, option: str, fragment: str) -> None:
-    told(fit("sft", option), f"minigpt: {option.partition('=')[0]}: ", fragment)
+    assert_refused(fit("sft", option), f"minigpt: {option.partition('=')[0]}: ", fragment)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +255,7 @@ def test_bad_config_file(
     file = tmp_path / "stage.yaml"
     if content is not None:
         file.write_bytes(content)
-    told(minigpt("fit", *form.format(file).split(" ")), f"{file}", fragment)
+    assert_refused(minigpt("fit", *form.format(file).split(" ")), f"{file}", fragment)
 
 
 BOMB = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
@@ -268,12 +276,14 @@ def test_a_config_without_end(
     minigpt: Minigpt, tmp_path: Path, content: str, fragment: str
 ) -> None:
     (tmp_path / "stage.yaml").write_text(content)
-    told(minigpt("fit", "--config", tmp_path / "stage.yaml"), f"{tmp_path}/stage.yaml", fragment)
+    assert_refused(
+        minigpt("fit", "--config", tmp_path / "stage.yaml"), f"{tmp_path}/stage.yaml", fragment
+    )
 
 
 def test_a_pipe_as_config(minigpt: Minigpt, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stage.yaml")
-    told(minigpt("fit", "--config", tmp_path / "stage.yaml"), "is no regular file")
+    assert_refused(minigpt("fit", "--config", tmp_path / "stage.yaml"), "is no regular file")
 
 
 @damage.counts
@@ -311,7 +321,7 @@ def test_names_of_files_that_look_like_yaml(
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("{oops")
     words = [word.format(name) for word in form.split()]
-    told(fit("sft", *words), f"minigpt: {name}:1: invalid JSON")
+    assert_refused(fit("sft", *words), f"minigpt: {name}:1: invalid JSON")
 
 
 def test_names_that_are_not_read_as_yaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -342,17 +352,17 @@ def test_numbers_of_the_environment(
 ) -> None:
     monkeypatch.setenv(name, value)
     for verb in ("fit", "data"):
-        told(minigpt(verb), f"The environment sets {name} to {value!r}", "Unset it")
+        assert_refused(minigpt(verb), f"The environment sets {name} to {value!r}", "Unset it")
 
 
 @pytest.mark.parametrize("verb", TRAINER_VERBS)
 def test_no_config(minigpt: Minigpt, verb: str) -> None:
-    told(minigpt(verb), "name a config with --config FILE")
+    assert_refused(minigpt(verb), "name a config with --config FILE")
 
 
 def test_half_of_an_option(fit: Minigpt) -> None:
     said = fit("pretrain", "--model.init_args.rope_scaling.factor", "2")
-    told(said, "model.rope_scaling: type must be given, too")
+    assert_refused(said, "model.rope_scaling: type must be given, too")
 
 
 BAD_NUMBERS = [
@@ -397,15 +407,15 @@ BAD_NUMBERS = [
 @pytest.mark.parametrize(("path", "value"), BAD_NUMBERS)
 def test_number_out_of_range(fit: Minigpt, path: str, value: float) -> None:
     outcome = fit("lora" if "lora" in path else "sft", **{path: value})
-    told(outcome, path.rpartition("__")[2], value)
+    assert_refused(outcome, path.rpartition("__")[2], value)
 
 
 def test_beta_out_of_range(fit: Minigpt, trained: Path) -> None:
-    told(fit("dpo", model__init_args__beta=0), "model.beta must be above 0, but is 0")
+    assert_refused(fit("dpo", model__init_args__beta=0), "model.beta must be above 0, but is 0")
 
 
 def test_a_run_without_an_end(fit: Minigpt) -> None:
-    told(fit("sft", trainer__max_steps=-1), "has no end: set trainer.max_steps or")
+    assert_refused(fit("sft", trainer__max_steps=-1), "has no end: set trainer.max_steps or")
 
 
 @pytest.mark.parametrize(
@@ -413,11 +423,13 @@ def test_a_run_without_an_end(fit: Minigpt) -> None:
     [{"trainer__strategy": "dpp"}, {"trainer__devices": 0}, {"trainer__accelerator": "tpu"}],
 )
 def test_trainer_that_cannot_be_built(fit: Minigpt, changes: dict[str, Any]) -> None:
-    told(fit("sft", **changes), "minigpt: trainer: ")
+    assert_refused(fit("sft", **changes), "minigpt: trainer: ")
 
 
 def test_several_machines_without_a_launcher(fit: Minigpt) -> None:
-    told(fit("sft", trainer__num_nodes=2), "trainer.num_nodes is 2, but no launcher", "torchrun")
+    assert_refused(
+        fit("sft", trainer__num_nodes=2), "trainer.num_nodes is 2, but no launcher", "torchrun"
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +442,9 @@ def test_several_machines_without_a_launcher(fit: Minigpt) -> None:
 )
 def test_sizes_that_do_not_go_together(fit: Minigpt, name: str, value: int, words: str) -> None:
     outcome = fit("pretrain", **{f"model__init_args__architecture__{name}": value})
-    told(outcome, f"model.init_args.architecture.{name if value != 3 else 'heads'} ", words)
+    assert_refused(
+        outcome, f"model.init_args.architecture.{name if value != 3 else 'heads'} ", words
+    )
 
 
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
@@ -439,19 +453,21 @@ def test_a_callback_that_watches_what_is_not_logged(fit: Minigpt, callback: str)
         "class_path": f"lightning.pytorch.callbacks.{callback}",
         "init_args": {"monitor": "val/nothing"},
     }
-    told(fit("sft", trainer__callbacks=[watcher]), "minigpt: trainer: ", "val/nothing")
+    assert_refused(fit("sft", trainer__callbacks=[watcher]), "minigpt: trainer: ", "val/nothing")
 
 
 def test_a_logger_whose_package_is_missing(fit: Minigpt) -> None:
     outcome = fit("sft", "--trainer.logger", "nowhere_installed.Logger")
-    told(outcome, "--trainer.logger: the package nowhere_installed is not installed")
+    assert_refused(outcome, "--trainer.logger: the package nowhere_installed is not installed")
 
 
 @pytest.mark.parametrize("option", ["init_from", "tokenizer"])
 def test_a_hub_that_is_not_reachable(fit: Minigpt, option: str) -> None:
     stage = "sft" if option == "init_from" else "pretrain"
     outcome = fit(stage, **{f"model__init_args__{option}": "some-user/some-model"})
-    told(outcome, "some-user/some-model cannot be loaded", "is not reachable", "HF_ENDPOINT")
+    assert_refused(
+        outcome, "some-user/some-model cannot be loaded", "is not reachable", "HF_ENDPOINT"
+    )
 
 
 # Run directories
@@ -465,7 +481,9 @@ def content(run_dir: Path) -> dict[str, bytes]:
 def test_finished_run_is_refused(fit: Minigpt, tmp_path: Path) -> None:
     assert fit("sft").status == 0
     before = content(tmp_path / "run")
-    last = told(fit("sft"), tmp_path / "run", "--ckpt_path auto", "--overwrite true", "--run_dir")
+    last = assert_refused(
+        fit("sft"), tmp_path / "run", "--ckpt_path auto", "--overwrite true", "--run_dir"
+    )
     assert "already holds a run (hf, checkpoints)" in last
     assert content(tmp_path / "run") == before
     assert fit("sft", "--ckpt_path", "auto", trainer__max_steps=4).status == 0
@@ -487,7 +505,7 @@ def test_a_failed_overwrite_keeps_the_old_run(
 ) -> None:
     assert fit("sft").status == 0
     before = content(tmp_path / "run")
-    told(fit("sft", "--overwrite", "true", **changes))
+    assert_refused(fit("sft", "--overwrite", "true", **changes))
     assert content(tmp_path / "run") == before
 
 
@@ -505,12 +523,14 @@ def test_a_run_is_made_anew_from_its_own_config(
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_unwritable_run_directory(fit: Minigpt, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
-    told(fit("sft", "--run_dir", tmp_path / place), f"Cannot write to {tmp_path / place}: ")
+    assert_refused(
+        fit("sft", "--run_dir", tmp_path / place), f"Cannot write to {tmp_path / place}: "
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_missing_checkpoint(fit: Minigpt) -> None:
-    told(fit("sft", "--ckpt_path", "none.ckpt"), "There is no checkpoint at none.ckpt")
+    assert_refused(fit("sft", "--ckpt_path", "none.ckpt"), "There is no checkpoint at none.ckpt")
 
 
 def test_other_verbs_take_checkpoints_that_are_whole(
@@ -519,17 +539,19 @@ def test_other_verbs_take_checkpoints_that_are_whole(
     assert fit("sft").status == 0
     validate = ("validate", "--config", tmp_path / "run-fit.yaml", "--ckpt_path")
     assert "val/loss" in minigpt(*validate, "auto").err
-    told(minigpt(*validate, "none"), "There is no checkpoint at none")
+    assert_refused(minigpt(*validate, "none"), "There is no checkpoint at none")
     newest = tmp_path / "run" / "checkpoints" / "step=3"
     (newest / "state.pt").write_bytes(b"")
-    told(minigpt(*validate, newest), f"{newest} is damaged: state.pt has 0 bytes instead of")
+    assert_refused(
+        minigpt(*validate, newest), f"{newest} is damaged: state.pt has 0 bytes instead of"
+    )
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_a_verb_that_needs_a_run(minigpt: Minigpt, fit: Minigpt, tmp_path: Path, verb: str) -> None:
     fit("sft", data__init_args__train="none.jsonl")  # writes the config and fails
     config = next(tmp_path.glob("*.yaml"))
-    told(minigpt(verb, "--config", config), "no trained model", "minigpt fit")
+    assert_refused(minigpt(verb, "--config", config), "no trained model", "minigpt fit")
 
 
 def test_without_validation_nothing_is_said_of_losses(fit: Minigpt, tmp_path: Path) -> None:
@@ -544,11 +566,11 @@ def test_a_lock_that_is_a_link_is_refused(fit: Minigpt, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "run" / ".lock").symlink_to("../elsewhere")
-    told(fit("sft"), "run/.lock is a link", "--run_dir")
+    assert_refused(fit("sft"), "run/.lock is a link", "--run_dir")
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 10**12}, {"ffn": 10**12}])
 def test_an_architecture_that_cannot_be_built(fit: Minigpt, sizes: dict[str, int]) -> None:
     changes = {f"model__init_args__architecture__{name}": size for name, size in sizes.items()}
-    told(fit("pretrain", **changes), "A model of this architecture cannot be built: ")
+    assert_refused(fit("pretrain", **changes), "A model of this architecture cannot be built: ")

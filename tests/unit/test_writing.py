@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny_runs
 from patience import limit
-from tiny_runs import told
+from tiny_runs import assert_refused
 
 from minigpt import files
 from minigpt.__main__ import PRINTING
@@ -94,7 +94,7 @@ def test_each_writer_says_why_it_cannot_write_and_keeps_what_was_there(
 
     monkeypatch.setattr(files, "sync", refuse)
     outcome = minigpt(*WRITERS[name](trained, out))
-    told(outcome, str(out), os.strerror(number))
+    assert_refused(outcome, str(out), os.strerror(number))
     assert PRINTED.get(name, "") in outcome.out
     assert (out.read_text() if out.exists() else None) == (None if name in NEW else "earlier")
     assert not list(tmp_path.rglob(f"{STAGING}*"))
@@ -109,7 +109,7 @@ def test_no_writer_replaces_a_file_that_it_reads(
     source = trained / "pretrain.jsonl" if name.startswith("eval") else source
     before = source.read_bytes()
     (tmp_path / "out").hardlink_to(source)
-    told(minigpt(*arguments), str(tmp_path / "out"), "which is read")
+    assert_refused(minigpt(*arguments), str(tmp_path / "out"), "which is read")
     assert source.read_bytes() == before
 
 
@@ -149,7 +149,7 @@ def test_what_predict_completed_outlives_a_file_that_cannot_be_written(
 ) -> None:
     (tmp_path / "out.jsonl").mkdir()
     outcome = minigpt(*predict(trained, trained / "prompts.jsonl", tmp_path / "out.jsonl"))
-    told(outcome, "out.jsonl: Is a directory")
+    assert_refused(outcome, "out.jsonl: Is a directory")
     assert len(predictions(tmp_path)) == 7
 
 
@@ -171,7 +171,7 @@ def test_predict_is_refused_before_it_computes_where_it_cannot_write(
     monkeypatch.setattr(Engine, "complete", lambda *_: pytest.fail("computed"))
     (tmp_path / "file").touch()
     outcome = minigpt(*predict(trained, trained / "prompts.jsonl", tmp_path / "file" / "out.jsonl"))
-    told(outcome, "Cannot write to", "file/out.jsonl")
+    assert_refused(outcome, "Cannot write to", "file/out.jsonl")
 
 
 # Standard streams

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import told
+from tiny_runs import assert_refused
 
 import minigpt as package
 from minigpt.__main__ import COMMANDS, TRAINER_VERBS
@@ -59,7 +59,7 @@ def test_a_broken_pipe_of_another_kind_is_a_defect(
 
 
 def test_unknown_verb(minigpt: Minigpt) -> None:
-    told(minigpt("fitt", "--config", "x"), "fitt", "fit, validate", "minigpt --help")
+    assert_refused(minigpt("fitt", "--config", "x"), "fitt", "fit, validate", "minigpt --help")
 
 
 VERBS = [*((verb,) for verb in TRAINER_VERBS), ("tokenizer",), ("tokenizer", "train")]

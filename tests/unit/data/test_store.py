@@ -383,8 +383,8 @@ def test_a_damaged_store_is_built_again(
     assert runs(again) == before
     assert again.targets is not None
     assert opened.entries() == [made.path.name]
-    told = f"The token store {made.path} is damaged, or of an earlier version: built again."
-    assert caplog.messages.count(told) == 1
+    message = f"The token store {made.path} is damaged, or of an earlier version: built again."
+    assert caplog.messages.count(message) == 1
     caplog.clear()
     opened("chat", rows)
     assert not caplog.messages
@@ -582,8 +582,8 @@ def test_damage_is_told_at_its_first_touch_and_mended_by_the_next_start(
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     store = opened("chat", CHATS)
     assert store.sample(0).ids.tolist() == before[0][1]
-    told = rf"rows.jsonl: its token store {made.path} is damaged: block \d+ of {name}.bin is not"
-    with pytest.raises(DataError, match=f"{told}.* It is built again at the next start"):
+    message = rf"rows.jsonl: its token store {made.path} is damaged: block \d+ of {name}.bin is not"
+    with pytest.raises(DataError, match=f"{message}.* It is built again at the next start"):
         store.sample(2)
     assert read_all(opened("chat", CHATS)) == before
     assert opened.entries() == [made.path.name]

@@ -130,7 +130,7 @@ def test_a_full_disk_costs_no_download(
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync", refuse)
         full = minigpt(*command, "--output_dir", tmp_path)
-    tiny_runs.told(full, f"Cannot write to {tmp_path}", "No space left on device")
+    tiny_runs.assert_refused(full, f"Cannot write to {tmp_path}", "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == [".downloads"]
     assert minigpt(*command, "--output_dir", tmp_path).status == 0
     assert len(stub.asked) == 1

@@ -91,7 +91,13 @@ def test_tokens_are_those_of_the_store(
         for label, count in tokens["histogram"]:
             low, high = map(int, label.split("–"))
             assert count == ((lengths >= low) & (lengths <= high)).sum()
-        store = open_store(path, kind, tokenizer, Limits(64, None, None, "skip", 1.0), tmp_path)
+        store = open_store(
+            path,
+            kind,
+            tokenizer,
+            Limits(64, on_bad_row="skip", max_bad_share=1.0, max_too_long_share=1.0),
+            tmp_path,
+        )
         packed = store.lengths(np.arange(len(store)))
         bins = pack(packed, 256, np.random.default_rng(0))
         assert tokens["packing_efficiency"] == pytest.approx(utilisation(packed, bins, 256))

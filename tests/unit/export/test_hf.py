@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from tiny_runs import told
+from tiny_runs import assert_refused
 from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
@@ -405,7 +405,9 @@ def test_overwrite_replaces_nothing_but_an_export(minigpt: Minigpt, tmp_path: Pa
     arguments = ["export", "hf", "--model", "none", "--output_dir", out]
     for more in ((), ("--overwrite",)):
         names = "README.md, a.gguf, b.safetensors, d_config.json, e.txt and more"
-        told(minigpt(*arguments, *more), f"{out} is no place for an export: it holds {names}")
+        assert_refused(
+            minigpt(*arguments, *more), f"{out} is no place for an export: it holds {names}"
+        )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -416,12 +418,12 @@ def test_of_two_exports_to_one_path_the_second_is_refused(
     out = tmp_path / "out"
     arguments = ["export", kind, "--model", trained / "sft", "--output_dir", out]
     with atomic_directory(out):
-        told(minigpt(*arguments), f"Another process is writing {out}")
+        assert_refused(minigpt(*arguments), f"Another process is writing {out}")
     if kind == "gguf":
         file = tmp_path / "out.gguf"
         arguments = ["export", kind, "--model", trained / "sft", "--output", file]
         with atomic_file(file, exclusive=True) as partial:
-            told(minigpt(*arguments), f"Another process is writing {file}")
+            assert_refused(minigpt(*arguments), f"Another process is writing {file}")
             partial.touch()
 
 
@@ -434,6 +436,8 @@ def test_what_a_killed_export_moved_aside_is_back_even_if_the_next_one_fails(
     (killed / OLD).mkdir()
     (killed / OLD / "config.json").write_text("earlier")
     write_manifest(killed / OLD)
-    told(minigpt("export", "hf", "--model", "none", "--output_dir", out, "--overwrite"), "none")
+    assert_refused(
+        minigpt("export", "hf", "--model", "none", "--output_dir", out, "--overwrite"), "none"
+    )
     assert (out / "config.json").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -54,9 +54,9 @@ def test_damaged_lines_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     rewound(tmp_path, [a_row(0), a_row(1), b'{"step": 2, "tra'], 2)  # cut off by a kill
     assert not caplog.messages
     rewound(tmp_path, [a_row(0), b"junk", a_row(1), b"\xff", b""], 2)
-    (told,) = caplog.messages
+    (message,) = caplog.messages
     path, copy = tmp_path / "metrics.jsonl", tmp_path / "metrics-damaged.jsonl"
-    assert told == (
+    assert message == (
         f"{path}: 2 damaged lines are left out (the first is line 2). The file as it was is {copy}."
     )
 
