@@ -351,14 +351,13 @@ class Work:
         )
         config, result = (self.directory / f"{name}.loop-{end}.json" for end in ("in", "out"))
         config.write_text(json.dumps(asdict(loop)))
-        started = spawn([str(ROOT / "scripts/bench/baseline.py"), str(config), str(result)], name)
-        seconds = time.time() - started
+        spawn([str(ROOT / "scripts/bench/baseline.py"), str(config), str(result)], name)
         figures: Record = json.loads(result.read_text())
         points = [(at / 60, loss) for at, loss in figures.get("curve", [])]
         if "held_out" in figures:
             points.append((figures["seconds"] / 60, figures["held_out"]))
         return {
-            "minutes": seconds / 60,
+            "minutes": figures["seconds"] / 60,
             "settings": {"lr": loop.lr, "batch_size": batch, "optimizer": "adamw"},
             "curve": points,
             "steps": figures["steps"],

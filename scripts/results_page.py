@@ -90,9 +90,9 @@ What the recipes reach in given minutes, beside the plain loop of transformers a
 
 `$DATA` holds public files (chinese-poetry; LLaMA-Factory's English demo). `$MODEL` is
 SmolLM2-135M-Instruct widened from a public Q4_1 file; the hub's own weights differ slightly. An arm
-that is cut off is run again, finished ones are not. Minutes are those of the training process from
-its start to its end. The validations of `minigpt fit` are in them; for those within its run the
-clock of the plain loop stands. Samples are the first ones, as they came."""
+that is cut off is run again, finished ones are not. Minutes of the recipes are those of `minigpt
+fit` from its start to its end, validations included; those of the plain loop are of its training
+alone. Samples are the first ones, as they came."""
 
 
 def poem_sections(records: Mapping[str, Record]) -> Iterator[str]:
@@ -141,17 +141,19 @@ def chat_sections(records: Mapping[str, Record], pairs: Record | None) -> Iterat
             f"{pairs['pairs']} pairs, and {pairs['held_out']} about questions that are held out. "
             "Preference accuracy is the share of those whose better answer is likelier."
         )
-    head = ["", *(title for key, title in COST.items()), "held-out loss", "forms", "preferences"]
+    head = ["", *COST.values(), "held-out loss", "forms", "preferences"]
     rows = [
         [
             CHAT_ARMS[name],
             *(record.get(key) for key in COST),
-            record["held_out"],
+            f"{record['held_out']:.3f}",
             percent(record["following"]["all"]),
             percent(record.get("accuracy")),
         ]
         for name, record in records.items()
     ]
+    if not pairs:
+        head, rows = head[:-1], [row[:-1] for row in rows]
     yield table(head, rows)
     forms = [name for name in next(iter(records.values()))["following"] if name != "all"]
     shares = [

@@ -287,8 +287,8 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     assert "| bits per character | 6.5 | 6.5 |  |" in text
     assert "| recipe | 4.000 (0.0) | 2.000 (10.0) |" in text
     assert text.count("甲，乙。") == 25
-    assert "| before |  |  |  |  |  | 1.5 | 50% | 75% |" in text
-    assert "| SFT | 20 | 1,200 | 123,456 | 1,234 | 900 | 1.5 | 50% | 75% |" in text
+    assert "| before |  |  |  |  |  | 1.500 | 50% | 75% |" in text
+    assert "| SFT | 20 | 1,200 | 123,456 | 1,234 | 900 | 1.500 | 50% | 75% |" in text
     assert "| JSON | 25% | 25% | 25% |" in text
     assert "400 answers" in text
     assert " Other work ran beside.\n" in text
