@@ -32,9 +32,10 @@ def starter() -> Path:
 def bundled_data(folder: Path) -> Iterator[Path]:
     """Yield the demo's files in its folder of data, in which others may have put theirs."""
     for name in _FILES:
-        yield from (folder / f"{name}.jsonl", folder / f"{name}_val.jsonl")
+        files = (folder / f"{name}.jsonl", folder / f"{name}_val.jsonl")
+        yield from (file for file in files if file.is_file())
     for name in _DATA_FOLDERS:
-        yield from (folder / name).iterdir()
+        yield from (folder / name).glob("*")
 
 
 def is_bundled(file: str | Path) -> bool:

@@ -2,7 +2,7 @@
 
 A file is UTF-8, UTF-16 or UTF-32, or GB18030, of which GBK and GB2312 are parts:
 
-- UTF-16 and UTF-32 are told by their byte order mark, or by how JSON begins in them.
+- UTF-16 and UTF-32 are recognised by their byte order mark, or by how JSON begins in them.
 - A line that is not UTF-8 is GB18030 if the lines of its file that are not UTF-8 read as Chinese in
   it: at least 15% of their letters (of few letters, half) are among the commonest characters,
   simplified or traditional. A line that is nearly UTF-8 is damaged, and stays what it is.
@@ -26,6 +26,7 @@ Notes = dict[tuple[str, str], list[int]]
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\r"))  # JSON allows DEL
 COMMON_SHARE = 0.15  # of letters, by which text is Chinese; other encodings give up to a tenth
 BINARY_SHARE = 0.1  # of runs of NUL bytes among all bytes; a crash may leave some long ones
+FEW_NULS = 3  # such runs, which a short file may have all the same
 _WIDE = {
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: "utf-32",
@@ -105,7 +106,7 @@ class Mender:
                 self._name = f"read as {encoding[:6].upper()}"
                 self.is_needed = True
                 return
-        if len(_NULS.findall(block)) > BINARY_SHARE * len(block):
+        if len(_NULS.findall(block)) > max(FEW_NULS, BINARY_SHARE * len(block)):
             problem = "the file is binary, or UTF-16 without its byte order mark"
             remedy = "Give the text in it as JSONL, CSV or plain text in UTF-8."
             raise DataError(problem, remedy=remedy, reason="foreign")

@@ -204,7 +204,7 @@ def _decoded(line: bytes, number: int) -> str:
 
 
 def not_utf8(byte: int, line: int) -> DataError:
-    """Return the error for a line that is damaged, or in an encoding that is not told."""
+    """Return the error for a line that is damaged, or in an encoding that is not recognised."""
     return DataError(
         f"byte {byte} of the line is neither UTF-8 nor Chinese in GB18030",
         line=line,

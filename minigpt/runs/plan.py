@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MANY_EPOCHS = 20
 LONG = 1e14  # operations: some minutes on a CPU
-STEPS_TIMED = 20  # before the time to the end is told
+STEPS_TIMED = 20  # before the time to the end is logged
 FORWARD_SHARE = 1 / 3  # of a training step's computation: the backward pass costs two forwards
 
 
@@ -177,13 +177,13 @@ class RunPlan(Callback):
         self.checkpoints = checkpoints
         self.fast_precision = fast_precision
         self.started = 0.0
-        self.timed_at = 0  # step after which the time to the end is told
+        self.timed_at = 0  # step after which the time to the end is logged
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it, on the first process."""
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, BaseModule)
+        if not trainer.is_global_zero or pl_module.data.order is None:  # which a run is refused for
+            return
         plan = self.plan(trainer, pl_module)
         for line in plan.lines():
             log.info("%s", line)
@@ -196,7 +196,7 @@ class RunPlan(Callback):
         self.timed_at = trainer.global_step + STEPS_TIMED
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Tell the time to the end, once, after some steps; validations between them count."""
+        """Log the time to the end, once, after some steps; validations between them count."""
         assert isinstance(pl_module, BaseModule)
         step = trainer.global_step
         if step < self.timed_at or not trainer.is_global_zero:

@@ -49,9 +49,9 @@ def test_an_exam_of_the_demo_in_a_run_on_other_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("minigpt.data.bundled.starter", lambda: tmp_path)
-    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "exam").mkdir(parents=True)
     for name in bundled:
-        shutil.copy(world / f"{name}.jsonl", tmp_path / "data" / "deep")
+        shutil.copy(world / f"{name}.jsonl", tmp_path / "data" / "exam")
     made = finished(world, "sft", data__init_args__exam=[str(world / "exam.jsonl")])
     run(tiny_runs.arguments("test", made))
     exam = json.loads((world / "sft" / "exam.json").read_text())

@@ -59,7 +59,7 @@ def test_small_text_is_said(minigpt: Minigpt, texts: Path, tmp_path: Path) -> No
         (b"{oops", ":4: invalid JSON"),
         (b'{"n": 5}', ":4: not a chat row: its keys are ['n']"),
         (b'{"text": "\\ud800"}', ":4:text: character 1 is a lone surrogate"),
-        (b'{"text": "\xff"}', ":4: byte 11 of the line is not UTF-8"),
+        (b'{"text": "\xff"}', ":4: byte 11 of the line is neither UTF-8"),
     ],
 )
 def test_bad_rows(minigpt: Minigpt, texts: Path, tmp_path: Path, row: bytes, fragment: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.encodings import CONTROL_BYTES
+from minigpt.data.encodings import CONTROL_BYTES, FEW_NULS
 from minigpt.data.store import Limits, open_store
 from minigpt.data.tables import SIGNATURES
 from minigpt.datatools.check import Checker, Findings
@@ -344,6 +345,8 @@ def test_a_broken_array_cannot_be_mended(tmp_path: Path, minigpt: Any) -> None:
 @example([b"\x01[\xff"])
 @example([b"", b'["a",'])
 @example([b"\xd0\xcf\x11\xe0"])
+@example([b"\0"])
+@example([b"\0a\0b\0c\0d\0e"])
 def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path, out = Path(directory, "in.jsonl"), Path(directory, "out.jsonl")
@@ -371,7 +374,8 @@ def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> N
             text = data.removeprefix(b"\xef\xbb\xbf").translate(None, CONTROL_BYTES)
             broken_array = text.lstrip().startswith(b"[")
             foreign = data.startswith((b"\x1f\x8b", b"(\xb5/\xfd", *SIGNATURES))
-            assert broken_array or foreign  # or compressed
+            binary = len(re.findall(b"\0+", data)) > FEW_NULS
+            assert broken_array or foreign or binary  # or compressed
             return
         again, left = check(out)
         assert left.errors() == 0, list(left.lines())
