@@ -86,9 +86,11 @@ def load_engine(args: argparse.Namespace) -> Engine | Gguf:
 
 def run_name(directory: str | Path) -> str:
     """Return the name of a run by its directory, by a checkpoint, or by the model in either."""
+    from minigpt.model.restore import names_checkpoint
+
     path = Path(directory).resolve()
     path = path.parent if path.name == "hf" else path
-    if path.parent.name == "checkpoints":  # step=N, best or last
+    if names_checkpoint(path):
         return f"{path.parent.parent.name}-{path.name.replace('=', '')}"
     return path.name
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import socket
+from pathlib import Path
 
 from minigpt.cli.options import (
     MODEL_HELP,
@@ -17,7 +17,6 @@ from minigpt.cli.options import (
 )
 from minigpt.errors import ConfigError
 
-CHECKPOINT = re.compile(r"[^=]*\bcheckpoints/(step=[0-9]+|best|last)/?")
 MAX_NAME = 256  # characters, as requests may name no longer one
 EXAMPLES = """examples:
   minigpt serve outputs/sft
@@ -72,10 +71,13 @@ def api_key(text: str) -> str | None:
 
 def named(models: list[str]) -> dict[str, str]:
     """Return the models' paths or hub ids by the names under which they are served."""
+    from minigpt.model.restore import names_checkpoint
+
     paths: dict[str, str] = {}
     for model in models:
         name, separator, path = model.partition("=")
-        if os.path.exists(model) or CHECKPOINT.fullmatch(model):  # which may hold a `=`
+        is_checkpoint = names_checkpoint(Path(model)) and "=" not in str(Path(model).parent)
+        if is_checkpoint or os.path.exists(model):  # which may hold a `=`
             name, path = run_name(model), model
         elif not separator:
             name, path = model, model

@@ -35,6 +35,12 @@ def newest_first(run_dir: Path) -> Iterator[Path]:
     yield from sorted(named, key=number, reverse=True)
 
 
+def names_checkpoint(path: Path) -> bool:
+    """Whether a path has the form of a checkpoint's, whatever is there."""
+    is_step = NAME.fullmatch(path.name) is not None
+    return path.parent.name == FOLDER and (is_step or path.name in (BEST, LAST))
+
+
 def find_checkpoint(path: Path) -> Path | None:
     """Return the checkpoint that a path names; None when it names something else.
 
@@ -46,19 +52,17 @@ def find_checkpoint(path: Path) -> Path | None:
         ModelError: when there is no such checkpoint, or it holds no model.
     """
     folder, name = path.absolute().parent, path.name
-    if not (folder.name == FOLDER and folder.is_dir()):
+    if not (names_checkpoint(path.absolute()) and folder.is_dir()):
         return None
-    if not (name in (BEST, LAST) or NAME.fullmatch(name)):
-        return None
-    whole = [each for each in newest_first(folder.parent) if (each / MODEL).is_dir()]
+    with_model = [each for each in newest_first(folder.parent) if (each / MODEL).is_dir()]
     checkpoint: Path | None = folder / name
     if name == LAST:
-        checkpoint = whole[0] if whole else None
+        checkpoint = with_model[0] if with_model else None
     if name == BEST:
         checkpoint = _best(folder)
-    if checkpoint in whole:
+    if checkpoint in with_model:
         return checkpoint
-    listed = ", ".join(each.name for each in whole) or "none"
+    listed = ", ".join(each.name for each in with_model) or "none"
     if checkpoint is not None and checkpoint.is_dir():
         raise ModelError(
             f"The checkpoint {checkpoint} holds no model ({MODEL}/ is missing in it): an earlier "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from minigpt.data.bundled import is_bundled
 from minigpt.model.architecture import count_parameters
 from minigpt.runs.checkpoints import Checkpoints
 from minigpt.runs.demo import MOST_PARAMETERS, demo_files, demo_prompts
@@ -47,7 +48,7 @@ class Plan:
         validations: how many, between the first step and the last.
         validated_every: how often in words.
         checkpoint_every: optimizer steps between two checkpoints.
-        checkpoints_kept: which of them stay, in words.
+        retention: which of them stay, in words.
         exported: which weights `hf/` will hold, in words.
         memory: the expected peak, in words; "" where it is not known.
         demo_files: data of the demo in a run that is not the demo.
@@ -72,7 +73,7 @@ class Plan:
     validations: int
     validated_every: str
     checkpoint_every: int
-    checkpoints_kept: str
+    retention: str
     exported: str
     memory: str = ""
     demo_files: Sequence[str] = ()
@@ -113,7 +114,7 @@ class Plan:
         saved = f"every {self.checkpoint_every:,} steps"
         if self.checkpoint_every >= self.steps:
             saved = "at the end alone"
-        yield f"Checkpoints: {saved}, {self.checkpoints_kept}; hf/ will hold the {self.exported}"
+        yield f"Checkpoints: {saved}, {self.retention}; hf/ will hold the {self.exported}"
         if self.memory:
             yield f"Memory: {self.memory}"
 
@@ -230,14 +231,13 @@ class RunPlan(Callback):
         else:
             validations = steps // epoch_steps
             validated_every = "at the end of each epoch"
-        is_demo = len(demo_files(data.train_weights)) == len(data.train_weights)
-        is_demo = is_demo and parameters <= MOST_PARAMETERS
-        files = [*data.train_weights, *data.val_files, *data.exam]
+        is_demo = all(map(is_bundled, data.train_weights)) and parameters <= MOST_PARAMETERS
+        of_demo = demo_files([*data.train_weights, *data.val_files, *data.exam])
         memory = expected_memory(module)
         saving = self.checkpoints.options
-        kept = "all are kept" if saving.keep == "all" else f"the last {saving.keep} are kept"
+        retention = "all are kept" if saving.keep == "all" else f"the last {saving.keep} are kept"
         if saving.best is not None:
-            kept += f", and the best by {saving.best}"
+            retention += f", and the best by {saving.best}"
         return Plan(
             parameters=parameters,
             trainable=trainable,
@@ -257,10 +257,10 @@ class RunPlan(Callback):
             validations=validations,
             validated_every=validated_every,
             checkpoint_every=saving.every,
-            checkpoints_kept=kept,
+            retention=retention,
             exported=saving.export,
             memory="" if memory is None else str(memory),
-            demo_files=() if is_demo else demo_files(files),
+            demo_files=() if is_demo else of_demo,
             demo_prompts=() if is_demo else demo_prompts(module.sample_prompts),
         )
 

@@ -26,7 +26,7 @@ PLAN = Plan(
     validations=10,
     validated_every="every 10 steps",
     checkpoint_every=50,
-    checkpoints_kept="the last 2 are kept",
+    retention="the last 2 are kept",
     exported="last",
 )
 
