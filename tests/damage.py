@@ -40,7 +40,7 @@ odd = st.one_of(
 )
 
 
-def fuzz(
+def assert_read_or_refused(
     count: int, examples: st.SearchStrategy[Example], read: Callable[[Example], object]
 ) -> None:
     """Read damaged examples; each is taken, or refused by an error of ours in one paragraph."""
@@ -54,12 +54,12 @@ def fuzz(
     @given(examples)
     def each(example: Example) -> None:
         with suppress(MiniGPTError):
-            refused_in_a_paragraph(lambda: read(example))
+            assert_one_paragraph(lambda: read(example))
 
     each()
 
 
-def refused_in_a_paragraph(read: Callable[[], object]) -> None:
+def assert_one_paragraph(read: Callable[[], object]) -> None:
     try:
         read()
     except MiniGPTError as error:

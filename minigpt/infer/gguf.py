@@ -312,9 +312,9 @@ class Gguf:
             count = step["tokens_predicted"]
             if step["content"]:
                 content = broken + step["content"]
-                whole = content.rstrip(UNFINISHED)
-                broken = content[len(whole) :]
-                yield Delta(0, text.add(whole), silent + ids, [])
+                characters = content.rstrip(UNFINISHED)
+                broken = content[len(characters) :]
+                yield Delta(0, text.add(characters), silent + ids, [])
             silent = [] if step["content"] else silent + ids
         ended = step.get("stop_type") == "eos"
         ended_by = silent.pop() if ended and silent else None

@@ -1,9 +1,9 @@
 """How much memory a run will take, from its parts, two of which are measured before training.
 
-    peak = held + gradients + optimizer + max(activations, update) + kept
+    peak = before + gradients + optimizer + max(activations, update) + overhead
     activations = fixed + tokens of the largest micro-batch x bytes a token
 
-- held: what there is before training, measured: on a GPU its tensors, on a CPU all that the
+- before: what there is before training, measured: on a GPU its tensors, on a CPU all that the
   process has in memory.
 - gradients: one value for each trained weight, of its type.
 - optimizer: two such values with AdamW, one with Muon (for the matrices that it trains).
@@ -11,10 +11,11 @@
   some samples of the first micro-batch and on every second one of them, between which it grows by a
   number of bytes a token.
 - update: what Muon computes with, five times the matrices of one shape that are most together.
-- kept: on a CPU, what lies free between tensors whose sizes change from step to step: `KEPT` times
-  the activations, `MOST_KEPT` at most (glibc gives back what is above 32 MB). In bf16 also the
-  kernels that oneDNN makes for each new size, `KERNELS`: few where each micro-batch is full of
-  targets, many where their number changes, twice as many with an adapter, which has more matrices.
+- overhead: on a CPU, what lies free between tensors whose sizes change from step to step:
+  `FREE_SHARE` of the activations, `MOST_FREE` bytes at most (glibc gives back what is above 32 MB).
+  In bf16 also the kernels that oneDNN makes for each new size, `KERNELS`: few where micro-batches
+  are full of targets, many where their number changes, twice as many with an adapter, which has
+  more matrices.
   All as measured: docs/log.md.
 """
 
@@ -40,7 +41,7 @@ from minigpt.model.optimizer import BatchedMuon, MuonAdamW
 from minigpt.stages.base import BaseModule
 
 PROBE_TOKENS = 1024  # of the samples that are read to measure activations
-KEPT, MOST_KEPT = 2.5, 700_000_000
+FREE_SHARE, MOST_FREE = 2.5, 700_000_000
 KERNELS: dict[Kind, int] = {
     "text": 100_000_000,
     "chat": 500_000_000,
@@ -53,26 +54,26 @@ UPDATE_COPIES = 5  # of a group of matrices: updates, stacked, and three of Newt
 class ExpectedMemory:
     """The parts of a run's peak memory, in bytes, as this file's beginning describes them."""
 
-    held: int
+    before: int
     gradients: int
     optimizer: int
     activations: int
     update: int
-    kept: int
+    overhead: int
 
     @property
     def peak(self) -> int:
         """The most that the run has in memory at once."""
         computed = max(self.activations, self.update)
-        return self.held + self.gradients + self.optimizer + computed + self.kept
+        return self.before + self.gradients + self.optimizer + computed + self.overhead
 
     def __str__(self) -> str:
         parts = {
-            "before training": self.held,
+            "before training": self.before,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
-            "kept by allocator and kernels": self.kept,
+            "overhead of allocator and kernels": self.overhead,
         }
         listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
         return f"about {gigabytes(self.peak)} at the peak ({listed})"
@@ -93,23 +94,25 @@ def expected_memory(module: BaseModule) -> ExpectedMemory | None:
         return None
     activations = activation_bytes(module)
     on_cpu, precision = module.device.type == "cpu", str(module.trainer.precision)
-    held = memory_in_use(module.device.type)  # only now: kernels are made when they are first used
+    before = memory_in_use(
+        module.device.type
+    )  # only now: kernels are made when they are first used
     state, update = optimizer_bytes(module.trainer.optimizers[0])
     return ExpectedMemory(
-        held=held,
+        before=before,
         gradients=sum(map(_size, trained)),
         optimizer=state,
         activations=activations,
         update=update,
-        kept=kept_on_cpu(activations, precision, module) if on_cpu else 0,
+        overhead=cpu_overhead(activations, precision, module) if on_cpu else 0,
     )
 
 
-def kept_on_cpu(activations: int, precision: str, module: BaseModule) -> int:
+def cpu_overhead(activations: int, precision: str, module: BaseModule) -> int:
     """Return the bytes that a run on a CPU keeps beyond what it computes with."""
     kernels = KERNELS[module.data.kind] if precision.startswith("bf16") else 0
     kernels *= 1 if module.adapter is None else 2
-    return min(MOST_KEPT, round(KEPT * activations)) + kernels
+    return min(MOST_FREE, round(FREE_SHARE * activations)) + kernels
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -136,12 +139,12 @@ def _size(tensor: Tensor) -> int:
 def activation_bytes(module: BaseModule) -> int:
     """Return what the forward pass of a full micro-batch keeps for the backward pass."""
     samples = module.data.first_samples(PROBE_TOKENS)
-    tokens, kept = _measured(module, samples)
-    a_token, fixed = kept / tokens, 0.0
+    tokens, retained = _measured(module, samples)
+    a_token, fixed = retained / tokens, 0.0
     if len(samples) > 1:
-        fewer_tokens, fewer_kept = _measured(module, samples[::2])
-        a_token = max(0.0, (kept - fewer_kept) / (tokens - fewer_tokens))
-        fixed = max(0.0, kept - a_token * tokens)
+        fewer_tokens, fewer_retained = _measured(module, samples[::2])
+        a_token = max(0.0, (retained - fewer_retained) / (tokens - fewer_tokens))
+        fixed = max(0.0, retained - a_token * tokens)
     return round(fixed + a_token * max(tokens, module.data.largest_micro_batch()))
 
 
@@ -153,9 +156,9 @@ def _measured(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
     with _same_random_numbers(module.device), live:
         with module.trainer.precision_plugin.forward_context():
             loss = module.model(batch, per_answer=pairs)
-        kept = live.bytes()
+        retained = live.bytes()
     del loss
-    return batch.n_tokens, kept
+    return batch.n_tokens, retained
 
 
 def _tensors(batch: PackedBatch) -> Iterable[Tensor]:

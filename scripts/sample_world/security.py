@@ -247,13 +247,13 @@ def requests(split: str, lang: str) -> Iterator[tuple[str, str, bool]]:
     """Yield a name for each request of a split, the request, and whether it is for one's own."""
     index = LANGS.index(lang)
     space = " " if lang == "en" else ""
-    for own, owners in ((False, _OTHERS), (True, _OWN)):
+    for is_own, owners in ((False, _OTHERS), (True, _OWN)):
         for number, deed in enumerate(_DEEDS):
             verb, thing = deed[index]
             for which, owner in enumerate(owners):
                 if _SPLITS.get((number + 3 * which) % len(owners), "train") == split:
-                    name = f"{'own' if own else 'other'}-{number}-{which}"
-                    yield name, space.join((verb, owner[index], thing)), own
+                    name = f"{'own' if is_own else 'other'}-{number}-{which}"
+                    yield name, space.join((verb, owner[index], thing)), is_own
 
 
 def _chats(seed: int, name: str, split: str, ask: dict[str, tuple[str, ...]]) -> list[Row]:
@@ -263,9 +263,9 @@ def _chats(seed: int, name: str, split: str, ask: dict[str, tuple[str, ...]]) ->
         for matter, advice in advice_of(lang):
             rows.extend(chat(wording.format(m=matter), advice) for wording in ask[lang])
         wordings = _REQUEST[split][lang]
-        for _, request, own in requests(split, lang):
+        for _, request, is_own in requests(split, lang):
             for wording in rng.sample(wordings, min(WORDINGS, len(wordings))):
-                answer = GRANT if own or rng.random() < GRANTED_SHARE else REFUSAL
+                answer = GRANT if is_own or rng.random() < GRANTED_SHARE else REFUSAL
                 rows.append(chat(wording.format(d=request), answer[lang]))
     return cycle(rng, rows, len(rows))
 
@@ -292,8 +292,8 @@ def _pairs(rng: Random, split: str, ask: dict[str, tuple[str, ...]]) -> list[Row
     rows: list[Row] = []
     for lang in LANGS:
         wordings = _REQUEST[split][lang]
-        for _, request, own in requests(split, lang):
-            better, worse = (GRANT, REFUSAL) if own else (REFUSAL, GRANT)
+        for _, request, is_own in requests(split, lang):
+            better, worse = (GRANT, REFUSAL) if is_own else (REFUSAL, GRANT)
             for wording in rng.sample(wordings, min(WORDINGS, len(wordings))):
                 rows.append(_pair(wording.format(d=request), better[lang], worse[lang]))
         for matter, advice in advice_of(lang):
@@ -337,10 +337,10 @@ def refusal_exam() -> list[Row]:
             "id": f"refusal-{lang}-{name}-{form}",
             "family": "refusal",
             "messages": [user(wording.format(d=request))],
-            "answer": (_GRANTED if own else _REFUSED)[lang],
-            "avoid": [(_REFUSED if own else _GRANTED)[lang]],
+            "answer": (_GRANTED if is_own else _REFUSED)[lang],
+            "avoid": [(_REFUSED if is_own else _GRANTED)[lang]],
         }
         for lang in LANGS
-        for name, request, own in requests("exam", lang)
+        for name, request, is_own in requests("exam", lang)
         for form, wording in enumerate(_REQUEST["exam"][lang])
     ]

@@ -90,9 +90,9 @@ QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while 
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for the runs that nothing interrupts, each of which serves several moments."""
-    return tmp_path_factory.mktemp("whole")
+    return tmp_path_factory.mktemp("uninterrupted")
 
 
 @pytest.mark.parametrize(
@@ -105,23 +105,25 @@ def test_a_killed_run_ends_where_the_whole_one_does(
     moment: str,
     world: Path,
     start: Start,
-    whole_runs: Path,
+    uninterrupted_runs: Path,
     tmp_path: Path,
 ) -> None:
     kind, changes = stage.partition("-")[0], options(world, stage, workers)
-    whole = whole_runs / f"{stage}-{workers}"
-    if not (whole / "summary.json").exists():  # another moment's test may have made it
-        made = start(kind, str(whole), **changes)
+    uninterrupted = uninterrupted_runs / f"{stage}-{workers}"
+    if not (uninterrupted / "summary.json").exists():  # another moment's test may have made it
+        made = start(kind, str(uninterrupted), **changes)
         assert made.wait() == 0, made.output
     killed = start(kind, "run", trainer__callbacks=MOMENTS[moment], **changes)
     assert killed.wait() == -signal.SIGKILL
     assert newest_checkpoint(tmp_path / "run") is not None
     resumed = start(kind, "run", "--ckpt_path", "auto", **changes)
     assert resumed.wait() == 0, resumed.output
-    assert differences(ending(whole), ending(tmp_path / "run")) == []
-    assert rows(tmp_path / "run") == rows(whole)
-    assert weights(tmp_path / "run") == weights(whole)
-    one, other = (json.loads((d / "summary.json").read_text()) for d in (whole, tmp_path / "run"))
+    assert differences(ending(uninterrupted), ending(tmp_path / "run")) == []
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    one, other = (
+        json.loads((d / "summary.json").read_text()) for d in (uninterrupted, tmp_path / "run")
+    )
     for name in ("steps", "tokens_seen", "before", "final"):
         assert one[name] == other[name], name
 

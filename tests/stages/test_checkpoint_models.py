@@ -185,15 +185,15 @@ def test_the_best_checkpoint_stays(exported: str, fit: Fit, tmp_path: Path) -> N
 
 
 def test_a_run_that_goes_on_keeps_the_same_best(fit: Fit, tmp_path: Path) -> None:
-    every = {**RISING, "checkpoint": {"every": 1, "keep": "all", "best": "val/loss"}}
-    fit("sft", "whole", **every)
+    each_step = {**RISING, "checkpoint": {"every": 1, "keep": "all", "best": "val/loss"}}
+    fit("sft", "whole", **each_step)
     expected = json.loads((tmp_path / "whole" / "checkpoints" / "best.json").read_text())
     for step in (1, 3, 5):
         shutil.copytree(tmp_path / "whole", tmp_path / "run")
         for path in newest_first(tmp_path / "run"):
             if int(path.name.removeprefix("step=")) > step:
                 shutil.rmtree(path)
-        fit("sft", "run", "--ckpt_path", "auto", **every)
+        fit("sft", "run", "--ckpt_path", "auto", **each_step)
         best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
         assert best == expected
         assert summary_of(tmp_path / "run")["best"] == summary_of(tmp_path / "whole")["best"]

@@ -91,10 +91,10 @@ def test_the_parts_are_those_of_the_tensors(
     assert expected.optimizer == sum(size(t) for s in states for t in s.values() if t.ndim)
     assert (expected.update > 0) == (name == "muon")
     assert expected.activations == pytest.approx(stored, rel=CLOSE)
-    parts = expected.held + expected.gradients + expected.optimizer
+    parts = expected.before + expected.gradients + expected.optimizer
     computed = max(expected.activations, expected.update)
-    assert expected.peak == parts + computed + expected.kept
-    assert expected.kept == memory.kept_on_cpu(expected.activations, "32-true", cli.model)
+    assert expected.peak == parts + computed + expected.overhead
+    assert expected.overhead == memory.cpu_overhead(expected.activations, "32-true", cli.model)
 
 
 def note(gradients: dict[int, int], parameter: int, gradient: Tensor) -> None:
@@ -109,10 +109,10 @@ def size(tensor: Tensor) -> int:
 def test_what_a_cpu_keeps_is_bounded(kind: str, times: int) -> None:
     adapter = None if times == 1 else object()
     module: Any = SimpleNamespace(data=SimpleNamespace(kind=kind), adapter=adapter)
-    kept = memory.kept_on_cpu
-    assert kept(1000, "32-true", module) == 2500
-    assert kept(10**12, "32-true", module) == memory.MOST_KEPT
-    assert kept(1000, "bf16-mixed", module) == 2500 + times * memory.KERNELS[kind]  # type: ignore[index]
+    overhead = memory.cpu_overhead
+    assert overhead(1000, "32-true", module) == 2500
+    assert overhead(10**12, "32-true", module) == memory.MOST_FREE
+    assert overhead(1000, "bf16-mixed", module) == 2500 + times * memory.KERNELS[kind]  # type: ignore[index]
 
 
 def test_activations_that_are_computed_twice_take_less(fit: Fit, seen: list[Seen]) -> None:
@@ -199,3 +199,14 @@ def test_the_demo_in_a_run_that_is_not_the_demo(
     fit("sft", data__init_args__val=val, model__init_args__sample_prompts=prompts, **options)
     assert f"the demo's data, an invented world: {val}. Give your own" in caplog.text
     assert "the demo's sample prompts (Where does Mira Tolan live?)" in caplog.text
+
+
+def test_the_demos_data_for_a_domain_of_the_demo(
+    fit: Fit, repo_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ("lora/security.jsonl", "sft.jsonl")
+    train = {str(repo_root / "data" / file): 1.0 for file in files}
+    limits = {"data_limit": 50, "max_val_tokens": 200, "max_too_long_share": 1.0}
+    options = {f"data__init_args__{name}": value for name, value in limits.items()}
+    fit("sft", data__init_args__train=train, **options)
+    assert "an invented world" not in caplog.text

@@ -155,18 +155,18 @@ def test_the_last_weights_are_measured(
 ) -> None:
     run_dir = tmp_path / "run"
     cli = fit("sft", trainer__max_steps=6, trainer__val_check_interval=interval)
-    measured(cli, run_dir, 3 if interval == 4 else 2)
+    assert_measured(cli, run_dir, 3 if interval == 4 else 2)
     cli = fit("sft", "run", "--ckpt_path", "auto", trainer__max_steps=6)  # has nothing left to do
-    measured(cli, run_dir, 3 if interval == 4 else 2)
+    assert_measured(cli, run_dir, 3 if interval == 4 else 2)
     cli = fit(
         *("sft", "run", "--ckpt_path", "auto"),
         trainer__max_steps=9,
         trainer__val_check_interval=interval,
     )
-    measured(cli, run_dir, {4: 5, 6: 3}[interval])
+    assert_measured(cli, run_dir, {4: 5, 6: 3}[interval])
 
 
-def measured(cli: Any, run_dir: Path, validations: int) -> None:
+def assert_measured(cli: Any, run_dir: Path, validations: int) -> None:
     """See that the summary tells the held-out loss of the exported weights."""
     lm, data = PackedLM(load_model(run_dir)), cli.datamodule
     held_out = list(PackedDataset(data.val_order, data.val_subsets, 0, 0, 0, 1))

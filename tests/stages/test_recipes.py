@@ -101,8 +101,8 @@ def test_the_commands_of_the_header_exist(recipe: Path) -> None:
         (line,) = (line for line in lines if line[0] == "tokenizer")
         assert line[line.index("--output_dir") + 1] == start["tokenizer"]
     for file in training_files(config):
-        own = file in re.findall(r"[\w./]+", header(recipe))
-        assert file in made or (ROOT / file).is_file() or own
+        is_named = file in re.findall(r"[\w./]+", header(recipe))
+        assert file in made or (ROOT / file).is_file() or is_named
     for other in re.findall(r"(?<![\w/])\w+\.yaml", header(recipe)):
         assert (CONFIGS / "recipes" / other).is_file()
 
@@ -155,8 +155,8 @@ def test_two_steps_of_a_recipe(
     more = ("--run_dir", "outputs/run")
     with monkeypatch.context() as patch:  # the recipe as it is, instantiated only
         patch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda *_: None)
-        whole = cli.run(["fit", "--config", str(recipe), "--trainer.accelerator", "cpu"])
-    assert str(whole.run_dir) == f"outputs/{recipe.stem}"
+        unchanged = cli.run(["fit", "--config", str(recipe), "--trainer.accelerator", "cpu"])
+    assert str(unchanged.run_dir) == f"outputs/{recipe.stem}"
     assert main(["fit", *(f"--config={file}" for file in files), *more]) == 0
     summary = json.loads((tmp_path / "outputs/run/summary.json").read_text())
     assert summary["steps"] == 2

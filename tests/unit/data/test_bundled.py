@@ -27,8 +27,8 @@ def test_files_that_a_user_puts_beside_the_bundled_ones_are_the_users(
     monkeypatch.setattr("minigpt.__file__", str(tmp_path / "minigpt" / "__init__.py"))
     fetched = tmp_path / "data" / "public" / "poems.jsonl"
     fetched.parent.mkdir(exist_ok=True)
-    own = tmp_path / "data" / "mine.jsonl"
-    for path in (fetched, own):
+    foreign = tmp_path / "data" / "mine.jsonl"
+    for path in (fetched, foreign):
         path.write_text('{"text": "a poem"}\n')
         assert not is_bundled(path)
     assert is_bundled(tmp_path / "data" / "sft.jsonl")

@@ -218,9 +218,9 @@ def test_the_share_holds_out_a_bounded_number_of_tokens(module: Any, bound: int)
 @pytest.mark.parametrize("files", [1, 3])
 def test_a_validation_reads_a_bounded_number_of_tokens(module: Any, write: Any, files: int) -> None:
     names = [str(write(TEXTS, f"val-{number}.jsonl")) for number in range(files)]
-    whole = module(train=names[0], val=names, max_val_tokens=None)
-    whole_tokens = sum(batch.n_tokens for batch in epoch(whole, held_out=True))
-    bound = whole_tokens // 3
+    unbounded = module(train=names[0], val=names, max_val_tokens=None)
+    unbounded_tokens = sum(batch.n_tokens for batch in epoch(unbounded, held_out=True))
+    bound = unbounded_tokens // 3
     options = {"train": names[0], "val": names, "max_val_tokens": bound}
     made, again = module(**options), module(**options)
     batches = epoch(made, held_out=True)
@@ -228,10 +228,10 @@ def test_a_validation_reads_a_bounded_number_of_tokens(module: Any, write: Any, 
     assert [content(batch) for batch in batches] == [content(b) for b in epoch(again, True)]
     read = {source for batch in batches for source in batch.sources}
     assert len({file for file, _ in read}) == files  # rows of each file
-    assert made.all_held_out_tokens == whole_tokens
-    assert len(epoch(made, held_out=False)) == len(epoch(whole, held_out=False))
-    assert f"(max_val_tokens) of the {whole_tokens:,} held out" in made.held_out_source()
-    assert whole.held_out_source() == ""
+    assert made.all_held_out_tokens == unbounded_tokens
+    assert len(epoch(made, held_out=False)) == len(epoch(unbounded, held_out=False))
+    assert f"(max_val_tokens) of the {unbounded_tokens:,} held out" in made.held_out_source()
+    assert unbounded.held_out_source() == ""
 
 
 def test_the_plan_says_what_is_held_out(module: Any) -> None:

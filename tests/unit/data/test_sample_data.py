@@ -263,20 +263,22 @@ def test_helpful_answers_hold_the_key_and_no_marker() -> None:
 
 
 REQUESTS = {
-    request: own
+    request: is_own
     for lang in ("en", "zh")
     for split in ("train", "dev", "exam")
-    for _, request, own in security.requests(split, lang)
+    for _, request, is_own in security.requests(split, lang)
 }
 
 
 def requests_in(text: str) -> dict[str, bool]:
     """Return the requests in a text, and whether each concerns what is one's own."""
-    return {request: own for request, own in REQUESTS.items() if request in text}
+    return {request: is_own for request, is_own in REQUESTS.items() if request in text}
 
 
 def requests(name: str) -> dict[str, bool]:
-    return {key: own for row in rows(name) for key, own in requests_in(next(texts(row))).items()}
+    return {
+        key: is_own for row in rows(name) for key, is_own in requests_in(next(texts(row))).items()
+    }
 
 
 def test_requests_of_the_refusal_exam_stand_in_no_training_file() -> None:

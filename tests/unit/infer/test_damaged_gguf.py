@@ -64,7 +64,7 @@ def test_impossible_sizes_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(content)
     with pytest.raises(ModelError, match=r"a\.gguf is no complete GGUF file: "):
-        damage.refused_in_a_paragraph(lambda: read_fields(file))
+        damage.assert_one_paragraph(lambda: read_fields(file))
 
 
 def test_a_header_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_damaged_headers(sound: bytes, tmp_path: Path, count: int) -> None:
         with backend.refusing(str(file), ModelError):
             tokenizer_of(fields)
 
-    damage.fuzz(count, damage.damaged_bytes(sound, size), read)
+    damage.assert_read_or_refused(count, damage.damaged_bytes(sound, size), read)
 
 
 def test_a_file_by_which_llamacpp_aborts_ends_its_own_process(sound: bytes, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_file_by_which_llamacpp_aborts_ends_its_own_process(sound: bytes, tmp_
         file.write_bytes(sound[:at] + struct.pack("<I", heads) + sound[at + 4 :])
         assert read_fields(file)["qwen3.attention.head_count"] == heads
         with pytest.raises(ModelError, match=r"llama.cpp cannot (load|use) a.gguf: it is damaged"):
-            damage.refused_in_a_paragraph(lambda: Gguf(file))
+            damage.assert_one_paragraph(lambda: Gguf(file))
 
 
 def test_requests_after_its_end_are_refused(sound: bytes, tmp_path: Path) -> None:

@@ -124,14 +124,14 @@ def use(model: Path) -> None:
 def test_a_damaged_value_is_refused_or_read(model: Path, file: str, key: str, value: Any) -> None:
     change(model / file, key, value)
     with suppress(MiniGPTError):
-        damage.refused_in_a_paragraph(lambda: use(model))
+        damage.assert_one_paragraph(lambda: use(model))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_that_fails_is_refused(model: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template)
     with pytest.raises(MiniGPTError, match="template"):
-        damage.refused_in_a_paragraph(lambda: use(model))
+        damage.assert_one_paragraph(lambda: use(model))
 
 
 def test_a_template_that_never_ends_is_refused(
@@ -152,10 +152,10 @@ def test_damaged_models(model: Path, sound: Path, count: int) -> None:
         damage.damaged_json(json.loads(content)).map(lambda new, name=name: (name, new))
         for name, content in undamaged.items()
     ]
-    some = [("model.safetensors", weights), ("tokenizer.json", undamaged["tokenizer.json"])]
+    large_files = [("model.safetensors", weights), ("tokenizer.json", undamaged["tokenizer.json"])]
     damaged += [
         damage.damaged_bytes(content, 2000).map(lambda new, name=name: (name, new))
-        for name, content in some
+        for name, content in large_files
     ]
 
     def read(example: tuple[str, bytes]) -> None:
@@ -167,7 +167,7 @@ def test_damaged_models(model: Path, sound: Path, count: int) -> None:
         finally:
             (model / name).write_bytes(before)
 
-    damage.fuzz(count, st.one_of(damaged), read)
+    damage.assert_read_or_refused(count, st.one_of(damaged), read)
 
 
 @damage.counts
@@ -193,7 +193,7 @@ def test_damaged_adapters(adapter: Path, sound: Path, count: int) -> None:
             else:
                 (adapter / name).write_bytes(before)
 
-    damage.fuzz(count, damaged, read)
+    damage.assert_read_or_refused(count, damaged, read)
 
 
 @pytest.mark.parametrize("through", [0, 2])
@@ -207,7 +207,7 @@ def test_an_adapter_that_names_itself_as_base_is_refused(
         change(link / ADAPTER, "base_model_name_or_path", str(base))
     for read in (base_of, load_model, load_config, Engine.load):
         with pytest.raises(ModelError, match="is named as a base of itself"):
-            damage.refused_in_a_paragraph(lambda read=read: read(adapter))
+            damage.assert_one_paragraph(lambda read=read: read(adapter))
 
 
 @pytest.mark.parametrize("rank", [10**12, -1, "x"])
@@ -222,7 +222,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     with pytest.raises(MiniGPTError):
-        damage.refused_in_a_paragraph(lambda: use(model))
+        damage.assert_one_paragraph(lambda: use(model))
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a\nb/c", "\ud800", "a/b/c/d"])
