@@ -32,7 +32,7 @@ from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from minigpt.data.columnar import columnar_rows, reader_of
-from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes, is_utf8
+from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
 from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
@@ -905,7 +905,10 @@ def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
 def _is_sound(block: bytes) -> bool:
     if len(block.translate(None, CONTROL_BYTES)) < len(block) or codecs.BOM_UTF8 in block:
         return False
-    return is_utf8(block)
+    try:
+        return block.isascii() or bool(block.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def begins_as_json(stream: io.BufferedReader[Any]) -> bool:
