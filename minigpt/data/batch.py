@@ -9,7 +9,8 @@ Shape legend:
 A preference lies in the batch as prompt, chosen, rejected: the prompt is computed once and
 both answers attend to it. So a target's hidden state is not always its left neighbour's;
 `predict_at` says whose it is. The last token of a text or an answer predicts nothing, so that the
-model need not read it: most are only targets.
+model need not read it: most are only targets. Where an answer's score is read at its last token,
+the batch is made with all of them.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class PackedBatch:
         n_tokens: tokens of the data in the batch, with those that are only targets.
         plan: which tokens attend to which, and which positions predict the targets.
         sources: file and line of each sample.
+        margins: of each sample, 0 for what is no preference.
         resume_at: (epoch, micro-batch) that comes after this one in the whole run.
     """
 
@@ -104,12 +106,19 @@ class PackedBatch:
     n_tokens: int
     plan: AttentionPlan
     sources: tuple[tuple[str, int], ...] = ()
+    margins: tuple[float, ...] = ()
     resume_at: tuple[int, int] = (0, 0)
 
     @property
     def predict_at(self) -> Tensor:
         """[N] positions whose hidden states predict the targets."""
         return self.plan.predict_at
+
+    @property
+    def answer_ends(self) -> Tensor:
+        """[A] positions of the last token of each answer that the model reads."""
+        spans = self.plan.spans.view(-1, 4)
+        return (spans[:, 2] + spans[:, 3] - 1).to(self.input_ids.device, torch.int64)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Move all tensors to a device; Lightning calls it."""
@@ -146,6 +155,7 @@ class Sample:
         answers: tokens of each answer.
         targets: [n] bool for a chat; None means all tokens of the answers.
         source: file and line.
+        margin: of a preference.
     """
 
     ids: NDArray[np.integer]
@@ -153,6 +163,7 @@ class Sample:
     answers: tuple[int, ...]
     targets: NDArray[np.bool_] | None
     source: tuple[str, int]
+    margin: float = 0.0
 
 
 class Span(NamedTuple):
@@ -239,7 +250,9 @@ def _tokens_to_drop(samples: Sequence[Sample]) -> int:
     return droppable - retained if retained <= droppable else droppable
 
 
-def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> PackedBatch:
+def collate(
+    samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0), read_last: bool = False
+) -> PackedBatch:
     """Pack samples into one batch, in the order given.
 
     A prompt of 3 tokens p with two answers, a and b, becomes (with no token dropped):
@@ -255,6 +268,7 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
     Args:
         samples: at least one.
         resume_at: of the batch.
+        read_last: let the model read each answer's last token.
     """
     input_ids: list[NDArray[np.integer]] = []
     position_ids: list[NDArray[np.integer]] = []
@@ -263,7 +277,7 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
     answers: list[NDArray[np.integer]] = []
     cu_seqlens = [0]
     spans: list[Span] = []
-    to_drop = _tokens_to_drop(samples)
+    to_drop = 0 if read_last else _tokens_to_drop(samples)
     for sample in samples:
         prompt_start, prompt = cu_seqlens[-1], sample.prompt
         input_ids.append(sample.ids[:prompt])
@@ -296,5 +310,6 @@ def collate(samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0)) -> P
         n_tokens=sum(len(sample.ids) for sample in samples),
         plan=plan_attention(spans, _join(predict_at)),
         sources=tuple(sample.source for sample in samples),
+        margins=tuple(sample.margin for sample in samples),
         resume_at=resume_at,
     )

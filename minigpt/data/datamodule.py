@@ -56,6 +56,7 @@ class StageModule(Protocol):
     """What the data asks of the module that it feeds: `minigpt.stages.base.BaseModule`."""
 
     source: ModelLimits
+    reads_last_tokens: bool  # of answers, though they predict nothing
 
     def load_exam(self, path: str) -> Sequence[object]:
         """Return the items of an exam file."""
@@ -106,6 +107,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         epoch, start: the first micro-batch to read, counted over all processes.
         rank, world_size: this process and how many there are. Micro-batch j goes to rank
             j % world_size; where an epoch does not divide, the last ones learn nothing.
+        read_last: let the model read each answer's last token.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         start: int,
         rank: int,
         world_size: int,
+        read_last: bool = False,
     ) -> None:
         self.order = order
         self.subsets = subsets
@@ -123,6 +126,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
+        self.read_last = read_last
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
@@ -130,7 +134,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         for number, (members, is_filler, resume_at) in enumerate(self._local_bins()):
             if number % workers == worker_id:
                 samples = [self.subsets[file].sample(index) for file, index in members]
-                batch = collate(samples, resume_at)
+                batch = collate(samples, resume_at, self.read_last)
                 yield batch.without_targets() if is_filler else batch
 
     def _local_bins(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
@@ -182,7 +186,9 @@ class PackedDataLoader:
             order, subsets = module.val_order, module.val_subsets
             epoch, start = 0, 0
         assert order is not None
-        dataset = PackedDataset(order, subsets, epoch, start, module.rank, module.world_size)
+        rank, world_size = module.rank, module.world_size
+        read_last = module.module.reads_last_tokens
+        dataset = PackedDataset(order, subsets, epoch, start, rank, world_size, read_last)
         loader = DataLoader(
             ErrorsAsItems(dataset),
             batch_size=None,

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import re
 import zlib
@@ -83,6 +84,7 @@ _REMEDIES = {
     "bad_compression": "Copy or compress it again.",
     "bad_json": "Each line must hold one JSON object (JSONL), or the whole file one JSON array.",
     "empty": "Fill it, or leave the row out.",
+    "margin": "Write by how much the chosen answer is to be ahead, such as 0.5, or leave it out.",
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
     "missing_file": "Check the name; relative paths start at the current directory.",
     "no_assistant": "Add the answer, or leave the row out.",
@@ -103,6 +105,7 @@ _REMEDIES = {
     "wrong_type": "Write it as that, or leave the row out.",
 }
 LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
+LARGEST_MARGIN = 1e6  # of a preference
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 READABLE = (".jsonl", ".json", ".txt", ".csv", ".tsv", *COLUMNAR)
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # beside OSErrors without a number
@@ -144,11 +147,16 @@ class Chat(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt that ends with a user message, a better answer and a worse one."""
+    """A prompt that ends with a user message, a better answer and a worse one.
+
+    Attributes:
+        margin: by how much the better one's score is to be higher, for reward models.
+    """
 
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
+    margin: float = 0.0
 
 
 class Source(NamedTuple):
@@ -505,7 +513,7 @@ class _RowParser:
         worse = _answer(rejected, prompt)
         if better == worse:
             raise _error("same_answers", "rejected", "the answer equals 'chosen'")
-        return Preference(prompt, better, worse)
+        return Preference(prompt, better, worse, _margin(row.get("margin")))
 
     def opening(self, row: _Row, key: str | None) -> list[_Turn]:
         """Read the row's own system message, if it has one, and what is under `key`."""
@@ -641,6 +649,22 @@ def _is_trained(message: _Row, field: str) -> bool:
     if train is not None and not isinstance(train, bool):
         raise _error("weight", f"{field}.train", f"must be true or false, not {train!r:.40}")
     return weight != 0 and train is not False
+
+
+def _margin(value: object) -> float:
+    """Return the margin of a preference; null stands for no field, as in columns of tables."""
+    if value is None or value == "":
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _wrong_type(value, "a number", "margin")
+    try:
+        margin = float(value)  # tables of text hold numbers as strings
+    except (ValueError, OverflowError):
+        margin = math.nan
+    if not abs(margin) <= LARGEST_MARGIN:
+        problem = f"must be a number of at most {LARGEST_MARGIN:g}, not {value!r:.40}"
+        raise _error("margin", "margin", problem)
+    return margin
 
 
 def _object(row: object) -> _Row:

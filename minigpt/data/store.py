@@ -8,7 +8,8 @@ while a run reads it is an error like any other, where touching a mapping would 
 Arrays (N tokens, S samples):
     tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
     targets.bin   [N] bool               chats only: which tokens the model must say
-    samples.bin   [S] SAMPLE             where each sample lies and which row it came from
+    samples.bin   [S] SAMPLE             where each sample lies, which row it came from, and that
+                                         row's margin
     lengths.bin   [S] int32              tokens of each sample; on its own, since it is held in
                                          memory: an epoch's order passes through all of it
     sums.bin      uint32                 CRC-32 of meta.json, then of each block of the others
@@ -69,7 +70,7 @@ from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer.
@@ -78,8 +79,16 @@ SUMS = "sums.bin"
 BLOCK = 1 << 14  # bytes with a sum of their own: all of them are read for the first one
 DAMAGED = "damaged"  # an empty file in a store in which a run has found damage
 ELEMENTS_AT_A_TIME = 1 << 16
-SAMPLE = np.dtype([("start", "<i8"), ("line", "<i8"), ("prompt", "<i4"), ("answers", "<i4", (2,))])
-ROW = struct.Struct("<qqiii")  # as SAMPLE lies in memory
+SAMPLE = np.dtype(
+    [
+        ("start", "<i8"),
+        ("line", "<i8"),
+        ("prompt", "<i4"),
+        ("answers", "<i4", (2,)),
+        ("margin", "<f4"),
+    ]
+)
+ROW = struct.Struct("<qqiiif")  # as SAMPLE lies in memory
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,13 @@ class EncodedSample:
         prompt: ids of what is only read.
         answers: ids of each answer; a text or chat is a single one.
         targets: for a chat, which ids of the answer are trained on.
+        margin: of a preference.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     targets: list[bool] | None = None
+    margin: float = 0.0
 
     @property
     def ids(self) -> list[int]:
@@ -250,7 +261,7 @@ class TokenStore:
             DataError: when it is not what was written.
         """
         row = self.samples.read(index * ROW.size, (index + 1) * ROW.size)
-        start, line, prompt, *both = ROW.unpack(row)
+        start, line, prompt, *both, margin = ROW.unpack(row)
         answers = tuple(length for length in both if length)
         end = start + prompt + sum(answers)
         ids = self.tokens[start:end]
@@ -262,6 +273,7 @@ class TokenStore:
             answers=answers,
             targets=None if self.targets is None else self.targets[start:end],
             source=(str(self.source), line),
+            margin=margin,
         )
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -412,7 +424,7 @@ class _Writer:
         ids = sample.ids
         lengths = [len(answer) for answer in sample.answers]
         lengths += [0] * (2 - len(lengths))
-        row = ROW.pack(self.tokens, line, len(sample.prompt), *lengths)
+        row = ROW.pack(self.tokens, line, len(sample.prompt), *lengths, sample.margin)
         self.files["tokens"].write(array(self.code, ids))
         self.files["samples"].write(row)
         self.files["lengths"].write(struct.pack("<i", len(ids)))
@@ -634,7 +646,7 @@ class Encoder:
         if isinstance(record, Chat):
             return self._chat(self.codec.chat_samples(turns, ids))
         (prompt, chosen), (_, rejected) = (self.codec.turn_ids(turn, ids) for turn in turns)
-        return self._preference(prompt, [chosen.ids, rejected.ids])
+        return self._preference(prompt, [chosen.ids, rejected.ids], record.margin)
 
     def _split(self, ids: list[int]) -> Iterator[EncodedSample]:
         """Cut a document into samples that overlap by one token: each token is learnt once."""
@@ -649,14 +661,16 @@ class Encoder:
             if any(targets[1:limit]):
                 yield EncodedSample([], [ids[:limit]], targets[:limit])
 
-    def _preference(self, prompt: list[int], answers: list[list[int]]) -> Iterator[EncodedSample]:
+    def _preference(
+        self, prompt: list[int], answers: list[list[int]], margin: float
+    ) -> Iterator[EncodedSample]:
         prompt_limit = self.limits.max_prompt_length or self.limits.max_length - 1
         prompt_limit = min(prompt_limit, self.limits.max_length - 1)
         answer_limit = self.limits.max_length - min(len(prompt), prompt_limit)
         self.cut += len(prompt) > prompt_limit or max(map(len, answers)) > answer_limit
         answers = [ids[:answer_limit] for ids in answers]
         if answers[0] != answers[1]:  # else the cut left nothing to prefer
-            yield EncodedSample(prompt[-prompt_limit:], answers)
+            yield EncodedSample(prompt[-prompt_limit:], answers, margin=margin)
 
 
 def _units(record: Record, turns: list[PlannedTurn]) -> Iterator[str]:

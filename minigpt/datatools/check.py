@@ -463,7 +463,8 @@ def as_row(record: Record) -> dict[str, object]:
     if isinstance(record, Preference):
         chosen, rejected = record.chosen.content, record.rejected.content
         prompt = [message._asdict() for message in record.prompt]
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        row: dict[str, object] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return row | ({"margin": record.margin} if record.margin else {})
     return {"messages": [message._asdict() for message in record.messages]}
 
 

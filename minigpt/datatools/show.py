@@ -90,7 +90,8 @@ def _records(
 def _named_ids(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[int], list[bool]]]:
     if kind == "preference":
         yield " prompt", sample.prompt, [False] * len(sample.prompt)
-        for name, ids in zip(("chosen", "rejected"), sample.answers, strict=True):
+        margin = f" (margin {sample.margin:g})" if sample.margin else ""
+        for name, ids in zip((f"chosen{margin}", "rejected"), sample.answers, strict=True):
             yield f" {name}", ids, [True] * len(ids)
     else:
         ids = sample.ids

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -79,7 +80,11 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
             the finished run.
         tokens_seen: tokens trained on, by all processes.
         step_totals: sums of the last optimizer step over all processes.
+        reads_last_tokens: whether batches hold the last token of each answer, which predicts
+            nothing.
     """
+
+    reads_last_tokens: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -166,6 +166,21 @@ def test_last_tokens_are_left_unread_as_far_as_matmuls_like_it(
 
 
 @given(SHAPES)
+def test_all_last_tokens_are_read_where_they_are_asked_for(
+    shapes: list[tuple[int, int, int]],
+) -> None:
+    samples = preferences(shapes)
+    batch = collate(samples, read_last=True)
+    assert len(batch.input_ids) == batch.n_tokens
+    ends = [
+        sample.ids[sample.prompt + sum(sample.answers[: n + 1]) - 1]
+        for sample in samples
+        for n in range(len(sample.answers))
+    ]
+    assert batch.input_ids[batch.answer_ends].tolist() == ends
+
+
+@given(SHAPES)
 def test_positions_count_along_each_row(shapes: list[tuple[int, int, int]]) -> None:
     batch = collate(preferences(shapes))
     rows = [positions(span) for span in batch.plan.rows]
@@ -185,7 +200,7 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
     here = [t for t in tensors(moved) if t.device.type != "meta"]
     assert [id(t) for t in here] == [id(batch.plan.spans)]
     assert {t.device.type for t in tensors(batch)} == {"cpu"}
-    same = ("n_answers", "sources", "resume_at", "n_tokens")
+    same = ("n_answers", "sources", "margins", "resume_at", "n_tokens")
     assert [getattr(moved, n) for n in same] == [getattr(batch, n) for n in same]
     assert moved.plan.longest == batch.plan.longest
 

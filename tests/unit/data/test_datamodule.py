@@ -56,6 +56,7 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
                     rows=lambda: 1 << 20,
                 ),
                 load_exam=lambda path: list(iter_rows(path)),
+                reads_last_tokens=False,
             ),
         )
         made.prepare_data()

@@ -199,6 +199,13 @@ def test_questions_and_answers(ask: str, reply: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("value", "margin"), [(0.5, 0.5), (-1, -1.0), ("2.5", 2.5), (None, 0.0)])
+def test_a_preference_may_have_a_margin(value: object, margin: float) -> None:
+    """Tables of text hold numbers as strings, and null where a row has none."""
+    row = {"prompt": "u", "chosen": "a", "rejected": "b", "margin": value}
+    assert parse_row(row, "preference") == PAIR._replace(margin=margin)
+
+
 KINDS: tuple[Kind, ...] = ("text", "chat", "preference")
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 
@@ -558,6 +565,17 @@ BAD: list[tuple[Kind, object, str, str | None, str]] = [
         "one answer",
     ),
     ("preference", pair("a", "b", prompt=[UM, AM]), "prompt_end", "prompt[1].role", "user"),
+    *(
+        ("preference", {**pair("a", "b", prompt="u"), "margin": value}, "margin", "margin", "0.5")
+        for value in ("far", "nan", float("inf"), -2e6, 10**400)
+    ),
+    (
+        "preference",
+        {**pair("a", "b", prompt="u"), "margin": True},
+        "wrong_type",
+        "margin",
+        "a number, not a boolean",
+    ),
     ("preference", pair([UM], "b", prompt="u"), "answer_role", "chosen[0].role", "assistant"),
     ("preference", pair("a", " ", prompt="u"), "empty", "rejected", "is empty"),
     ("preference", pair("a", 1, prompt="u"), "wrong_type", "rejected", "a string or a list"),

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import store as stores
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.batch import collate
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import BadRows, Kind, Message, Source, Text
 from minigpt.data.store import Encoder, Limits, TokenStore, open_store
@@ -70,7 +71,7 @@ def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
 def runs(store: TokenStore) -> list[list[list[int]]]:
     """Prompt and both answers of each sample, of which the second may be empty."""
     samples = []
-    for start, _, prompt, answers in store.samples[:].tolist():
+    for start, _, prompt, answers, _ in store.samples[:].tolist():
         borders = start + np.cumsum([0, prompt, *answers])
         samples.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
     return samples
@@ -251,6 +252,13 @@ def test_a_preference_is_cut_at_the_prompts_start_and_the_answers_end(
     assert store.meta["cut"] == int(room < 0)
     assert store.meta["targets"] == len(expected[1]) + len(expected[2])
     assert store.targets is None
+
+
+def test_margins_come_with_their_pairs(opened: Opener) -> None:
+    rows = [pair(PROMPT, CHOSEN, REJECTED), {**pair(PROMPT, CHOSEN, REJECTED), "margin": 1.5}]
+    store = opened("preference", rows)
+    samples = [store.sample(number) for number in range(2)]
+    assert collate(samples).margins == (0.0, 1.5)
 
 
 def test_a_prompt_leaves_an_answer_one_token_at_least(

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.encodings import CONTROL_BYTES, FEW_NULS
+from minigpt.data.formats import parse_row
 from minigpt.data.store import Limits, open_store
 from minigpt.data.tables import SIGNATURES
-from minigpt.datatools.check import Checker, Findings
+from minigpt.datatools.check import Checker, Findings, as_row
 from minigpt.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -172,6 +173,13 @@ def test_fix_mends_what_is_safe_and_changes_nothing_else(
     again = minigpt("data", "check", out)
     assert again.status == 0
     assert "0 errors, 1 hint" in again.out
+
+
+def test_a_record_as_a_row_is_read_as_that_record() -> None:
+    row = {"prompt": "u", "chosen": "a", "rejected": "b"}
+    for one in (row, {**row, "margin": 0.5}):
+        record = parse_row(one, "preference")
+        assert parse_row(as_row(record), "preference") == record
 
 
 def test_fix_turns_other_encodings_and_arrays_into_jsonl(tmp_path: Path, minigpt: Any) -> None:

@@ -65,6 +65,13 @@ def test_an_answer_that_is_only_read_is_shown_so(write: Any, tokenizer_dir: Path
     assert report["tokens"]["mean"] == len(part.tokens)
 
 
+def test_a_margin_stands_beside_the_better_answer(write: Any, tokenizer_dir: Path) -> None:
+    path = write([{**ROWS["preference"][0], "margin": 0.5}])
+    parts = list(segments(path, tokenizers.load(tokenizer_dir)))
+    names = [re.search(r" (\w+( \(.*\))?): ", part.heading) for part in parts]
+    assert [name[1] for name in names if name] == ["prompt", "chosen (margin 0.5)", "rejected"]
+
+
 def test_a_chat_without_colours(write: Any, tokenizer_dir: Path) -> None:
     part = next(segments(write(CHATS), tokenizers.load(tokenizer_dir)))
     assert plain(part) == (
