@@ -1,0 +1,234 @@
+"""Rewards: which there are, their options, and the weighted sum by which answers are judged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from transformers import TrainerState
+
+from minigpt.data.formats import Message
+from minigpt.errors import ConfigError, DataError
+from minigpt.reading import LARGEST_CONFIG, read_json, refusing
+from minigpt.stages.json_schema import check_schema
+from minigpt.stages.reward_function import FunctionReward
+from minigpt.stages.reward_rules import (
+    Exact,
+    Json,
+    Length,
+    Numeric,
+    Regex,
+    SampledAnswer,
+    Scorer,
+    Scores,
+)
+
+RewardKind = Literal["exact", "numeric", "regex", "length", "json", "function", "reward_model"]
+
+ANSWER = "answer"  # the field that exact and numeric compare with by default
+# Which kinds have an option, and which kinds need it.
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "field": (("exact", "numeric", "regex"), ()),
+    "pattern": (("regex",), ("regex",)),
+    "schema": (("json",), ()),
+    "function": (("function",), ("function",)),
+    "model": (("reward_model",), ("reward_model",)),
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward and what it weighs. See docs/grpo.md.
+
+    Args:
+        kind: exact (the answer is the field's text), numeric (its last number is the field's),
+            regex (it contains a pattern), length (its tokens), json (it is JSON), function (a
+            Python function with TRL's signature) or reward_model (a trained one).
+        weight: factor in the sum of rewards; 0 only logs it.
+        field: of the row, with which exact, numeric and regex compare; by default `answer` for the
+            first two, and none for regex.
+        pattern: regular expression of regex.
+        schema: JSON Schema of json, or a file that holds one.
+        function: package.module:name or file.py:name.
+        model: directory of the reward model.
+
+    Raises:
+        ConfigError: when an option is missing, out of range, or not one of this kind.
+    """
+
+    kind: RewardKind
+    weight: float = 1.0
+    field: str | None = None
+    pattern: str | None = None
+    schema: dict[str, Any] | str | None = None
+    function: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.kind not in get_args(RewardKind):
+            listed = ", ".join(get_args(RewardKind))
+            raise ConfigError(f"The reward {self.kind!r} is not known. There are {listed}.")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"The weight of the reward {self.kind} is {self.weight}.")
+        for option, (kinds, needed) in OPTIONS.items():
+            value = getattr(self, option)
+            if value is None and self.kind in needed:
+                raise ConfigError(f"The reward {self.kind} needs a {option}.")
+            if value is not None and self.kind not in kinds:
+                raise ConfigError(
+                    f"{option} belongs to {' or '.join(kinds)}, not to the reward {self.kind}."
+                )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"The pattern {self.pattern!r} of the reward regex is no regular expression: "
+                    f"{error}."
+                ) from None
+        if isinstance(self.schema, dict):
+            check_schema(self.schema)
+
+
+class RewardModel(Protocol):
+    """A trained model that scores replies."""
+
+    def score(
+        self, prompts: Sequence[str | tuple[Message, ...]], replies: Sequence[str]
+    ) -> Sequence[float]:
+        """Return a score for each reply to its prompt."""
+
+
+class ModelReward(Scorer):
+    """The score of a trained reward model."""
+
+    name = "reward_model"
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+
+    def score(self, answers: Sequence[SampledAnswer], state: TrainerState) -> Scores:
+        """Score the answers' texts."""
+        prompts, replies = [a.prompt for a in answers], [a.text for a in answers]
+        return Scores(list(self.model.score(prompts, replies)))
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Rewards of A answers.
+
+    Attributes:
+        parts: [rewards, A] of each reward, without its weight; NaN if it cannot score an answer.
+        total: [A] weighted sum; NaN if any part is.
+        metrics: what functions gave to `log_metric`.
+        columns: what they gave to `log_extra`, a value for each answer.
+    """
+
+    parts: Tensor
+    total: Tensor
+    metrics: dict[str, float]
+    columns: dict[str, list[Any]]
+
+
+class Rewards:
+    """The rewards of a run, ready to score.
+
+    Args:
+        rewards: at least one, with a weight that is not 0.
+        load_model: loads the reward model of a directory.
+
+    Attributes:
+        names: of the rewards, for logs; all different.
+
+    Raises:
+        ConfigError: when a function, a schema or a model cannot be loaded, or nothing weighs.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], load_model: Callable[[str], RewardModel]) -> None:
+        if not any(reward.weight for reward in rewards):
+            raise ConfigError(
+                "model.rewards must hold at least one reward whose weight is not 0, such as "
+                "[{kind: exact}]."
+            )
+        self.scorers = [scorer_of(reward, load_model) for reward in rewards]
+        self.weights = torch.tensor([reward.weight for reward in rewards])
+        names = [scorer.name for scorer in self.scorers]
+        self.names = [
+            name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
+            for i, name in enumerate(names)
+        ]
+
+    def check_fields(self, fields: Mapping[str, Any], path: str | Path, line: int) -> None:
+        """Check that a row has the fields that the rewards need.
+
+        Raises:
+            DataError: with file, line and field, when it lacks one, or one cannot be used.
+        """
+        try:
+            for scorer in self.scorers:
+                scorer.check_fields(fields)
+        except DataError as error:
+            raise error.at(path, line) from None
+
+    def score(self, answers: Sequence[SampledAnswer], step: int, max_steps: int) -> RewardTable:
+        """Score answers.
+
+        Args:
+            answers: to any prompts.
+            step: optimizer steps that have been made.
+            max_steps: how many there will be.
+
+        Raises:
+            TrainingError: when a function raises, or returns what are no rewards.
+        """
+        state = TrainerState(global_step=step, max_steps=max_steps)
+        scores = [scorer.score(answers, state) for scorer in self.scorers]
+        parts = torch.tensor([part.values for part in scores], dtype=torch.float32)
+        metrics: dict[str, float] = {}
+        columns: dict[str, list[Any]] = {}
+        for part in scores:
+            metrics |= part.metrics
+            columns |= part.columns
+        return RewardTable(parts, (parts * self.weights[:, None]).sum(0), metrics, columns)
+
+
+def scorer_of(reward: Reward, load_model: Callable[[str], RewardModel]) -> Scorer:
+    """Return what scores by a reward's options.
+
+    Raises:
+        ConfigError: when a function, a schema or a model cannot be loaded.
+    """
+    match reward.kind:
+        case "exact":
+            return Exact(reward.field or ANSWER)
+        case "numeric":
+            return Numeric(reward.field or ANSWER)
+        case "regex":
+            return Regex(str(reward.pattern), reward.field)
+        case "length":
+            return Length()
+        case "json":
+            return Json(_schema_of(reward))
+        case "function":
+            return FunctionReward(str(reward.function))
+        case "reward_model":
+            return ModelReward(load_model(str(reward.model)))
+
+
+def _schema_of(reward: Reward) -> dict[str, Any] | None:
+    if not isinstance(reward.schema, str):
+        return reward.schema
+    with refusing(f"The schema {reward.schema}", ConfigError, verb="cannot be read"):
+        schema = read_json(Path(reward.schema), LARGEST_CONFIG)
+    check_schema(schema, reward.schema)
+    return schema

@@ -1,0 +1,133 @@
+"""Rewards that are rules: what each means, and what it cannot score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from minigpt.errors import DataError
+from minigpt.stages.reward_rules import (
+    Exact,
+    Json,
+    Length,
+    Numeric,
+    Regex,
+    Rule,
+    SampledAnswer,
+    last_number,
+)
+
+
+def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> SampledAnswer:
+    return SampledAnswer("?", text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "expected", "reward"),
+    [
+        (Exact("answer"), " 42\n", "42 ", 1),
+        (Exact("answer"), "42", 42, 1),
+        (Exact("answer"), "042", "42", 0),
+        (Numeric("answer"), "3 + 4 = 7.", "7", 1),
+        (Numeric("answer"), "7, not 8", 7, 0),
+        (Numeric("answer"), "a half: 1/2", 0.5, 1),
+        (Numeric("answer"), "none", 7, 0),
+        (Numeric("answer"), "1,234.50", "the sum is #### 1234.5", 1),
+        (Numeric("answer"), "1e-07", 1e-07, 1),
+        (Regex(r"(?i)yes", None), "Oh YES", "not read", 1),
+        (Regex(r"^yes", None), "Oh yes", "not read", 0),
+        (Regex(r"= *(\w+)", "answer"), "x = 7", " 7", 1),
+        (Regex(r"= *(\w+)", "answer"), "x = 8", 7, 0),
+        (Regex(r"= *(\w+)", "answer"), "x is 7", "7", 0),
+        (Regex(r"(a)|b", "answer"), "b", "b", 0),  # its first group matches nothing
+        (Regex(r"\d+", "answer"), "x = 17", "17", 1),
+        (Length(), "any", None, 3),
+    ],
+)
+def test_rewards_of_answers(rule: Rule, text: str, expected: object, reward: float) -> None:
+    fields = {"answer": expected}
+    rule.check_fields(fields)
+    assert rule.score_one(answer(text, fields)) == reward
+
+
+def test_only_exact_needs_an_answer_that_ended() -> None:
+    cut_off = answer("42", {"answer": "42"}, ended=False)
+    assert Exact("answer").score_one(cut_off) == 0
+    assert Numeric("answer").score_one(cut_off) == 1
+
+
+@pytest.mark.parametrize("rule", [Exact("answer"), Numeric("answer"), Regex("a", "answer")])
+def test_what_each_row_must_have(rule: Rule) -> None:
+    """A null says that the row cannot be scored, which is not a reward of 0."""
+    rule.check_fields({"answer": None})
+    assert math.isnan(rule.score_one(answer("a", {"answer": None})))
+    with pytest.raises(
+        DataError, match=r"^answer: the row has no field 'answer'.*are b, c"
+    ) as error:
+        rule.check_fields({"b": 1, "c": 2})
+    assert error.value.field == "answer"
+    for value in (True, ["7"], {"a": 7}):
+        with pytest.raises(DataError, match=r"^answer: .*must be a string or a number"):
+            rule.check_fields({"answer": value})
+
+
+def test_numeric_refuses_fields_without_a_number() -> None:
+    for value in ("seven", "1/0", math.nan):
+        with pytest.raises(DataError, match=r"^answer: .* holds no number"):
+            Numeric("answer").check_fields({"answer": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("-4", -4),
+        ("答案是-4", -4),
+        ("−4", -4),
+        ("+4", 4),
+        ("7-4", 4),
+        ("(7)-4", 4),
+        ("1,2,3", 3),
+        ("1,234,567", 1234567),
+        ("1,2345", 2345),
+        (".25", Fraction(1, 4)),
+        ("-3/4", Fraction(-3, 4)),
+        ("1.5e3", 1500),
+        ("2E-2", Fraction(1, 50)),
+        ("50%", 50),
+        ("5.", 5),
+        ("1/0", None),
+        ("9" * 5000, None),
+        ("1e999999999", 999999999),  # no number of a billion digits
+        ("１２", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, number: Fraction | int | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (' {"a": 1}\n', 1),
+        ('{"a": "b"}', 0),
+        ("[1]", 0),
+        ('{"a": 1', 0),
+        ('{"a": NaN}', 0),
+        ('```json\n{"a": 1}\n```', 0),
+        ("", 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_json_by_a_schema(text: str, reward: float) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "number"}}}
+    assert Json(schema).score_one(answer(text)) == reward
+
+
+def test_json_without_a_schema() -> None:
+    assert Json(None).score_one(answer("[1]")) == 1
+    assert Json(None).score_one(answer("one")) == 0

@@ -1,0 +1,115 @@
+"""The options of rewards, and their weighted sum."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.stages.reward_rules import SampledAnswer
+from minigpt.stages.rewards import Reward, RewardModel, Rewards
+
+ANSWERS = [
+    SampledAnswer("2+2=", "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
+    SampledAnswer("2+2=", "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
+    SampledAnswer("2+2=", "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
+]
+
+
+class LengthModel:
+    """A reward model that prefers short replies."""
+
+    def score(self, prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
+        assert prompts == ["2+2="] * len(replies)
+        return [-float(len(reply)) for reply in replies]
+
+
+def load(model: str) -> RewardModel:
+    assert model == "outputs/reward"
+    return LengthModel()
+
+
+def test_the_weighted_sum() -> None:
+    """An answer that one part cannot score has no sum."""
+    rewards = Rewards(
+        [
+            Reward("exact", 2.0),
+            Reward("numeric"),
+            Reward("regex", 0.5, pattern="so"),
+            Reward("regex", -1.0, pattern="f"),
+            Reward("length", -0.01),
+            Reward("json", 0.0),
+            Reward("reward_model", model="outputs/reward"),
+        ],
+        load,
+    )
+    table = rewards.score(ANSWERS, 0, 10)
+    names = ["exact", "numeric", "regex_1", "regex_2", "length", "json", "reward_model"]
+    assert rewards.names == names
+    parts = dict(zip(names, table.parts.tolist(), strict=True))
+    assert parts["exact"][:2] == [1, 0]
+    assert parts["numeric"][:2] == [1, 1]
+    assert (parts["regex_1"], parts["regex_2"]) == ([0, 1, 0], [0, 0, 1])
+    assert (parts["length"], parts["json"]) == ([2, 3, 1], [1, 0, 0])
+    assert parts["reward_model"] == [-1, -4, -4]
+    totals = table.total.tolist()
+    assert totals[:2] == pytest.approx([2 + 1 - 0.02 - 1, 1 + 0.5 - 0.03 - 4])
+    assert [math.isnan(value) for value in (totals[2], parts["exact"][2])] == [True, True]
+
+
+def test_rows_are_checked_with_file_and_line() -> None:
+    rewards = Rewards([Reward("length"), Reward("numeric", field="solution")], load)
+    rewards.check_fields({"solution": "7"}, "a.jsonl", 4)
+    with pytest.raises(DataError, match=r"^a.jsonl:4:solution: the row has no field 'solution'"):
+        rewards.check_fields({"answer": "7"}, "a.jsonl", 4)
+
+
+def test_a_schema_may_be_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({"type": "integer"}))
+    rewards = Rewards([Reward("json", schema=str(file))], load)
+    assert rewards.score(ANSWERS, 0, 10).parts.tolist() == [[1, 0, 0]]
+    file.write_text('{"not": {}}')
+    with pytest.raises(ConfigError, match=r"schema.json has not, but answers are judged only by"):
+        Rewards([Reward("json", schema=str(file))], load)
+    with pytest.raises(ConfigError, match=r"The schema missing.json cannot be read: No such file"):
+        Rewards([Reward("json", schema="missing.json")], load)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "exactly"}, "The reward 'exactly' is not known. There are exact, numeric"),
+        ({"kind": "exact", "weight": math.nan}, "The weight of the reward exact is nan"),
+        ({"kind": "exact", "pattern": "a"}, "pattern belongs to regex, not to the reward exact"),
+        ({"kind": "length", "field": "a"}, "field belongs to exact or numeric or regex, not"),
+        ({"kind": "regex"}, "The reward regex needs a pattern"),
+        ({"kind": "regex", "pattern": "("}, r"The pattern '\(' of the reward regex is no regular"),
+        ({"kind": "function"}, "The reward function needs a function"),
+        ({"kind": "reward_model"}, "The reward reward_model needs a model"),
+        ({"kind": "json", "schema": {"type": "text"}}, "schema.type must be one of"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Reward(**options)
+
+
+@pytest.mark.parametrize("rewards", [[], [Reward("length", 0.0)]])
+def test_something_must_weigh(rewards: list[Reward]) -> None:
+    with pytest.raises(ConfigError, match="at least one reward whose weight is not 0"):
+        Rewards(rewards, load)
+
+
+def test_a_config_holds_a_list_of_them() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--rewards", type=list[Reward])
+    values = [{"kind": "json", "schema": {"type": "object"}}, {"kind": "length", "weight": -0.01}]
+    config = parser.instantiate_classes(parser.parse_object({"rewards": values}))
+    assert config.rewards == [Reward("json", schema={"type": "object"}), Reward("length", -0.01)]
