@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,15 +84,105 @@ def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
         )
 
 
-class _Request:
+class Request:
+    """A reply that is decoded.
+
+    Args:
+        prompt: what it answers.
+        sampling: how its tokens are drawn.
+        context: longest sequence of the model in tokens, the reply included.
+
+    Attributes:
+        sampler: draws its tokens.
+        last_token: what the decoder reads next.
+        remaining: how many tokens it may still take.
+    """
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, context: int) -> None:
+        self.sampler = Sampler(sampling, prompt)
+        self.last_token = prompt[-1]
+        self.remaining = min(sampling.max_new_tokens, context - len(prompt))
+
+    def take(self, token: int) -> None:
+        """Add a token."""
+        self.last_token = token
+        self.remaining -= 1
+
+
+R = TypeVar("R", bound=Request)
+
+
+class DecodingBatch(Generic[R]):
+    """Requests that are decoded together, and those that wait, as tokens.
+
+    Args:
+        engine: the model and its tokenizer; the model must stay in eval mode.
+        slots: how many requests are decoded at once; the others wait. At least as many as answer
+            one prompt.
+    """
+
+    def __init__(self, engine: Engine, slots: int) -> None:
+        self.engine = engine
+        self.slots = slots
+        self._decoder = engine.decoder()
+        self._rows: list[R] = []
+        self._queue: deque[tuple[list[int], list[R]]] = deque()  # a prompt, its requests
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._rows and not self._queue
+
+    def enqueue(self, prompt: list[int], requests: Sequence[R]) -> None:
+        """Let requests that answer one prompt wait for their slots, which they get together."""
+        if requests:
+            self._queue.append((prompt, list(requests)))
+
+    def _next_logits(self) -> Tensor:
+        """Read a token of each row, and the prompts whose turn it is; return logits [rows, V].
+
+        A prompt is read once, for all of its requests.
+        """
+        outputs = []
+        new = self._next_groups()
+        if self._rows:
+            outputs.append(self._decoder.step([request.last_token for request in self._rows]))
+        if new:
+            counts = [len(requests) for _, requests in new]
+            outputs.append(self._decoder.admit([ids for ids, _ in new], counts))
+            self._rows += [request for _, requests in new for request in requests]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _next_groups(self) -> list[tuple[list[int], list[R]]]:
+        """Take the prompts off the queue that begin now, with their requests."""
+        free = self.slots - len(self._rows)
+        waiting = sum(len(requests) for _, requests in self._queue)
+        if not self._decoder.joins and waiting > free < self.slots / 2:
+            return []  # they are computed apart from the others, which pays only for many
+        new: list[tuple[list[int], list[R]]] = []
+        tokens = 0
+        while self._queue and len(self._queue[0][1]) <= free:
+            tokens += len(self._queue[0][0])
+            if new and tokens > PREFILL:
+                break
+            new.append(self._queue.popleft())
+            free -= len(new[-1][1])
+        return new
+
+    def _drop(self, row: int) -> None:
+        """Free a row; the last one moves there."""
+        self._decoder.drop(row)
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last
+
+
+class _TextRequest(Request):
     def __init__(self, number: int, ids: list[int], sampling: Sampling, engine: Engine) -> None:
+        super().__init__(ids, sampling, engine.context)
         self.number = number
-        self.ids = ids
         self.sampling = sampling
-        self.sampler = Sampler(sampling, ids)
         self.stream = TextStream(engine.tokenizer, sampling.stop)
-        self.remaining = min(sampling.max_new_tokens, engine.context - len(ids))
-        self.last_token = ids[-1]
         self.pending: list[tuple[int, TokenLogprob]] = []  # with the characters before each
 
     def released_logprobs(self, ended: bool) -> list[TokenLogprob]:
@@ -107,8 +197,8 @@ class _Request:
         return released
 
 
-class ContinuousBatch:
-    """Requests that are decoded together. The caller owns the thread.
+class ContinuousBatch(DecodingBatch[_TextRequest]):
+    """Requests that are decoded together, as text. The caller owns the thread.
 
     Args:
         engine: the model and its tokenizer; the model must stay in eval mode.
@@ -116,12 +206,8 @@ class ContinuousBatch:
     """
 
     def __init__(self, engine: Engine, slots: int) -> None:
-        self.engine = engine
-        self.slots = slots
-        self._decoder = engine.decoder()
+        super().__init__(engine, slots)
         self._pieces = Pieces(engine.tokenizer)
-        self._rows: list[_Request] = []
-        self._queue: deque[_Request] = deque()
         self._count = 0
 
     def add(self, ids: list[int], sampling: Sampling, name: str = "") -> int:
@@ -132,17 +218,13 @@ class ContinuousBatch:
         """
         check_fits(ids, self.engine.context, name)
         self._count += 1
-        self._queue.append(_Request(self._count, list(ids), sampling, self.engine))
+        request = _TextRequest(self._count, ids, sampling, self.engine)
+        self.enqueue(ids, [request])
         return self._count
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self._rows and not self._queue
 
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens when it has ended."""
-        self._queue = deque(r for r in self._queue if r.number != number)
+        self._queue = deque(g for g in self._queue if all(r.number != number for r in g[1]))
         for row, request in enumerate(self._rows):
             if request.number == number:
                 self._drop(row)
@@ -153,14 +235,7 @@ class ContinuousBatch:
         """Decode one token of each active request, and of those that get a slot."""
         if self.idle:
             return []
-        outputs = []
-        new = self._next_requests()
-        if self._rows:
-            outputs.append(self._decoder.step([request.last_token for request in self._rows]))
-        if new:
-            outputs.append(self._decoder.admit([request.ids for request in new]))
-            self._rows += new
-        logits = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        logits = self._next_logits()
         tokens = sample(logits, [request.sampler for request in self._rows])
         deltas = [
             self._delta(request, token, row)
@@ -171,26 +246,7 @@ class ContinuousBatch:
                 self._drop(row)
         return deltas
 
-    def _next_requests(self) -> list[_Request]:
-        """Take the requests off the queue that begin now."""
-        free = self.slots - len(self._rows)
-        if not self._decoder.joins and len(self._queue) > free < self.slots / 2:
-            return []  # they are computed apart from the others, which pays only for many
-        new: list[_Request] = []
-        while self._queue and len(new) < free:
-            if new and sum(len(r.ids) for r in [*new, self._queue[0]]) > PREFILL:
-                break
-            new.append(self._queue.popleft())
-        return new
-
-    def _drop(self, row: int) -> None:
-        """Free a row; the last one moves there."""
-        self._decoder.drop(row)
-        last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
-
-    def _delta(self, request: _Request, token: int | None, logits: Tensor) -> Delta:
+    def _delta(self, request: _TextRequest, token: int | None, logits: Tensor) -> Delta:
         """Return what a token adds; what fails for one request ends that request alone."""
         if token is None:
             return Delta(request.number, "", [], [], "error", error=NOT_FINITE)
@@ -204,9 +260,8 @@ class ContinuousBatch:
             reason = f"The tokenizer cannot decode the reply: {error!r}."
             return Delta(request.number, "", [], [], "error", error=reason)
 
-    def _advance(self, request: _Request, token: int, logits: Tensor) -> Delta:
-        request.last_token = token
-        request.remaining -= 1
+    def _advance(self, request: _TextRequest, token: int, logits: Tensor) -> Delta:
+        request.take(token)
         if token in self.engine.ends:
             text = request.stream.end()
             return Delta(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -238,11 +239,17 @@ class Engine:
         """
         ids = [self.encode(prompt) for prompt in prompts]
         samplings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
+        with self.generating():
+            yield from self._replies(ids, samplings, sort_within)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Let the model generate for a while, whatever else it is used for, as for training."""
         training = self.model.training
         self.model.eval()
         try:
             with use_attention(self.model, self.attention):
-                yield from self._replies(ids, samplings, sort_within)
+                yield
         finally:
             self.model.train(training)
 

@@ -9,10 +9,10 @@ is written in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol, cast
 
 import torch
@@ -258,30 +258,40 @@ class NativeDecoder:
         self.rotations = weights.rotations(0)
 
     @torch.inference_mode()
-    def admit(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
+    def admit(self, prompts: Sequence[list[int]], counts: Sequence[int] | None = None) -> Tensor:
+        """Read prompts into the next rows; return the logits [n, V] of their last tokens.
+
+        Args:
+            prompts: each is computed once.
+            counts: how many rows each gets, one after the other; by default one.
+        """
         first, device = len(self.lengths), self.rotations.device
-        self.lengths += map(len, prompts)
+        counts = [1] * len(prompts) if counts is None else counts
+        for prompt, count in zip(prompts, counts, strict=True):
+            self.lengths += [len(prompt)] * count
         self._reserve()
-        ends = torch.tensor([0, *map(len, prompts)]).cumsum(0).tolist()
+        ends = _borders(map(len, prompts))
         spans = list(pairwise(ends))
+        rows = list(pairwise(_borders(counts, first)))
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         n_heads, n_kv = self.weights.heads, self.weights.kv
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             outs = []
-            for row, (start, end) in enumerate(spans, first):
+            for (start, end), (row, next_row) in zip(spans, rows, strict=True):
                 prompt_heads = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
-                keys_values = prompt_heads[n_heads:].unflatten(0, (2, -1))
-                self.caches[layer][:, row, :, : end - start] = keys_values
+                keys_values = prompt_heads[n_heads:].unflatten(0, (2, 1, -1))
+                self.caches[layer][:, row:next_row, :, : end - start] = keys_values
                 q, k, v = prompt_heads[None].split((n_heads, n_kv, n_kv), 1)
                 out = sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
                 outs.append(out[0].transpose(0, 1).flatten(1))
             return torch.cat(outs)
 
         out = self.weights.forward(tokens, self.rotations[positions], attend, exact=True)
-        return self.weights.logits(out[torch.tensor(ends[1:], device=device) - 1], exact=True)
+        last = out[torch.tensor(ends[1:], device=device) - 1]
+        logits = self.weights.logits(last, exact=True)
+        return logits.repeat_interleave(torch.tensor(counts, device=device), 0)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -351,6 +361,10 @@ class NativeDecoder:
             self.caches[index : index + 1] = [cache]
         if new_length > len(self.rotations):
             self.rotations = self.weights.rotations(new_length)
+
+
+def _borders(sizes: Iterable[int], start: int = 0) -> list[int]:
+    return list(accumulate(sizes, initial=start))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

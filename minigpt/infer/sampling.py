@@ -68,6 +68,12 @@ class Sampling:
         """Whether the likeliest token is taken, by the model's own logits."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
+    @property
+    def unfiltered(self) -> bool:
+        """Whether tokens are drawn from the whole distribution, only sharpened or flattened."""
+        all_tokens = self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+        return self.temperature > 0 and all_tokens and self.repetition_penalty == 1
+
 
 class Sampler:
     """Draws the tokens of one request, with its own random generator.
@@ -108,14 +114,17 @@ class Sampler:
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return logits [V] over the temperature, with -inf where a token may not be drawn."""
-    temperature = min(max(sampling.temperature, LEAST_TEMPERATURE), HIGHEST_TEMPERATURE)
-    scaled = (logits - logits.max()) / temperature
+    scaled = (logits - logits.max()) / _within_fp32(sampling.temperature)
     cut = scaled.new_tensor(-math.inf)  # each filter keeps the tokens from a certain logit on
     if sampling.top_k or sampling.top_p < 1:
         cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)
     if sampling.min_p > 0:
         cut = cut.clamp(min=math.log(sampling.min_p))
     return scaled.masked_fill(scaled < cut, -math.inf)
+
+
+def _within_fp32(temperature: float) -> float:
+    return min(max(temperature, LEAST_TEMPERATURE), HIGHEST_TEMPERATURE)
 
 
 def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -147,7 +156,39 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
     if all(sampler.sampling.greedy for sampler in samplers):
         return tokens
     rows = logits.float().cpu()
-    return [
-        token if token is None or sampler.sampling.greedy else sampler.sample(row)
-        for token, row, sampler in zip(tokens, rows, samplers, strict=True)
-    ]
+    together = [i for i, s in enumerate(samplers) if s.sampling.unfiltered and finite[i]]
+    if together:
+        drawn, _ = draw(rows[together], [samplers[i] for i in together])
+        for i, token in zip(together, drawn.tolist(), strict=True):
+            tokens[i] = token
+    for i, sampler in enumerate(samplers):
+        if finite[i] and not (sampler.sampling.greedy or sampler.sampling.unfiltered):
+            tokens[i] = sampler.sample(rows[i])
+    return tokens
+
+
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
+    """Draw a token for each request by its temperature alone.
+
+    The token is the argmax of p / e, with e from an exponential distribution for each token of the
+    vocabulary, by the request's own generator: what `torch.multinomial` computes for one row.
+    All is computed row by row, so a row's token is the same in any batch of the same logits.
+    Where those differ in their last digits, as matmuls of other shapes give them, it is another
+    only if the best two of p / e are as close.
+
+    Args:
+        logits: [B, V] in fp32 on the CPU.
+        samplers: of the rows.
+
+    Returns:
+        The tokens [B], and their log-probabilities [B] in nats by the distribution over the
+        temperature; they are NaN in rows that make no distribution.
+    """
+    temperatures = [_within_fp32(sampler.sampling.temperature) for sampler in samplers]
+    scaled = (logits - logits.amax(-1, True)) / torch.tensor(temperatures)[:, None]
+    probabilities = scaled.softmax(-1)
+    noise = torch.empty_like(probabilities)
+    for row, sampler in zip(noise, samplers, strict=True):
+        row.exponential_(generator=sampler.generator)
+    tokens = (probabilities / noise).argmax(-1, keepdim=True)
+    return tokens.flatten(), probabilities.gather(-1, tokens).log().flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ class Cohort:
     mask: Tensor
     cache: DynamicCache | None
 
+    def select(self, indices: list[int], rows: list[int]) -> None:
+        """Keep what is at some indices, any number of times each, as rows of these numbers."""
+        if indices != list(range(len(self.rows))):
+            index = torch.tensor(indices, device=self.mask.device)
+            self.mask, self.tokens = self.mask[index], self.tokens[index]
+            if self.cache is not None:
+                # Unlike its selection of rows, this covers all kinds of states.
+                self.cache.reorder_cache(index)  # type: ignore[arg-type]
+        self.rows = rows
+
 
 class TransformersDecoder:
     """Decodes requests with a model's own forward, each group that began together by itself.
@@ -62,26 +73,37 @@ class TransformersDecoder:
         self._numbers = mode in (PADDED, EXPLICIT_POSITIONS) and "position_ids" in taken
         self._cache_name = "" if mode == UNCACHED else _cache_name(model)
 
-    def admit(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Read prompts into the next rows; return the logits [n, V] of their last tokens."""
+    def admit(self, prompts: Sequence[list[int]], counts: Sequence[int] | None = None) -> Tensor:
+        """Read prompts into the next rows; return the logits [n, V] of their last tokens.
+
+        Args:
+            prompts: each is computed once.
+            counts: how many rows each gets, one after the other; by default one.
+        """
         first = len(self.cohorts)
+        counts = [1] * len(prompts) if counts is None else counts
+        ends = list(accumulate(counts, initial=self.count))
+        rows = [range(start, end) for start, end in pairwise(ends)]
         logits = []
-        groups: dict[int, list[int]] = {}
+        cohorts: dict[int, list[int]] = {}
         for number, prompt in enumerate(prompts):
-            groups.setdefault(0 if self.mode == PADDED else len(prompt), []).append(number)
-        for numbers in groups.values():
-            cohort = self._cohort([prompts[number] for number in numbers], numbers)
+            cohorts.setdefault(0 if self.mode == PADDED else len(prompt), []).append(number)
+        for numbers in cohorts.values():
+            cohort = self._cohort([prompts[number] for number in numbers])
+            prompt_logits = self._forward(cohort, cohort.tokens)
+            repeated = [at for at, number in enumerate(numbers) for _ in rows[number]]
+            cohort.select(repeated, [row for number in numbers for row in rows[number]])
             self.cohorts.append(cohort)
-            logits.append(self._forward(cohort, cohort.tokens))
-        self.count += len(prompts)
+            logits.append(prompt_logits[repeated])
+        self.count = ends[-1]
         return _in_order(logits, self.cohorts[first:])
 
-    def _cohort(self, prompts: list[list[int]], numbers: list[int]) -> Cohort:
+    def _cohort(self, prompts: list[list[int]]) -> Cohort:
         longest, device = max(map(len, prompts)), self.model.device
         tokens = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return Cohort(
-            [self.count + number for number in numbers],
+            list(range(len(prompts))),
             torch.tensor(tokens, device=device),
             torch.tensor(real, device=device),
             DynamicCache(config=self.model.config) if self.mode != UNCACHED else None,
@@ -117,13 +139,8 @@ class TransformersDecoder:
         self.count -= 1
         cohort = next(c for c in self.cohorts if row in c.rows)
         remaining = [at for at, number in enumerate(cohort.rows) if number != row]
-        cohort.rows = [cohort.rows[at] for at in remaining]
         if remaining:
-            index = torch.tensor(remaining, device=cohort.mask.device)
-            cohort.mask, cohort.tokens = cohort.mask[index], cohort.tokens[index]
-            if cohort.cache is not None:
-                # Unlike its selection of rows, this covers all kinds of states.
-                cohort.cache.reorder_cache(index)  # type: ignore[arg-type]
+            cohort.select(remaining, [cohort.rows[at] for at in remaining])
         else:
             self.cohorts.remove(cohort)
         for other in self.cohorts:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from minigpt.errors import ConfigError
-from minigpt.infer.sampling import PARTIAL_SORT, Sampler, Sampling, filtered, sample
+from minigpt.infer.sampling import PARTIAL_SORT, Sampler, Sampling, draw, filtered, sample
 
 
 @given(
@@ -131,6 +131,26 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_a_tiny_temperature_is_greedy_and_a_seed_may_be_any_number() -> None:
     logits = torch.tensor([1e3, 1e3 - 1e-2, -1e3])
     assert Sampler(Sampling(1, temperature=1e-38, seed=-(2**70)), []).sample(logits) == 0
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    temperatures=st.lists(st.sampled_from([1e-9, 0.3, 1.0, 2.5, 1e35]), min_size=1, max_size=5),
+    size=st.sampled_from([3, 50, 6400]),
+)
+def test_tokens_drawn_together_are_those_of_multinomial_with_their_logprobs(
+    seed: int, temperatures: list[float], size: int
+) -> None:
+    logits = 3 * torch.randn(len(temperatures), size, generator=torch.Generator().manual_seed(seed))
+    samplings = [Sampling(1, t, seed=seed + n) for n, t in enumerate(temperatures)]
+    alone = [Sampler(sampling, []) for sampling in samplings]
+    together = [Sampler(sampling, []) for sampling in samplings]
+    for _ in range(2):
+        tokens, logprobs = draw(logits, together)
+        assert tokens.tolist() == [s.sample(row) for s, row in zip(alone, logits, strict=True)]
+        rows = [filtered(row, s).log_softmax(-1) for row, s in zip(logits, samplings, strict=True)]
+        expected = torch.stack(rows).gather(-1, tokens[:, None]).flatten()
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_each_row_has_its_sampling() -> None:
