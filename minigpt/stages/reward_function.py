@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from minigpt.errors import ConfigError, DataError, TrainingError
 from minigpt.reading import reason_of
-from minigpt.stages.reward_rules import NOT_SCORED, SampledAnswer, Scorer, Scores
+from minigpt.stages.reward_rules import NOT_SCORED, Rollout, Scorer, Scores
 
 # What is passed beside a row's fields.
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -68,7 +68,7 @@ class FunctionReward(Scorer):
                     remedy="Rename the field.",
                 )
 
-    def score(self, answers: Sequence[SampledAnswer], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
         """Call the function.
 
         Raises:
@@ -86,7 +86,7 @@ class FunctionReward(Scorer):
         return Scores(scores, {name: mean(logged) for name, logged in metrics.items()}, columns)
 
     def _call(
-        self, answers: Sequence[SampledAnswer], state: TrainerState
+        self, answers: Sequence[Rollout], state: TrainerState
     ) -> tuple[Any, dict[str, list[float]], dict[str, list[Any]]]:
         metrics: dict[str, list[float]] = defaultdict(list)
         columns: dict[str, list[Any]] = defaultdict(list)
@@ -95,7 +95,7 @@ class FunctionReward(Scorer):
         result = self.function(
             prompts=[_prompt(answer) for answer in answers],
             completions=[_completion(answer) for answer in answers],
-            completion_ids=[list(answer.ids) for answer in answers],
+            completion_ids=[list(answer.completion_ids) for answer in answers],
             trainer_state=state,
             log_extra=lambda column, values: columns[column].extend(values),
             log_metric=lambda name, value: metrics[name].append(float(value)),
@@ -106,7 +106,7 @@ class FunctionReward(Scorer):
         return result, dict(metrics), dict(columns)
 
     def _failure(
-        self, answers: Sequence[SampledAnswer], state: TrainerState, error: Exception
+        self, answers: Sequence[Rollout], state: TrainerState, error: Exception
     ) -> TrainingError:
         """Say which row a function raised at: the first one with which alone it raises again."""
         rows = rows_of(answers)
@@ -122,9 +122,7 @@ class FunctionReward(Scorer):
             "--ckpt_path auto."
         )
 
-    def _list_of(
-        self, result: Any, answers: Sequence[SampledAnswer], target: str
-    ) -> Sequence[object]:
+    def _list_of(self, result: Any, answers: Sequence[Rollout], target: str) -> Sequence[object]:
         try:
             values = list(result)
         except TypeError:
@@ -139,7 +137,7 @@ class FunctionReward(Scorer):
             f"but must give a list with one for each. The rows: {rows_of(answers)}."
         )
 
-    def _number(self, value: object, answer: SampledAnswer) -> float:
+    def _number(self, value: object, answer: Rollout) -> float:
         if value is None:
             return NOT_SCORED
         number = math.inf
@@ -209,7 +207,7 @@ def required_arguments(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def rows_of(answers: Sequence[SampledAnswer]) -> str:
+def rows_of(answers: Sequence[Rollout]) -> str:
     """Return file and line of the rows behind answers; of the first ones if there are many."""
     rows = list(dict.fromkeys(f"{path}:{line}" for path, line in (a.source for a in answers)))
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
@@ -225,13 +223,13 @@ async def _result_of(result: Awaitable[Any]) -> Any:
     return await result
 
 
-def _prompt(answer: SampledAnswer) -> str | list[dict[str, str]]:
+def _prompt(answer: Rollout) -> str | list[dict[str, str]]:
     if isinstance(answer.prompt, str):
         return answer.prompt
     return [{"role": turn.role, "content": turn.content} for turn in answer.prompt]
 
 
-def _completion(answer: SampledAnswer) -> str | list[dict[str, str]]:
+def _completion(answer: Rollout) -> str | list[dict[str, str]]:
     if isinstance(answer.prompt, str):
-        return answer.text
-    return [{"role": "assistant", "content": answer.text}]
+        return answer.completion
+    return [{"role": "assistant", "content": answer.completion}]

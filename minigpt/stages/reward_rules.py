@@ -31,21 +31,21 @@ _NUMBER = re.compile(
 
 
 @dataclass(frozen=True)
-class SampledAnswer:
-    """An answer to a row's prompt, as rewards see it.
+class Rollout:
+    """A sampled answer to a row's prompt, as rewards see it.
 
     Attributes:
         prompt: text to continue, or the messages of a chat to answer.
-        text: of the answer.
-        ids: its tokens as they were sampled, with the one that ended it.
+        completion: text of the answer.
+        completion_ids: its tokens as they were sampled, with the one that ended it.
         ended: whether it ended by itself; otherwise it was cut off at the longest length.
         fields: of the row.
         source: file and line of the row.
     """
 
     prompt: str | tuple[Message, ...]
-    text: str
-    ids: list[int]
+    completion: str
+    completion_ids: list[int]
     ended: bool
     fields: Mapping[str, Any]
     source: tuple[str | Path, int]
@@ -83,7 +83,7 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def score(self, answers: Sequence[SampledAnswer], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
         """Score answers.
 
         Args:
@@ -98,12 +98,12 @@ class Scorer(ABC):
 class Rule(Scorer):
     """A reward of each answer by itself."""
 
-    def score(self, answers: Sequence[SampledAnswer], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
         """Score each answer."""
         return Scores([float(self.score_one(answer)) for answer in answers])
 
     @abstractmethod
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Return the reward of an answer, or NaN if it cannot be scored."""
 
 
@@ -120,12 +120,12 @@ class Exact(Rule):
         """Check that the field is a string, a number or null."""
         expected_text(fields, self.field)
 
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Compare with the field."""
         expected = expected_text(answer.fields, self.field)
         if expected is None:
             return NOT_SCORED
-        return answer.ended and answer.text.strip() == expected
+        return answer.ended and answer.completion.strip() == expected
 
 
 class Numeric(Rule):
@@ -149,12 +149,12 @@ class Numeric(Rule):
                 remedy="Write the number, or null for a row that shall not be scored.",
             )
 
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Compare with the field's number."""
         expected = expected_text(answer.fields, self.field)
         if expected is None:
             return NOT_SCORED
-        return last_number(answer.text) == last_number(expected)
+        return last_number(answer.completion) == last_number(expected)
 
 
 class Regex(Rule):
@@ -173,9 +173,9 @@ class Regex(Rule):
         if self.field is not None:
             expected_text(fields, self.field)
 
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Search the answer."""
-        match = self.pattern.search(answer.text)
+        match = self.pattern.search(answer.completion)
         if self.field is None:
             return match is not None
         expected = expected_text(answer.fields, self.field)
@@ -194,9 +194,9 @@ class Length(Rule):
 
     name = "length"
 
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Count the tokens."""
-        return len(answer.ids)
+        return len(answer.completion_ids)
 
 
 class Json(Rule):
@@ -208,10 +208,10 @@ class Json(Rule):
     def __init__(self, schema: dict[str, Any] | None) -> None:
         self.name, self.schema = "json", {} if schema is None else schema
 
-    def score_one(self, answer: SampledAnswer) -> float:
+    def score_one(self, answer: Rollout) -> float:
         """Parse the answer."""
         try:
-            value = json.loads(answer.text, parse_constant=_refuse)
+            value = json.loads(answer.completion, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return 0.0
         return matches(value, self.schema)

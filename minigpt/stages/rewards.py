@@ -24,7 +24,7 @@ from minigpt.stages.reward_rules import (
     Length,
     Numeric,
     Regex,
-    SampledAnswer,
+    Rollout,
     Scorer,
     Scores,
 )
@@ -117,25 +117,23 @@ class ModelReward(Scorer):
     def __init__(self, model: RewardModel) -> None:
         self.model = model
 
-    def score(self, answers: Sequence[SampledAnswer], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
         """Score the answers' texts."""
-        prompts, replies = [a.prompt for a in answers], [a.text for a in answers]
+        prompts, replies = [a.prompt for a in answers], [a.completion for a in answers]
         return Scores(list(self.model.score(prompts, replies)))
 
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Rewards of A answers.
+    """What the R rewards of a run say of A answers.
 
     Attributes:
-        parts: [rewards, A] of each reward, without its weight; NaN if it cannot score an answer.
-        total: [A] weighted sum; NaN if any part is.
+        parts: [R, A] of each reward, without its weight; NaN if it cannot score an answer.
         metrics: what functions gave to `log_metric`.
         columns: what they gave to `log_extra`, a value for each answer.
     """
 
     parts: Tensor
-    total: Tensor
     metrics: dict[str, float]
     columns: dict[str, list[Any]]
 
@@ -161,7 +159,7 @@ class Rewards:
                 "[{kind: exact}]."
             )
         self.scorers = [scorer_of(reward, load_model) for reward in rewards]
-        self.weights = torch.tensor([reward.weight for reward in rewards])
+        self.weights = [reward.weight for reward in rewards]
         names = [scorer.name for scorer in self.scorers]
         self.names = [
             name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
@@ -180,7 +178,7 @@ class Rewards:
         except DataError as error:
             raise error.at(path, line) from None
 
-    def score(self, answers: Sequence[SampledAnswer], step: int, max_steps: int) -> RewardTable:
+    def score(self, answers: Sequence[Rollout], step: int, max_steps: int) -> RewardTable:
         """Score answers.
 
         Args:
@@ -199,7 +197,17 @@ class Rewards:
         for part in scores:
             metrics |= part.metrics
             columns |= part.columns
-        return RewardTable(parts, (parts * self.weights[:, None]).sum(0), metrics, columns)
+        return RewardTable(parts, metrics, columns)
+
+    def total(self, parts: Tensor) -> Tensor:
+        """Return the weighted sum over the first dimension of [R, ...]; NaN where any part is."""
+        total = parts.new_zeros(parts.shape[1:])
+        for weight, part in zip(self.weights, parts, strict=True):
+            total = total + weight * part
+        return total
+
+    def __len__(self) -> int:
+        return len(self.scorers)
 
 
 def scorer_of(reward: Reward, load_model: Callable[[str], RewardModel]) -> Scorer:

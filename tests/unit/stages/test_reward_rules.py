@@ -16,14 +16,14 @@ from minigpt.stages.reward_rules import (
     Length,
     Numeric,
     Regex,
+    Rollout,
     Rule,
-    SampledAnswer,
     last_number,
 )
 
 
-def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> SampledAnswer:
-    return SampledAnswer("?", text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
+def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> Rollout:
+    return Rollout("?", text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
 
 
 @pytest.mark.parametrize(

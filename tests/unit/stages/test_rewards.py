@@ -12,13 +12,13 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.stages.reward_rules import SampledAnswer
+from minigpt.stages.reward_rules import Rollout
 from minigpt.stages.rewards import Reward, RewardModel, Rewards
 
 ANSWERS = [
-    SampledAnswer("2+2=", "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
-    SampledAnswer("2+2=", "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
-    SampledAnswer("2+2=", "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
+    Rollout("2+2=", "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
+    Rollout("2+2=", "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
+    Rollout("2+2=", "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
 ]
 
 
@@ -58,7 +58,8 @@ def test_the_weighted_sum() -> None:
     assert (parts["regex_1"], parts["regex_2"]) == ([0, 1, 0], [0, 0, 1])
     assert (parts["length"], parts["json"]) == ([2, 3, 1], [1, 0, 0])
     assert parts["reward_model"] == [-1, -4, -4]
-    totals = table.total.tolist()
+    totals = rewards.total(table.parts).tolist()
+    assert rewards.total(table.parts.view(len(rewards), 3, 1)).shape == (3, 1)
     assert totals[:2] == pytest.approx([2 + 1 - 0.02 - 1, 1 + 0.5 - 0.03 - 4])
     assert [math.isnan(value) for value in (totals[2], parts["exact"][2])] == [True, True]
 
