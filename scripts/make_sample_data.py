@@ -19,6 +19,7 @@ from sample_world.common import Row
 from sample_world.evaluation import minimal_pairs, multiple_choice
 from sample_world.exam import exams
 from sample_world.pretrain import documents
+from sample_world.reinforce import grpo_rows, grpo_val_rows, sft_skill_rows
 
 MINI_ROWS = 1000
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
@@ -34,8 +35,11 @@ def build(seed: int) -> dict[str, list[Row]]:
         "pretrain_val": [row for row in validation if row["text"] not in texts],
         "sft": sft_rows(seed),
         "sft_val": sft_val_rows(seed),
+        "sft_skills": sft_skill_rows(seed),
         "dpo": dpo_rows(seed),
         "dpo_val": dpo_val_rows(seed),
+        "grpo": grpo_rows(seed),
+        "grpo_val": grpo_val_rows(seed),
         "lora_medical": medical.medical_rows(seed, medical.ASK),
         "lora_medical_val": medical.medical_rows(seed, medical.ASK_DEV),
         "lora/security": security.security_rows(seed),

@@ -19,10 +19,14 @@ def stream(seed: int, name: str) -> Random:
     return Random(f"minigpt:{seed}:{name}")
 
 
+def bucket(key: str) -> int:
+    """Return a number from 0 to 99 that depends on an item's own text alone."""
+    return zlib.crc32(key.encode("utf-8")) % 100
+
+
 def split_of(key: str) -> str:
     """Assign an item to `train`, `dev` or `exam` by its own text: 80, 8 and 12 per cent."""
-    bucket = zlib.crc32(key.encode("utf-8")) % 100
-    return "exam" if bucket < 12 else "dev" if bucket < 20 else "train"
+    return "exam" if bucket(key) < 12 else "dev" if bucket(key) < 20 else "train"
 
 
 def user(text: str) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sample_world import medical, questions, security, style
 from sample_world.common import LANGS, Row, stream, user
+from sample_world.reinforce import hard_exams
 from sample_world.skills import SKILLS, draw_item, item_key, question
 from sample_world.style import TOPICS
 from sample_world.world import build_facts, choices
@@ -95,4 +96,5 @@ def exams(seed: int) -> dict[str, list[Row]]:
         "advice": style_exam("advice"),
         "security": security.security_exam(),
         "refusal": security.refusal_exam(),
+        **hard_exams(seed),
     }

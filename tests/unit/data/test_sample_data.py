@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from sample_world.common import stream  # noqa: E402
 from sample_world.tellings import TELLINGS, tell  # noqa: E402
 
 FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style", "advice")
-FAMILIES += ("security", "refusal")
+HARD = ("reverse_digits", "add_carry", "sort_digits", "count_letters")
+FAMILIES += ("security", "refusal", *HARD)
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
-TRAINING = (*STAGES, "lora/medical", "lora/security", "security_dpo")
+TRAINING = (*STAGES, "lora/medical", "lora/security", "security_dpo", "grpo")
 ROLES = {"system", "user", "assistant"}
 Row = dict[str, Any]
 
@@ -167,7 +170,7 @@ def test_mini_is_a_cut_of_at_most_a_thousand_rows(stage: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exam_rows(family: str) -> None:
     items = rows(f"exam/{family}")
-    assert len(items) >= 200
+    assert len(items) >= (500 if family in HARD else 200)
     assert len({row["id"] for row in items}) == len(items)
     for row in items:
         assert set(row) <= {"id", "family", "messages", "answer", "choices", "avoid"}
@@ -183,7 +186,7 @@ def test_exam_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_exam_prompt_occurs_in_any_training_text(family: str) -> None:
-    training = corpus(*TRAINING, *(f"{name}_val" for name in TRAINING)).casefold()
+    training = corpus("sft_skills", *TRAINING, *(f"{name}_val" for name in TRAINING)).casefold()
     leaked = [text for text in exam_prompts(family) if text.casefold() in training]
     assert not leaked
 
@@ -207,6 +210,75 @@ def test_operands_of_the_exam_never_occur_in_training() -> None:
             assert tuple(sorted(operands, key=int)) not in pairs, text
         else:
             assert operands[0] not in numbers, text
+
+
+def exercise(question: str) -> tuple[str, tuple[str, ...]]:
+    """Tell a hard skill by the form of its operands, and return these."""
+    if word := re.search("[A-D]{8}", question):
+        rest = question.replace(word[0], "")
+        return "count_letters", (word[0], *re.findall(r"\b[A-D]\b", rest))
+    numbers = tuple(re.findall(r"\d+", question))
+    return "add_carry" if "+" in question else HARD[(0, 2)[len(numbers[0]) == 4]], numbers
+
+
+def is_answer(skill: str, operands: tuple[str, ...], answer: str) -> bool:
+    """Check an answer by its properties instead of computing it."""
+    if skill == "add_carry":
+        first, second = (int(number) for number in operands)
+        return int(answer) - first == second and first % 10 + second % 10 >= 10
+    if skill == "count_letters":
+        word, letter = operands
+        return len(word.replace(letter, "")) + int(answer) == len(word)
+    (code,) = operands
+    if skill == "sort_digits":
+        return set(answer) == set(code) and all(a < b for a, b in pairwise(answer))
+    return len(code) == 5 and all(answer[-1 - at] == digit for at, digit in enumerate(code))
+
+
+def hard_exercises(name: str) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+    """Yield skill, operands and answer of a file's exercises, and the family that it names."""
+    for row in rows(name):
+        skill, operands = exercise(row["messages"][0]["content"])
+        yield skill, operands, row.get("answer") or row["messages"][1]["content"], row.get("family")
+
+
+HARD_FILES = ("sft_skills", "grpo", "grpo_val", *(f"exam/{family}" for family in HARD))
+
+
+@pytest.mark.parametrize("name", HARD_FILES)
+def test_the_answers_of_the_hard_skills_are_right(name: str) -> None:
+    for skill, operands, answer, family in hard_exercises(name):
+        assert is_answer(skill, operands, answer), (skill, operands, answer)
+        assert family in (skill, None)
+
+
+def test_rows_for_reinforcement_have_an_answer_and_a_family() -> None:
+    for name, count in (("grpo", 600), ("grpo_val", 25)):
+        assert all(set(row) == {"messages", "answer", "family"} for row in rows(name))
+        assert Counter(row["family"] for row in rows(name)) == dict.fromkeys(HARD, count)
+        for row in rows(name):
+            check_messages(row["messages"], ends_with="user")
+    shown = Counter(skill for skill, *_ in hard_exercises("sft_skills"))
+    assert shown == dict.fromkeys(HARD, 120)
+
+
+def test_no_two_files_share_operands_of_a_hard_skill() -> None:
+    """Nor the digits in another order: that would give away a sorted code."""
+    seen: dict[tuple[str, ...], str] = {}
+    for name in HARD_FILES:
+        for skill, (first, *others), _, _ in hard_exercises(name):
+            longest = max(first, *others, key=len) if others else first
+            codes = skill in ("reverse_digits", "sort_digits")
+            key = (skill, "".join(sorted(first)) if codes else longest)
+            assert seen.setdefault(key, name) == name, (skill, first)
+
+
+def test_numbers_of_the_exam_with_carry_are_no_codes_in_training() -> None:
+    codes = set(re.findall(r"\b\d{3}\b", "\n".join(prompts((*STAGES, "sft_skills", "grpo")))))
+    for family in ("skills", "add_carry"):
+        asked = set(re.findall(r"\b\d{3}\b", "\n".join(exam_prompts(family))))
+        assert asked
+        assert not asked & codes
 
 
 def test_the_splits_of_every_skill_are_disjoint() -> None:

@@ -322,7 +322,8 @@ def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, min
 
 
 def test_the_bundled_data_have_no_errors(repo_root: Path, minigpt: Any) -> None:
-    files = sorted((repo_root / "data").glob("*.jsonl"))
+    found = sorted((repo_root / "data").glob("*.jsonl"))
+    files = [file for file in found if "grpo" not in file.name]  # prompts have no answer to learn
     exams = sorted((repo_root / "data" / "exam").glob("*.jsonl"))
     outcome = minigpt("data", "check", *files, "--exam", *exams)
     assert (outcome.status, outcome.err) == (0, "")
