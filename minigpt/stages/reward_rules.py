@@ -36,6 +36,7 @@ class Rollout:
 
     Attributes:
         prompt: text to continue, or the messages of a chat to answer.
+        prompt_ids: its tokens.
         completion: text of the answer.
         completion_ids: its tokens as they were sampled, with the one that ended it.
         ended: whether it ended by itself; otherwise it was cut off at the longest length.
@@ -44,6 +45,7 @@ class Rollout:
     """
 
     prompt: str | tuple[Message, ...]
+    prompt_ids: list[int]
     completion: str
     completion_ids: list[int]
     ended: bool

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, DataError
 from minigpt.reading import LARGEST_CONFIG, read_json, refusing
 from minigpt.stages.json_schema import check_schema
@@ -101,16 +100,16 @@ class Reward:
 
 
 class RewardModel(Protocol):
-    """A trained model that scores replies."""
+    """A trained model that scores answers."""
 
-    def score(
-        self, prompts: Sequence[str | tuple[Message, ...]], replies: Sequence[str]
-    ) -> Sequence[float]:
-        """Return a score for each reply to its prompt."""
+    def scores(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Return a score for each answer to its prompt, both as token ids."""
 
 
 class ModelReward(Scorer):
-    """The score of a trained reward model."""
+    """The score of a trained reward model, by the tokens that were sampled."""
 
     name = "reward_model"
 
@@ -118,9 +117,9 @@ class ModelReward(Scorer):
         self.model = model
 
     def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
-        """Score the answers' texts."""
-        prompts, replies = [a.prompt for a in answers], [a.completion for a in answers]
-        return Scores(list(self.model.score(prompts, replies)))
+        """Score the answers."""
+        prompts = [answer.prompt_ids for answer in answers]
+        return Scores(self.model.scores(prompts, [answer.completion_ids for answer in answers]))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from minigpt.stages.reward_rules import (
 
 
 def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> Rollout:
-    return Rollout("?", text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
+    return Rollout("?", [4], text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
 
 
 @pytest.mark.parametrize(

@@ -6,28 +6,31 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.stages.reward_rules import Rollout
-from minigpt.stages.rewards import Reward, RewardModel, Rewards
+from minigpt.stages.rewards import Reward, RewardKind, RewardModel, Rewards
 
 ANSWERS = [
-    Rollout("2+2=", "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
-    Rollout("2+2=", "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
-    Rollout("2+2=", "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
+    Rollout("2+2=", [7], "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
+    Rollout("2+2=", [7], "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
+    Rollout("2+2=", [7], "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
 ]
 
 
 class LengthModel:
-    """A reward model that prefers short replies."""
+    """A reward model that prefers short answers."""
 
-    def score(self, prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
-        assert prompts == ["2+2="] * len(replies)
-        return [-float(len(reply)) for reply in replies]
+    def scores(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[float]:
+        assert prompts == [[7]] * len(answers)
+        return [-float(len(answer)) for answer in answers]
 
 
 def load(model: str) -> RewardModel:
@@ -57,10 +60,10 @@ def test_the_weighted_sum() -> None:
     assert parts["numeric"][:2] == [1, 1]
     assert (parts["regex_1"], parts["regex_2"]) == ([0, 1, 0], [0, 0, 1])
     assert (parts["length"], parts["json"]) == ([2, 3, 1], [1, 0, 0])
-    assert parts["reward_model"] == [-1, -4, -4]
+    assert parts["reward_model"] == [-2, -3, -1]
     totals = rewards.total(table.parts).tolist()
     assert rewards.total(table.parts.view(len(rewards), 3, 1)).shape == (3, 1)
-    assert totals[:2] == pytest.approx([2 + 1 - 0.02 - 1, 1 + 0.5 - 0.03 - 4])
+    assert totals[:2] == pytest.approx([2 + 1 - 0.02 - 2, 1 + 0.5 - 0.03 - 3])
     assert [math.isnan(value) for value in (totals[2], parts["exact"][2])] == [True, True]
 
 
@@ -114,3 +117,10 @@ def test_a_config_holds_a_list_of_them() -> None:
     values = [{"kind": "json", "schema": {"type": "object"}}, {"kind": "length", "weight": -0.01}]
     config = parser.instantiate_classes(parser.parse_object({"rewards": values}))
     assert config.rewards == [Reward("json", schema={"type": "object"}), Reward("length", -0.01)]
+
+
+def test_the_rewards_of_the_guide_are_accepted() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "grpo.md").read_text(encoding="utf-8")
+    config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    rewards = [Reward(**options) for options in config["model"]["init_args"]["rewards"]]
+    assert {reward.kind for reward in rewards} == set(get_args(RewardKind))
