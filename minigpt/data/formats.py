@@ -173,12 +173,14 @@ class Prompt:
     Attributes:
         content: plain text to continue, or the messages of a chat to answer.
         row: the whole row, returned with the completion.
-        number: its position in the file, from 0.
+        number: its position among the prompts of the file, from 0.
+        source: the file and the line.
     """
 
     content: str | tuple[Message, ...]
     row: dict[str, Any]
     number: int
+    source: tuple[str, int]
 
 
 Record = Text | Chat | Preference
@@ -378,20 +380,35 @@ def parse_prompt(row: object) -> tuple[Message, ...] | str:
     return _messages(parser.opening(row, key), prompt=True)
 
 
-def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Prompt]:
+def load_prompts(
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    bad: BadRows | None = None,
+    limit: int | None = None,
+) -> list[Prompt]:
     """Read a file of prompts, whose keys have other names here by `columns`.
+
+    Args:
+        path: a file of any form.
+        columns: the rows' keys that have other names here.
+        bad: decides what becomes of bad rows, and counts them; by default the first one stops.
+        limit: the largest number of prompts.
 
     Raises:
         DataError: for a missing file or a row without a prompt.
     """
+    bad = bad or BadRows()
     prompts: list[Prompt] = []
-    for line, row in iter_rows(path):
+    for line, row in islice(scan_rows(Path(path), bad.notes[Path(path)]), limit):
+        bad.seen += 1
         try:
             content = parse_prompt(renamed(row, columns))
         except DataError as error:
-            raise error.at(path, line) from None
-        assert isinstance(row, dict)
-        prompts.append(Prompt(content, row, len(prompts)))
+            bad.handle(error.at(path, line))
+        else:
+            assert isinstance(row, dict)
+            prompts.append(Prompt(content, row, len(prompts), (str(path), line)))
+    bad.check(bad.seen)
     return prompts
 
 

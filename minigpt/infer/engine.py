@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt import progress
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
-from minigpt.errors import ConfigError, DataError, ModelError
+from minigpt.data.prompts import PromptCodec
+from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import ContinuousBatch, Delta, Finish, TokenLogprob
 from minigpt.infer.native import FusedWeights, NativeDecoder, is_native
 from minigpt.infer.sampling import Sampling
@@ -88,7 +88,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.int8 = int8
-        self.codec = ChatCodec(tokenizer) if tokenizer.chat_template else None
+        self._prompts = PromptCodec(tokenizer)
+        self.codec = self._prompts.chats
         self.adapter: PeftModel | None = None
         conformance = require_conformance(model, training=False)
         self.attention = conformance.decoding
@@ -100,7 +101,7 @@ class Engine:
                 type(model).__name__,
             )
         self.ends = set(reply_ends(model, tokenizer))
-        self.start = tokenizers.document_start(tokenizer)
+        self.start = self._prompts.start
         self.context = max_positions(model.config)
         self.rows = embedding_rows(model)
         self._weights: tuple[object, FusedWeights] | None = None
@@ -174,23 +175,7 @@ class Engine:
             DataError: for text that is not valid Unicode, or holds a token that the model cannot
                 embed, and for a chat that the template refuses or makes nothing of.
         """
-        check_unicode(prompt)
-        if isinstance(prompt, str):
-            # A batch of one, because `encode` holds the GIL until it is done.
-            backend = self.tokenizer.backend_tokenizer
-            (encoding,) = backend.encode_batch_fast([prompt], add_special_tokens=False)
-            ids = tokenizers.started(list(encoding.ids), self.start)
-            ids = ids or [tokenizers.document_end(self.tokenizer)]
-        elif self.codec is None:
-            raise ConfigError("This model has no chat template: give a plain text prompt.")
-        else:
-            ids = self.codec.encode_prompt(prompt)
-        if not ids:
-            raise DataError(
-                "the chat template writes nothing for this chat",
-                remedy="Check it, or give another chat.",
-                reason="template",
-            )
+        ids = self._prompts.encode(prompt)
         tokenizers.check_ids(self.tokenizer, ids, self.rows)
         return ids
 
@@ -288,19 +273,6 @@ def checked(deltas: list[Delta]) -> list[Delta]:
     if errors := [delta.error for delta in deltas if delta.error]:
         raise ModelError(errors[0])
     return deltas
-
-
-def check_unicode(prompt: str | Sequence[Message]) -> None:
-    """Refuse, with a DataError, text that is not valid Unicode."""
-    texts = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            "the prompt holds a lone surrogate, half of a character",
-            remedy="Give it as valid UTF-8.",
-            reason="lone_surrogate",
-        ) from None
 
 
 def _reply(deltas: list[Delta], sampling: Sampling) -> Reply:

@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from minigpt import progress
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
+from minigpt.data.prompts import check_unicode
 from minigpt.data.tokenizer import END_OF_TEXT, started
 from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import Delta, Finish, check_fits
-from minigpt.infer.engine import Reply, check_unicode
+from minigpt.infer.engine import Reply
 from minigpt.infer.sampling import Sampling
 from minigpt.infer.text import UNFINISHED, StopTexts
 from minigpt.reading import NotReadableError, refusing

@@ -750,12 +750,20 @@ def test_load_prompts(write: Callable[..., Path]) -> None:
         {"instruction": "q", "input": "i", "output": "not sent"},
     ]
     user = Message("user", "q")
-    assert load_prompts(write(rows)) == [
-        Prompt("Once ", rows[0], 0),
-        Prompt((Message("system", "s"), user), rows[1], 1),
-        Prompt((user,), rows[2], 2),
-        Prompt((Message("user", "q\ni"),), rows[3], 3),
+    path = write(rows)
+    contents = ["Once ", (Message("system", "s"), user), (user,), (Message("user", "q\ni"),)]
+    assert load_prompts(path) == [
+        Prompt(content, rows[number], number, (str(path), number + 1))
+        for number, content in enumerate(contents)
     ]
+
+
+def test_bad_prompts_are_left_out_and_counted_where_rows_may_be(write: Callable[..., Path]) -> None:
+    bad = BadRows("skip", max_share=0.5)
+    path = write([{"prompt": "a"}, {"prompt": 3}, {"prompt": "b"}, {"prompt": "c"}])
+    prompts = load_prompts(path, bad=bad, limit=3)
+    assert [(p.content, p.number, p.source[1]) for p in prompts] == [("a", 0, 1), ("b", 1, 3)]
+    assert (bad.seen, bad.counts.total()) == (3, 1)
 
 
 @pytest.mark.parametrize(
