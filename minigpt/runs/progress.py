@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from minigpt.data.batch import PackedBatch
 from minigpt.stages.base import BaseModule
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -29,12 +28,15 @@ class Throughput(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self.rate = 0.0
+        self._before = 0  # tokens that the run had seen when the clock was started
         self._mark = 0.0
         self._last = (0, 0.0)
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
+        assert isinstance(pl_module, BaseModule)
+        self._before = pl_module.tokens_seen
         self._mark = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,18 +48,10 @@ class Throughput(Callback):
         if not trainer.sanity_checking:
             self._tick()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        """Count a micro-batch; log the rate with the other metrics."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Count a step's tokens; log the rate with the other metrics."""
         assert isinstance(pl_module, BaseModule)
-        assert isinstance(batch, PackedBatch)
-        self.tokens += batch.n_tokens * trainer.world_size
+        self.tokens = pl_module.tokens_seen - self._before
         self._tick()
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
