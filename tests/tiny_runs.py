@@ -22,7 +22,7 @@ ARCHITECTURE = {
     "max_positions": 128,
 }
 STAGES = ("pretrain", "sft", "dpo", "lora")
-_KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "lora": "LoRA"}
+_KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "lora": "LoRA", "grpo": "GRPO"}
 Fit = Callable[..., Any]  # what the fixture `fit` gives
 RUN: dict[str, Any] = {
     "trainer__max_steps": 6,
@@ -31,7 +31,15 @@ RUN: dict[str, Any] = {
     "model__init_args__sampling": {"max_new_tokens": 4},
     "checkpoint": {"every": 2, "keep": 5},
 }
-_BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft"}
+_BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft", "grpo": "sft"}
+# Where a stage's options are not those of all.
+_DATA: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "prompts_per_batch": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+    }
+}
 
 
 def _sentence(rng: random.Random, longest: int = 14) -> str:
@@ -60,6 +68,7 @@ def write_data(root: Path) -> Path:
         write_jsonl(root / f"pretrain{name}.jsonl", texts)
         write_jsonl(root / f"sft{name}.jsonl", [{"messages": _chat(rng)} for _ in range(rows)])
         write_jsonl(root / f"dpo{name}.jsonl", [_preference(rng) for _ in range(rows)])
+        write_jsonl(root / f"grpo{name}.jsonl", [{"prompt": text["text"][:9]} for text in texts])
     asked = [{"role": "user", "content": "the cat"}]
     exam = [
         {"id": f"{family}-{i}", "family": family, "messages": asked, "answer": answer}
@@ -89,7 +98,7 @@ def config(root: Path, stage: str, run_dir: Path, **changes: Any) -> dict[str, A
                 "train": str(root / f"{data}.jsonl"),
                 "val": str(root / f"{data}_val.jsonl"),
                 "max_length": 64,
-                "tokens_per_batch": 256,
+                **_DATA.get(stage, {"tokens_per_batch": 256}),
             },
         },
         "trainer": {

@@ -99,10 +99,21 @@ class LinearHead:
         hidden = self._predictors(hidden, batch)
         return linear_cross_entropy(hidden, head.weight, head.bias, batch.labels, self.softmax)
 
-    def logprobs(self, head: nn.Module | None, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the targets' log-probabilities [N] by hidden states, in nats."""
+    def logprobs(
+        self,
+        head: nn.Module | None,
+        hidden: Tensor,
+        batch: PackedBatch,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Return the targets' log-probabilities [N] by hidden states, in nats.
+
+        Dividing hidden states by a temperature [N] divides the logits of a head without a bias.
+        """
         assert isinstance(head, nn.Linear)
         hidden = self._predictors(hidden, batch)
+        if temperature is not None:
+            hidden = hidden / temperature[:, None]
         return linear_logprobs(hidden, head.weight, head.bias, batch.labels, self.softmax)
 
     def _predictors(self, hidden: Tensor, batch: PackedBatch) -> Tensor:

@@ -142,7 +142,8 @@ def check_numbers(config: Namespace) -> None:
             f"validate.every is {config.validate.every} and trainer.val_check_interval {interval}: "
             "give one of them."
         )
-    if trainer.accumulate_grad_batches != 1 and config.data.init_args.tokens_per_step is not None:
+    step_tokens = config.data.init_args.get("tokens_per_step")  # prompts are counted otherwise
+    if trainer.accumulate_grad_batches != 1 and step_tokens is not None:
         raise ConfigError(
             "data.tokens_per_step decides how many micro-batches make a step: leave out "
             f"trainer.accumulate_grad_batches, which is {trainer.accumulate_grad_batches}."

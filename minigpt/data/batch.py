@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class PackedBatch:
         spans = self.plan.spans.view(-1, 4)
         return (spans[:, 2] + spans[:, 3] - 1).to(self.input_ids.device, torch.int64)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Move all tensors to a device; Lightning calls it."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
@@ -129,7 +129,7 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
-    def pin_memory(self) -> PackedBatch:
+    def pin_memory(self) -> Self:
         """Pin all tensors for an asynchronous copy to a GPU."""
         pinned: dict[str, Any] = {
             f.name: value.pin_memory()

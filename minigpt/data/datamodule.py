@@ -513,6 +513,11 @@ class JSONLDataModule(LightningDataModule):
         return max(sizes)
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether samples hold several answers to a prompt."""
+        return self.kind == "preference"
+
+    @property
     def longest_sample(self) -> int:
         """Tokens that one sample may have: two answers of a preference count apart."""
         return self.limits.max_length * (2 if self.kind == "preference" else 1)

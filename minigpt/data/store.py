@@ -541,6 +541,11 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         meta["targets"],
         meta["cut"],
     )
+    warn_of_rows(source, bad)
+
+
+def warn_of_rows(source: Path, bad: BadRows) -> None:
+    """Log which rows of a file were left out, or changed so that they could be read."""
     if summary := bad.summary():
         log.warning("%s: %s", source, summary)
     if first := bad.first_too_long:

@@ -89,16 +89,38 @@ class PackedLM(nn.Module):
                 module._buffers[name] = before.to(after.device)
         return self
 
-    def forward(self, batch: PackedBatch, per_answer: bool = False) -> Tensor:
-        """Return the summed cross-entropy [] or each answer's summed log-prob [A], in nats."""
-        if self.linear_head is None:
-            logp = token_logprobs(target_logits(self.hf, batch, self.packed), batch.labels)
+    def forward(
+        self,
+        batch: PackedBatch,
+        per_answer: bool = False,
+        per_target: bool = False,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Return the summed cross-entropy [], each answer's summed log-prob [A], or each target's.
+
+        Args:
+            batch: what to read.
+            per_answer: return the answers' log-probs.
+            per_target: return the targets' log-probs [N].
+            temperature: [N] by which the logits of each target are divided; none for 1.
+
+        Returns:
+            In nats.
+        """
+        head = self.hf.get_output_embeddings()
+        scales_bias = temperature is not None and getattr(head, "bias", None) is not None
+        if self.linear_head is None or scales_bias:
+            logits = target_logits(self.hf, batch, self.packed)
+            if temperature is not None:
+                logits = logits / temperature[:, None]
+            logp = token_logprobs(logits, batch.labels)
         else:
             hidden = forward_batch(self.hf.base_model, batch, self.packed)
-            head = self.hf.get_output_embeddings()
-            if not per_answer:
+            if not (per_answer or per_target):
                 return self.linear_head.loss(head, hidden, batch)
-            logp = self.linear_head.logprobs(head, hidden, batch)
+            logp = self.linear_head.logprobs(head, hidden, batch, temperature)
+        if per_target:
+            return logp
         return sum_by(logp, batch.answers, batch.n_answers) if per_answer else -logp.sum()
 
 

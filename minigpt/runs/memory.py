@@ -151,7 +151,7 @@ def activation_bytes(module: BaseModule) -> int:
 def _measured(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
     """Return the tokens of some samples, and the bytes that their forward pass keeps."""
     batch = collate(samples, (0, 0)).to(module.device)
-    pairs = module.data.kind == "preference"
+    pairs = module.data.shares_prompts
     live = LiveTensors([*module.parameters(), *module.buffers(), *_tensors(batch)])
     with _same_random_numbers(module.device), live:
         with module.trainer.precision_plugin.forward_context():

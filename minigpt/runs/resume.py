@@ -39,6 +39,7 @@ FIXED = {"stage", "method", "architecture", "vocabulary"}
 # A spike's policy may change, so that one can resume after a spike.
 NOT_COMPARED = {
     "activation_checkpointing",
+    "collapse",
     "compile_layers",
     "init_from",
     "lora",
@@ -47,6 +48,7 @@ NOT_COMPARED = {
     "sample_prompts",
     "sampling",
     "spike",
+    "success",
     "tokenizer",
 }
 

@@ -1,8 +1,9 @@
 """The stages as LightningModules: one shared base, one short file each."""
 
 from minigpt.stages.dpo import DPOModule
+from minigpt.stages.grpo import GRPOModule
 from minigpt.stages.lora import LoRAModule
 from minigpt.stages.pretrain import PretrainModule
 from minigpt.stages.sft import SFTModule
 
-__all__ = ["DPOModule", "LoRAModule", "PretrainModule", "SFTModule"]
+__all__ = ["DPOModule", "GRPOModule", "LoRAModule", "PretrainModule", "SFTModule"]

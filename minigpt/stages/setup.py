@@ -122,7 +122,7 @@ class ModelHooks(LightningModule):
         if self.compiled:
             log.info("Compiling the model's layers, which takes up to a minute.")
             precision = self.trainer.precision_plugin.forward_context
-            pairs = self.data.kind == "preference"
+            pairs = self.data.shares_prompts
             for lm in self.packed_models():
                 positions = max_positions(lm.hf.config)
                 compile_model(lm, self.data.tokens_per_batch, positions, precision, pairs)

@@ -1,0 +1,496 @@
+"""Prompts to answer, and what is learnt from the answers: the data of reinforcement learning.
+
+A micro-batch of prompts comes from the same kind of order as all batches. The stage samples answers
+to it, and packs prompts and answers into a `RolloutBatch`, together with the chats that the data
+gives it to keep what the model knew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.datamodule import Files, SFTDataModule
+from minigpt.data.formats import BadRows, Prompt, load_prompts, renamed
+from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
+from minigpt.data.prompts import PromptCodec
+from minigpt.data.store import TokenStore, warn_of_rows
+from minigpt.data.tokenizer import check_ids
+from minigpt.errors import ConfigError, DataError
+
+PROMPTS_AT_A_TIME = 32  # held-out prompts that are answered together
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as it is read and as the model reads it.
+
+    Attributes:
+        prompt: text or chat, with the row it came from.
+        fields: of the row, under the names that they have here; rewards read them.
+        ids: token ids.
+        number: of the prompt among those of all files.
+    """
+
+    prompt: Prompt
+    fields: dict[str, Any]
+    ids: list[int]
+    number: int
+
+    @property
+    def question(self) -> str:
+        """The text that is continued, or the last message."""
+        content = self.prompt.content
+        return content if isinstance(content, str) else content[-1].content
+
+
+class PromptBatch:
+    """The prompts of one micro-batch. (No dataclass: Lightning would take that apart.)
+
+    Args:
+        prompts: to answer.
+        rollout: if answers are to be sampled now, the prompts of all micro-batches of this process
+            that they are for; otherwise those sampled before are used.
+        number: which of these micro-batches this is, from 0.
+        resume_at: (epoch, micro-batch) that comes after this one in the whole run.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        rollout: Sequence[Sequence[EncodedPrompt]] = (),
+        number: int = 0,
+        resume_at: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.prompts = prompts
+        self.rollout = rollout
+        self.number = number
+        self.resume_at = resume_at
+
+
+@dataclass
+class RolloutBatch(PackedBatch):
+    """Prompts with the answers that were sampled, and chats of the replay behind them.
+
+    Attributes:
+        advantages: [A] of the answers; 0 for the replay's.
+        included: [A] bool, answers that the policy's loss counts; none of the replay's are.
+        is_replay: [A] bool, answers of the replay.
+        sampled_logprobs: [N] of the targets by the engine that sampled them, in nats; 0 for the
+            replay's.
+        old_logprobs: [N] of the targets by the weights that sampled them, in the way that training
+            computes them; None in an update of these very weights.
+        replay_weight: how many terms of the policy's loss a target of the replay weighs.
+    """
+
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    included: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    is_replay: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    sampled_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    old_logprobs: Tensor | None = None
+    replay_weight: float = 0.0
+
+
+def collate_rollouts(
+    groups: Sequence[Sample],
+    sampled_logprobs: Sequence[float],
+    advantages: Sequence[float],
+    included: Sequence[bool],
+    replay: Sequence[Sample] = (),
+) -> RolloutBatch:
+    """Pack prompts with their answers, and chats, into one batch.
+
+    Args:
+        groups: each a prompt with its answers.
+        sampled_logprobs: of all tokens of all answers.
+        advantages: of the answers of all groups.
+        included: which of them the policy's loss counts.
+        replay: chats.
+    """
+    batch = collate([*groups, *replay])
+    chats = [False] * len(replay)
+    replayed = [0.0] * (len(batch.labels) - len(sampled_logprobs))
+    return RolloutBatch(
+        **vars(batch),
+        advantages=torch.tensor([*advantages, *map(float, chats)]),
+        included=torch.tensor([*included, *chats]),
+        sampled_logprobs=torch.tensor([*sampled_logprobs, *replayed]),
+        is_replay=torch.tensor([False] * len(included) + [True] * len(replay)),
+    )
+
+
+def answered(prompt: EncodedPrompt, answers: Sequence[Sequence[int]]) -> Sample:
+    """Return a prompt with sampled answers as a sample, all of whose answers' tokens are targets.
+
+    Args:
+        prompt: what they answer.
+        answers: token ids of each; at least one token.
+    """
+    ids = np.array([*prompt.ids, *(token for answer in answers for token in answer)])
+    lengths = tuple(len(answer) for answer in answers)
+    return Sample(ids, len(prompt.ids), lengths, None, prompt.prompt.source)
+
+
+def targets_of(chat: Sample) -> int:
+    """Return how many tokens of a chat are trained on."""
+    assert chat.targets is not None
+    return int(np.count_nonzero(chat.targets))
+
+
+class PromptOrder(PackedOrder):
+    """Micro-batches of a number of prompts each; those that an epoch cannot fill wait for the next.
+
+    Its `budget` counts prompts.
+    """
+
+    def _packed(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+        total = int(self.starts[-1])
+        for start in range(0, total - self.budget + 1, self.budget):
+            drawn = np.arange(start, start + self.budget, dtype=np.int64)
+            if self.seed is not None:
+                drawn = shuffle(drawn, total, self._seed(epoch, 0))
+            file, sample = self._locate(drawn, epoch)
+            yield list(zip(file.tolist(), sample.tolist(), strict=True))
+
+
+class PromptLoader:
+    """Iterable of one epoch's micro-batches of prompts that starts at the DataModule's position."""
+
+    def __init__(self, data: GRPODataModule) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        data = self.data
+        assert data.order is not None
+        epoch, done = data.position
+        size = data.rollout_size
+        repeated = size * data.passes
+        rollouts = data.order.count(epoch) // size
+        batches = islice(data.order.batches(epoch), done // repeated * size, None)
+        for rollout in range(done // repeated, rollouts):
+            ours = list(islice(batches, size))[data.rank :: data.world_size]
+            prompts = [[data.train_prompts[file][i] for file, i in members] for members in ours]
+            for number in range(len(ours) * data.passes):
+                following = rollout * repeated + (number + 1) * data.world_size
+                if following <= done:
+                    continue
+                ends = following == rollouts * repeated
+                yield PromptBatch(
+                    prompts[number % len(ours)],
+                    () if number else prompts,
+                    number,
+                    (epoch + 1, 0) if ends else (epoch, following),
+                )
+
+
+class GRPODataModule(SFTDataModule):
+    """Rows of prompts: text or chat, and any further fields, which rewards may read.
+
+    An optimizer step learns from `prompts_per_batch` prompts of each micro-batch, times
+    `accumulate_grad_batches`, times the processes.
+
+    Args:
+        prompts_per_batch: prompts of a micro-batch.
+        num_generations: answers that are sampled to each prompt.
+        max_completion_length: tokens of the longest answer; longer ones are cut off.
+        minibatches: optimizer steps whose prompts are answered together, before the first of them.
+        passes: how often these steps are made from the same answers.
+        replay: files of chats to keep what the model knew, each with its share of an optimizer
+            step's targets: {data/sft.jsonl: 0.2}.
+        kwargs: see `JSONLDataModule`.
+    """
+
+    def __init__(
+        self,
+        train: Files = None,
+        val: Files = None,
+        prompts_per_batch: int = 16,
+        num_generations: int = 8,
+        max_completion_length: int = 64,
+        minibatches: int = 1,
+        passes: int = 1,
+        max_length: int = 512,
+        max_prompt_length: int | None = None,
+        replay: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.prompts_per_batch = prompts_per_batch
+        self.num_generations = num_generations
+        self.max_completion_length = max_completion_length
+        self.minibatches = minibatches
+        self.passes = passes
+        self.replay = replay or {}
+        for name in ("prompts_per_batch", "num_generations", "minibatches", "passes"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, but is {value}.")
+        if not 1 <= max_completion_length < max_length:
+            raise ConfigError(
+                "data.max_completion_length must lie in 1 to max_length - 1, which leaves room "
+                f"for a prompt, but is {max_completion_length} with a max_length of {max_length}."
+            )
+        if any(share <= 0 for share in self.replay.values()) or sum(self.replay.values()) >= 1:
+            raise ConfigError(
+                "data.replay: shares of a step's targets are above 0, and below 1 together."
+            )
+        longest_prompt = max_length - max_completion_length
+        self.longest_prompt = min(max_prompt_length or longest_prompt, longest_prompt)
+        super().__init__(
+            train=train,
+            val=val,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            tokens_per_batch=prompts_per_batch * self.longest_sample_of(max_length),
+            tokens_per_step=None,
+            num_workers=0,
+            **kwargs,
+        )
+        self.train_prompts: list[list[EncodedPrompt]] = []  # of each file
+        self.val_prompts: list[EncodedPrompt] = []
+        self._count = 0  # prompts that were read
+        self.replay_stores: list[TokenStore] = []
+
+    def longest_sample_of(self, max_length: int) -> int:
+        """Return the tokens that a prompt may have together with all of its answers."""
+        return max_length + (self.num_generations - 1) * self.max_completion_length
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens that a prompt may have together with all of its answers."""
+        return self.longest_sample_of(self.limits.max_length)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether samples hold several answers to a prompt."""
+        return True
+
+    def _files(self) -> list[str]:
+        """Return the files that have token stores."""
+        return list(self.replay)
+
+    def _setup_train(self) -> None:
+        self.train_prompts = [self._load(path) for path in self.train_weights]
+        if self.val_files:
+            held_out = [prompt for path in self.val_files for prompt in self._load(path)]
+        else:
+            held_out = self._hold_out() if self.val_share else []
+        self.val_prompts = spread(held_out, self.max_val_tokens, self.max_completion_length)
+        self.all_held_out_tokens = sum(map(self._tokens, held_out))
+        self.replay_stores = [self._open(path) for path in self.replay]
+        shares = [
+            FileShare(len(prompts), max(1, round(weight * len(prompts))))
+            for prompts, weight in zip(self.train_prompts, self.train_weights.values(), strict=True)
+        ]
+        if shares:
+            limit, repeat = self._epoch()
+            self.order = PromptOrder(
+                [], shares, self.prompts_per_batch, self.seed, limit=limit, repeat=repeat
+            )
+            self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        assert self.order is not None
+        if self.order.count() < self.rollout_size:
+            needed = self.rollout_size * self.prompts_per_batch
+            raise ConfigError(
+                f"data.train has {sum(map(len, self.train_prompts))} prompts in an epoch, but "
+                f"{needed} are answered before the first update (prompts_per_batch, times "
+                "accumulate_grad_batches, minibatches and processes). Lower one of them, or give "
+                "the file a weight: {FILE: 2} takes each prompt twice in an epoch."
+            )
+
+    def _load(self, path: str) -> list[EncodedPrompt]:
+        """Read and encode the prompts of a file."""
+        limits, source = self.limits, self.module.source
+        bad = BadRows(limits.on_bad_row, limits.max_bad_share, limits.max_too_long_share)
+        codec, rows = PromptCodec(self.tokenizer), source.rows()
+        prompts: list[EncodedPrompt] = []
+        for prompt in load_prompts(path, self.columns, bad, limits.data_limit):
+            try:
+                ids = codec.encode(prompt.content)
+                check_ids(self.tokenizer, ids, rows)
+            except DataError as error:
+                bad.handle(error.at(*prompt.source))
+                continue
+            if len(ids) > self.longest_prompt:
+                bad.leave_out(
+                    DataError(
+                        f"the prompt has {len(ids)} tokens, but {self.longest_prompt} are left "
+                        "beside the longest answer",
+                        path=prompt.source[0],
+                        line=prompt.source[1],
+                        remedy="Raise max_length, lower max_completion_length, or leave it out.",
+                        reason="too_long",
+                    )
+                )
+                continue
+            fields = renamed(prompt.row, self.columns)
+            assert isinstance(fields, dict)
+            prompts.append(EncodedPrompt(prompt, fields, ids, self._count))
+            self._count += 1
+        bad.check(bad.seen)
+        bad.check_too_long(bad.seen)
+        warn_of_rows(Path(path), bad)
+        if not prompts:
+            raise DataError("no prompt can be used", path=path, reason="no_rows")
+        return prompts
+
+    def _hold_out(self) -> list[EncodedPrompt]:
+        """Take a share of the training prompts of each file, spread evenly, and return them."""
+        held_out: list[EncodedPrompt] = []
+        for file, prompts in enumerate(self.train_prompts):
+            numbers = np.arange(len(prompts))
+            chosen = np.floor((numbers + 1) * self.val_share) > np.floor(numbers * self.val_share)
+            if chosen.all() or not chosen.any():
+                raise ConfigError(
+                    f"{prompts[0].prompt.source[0]} has too few rows to hold out a share of "
+                    f"{self.val_share}. Give data.init_args.val, or set val_share to 0."
+                )
+            held_out += [prompts[number] for number in np.flatnonzero(chosen)]
+            self.train_prompts[file] = [prompts[number] for number in np.flatnonzero(~chosen)]
+        return spread(held_out, self.max_held_out_tokens, self.max_completion_length)
+
+    # Sizes
+
+    @property
+    def rollout_size(self) -> int:
+        """Micro-batches of all processes whose prompts are answered together."""
+        assert self.trainer is not None
+        return self.minibatches * self.trainer.accumulate_grad_batches * self.world_size
+
+    def _tokens(self, prompt: EncodedPrompt) -> int:
+        return len(prompt.ids) + self.max_completion_length
+
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what the training and the held-out prompts of each file are."""
+        return {
+            "train": [_statistics(prompts) for prompts in self.train_prompts],
+            "val": [_statistics(self.val_prompts)] if self.val_prompts else [],
+        }
+
+    def epoch_tokens(self) -> int:
+        """Return how many tokens an epoch has if all answers are of the longest length."""
+        if self.order is None:
+            return 0
+        answers = self.num_generations * self.max_completion_length
+        prompts = [len(p.ids) for of_file in self.train_prompts for p in of_file]
+        mean = sum(prompts) / max(1, len(prompts)) + answers
+        return round(self.epoch_micro_batches() * self.prompts_per_batch * mean)
+
+    def epoch_micro_batches(self) -> int:
+        """Return how many micro-batches an epoch has, each as often as it is learnt from."""
+        if self.order is None:
+            return 0
+        return self.order.count() // self.rollout_size * self.rollout_size * self.passes
+
+    def optimizer_steps(self, epochs: int, accumulate: int) -> int:
+        """Return the optimizer steps of some epochs: whole rollouts only."""
+        return epochs * self.epoch_micro_batches() // (accumulate * self.world_size)
+
+    def held_out_tokens(self) -> int:
+        """Return how many tokens a validation reads if its answers are of the longest length."""
+        answers = 1 + self.num_generations
+        return sum(len(p.ids) + answers * self.max_completion_length for p in self.val_prompts)
+
+    def first_samples(self, tokens: int) -> list[Sample]:
+        """Return prompts with answers of the longest length that have about so many tokens."""
+        samples: list[Sample] = []
+        for prompt in (p for of_file in self.train_prompts for p in of_file):
+            answer = (prompt.ids * self.max_completion_length)[: self.max_completion_length]
+            samples.append(answered(prompt, [answer] * self.num_generations))
+            tokens -= len(samples[-1].ids)
+            if tokens <= 0:
+                break
+        return samples
+
+    def largest_micro_batch(self) -> int:
+        """Return how many tokens a micro-batch can have."""
+        return self.tokens_per_batch
+
+    # Batches
+
+    def train_dataloader(self) -> PromptLoader:  # type: ignore[override]
+        """Micro-batches of prompts.
+
+        Raises:
+            ConfigError: when no training file is given.
+        """
+        if self.order is None:
+            raise ConfigError("No training data: set data.init_args.train to a JSONL file.")
+        return PromptLoader(self)
+
+    def val_dataloader(self) -> DataLoader[PromptBatch] | list[PromptBatch]:  # type: ignore[override]
+        """This process's held-out prompts."""
+        prompts = self.val_prompts[self.rank :: self.world_size]
+        if not prompts:
+            return []
+        return DataLoader(prompts, batch_size=PROMPTS_AT_A_TIME, collate_fn=PromptBatch)  # type: ignore[arg-type]
+
+    def replay_samples(self, step: int, targets: int) -> list[Sample]:
+        """Return the chats that a step learns from beside its answers, in all processes.
+
+        Args:
+            step: number of the optimizer step; decides the chats, together with the seed.
+            targets: of the step's answers, in all processes.
+        """
+        share_of_answers = 1 - sum(self.replay.values())
+        chosen: list[Sample] = []
+        for file, (store, share) in enumerate(
+            zip(self.replay_stores, self.replay.values(), strict=True)
+        ):
+            needed = share / share_of_answers * targets
+            random = np.random.default_rng([self.seed, step, file])
+            for index in random.permutation(len(store)).tolist():
+                if needed <= 0:
+                    break
+                chosen.append(store.sample(index))
+                needed -= targets_of(chosen[-1])
+        return chosen
+
+    def fingerprint(self) -> str:
+        """Return a digest of the prompts, their fields and weights, and of the replay."""
+        digest = hashlib.sha256()
+        for prompts, weight in zip(self.train_prompts, self.train_weights.values(), strict=True):
+            digest.update(json.dumps(weight).encode())
+            for prompt in prompts:
+                digest.update(json.dumps([prompt.ids, prompt.fields], default=str).encode())
+        replayed = [store.path.name.rsplit("-", 1)[-1] for store in self.replay_stores]
+        sizes = [self.num_generations, self.max_completion_length, self.prompts_per_batch]
+        sizes += [self.minibatches, self.passes]
+        digest.update(json.dumps([replayed, list(self.replay.values()), sizes]).encode())
+        return digest.hexdigest()[:12]
+
+
+def spread(prompts: list[EncodedPrompt], bound: int | None, answer: int) -> list[EncodedPrompt]:
+    """Return prompts, spread evenly, that with an answer each have at most so many tokens.
+
+    Args:
+        prompts: to choose from; all of them where they are within the bound, and at least one.
+        bound: in tokens; None for none.
+        answer: tokens of the longest answer.
+    """
+    total = sum(len(prompt.ids) + answer for prompt in prompts)
+    if bound is None or total <= bound:
+        return prompts
+    count = max(1, len(prompts) * bound // total)
+    return [prompts[number * len(prompts) // count] for number in range(count)]
+
+
+def _statistics(prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    lengths = np.array([len(prompt.ids) for prompt in prompts])
+    return {
+        "file": prompts[0].prompt.source[0],
+        "rows": len(prompts),
+        "samples": len(prompts),
+        "tokens": int(lengths.sum()),
+        "lengths": histogram([lengths]),
+    }

@@ -1,0 +1,353 @@
+"""Reinforcement learning from a model's answers to prompts, scored by rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from minigpt.data.batch import AttentionPlan, PackedBatch
+from minigpt.data.rollouts import (
+    EncodedPrompt,
+    GRPODataModule,
+    PromptBatch,
+    RolloutBatch,
+    targets_of,
+)
+from minigpt.errors import ConfigError
+from minigpt.model.parallel import gathered
+from minigpt.model.policy_losses import (
+    Advantage,
+    Normalisation,
+    PolicyLossKind,
+    group_advantages,
+    normalised,
+    policy_loss,
+)
+from minigpt.stages.base import BaseModule, LossSums
+from minigpt.stages.collapse import Collapse, CollapseWatch
+from minigpt.stages.rewards import Reward, RewardModel, Rewards
+from minigpt.stages.rollouts import Answers, RolloutSampler, pack_answers, rollout_means
+from minigpt.stages.step import Sums, to_floats
+
+SAMPLES_LOGGED = 4  # held-out prompts whose answers are logged as text
+
+
+class GRPOModule(BaseModule):
+    """Make answers likelier that rewards prefer to other answers to the same prompt.
+
+    Before an optimizer step, the model in training answers the step's prompts several times.
+    Rewards score the answers, and each is compared with the others to its prompt. Then the step
+    learns from them as from any packed batch; a prompt is computed once for all of its answers.
+
+    Args:
+        rewards: what is summed to an answer's reward. See docs/grpo.md.
+        temperature: at which answers are sampled; log-probs are those of that distribution.
+        advantage: how an answer is compared with its group: mean_std (GRPO), mean (Dr. GRPO) or
+            leave_one_out (RLOO).
+        loss: token (PPO), sequence (GSPO) or cispo.
+        clip_low: how far below 1 the ratio of a target's probability to the sampled one counts.
+        clip_high: how far above 1 it does.
+        normalisation: the loss is a mean over sequences, over all tokens of the step, or over
+            sequences with sums over tokens divided by `max_completion_length` (constant).
+        mask_cut_off: leave out answers that were cut off at the longest length.
+        redraws: how often a group whose answers all have the same reward is sampled again.
+        success: the reward from which an answer counts as right in validation.
+        collapse: what to do when answers repeat themselves, or do not end.
+        kwargs: see `BaseModule`.
+    """
+
+    def __init__(
+        self,
+        rewards: list[Reward],
+        temperature: float = 1.0,
+        advantage: Advantage = "mean_std",
+        loss: PolicyLossKind = "token",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        normalisation: Normalisation = "token",
+        mask_cut_off: bool = False,
+        redraws: int = 0,
+        success: float = 1.0,
+        collapse: Collapse = Collapse(),  # noqa: B008  (frozen)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < temperature < float("inf"):
+            raise ConfigError(f"model.temperature must be above 0, but is {temperature}.")
+        if redraws < 0:
+            raise ConfigError(f"model.redraws must be at least 0, but is {redraws}.")
+        if not 0 < clip_low <= 1 or not 0 < clip_high < float("inf"):
+            raise ConfigError(
+                "model.clip_low lies in 0 to 1 and model.clip_high is above 0, but they are "
+                f"{clip_low} and {clip_high}."
+            )
+        if self.loss_watch.spike.action != "off":
+            raise ConfigError(
+                "model.spike compares with the mean loss, but a policy's is around 0: leave it out."
+            )
+        self.rewards = Rewards(rewards, load_reward_model)
+        self.temperature = temperature
+        self.advantage: Advantage = advantage
+        self.loss: PolicyLossKind = loss
+        self.clip = (clip_low, clip_high)
+        self.normalisation: Normalisation = normalisation
+        self.mask_cut_off = mask_cut_off
+        self.redraws = redraws
+        self.success = success
+        self.collapse_watch = CollapseWatch(collapse)
+        self.rollout: list[RolloutBatch] = []  # what is learnt from now
+        self.rollout_metrics: dict[str, float] = {}
+        self.val_samples: list[tuple[str, str, float]] = []
+
+    @property
+    def data(self) -> GRPODataModule:
+        """The DataModule in use."""
+        data = super().data
+        if not isinstance(data, GRPODataModule):
+            raise ConfigError("GRPOModule learns from prompts: use GRPODataModule.")
+        return data
+
+    def on_fit_start(self) -> None:
+        """Check that the prompts have what the rewards need."""
+        super().on_fit_start()
+        if self.data.num_generations < 2:
+            raise ConfigError(
+                "data.num_generations must be at least 2: an answer is compared with the others "
+                "to its prompt."
+            )
+        for prompts in (*self.data.train_prompts, self.data.val_prompts):
+            for prompt in prompts:
+                self.rewards.check_fields(prompt.fields, *prompt.prompt.source)
+
+    # From prompts to packed batches
+
+    def training_step(self, batch: PackedBatch | PromptBatch, batch_idx: int) -> Tensor:
+        """Answer the prompts, unless that was done before, and learn from the answers."""
+        assert isinstance(batch, PromptBatch)
+        if batch.rollout:
+            self.rollout = self.roll_out(batch.rollout)
+        packed = self.rollout[batch.number % len(self.rollout)].to(self.device)
+        return super().training_step(replace(packed, resume_at=batch.resume_at), batch_idx)
+
+    @torch.no_grad()
+    def roll_out(self, batches: Sequence[Sequence[EncodedPrompt]]) -> list[RolloutBatch]:
+        """Answer the prompts of micro-batches, score the answers, and pack them."""
+        started = time.monotonic()
+        prompts = [prompt for batch in batches for prompt in batch]
+        stream = self.trainer.global_step + 1  # 0 is validation's
+        answers = self.sampler().sample(prompts, self.data.num_generations, stream, self.redraws)
+        self._measure(answers, time.monotonic() - started)
+        packed = self._pack(answers, [len(batch) for batch in batches])
+        torch.clear_autocast_cache()  # else weights that were cast here would get no gradients
+        return packed
+
+    def sampler(self) -> RolloutSampler:
+        """Return what samples answers with the weights as they stand."""
+        return RolloutSampler(
+            self.engine(),
+            self.rewards,
+            self.temperature,
+            self.data.max_completion_length,
+            self.data.seed,
+            (self.trainer.global_step, self.total_steps()),
+        )
+
+    def _pack(self, answers: Answers, sizes: Sequence[int]) -> list[RolloutBatch]:
+        """Pack the answers to the prompts of each micro-batch, with its part of the replay.
+
+        Args:
+            answers: to the prompts of all micro-batches.
+            sizes: how many prompts each micro-batch has.
+        """
+        data, accumulate = self.data, self.trainer.accumulate_grad_batches
+        advantages = group_advantages(answers.rewards, self.advantage)
+        included = ~answers.rewards.isnan()
+        if self.mask_cut_off:
+            included &= answers.ended
+        starts = [0, *np.cumsum(sizes).tolist()]
+        packed = []
+        for number in range(len(sizes)):
+            minibatch, position = divmod(number, accumulate)
+            if not position:  # the first micro-batch of an optimizer step
+                rows = slice(starts[number], starts[number + accumulate])
+                targets, terms = self._counts(answers.lengths[rows], included[rows])
+                replay = data.replay_samples(self.trainer.global_step + minibatch, targets)
+                replayed = sum(map(targets_of, replay))
+            batch = pack_answers(
+                answers,
+                slice(starts[number], starts[number + 1]),
+                advantages,
+                included,
+                replay[data.rank + position * data.world_size :: accumulate * data.world_size],
+            )
+            # The step's sum is divided by its terms; the replay's is to be a mean of its own.
+            batch.replay_weight = max(1, terms) / max(1, replayed)
+            if data.minibatches * data.passes > 1:  # the weights will have moved
+                batch.old_logprobs = self._logprobs(batch)
+            packed.append(batch)
+        return packed
+
+    def _counts(self, lengths: Tensor, included: Tensor) -> tuple[int, int]:
+        """Return a step's targets, and what its loss is divided by, over all processes.
+
+        Args:
+            lengths, included: [P, G] of this process's answers.
+        """
+        targets = int((lengths * included).sum())
+        terms = targets if self.normalisation == "token" else int(included.sum())
+        counts = np.array(gathered([(targets, terms)])).sum(0)
+        return int(counts[0]), int(counts[1])
+
+    def _logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Return the targets' log-probs [N] by the training path, without dropout."""
+        training = self.model.training
+        self.model.eval()
+        logprobs = self._tempered(batch.to(self.device))
+        self.model.train(training)
+        return logprobs.cpu()
+
+    def _tempered(self, batch: RolloutBatch) -> Tensor:
+        """Return the targets' log-probs [N], of answers at the temperature of sampling."""
+        temperature = None
+        if self.temperature != 1:
+            is_replay = batch.is_replay[batch.answers]
+            temperature = torch.where(is_replay, 1.0, self.temperature)
+        logprobs: Tensor = self.model(batch, per_target=True, temperature=temperature)
+        return logprobs
+
+    def _measure(self, answers: Answers, seconds: float) -> None:
+        """Note what is logged of a rollout, over all processes, and watch for collapse."""
+        sums = answers.sums(self.rewards.names)
+        total = Sums()
+        total.add({**sums, "seconds": seconds / self.trainer.world_size}, self.device)
+        self.rollout_metrics = rollout_means(to_floats(total.all_reduced()))
+        repeated = self.rollout_metrics["rollout/repeated"]
+        self.collapse_watch.observe(repeated, self.rollout_metrics["rollout/cut_off"])
+
+    # The loss
+
+    def compute_loss(self, batch: PackedBatch) -> LossSums:
+        """Return the policy's loss, and the replay's with its weight, as sums."""
+        assert isinstance(batch, RolloutBatch)
+        logps = self._tempered(batch)
+        is_replay = batch.is_replay[batch.answers]
+        old = logps.detach() if batch.old_logprobs is None else batch.old_logprobs
+        terms = policy_loss(logps, old, batch.advantages, batch.answers, self.loss, *self.clip)
+        longest = self.data.max_completion_length
+        policy, count = normalised(
+            terms.losses, batch.answers, batch.included, self.normalisation, longest
+        )
+        replay = -torch.where(is_replay, logps, 0.0).sum()
+        counted = batch.included[batch.answers]
+        gaps = (old - batch.sampled_logprobs).abs()
+        metrics: dict[str, Tensor | float] = {
+            "targets": counted.sum(),
+            "clip/low": (terms.clipped_low & counted).sum(),
+            "clip/high": (terms.clipped_high & counted).sum(),
+            "entropy": -torch.where(counted, logps, 0.0).sum(),
+            "logprob_gap": torch.where(counted, gaps, 0.0).sum(),
+            "replay/loss": replay,
+            "replay/targets": is_replay.sum(),
+        }
+        return LossSums(policy + batch.replay_weight * replay, int(count), metrics)
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """Turn sums into what is logged: means over the targets of answers, and of the replay."""
+        targets, replayed = totals["targets"], totals["replay/targets"]
+        values = {"loss": totals["loss"] / max(1.0, totals["count"])}
+        for name in ("clip/low", "clip/high", "entropy", "logprob_gap"):
+            values[name] = totals[name] / max(1.0, targets)
+        if replayed:
+            values["replay/loss"] = totals["replay/loss"] / replayed
+            values["replay/share"] = replayed / (replayed + targets)
+        return values
+
+    def log_step(self, totals: dict[str, float]) -> None:
+        """Add what was measured of the rollout."""
+        super().log_step(totals)
+        if (self.trainer.global_step + 1) % self.log_every == 0:
+            self.log_dict(self.rollout_metrics, rank_zero_only=True)
+
+    # Validation: the same rewards on held-out prompts
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the held-out sums and samples anew."""
+        super().on_validation_epoch_start()
+        self.val_samples = []
+
+    def validation_step(self, batch: PackedBatch | PromptBatch, batch_idx: int) -> None:
+        """Answer held-out prompts, greedily and by sampling, and score the answers."""
+        assert isinstance(batch, PromptBatch)
+        size, sampler = self.data.num_generations, self.sampler()
+        greedy = sampler.greedy(batch.prompts)
+        rewards = greedy.rewards[:, 0]
+        right = sampler.sample(batch.prompts, size, 0).rewards >= self.success  # NaN is not
+        sums: dict[str, Tensor | float] = {
+            "prompts": float(len(batch.prompts)),
+            "scored": (~rewards.isnan()).sum(),
+            "reward": rewards.nan_to_num(0.0).sum(),
+            "accuracy": (rewards >= self.success).sum(),
+            "pass_at_1": right.float().mean(1).sum(),
+            f"pass_at_{size}": right.any(1).sum(),
+            "cut_off": (~greedy.ended).sum(),
+        }
+        self.validation_sums.add(sums, self.device)
+        for prompt, (text,), reward in zip(batch.prompts, greedy.texts, rewards, strict=True):
+            self.val_samples.append((prompt.question, text, float(reward)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out means over all processes, and some answers with their rewards."""
+        if not self.validation_sums.values:
+            return
+        totals = to_floats(self.validation_sums.all_reduced())
+        prompts, scored = totals.pop("prompts"), totals.pop("scored")
+        values = {f"val/{name}": value / prompts for name, value in totals.items()}
+        values["val/reward"] = totals["reward"] / max(1.0, scored)
+        self.log_dict(values, rank_zero_only=True)
+        text = "\n\n".join(
+            f"**{question}**\n\n> {answer}\n\nreward {reward:g}"
+            for question, answer, reward in self.val_samples[:SAMPLES_LOGGED]
+        )
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("rollouts", text, self.trainer.global_step)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the collapse watch, and the rollout if further steps learn from it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["collapse"] = self.collapse_watch.state_dict()
+        _, done = self.data.position
+        if done % (self.data.rollout_size * self.data.passes):
+            per_process = gathered([[_as_state(batch) for batch in self.rollout]])
+            in_order = zip(*per_process, strict=True)  # as micro-batches are dealt to processes
+            checkpoint["rollout"] = [state for states in in_order for state in states]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the collapse watch and the rollout."""
+        super().on_load_checkpoint(checkpoint)
+        self.collapse_watch.load_state_dict(checkpoint["collapse"])
+        states = checkpoint.get("rollout", [])[self.data.rank :: self.data.world_size]
+        self.rollout = [_from_state(state) for state in states]
+
+
+def load_reward_model(path: str) -> RewardModel:
+    """Load a trained reward model."""
+    raise ConfigError("not yet")
+
+
+def _as_state(batch: RolloutBatch) -> dict[str, Any]:
+    """Return a batch as tensors and plain values, which a checkpoint can hold."""
+    return {**vars(batch), "plan": vars(batch.plan)}
+
+
+def _from_state(state: dict[str, Any]) -> RolloutBatch:
+    return RolloutBatch(**{**state, "plan": AttentionPlan(**state["plan"])})

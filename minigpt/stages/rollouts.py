@@ -1,0 +1,231 @@
+"""Rollouts: answers of the model in training to prompts, scored and packed for its update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt.data.batch import Sample
+from minigpt.data.rollouts import EncodedPrompt, RolloutBatch, answered, collate_rollouts
+from minigpt.infer.engine import Engine
+from minigpt.infer.rollout import SampledAnswer, sample_groups
+from minigpt.model.policy_losses import groups_with_signal
+from minigpt.stages.collapse import repeated_ngrams
+from minigpt.stages.reward_rules import Rollout
+from minigpt.stages.rewards import Rewards
+
+
+@dataclass
+class Answers:
+    """Groups of answers with their rewards.
+
+    Attributes:
+        prompts: P prompts.
+        groups: for each, G answers.
+        texts: of the answers, without the token that ended them.
+        parts: [R, P, G] each reward without its weight; NaN where it cannot score an answer.
+        rewards: [P, G] their weighted sums; NaN where a part is.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    groups: list[list[SampledAnswer]]
+    texts: list[list[str]]
+    parts: Tensor
+    rewards: Tensor
+
+    def replace(self, numbers: Sequence[int], others: Answers) -> None:
+        """Put other answers in the place of those to the prompts of these numbers."""
+        for number, group, texts in zip(numbers, others.groups, others.texts, strict=True):
+            self.groups[number] = group
+            self.texts[number] = texts
+        self.parts[:, numbers] = others.parts
+        self.rewards[numbers] = others.rewards
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, [P, G]."""
+        return torch.tensor([[len(answer.ids) for answer in group] for group in self.groups])
+
+    @property
+    def ended(self) -> Tensor:
+        """Which answers were not cut off, [P, G] bool."""
+        return torch.tensor([[answer.ended for answer in group] for group in self.groups])
+
+    def sums(self, names: Sequence[str]) -> dict[str, Tensor | float]:
+        """Return the sums behind what is logged of them (`rollout_means`).
+
+        Args:
+            names: of the rewards.
+        """
+        scored = ~self.rewards.isnan()
+        rewards = self.rewards.nan_to_num(0.0)
+        means = rewards.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+        ids = [answer.ids for group in self.groups for answer in group]
+        parts = zip(names, self.parts.nan_to_num(0.0), strict=True)
+        return {
+            "answers": float(len(ids)),
+            "scored": scored.sum(),
+            "groups": float(len(self.groups)),
+            "reward": rewards.sum(),
+            "spread": torch.where(scored, rewards - means, 0.0).square().sum(),
+            "without_signal": (~groups_with_signal(self.rewards)).sum(),
+            "length": self.lengths.sum(),
+            "cut_off": (~self.ended).sum(),
+            "repeated": repeated_ngrams(ids) * len(ids),  # a mean over answers
+            **{f"reward/{name}": part.sum() for name, part in parts},
+        }
+
+
+class RolloutSampler:
+    """Samples and scores answers with the weights as they stand.
+
+    Args:
+        engine: over the model in training.
+        rewards: score the answers.
+        temperature: of sampling.
+        longest: tokens of the longest answer.
+        seed: of the run.
+        progress: optimizer steps that were made, and how many there will be.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rewards: Rewards,
+        temperature: float,
+        longest: int,
+        seed: int,
+        progress: tuple[int, int],
+    ) -> None:
+        self.engine = engine
+        self.rewards = rewards
+        self.temperature = temperature
+        self.longest = longest
+        self.seed = seed
+        self.progress = progress
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], size: int, stream: int, redraws: int = 0
+    ) -> Answers:
+        """Sample a group of answers to each prompt.
+
+        Args:
+            prompts: to answer.
+            size: answers to each.
+            stream: a number that no other step has; an answer's random numbers depend on it, the
+                run's seed, the prompt and the answer's number alone.
+            redraws: how often groups without signal are sampled again.
+        """
+        answers = self._sample(prompts, size, stream, 0)
+        for redraw in range(1, redraws + 1):
+            without = torch.nonzero(~groups_with_signal(answers.rewards)).flatten().tolist()
+            if without:
+                again = [prompts[number] for number in without]
+                answers.replace(without, self._sample(again, size, stream, redraw))
+        return answers
+
+    def greedy(self, prompts: Sequence[EncodedPrompt]) -> Answers:
+        """Answer each prompt once, by the likeliest tokens."""
+        return self._scored(prompts, self._groups(prompts, [[0]] * len(prompts), 0.0))
+
+    def _sample(
+        self, prompts: Sequence[EncodedPrompt], size: int, stream: int, redraw: int
+    ) -> Answers:
+        seeds = [
+            [answer_seed(self.seed, stream, prompt.number, redraw, i) for i in range(size)]
+            for prompt in prompts
+        ]
+        return self._scored(prompts, self._groups(prompts, seeds, self.temperature))
+
+    def _groups(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        seeds: Sequence[Sequence[int]],
+        temperature: float,
+    ) -> list[list[SampledAnswer]]:
+        ids = [prompt.ids for prompt in prompts]
+        return sample_groups(self.engine, ids, seeds, temperature, self.longest)
+
+    def _scored(
+        self, prompts: Sequence[EncodedPrompt], groups: list[list[SampledAnswer]]
+    ) -> Answers:
+        texts = [[self._text(answer) for answer in group] for group in groups]
+        judged = [
+            Rollout(
+                prompt=prompt.prompt.content,
+                prompt_ids=prompt.ids,
+                completion=text,
+                completion_ids=answer.ids,
+                ended=answer.ended,
+                fields=prompt.fields,
+                source=prompt.prompt.source,
+            )
+            for prompt, group, of_group in zip(prompts, groups, texts, strict=True)
+            for answer, text in zip(group, of_group, strict=True)
+        ]
+        table = self.rewards.score(judged, *self.progress)
+        shape = (len(prompts), -1)
+        return Answers(
+            prompts,
+            groups,
+            texts,
+            table.parts.view(len(table.parts), *shape),
+            self.rewards.total(table.parts).view(shape),
+        )
+
+    def _text(self, answer: SampledAnswer) -> str:
+        ids = answer.ids[:-1] if answer.ended else answer.ids
+        return str(self.engine.tokenizer.decode(ids))
+
+
+def answer_seed(seed: int, stream: int, prompt: int, redraw: int, answer: int) -> int:
+    """Return the seed of an answer's generator: the same in any batch, and after any restart."""
+    words = np.random.SeedSequence([seed, stream, prompt, redraw, answer])
+    return int(words.generate_state(1, np.uint64)[0])
+
+
+def pack_answers(
+    answers: Answers,
+    rows: slice,
+    advantages: Tensor,
+    included: Tensor,
+    replay: Sequence[Sample],
+) -> RolloutBatch:
+    """Pack a micro-batch: the answers to some of the prompts, and chats of the replay.
+
+    Args:
+        answers: to all prompts.
+        rows: which of the prompts.
+        advantages, included: [P, G] of all answers.
+        replay: the chats.
+    """
+    groups = answers.groups[rows]
+    return collate_rollouts(
+        [
+            answered(prompt, [answer.ids for answer in group])
+            for prompt, group in zip(answers.prompts[rows], groups, strict=True)
+        ],
+        [logprob for group in groups for answer in group for logprob in answer.logprobs],
+        advantages[rows].flatten().tolist(),
+        included[rows].flatten().tolist(),
+        replay,
+    )
+
+
+def rollout_means(totals: dict[str, float]) -> dict[str, float]:
+    """Turn the sums of a rollout over all processes into what is logged."""
+    answers, scored = totals["answers"], max(1.0, totals["scored"])
+    names = ("length", "cut_off", "repeated")
+    rewards = (name for name in totals if name.startswith("reward"))
+    return {
+        **{name: totals[name] / scored for name in rewards},
+        **{f"rollout/{name}": totals[name] / answers for name in names},
+        "rollout/spread": (totals["spread"] / scored) ** 0.5,
+        "rollout/without_signal": totals["without_signal"] / totals["groups"],
+        "rollout/not_scored": 1 - totals["scored"] / answers,
+        "rollout/seconds": totals["seconds"],
+    }

@@ -1,0 +1,208 @@
+"""GRPO: sampled answers are scored, and learnt from as any packed batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import Fit
+
+from minigpt.cli.trainer import MiniGPTCLI
+from minigpt.errors import ConfigError, DataError, TrainingError
+from minigpt.stages.grpo import GRPOModule
+
+# Rewards by TRL's signature: answers that begin alike score by their first token.
+FUNCTIONS = """
+def low_ids(prompts, completions, completion_ids, **fields):
+    return [sum(i < 290 for i in ids) / len(ids) for ids in completion_ids]
+
+def unscored(prompts, completions, completion_ids, **fields):
+    return [None if ids[0] % 3 == 0 else float(ids[0] % 2) for ids in completion_ids]
+
+def same(prompts, completions, completion_ids, **fields):
+    return [1.0 for _ in completion_ids]
+"""
+
+
+@pytest.fixture
+def grpo(fit: Fit, world: Path, tmp_path: Path) -> Any:
+    """Run GRPO from the SFT model: `grpo("low_ids", "name of the run", dotted__path=value)`."""
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+
+    def start(reward: str, name: str = "run", *more: str, **changes: Any) -> MiniGPTCLI:
+        function = f"{tmp_path / 'functions.py'}:{reward}"
+        rewards = [{"kind": "function", "function": function}]
+        return fit("grpo", name, *more, **{"model__init_args__rewards": rewards, **changes})
+
+    return start
+
+
+def metrics(tmp_path: Path, name: str, run: str = "run") -> list[float]:
+    return tiny_runs.metrics(tmp_path / run, name)
+
+
+def test_the_reward_rises(grpo: Any, tmp_path: Path) -> None:
+    grpo("low_ids", trainer__max_steps=12, trainer__val_check_interval=12)
+    rewards = metrics(tmp_path, "reward/low_ids")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+    before, after = metrics(tmp_path, "val/reward")
+    assert after > before
+    assert {0.0} == set(metrics(tmp_path, "train/clip/low") + metrics(tmp_path, "train/clip/high"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_what_is_trained_on_is_what_was_sampled(
+    temperature: float, grpo: Any, tmp_path: Path
+) -> None:
+    grpo("low_ids", model__init_args__temperature=temperature)
+    gaps = metrics(tmp_path, "train/logprob_gap")
+    assert max(gaps) < 1e-4
+    assert max(gaps) > 0  # they are computed in two ways
+
+
+def test_a_step_of_two_micro_batches_is_a_step_of_one(grpo: Any, tmp_path: Path, sgd: None) -> None:
+    one = {"data__init_args__prompts_per_batch": 4}
+    two = {"data__init_args__prompts_per_batch": 2, "trainer__accumulate_grad_batches": 2}
+    grpo("unscored", "one", **one)
+    grpo("unscored", "two", **two)
+    for name in ("train/loss", "grad_norm", "reward", "rollout/not_scored"):
+        first, second = (metrics(tmp_path, name, run) for run in ("one", "two"))
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    assert min(metrics(tmp_path, "rollout/not_scored", "one")) > 0
+
+
+def test_several_passes_have_ratios_and_resume_exactly(grpo: Any, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data__init_args__passes": 2,
+        "data__init_args__minibatches": 2,
+        "trainer__max_steps": 7,
+        "checkpoint": {"every": 1, "keep": "all"},
+        "model__init_args__clip_high": 0.01,
+        "model__init_args__clip_low": 0.01,
+        "model__init_args__optimizer": {"lr": 0.05},
+    }
+    whole = grpo("low_ids", "whole", **changes)
+    assert max(metrics(tmp_path, "train/clip/high", "whole")) > 0
+    middle = sorted((tmp_path / "whole" / "checkpoints").iterdir())[5]  # in the second rollout
+    losses = metrics(tmp_path, "train/loss", "whole")
+    again = grpo("low_ids", "again", "--ckpt_path", str(middle), **changes)
+    assert metrics(tmp_path, "train/loss", "again") == losses[-1:]
+    for one, other in zip(
+        whole.model.state_dict().values(), again.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+    other = grpo("low_ids", "other", data__init_args__seed=1, **changes)
+    assert metrics(tmp_path, "train/loss", "other") != losses
+    assert other.datamodule.position == whole.datamodule.position
+
+
+def test_groups_without_signal_change_nothing_and_are_drawn_again(
+    grpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    from minigpt.stages import rollouts
+
+    sample_groups = rollouts.sample_groups
+
+    def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append(len(prompts))
+        return sample_groups(engine, prompts, *rest)
+
+    monkeypatch.setattr(rollouts, "sample_groups", counted)
+    run = grpo(
+        "same", trainer__max_steps=2, model__init_args__redraws=2, trainer__limit_val_batches=0
+    )
+    assert asked == [4, 4, 4] * 2
+    assert metrics(tmp_path, "rollout/without_signal") == [1.0, 1.0]
+    assert metrics(tmp_path, "grad_norm") == [0.0, 0.0]
+    assert run.model.rollout_metrics["rollout/spread"] == 0
+
+
+def test_answers_that_cannot_be_scored_count_nowhere(grpo: Any, tmp_path: Path) -> None:
+    grpo("unscored", trainer__max_steps=2)
+    for share, reward in zip(
+        metrics(tmp_path, "rollout/not_scored"), metrics(tmp_path, "reward"), strict=True
+    ):
+        assert 0 < share < 1
+        assert 0 < reward < 1  # a mean of zeros and ones
+
+
+def test_the_replay_is_a_mean_of_its_own(grpo: Any, world: Path, tmp_path: Path, sgd: None) -> None:
+    """Without signal in the groups, a step is one of SFT on the chats."""
+    chats = str(world / "sft.jsonl")
+    more = {"model__init_args__temperature": 0.8}  # which is not of the replay
+    grpo("same", data__init_args__replay={chats: 0.5}, trainer__max_steps=2, **more)
+    losses, replayed = metrics(tmp_path, "train/loss"), metrics(tmp_path, "train/replay/loss")
+    assert losses == pytest.approx(replayed, rel=1e-6)
+    assert all(share > 0.5 for share in metrics(tmp_path, "train/replay/share"))
+    assert losses[0] == pytest.approx(
+        metrics(world / "..", "val/loss", str(world / "sft"))[-1], rel=0.2
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__init_args__loss": "sequence", "model__init_args__normalisation": "sequence"},
+        {"model__init_args__loss": "cispo", "model__init_args__normalisation": "constant"},
+        {"model__init_args__advantage": "leave_one_out"},
+        {"model__init_args__lora": {"r": 4, "dropout": 0.0}},
+        {"trainer__precision": "bf16-mixed"},
+    ],
+)
+def test_each_kind_learns(changes: dict[str, Any], grpo: Any, world: Path, tmp_path: Path) -> None:
+    run = grpo("low_ids", trainer__max_steps=2, **changes)
+    assert all(norm > 0 and math.isfinite(norm) for norm in metrics(tmp_path, "grad_norm"))
+    assert isinstance(run.model, GRPOModule)
+
+
+def test_a_collapse_stops_the_run(grpo: Any) -> None:
+    collapse = {"action": "stop", "unfinished": 0.0, "steps": 2}
+    with pytest.raises(TrainingError, match="For 2 steps, answers cut off at the longest length"):
+        grpo(
+            "low_ids", model__init_args__collapse=collapse, data__init_args__max_completion_length=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"data__init_args__num_generations": 1},
+            ConfigError,
+            "num_generations must be at least 2",
+        ),
+        ({"model__init_args__temperature": 0.0}, ConfigError, "temperature must be above 0"),
+        ({"model__init_args__redraws": -1}, ConfigError, "redraws must be at least 0"),
+        ({"model__init_args__clip_low": 2.0}, ConfigError, "clip_low lies in 0 to 1"),
+        ({"model__init_args__spike": {"action": "warn"}}, ConfigError, "leave it out"),
+        ({"model__init_args__rewards": [{"kind": "exact"}]}, DataError, r"grpo\.jsonl:1.*answer"),
+        ({"data__class_path": "SFTDataModule"}, ConfigError, "use GRPODataModule"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, grpo: Any, world: Path
+) -> None:
+    if "data__class_path" in changes:
+        file = str(world / "sft.jsonl")
+        changes["data__init_args"] = {"train": file, "val_share": 0.0, "tokens_per_batch": 512}
+    with pytest.raises(error, match=message):
+        grpo("low_ids", **changes)
+
+
+def test_samples_are_logged_with_their_rewards(grpo: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    grpo("low_ids", trainer__max_steps=2)
+    (file,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"tensors": 0})
+    events.Reload()
+    text = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text.count("reward ") == 4
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    assert {"val/reward", "val/accuracy", "val/pass_at_1", "val/pass_at_4"} <= set(final)
