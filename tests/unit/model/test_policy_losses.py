@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import pytest
@@ -245,3 +249,85 @@ def test_what_is_excluded_has_no_gradient() -> None:
         )[0]
         assert gradient[3:].eq(0).all()
         assert gradient[:3].ne(0).all()
+
+
+# Four answers, and the bounds of the losses: TRL's for cispo is absolute, and has none below.
+LENGTHS, WEIGHTS, LONGEST = [6, 3, 1, 4], [1.0, -1.0, 0.5, -0.7], 8
+OF_TRL: dict[
+    tuple[str, str], Any
+] = {  # name and level there: ours, normalisation, weight of the KL, bounds
+    ("grpo", "token"): ("token", "sequence", 0.1, (0.2, 0.28)),
+    ("dapo", "token"): ("token", "token", 0.0, (0.2, 0.28)),
+    ("dr_grpo", "token"): ("token", "constant", 0.04, (0.2, 0.2)),
+    ("cispo", "token"): ("cispo", "token", 0.0, (1.0, 0.28)),
+    ("grpo", "sequence"): ("sequence", "sequence", 0.1, (0.2, 0.28)),
+}
+TRL = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from collections import defaultdict
+from types import SimpleNamespace
+import torch
+from trl import GRPOTrainer
+
+given = json.loads(sys.argv[1])
+torch.set_default_dtype(torch.float64)
+logps, old, reference, mask, weights = (
+    torch.tensor(given[name]) for name in ("new", "old", "ref", "mask", "weights")
+)
+mask = mask.double()
+
+def same(value, reduction=None): return value
+
+def loss(kind, level, beta, low, high):
+    policy = logps.clone().requires_grad_()
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (policy, torch.zeros_like(mask), None),
+        model=SimpleNamespace(training=True), aux_loss_enabled=False, top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, loss_type=kind,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        epsilon_low=low, epsilon_high=high + (kind == "cispo"), use_vllm=False,
+        current_gradient_accumulation_steps=1, max_completion_length=given["longest"],
+        _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
+        accelerator=SimpleNamespace(
+            device="cpu", num_processes=1, gather=same, gather_for_metrics=same, reduce=same
+        ),
+    )
+    prompt = torch.zeros(len(mask), 1).long()
+    inputs = dict(
+        prompt_ids=prompt, prompt_mask=prompt + 1, completion_ids=torch.zeros_like(mask).long(),
+        completion_mask=mask, advantages=weights,
+        old_per_token_logps=old, ref_per_token_logps=reference, num_items_in_batch=mask.sum(),
+    )
+    value = GRPOTrainer._compute_loss(trainer, None, inputs)
+    value.backward()
+    return [value.item(), policy.grad[mask.bool()].tolist()]
+
+print(json.dumps([loss(*arguments) for arguments in given["losses"]]))
+"""
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
+def test_losses_and_gradients_are_those_of_trl() -> None:
+    generator = torch.Generator().manual_seed(0)
+    new, old, ref = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator) * 0.5 - 2
+    mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
+    losses = [(*of_trl, beta, *clip) for of_trl, (_, _, beta, clip) in OF_TRL.items()]
+    given = {
+        name: t.tolist() for name, t in zip(("new", "old", "ref"), (new, old, ref), strict=True)
+    }
+    given |= {"mask": mask.tolist(), "weights": WEIGHTS, "longest": LONGEST, "losses": losses}
+    command = [sys.executable, "-W", "ignore", "-c", TRL, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    answers = mask.nonzero()[:, 0]
+    included, weights = torch.ones(4, dtype=torch.bool), torch.tensor(WEIGHTS, dtype=torch.float64)
+    for (value, gradient), (kind, norm, beta, clip) in zip(theirs, OF_TRL.values(), strict=True):
+        logps = new[mask].requires_grad_()
+        terms = policy_loss(logps, old[mask], weights, answers, kind, *clip).losses
+        terms = terms + beta * kl_k3(logps, ref[mask])
+        total, count = normalised(terms, answers, included, norm, LONGEST)
+        loss = total / count
+        assert loss.item() == pytest.approx(value, rel=1e-9)
+        assert torch.autograd.grad(loss, logps)[0].tolist() == pytest.approx(gradient, rel=1e-9)
