@@ -89,8 +89,34 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 only.setattr(setup, "build_optimizer", sgd)
             run(alone["args"])
     jobs = [job(root, stage, kind, name, **two(name)) for stage, kind, name in ALL]
-    torchrun(root, [*jobs, *later_jobs(root)])
+    with patch.context() as only:
+        only.setattr(setup, "build_optimizer", sgd)
+        run(grpo_job(root, "alone", trainer__accumulate_grad_batches=2)["args"])
+    rollouts = [grpo_job(root, name, **two("ddp")) for name in ("ddp", "resumed")]
+    rollouts[1]["args"] += ["--ckpt_path", str(root / "grpo-ddp" / "checkpoints" / "step=3")]
+    torchrun(root, [*jobs, *later_jobs(root), *rollouts])
     return root
+
+
+def grpo_job(root: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Two steps from each rollout, with a replay; step 3 is in the middle of the second one."""
+    reward = root / "reward.py"
+    reward.write_text(
+        "def low(completion_ids, **_):\n"
+        "    return [sum(i < 290 for i in ids) / len(ids) for ids in completion_ids]\n"
+    )
+    made = tiny_runs.config(
+        root,
+        "grpo",
+        root / f"grpo-{name}",
+        trainer__max_steps=5,
+        model__init_args__rewards=[{"kind": "function", "function": f"{reward}:low"}],
+        data__init_args__passes=2,
+        data__init_args__replay={str(root / "sft.jsonl"): 0.3},
+        checkpoint={"every": 1, "keep": 9},
+        **changes,
+    )
+    return {"args": tiny_runs.arguments("fit", made), "sgd": True}
 
 
 def two(strategy: str) -> dict[str, Any]:
@@ -163,6 +189,22 @@ def test_a_resumed_run_ends_where_the_whole_one_did(
     assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(before)) - 2
     for name, value in load_model(resumed).state_dict().items():
         assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_rollouts_are_those_of_one_process(runs: Path) -> None:
+    for name in ("reward", "rollout/length", "rollout/spread", "train/loss", "grad_norm"):
+        alone = tiny_runs.metrics(runs / "grpo-alone", name)
+        together = tiny_runs.metrics(runs / "grpo-ddp", name)
+        assert len(together) == 5
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-6), name
+    for name in ("val/reward", "val/pass_at_1", "val/cut_off"):
+        values = (tiny_runs.metrics(runs / f"grpo-{run}", name) for run in ("alone", "ddp"))
+        assert next(values) == pytest.approx(next(values)), name
+    whole, resumed = (load_model(runs / f"grpo-{run}").state_dict() for run in ("ddp", "resumed"))
+    alone = load_model(runs / "grpo-alone").state_dict()
+    for name, value in whole.items():
+        assert torch.allclose(value, alone[name], rtol=1e-5, atol=1e-5), name
+        assert torch.allclose(value, resumed[name], rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.parametrize(("stage", "kind", "strategy"), ALL)
