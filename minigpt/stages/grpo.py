@@ -325,6 +325,7 @@ class GRPOModule(BaseModule):
         """Add the collapse watch, and the rollout if further steps learn from it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["collapse"] = self.collapse_watch.state_dict()
+        checkpoint["rollout_metrics"] = self.rollout_metrics
         _, done = self.data.position
         if done % (self.data.rollout_size * self.data.passes):
             per_process = gathered([[_as_state(batch) for batch in self.rollout]])
@@ -335,6 +336,7 @@ class GRPOModule(BaseModule):
         """Continue with the collapse watch and the rollout."""
         super().on_load_checkpoint(checkpoint)
         self.collapse_watch.load_state_dict(checkpoint["collapse"])
+        self.rollout_metrics = checkpoint["rollout_metrics"]
         states = checkpoint.get("rollout", [])[self.data.rank :: self.data.world_size]
         self.rollout = [_from_state(state) for state in states]
 

@@ -153,6 +153,49 @@ def test_a_reference_that_was_cut_off_is_not_used(
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+REWARD = """
+import os
+import signal
+from pathlib import Path
+
+calls = 0
+
+
+def low(completion_ids, **_):
+    global calls
+    calls += 1
+    order = Path(__file__).with_name("kill")
+    if calls == 7 and order.exists():
+        order.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [sum(i < 290 for i in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+@pytest.mark.faults
+def test_a_run_that_is_killed_in_a_rollout_goes_on_exactly(
+    world: Path, start: Start, tmp_path: Path
+) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(REWARD)
+    changes: dict[str, Any] = {
+        "model__init_args__rewards": [{"kind": "function", "function": f"{reward}:low"}],
+        "model__init_args__init_from": str(world / "gpt2"),  # with dropout
+        "data__init_args__passes": 2,  # the checkpoint of step 3 is in the middle of them
+        "data__init_args__replay": {str(world / "sft.jsonl"): 0.3},
+    }
+    assert start("grpo", "whole", **changes).wait() == 0
+    reward.with_name("kill").touch()
+    killed = start("grpo", "run", **changes)
+    assert killed.wait() == -signal.SIGKILL, killed.output
+    assert newest_checkpoint(tmp_path / "run") is not None
+    resumed = start("grpo", "run", "--ckpt_path", "auto", **changes)
+    assert resumed.wait() == 0, resumed.output
+    assert differences(ending(tmp_path / "whole"), ending(tmp_path / "run")) == []
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def references(cache: Path) -> dict[str, bytes]:
     """Return the finished files of log-probs, by the name of their store."""
     return {file.parent.name: file.read_bytes() for file in cache.glob("*/reference-*.npz")}
