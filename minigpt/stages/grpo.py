@@ -33,7 +33,13 @@ from minigpt.model.policy_losses import (
 from minigpt.stages.base import BaseModule, LossSums
 from minigpt.stages.collapse import Collapse, CollapseWatch
 from minigpt.stages.rewards import Reward, RewardModel, Rewards
-from minigpt.stages.rollouts import Answers, RolloutSampler, pack_answers, rollout_means
+from minigpt.stages.rollouts import (
+    Answers,
+    RolloutSampler,
+    means_by_name,
+    pack_answers,
+    rollout_means,
+)
 from minigpt.stages.step import Sums, to_floats
 
 SAMPLES_LOGGED = 4  # held-out prompts whose answers are logged as text
@@ -228,6 +234,8 @@ class GRPOModule(BaseModule):
         total = Sums()
         total.add({**sums, "seconds": seconds / self.trainer.world_size}, self.device)
         self.rollout_metrics = rollout_means(to_floats(total.all_reduced()))
+        logged = means_by_name(gathered([answers.metrics]))
+        self.rollout_metrics |= {f"reward/metrics/{name}": value for name, value in logged.items()}
         repeated = self.rollout_metrics["rollout/repeated"]
         self.collapse_watch.observe(repeated, self.rollout_metrics["rollout/cut_off"])
 

@@ -34,9 +34,10 @@ class FunctionReward(Scorer):
     value for each of them: `prompts` and `completions` (strings; for chats lists of messages, which
     are dicts of role and content), `completion_ids` (lists of token ids), and the fields of their
     rows by name, None where a row lacks one. Beside these come `trainer_state` (a transformers
-    TrainerState with `global_step` and `max_steps`), `log_extra(column, values)` and
-    `log_metric(name, value)`. It may be async. A reward of None or NaN means that the answer cannot
-    be scored.
+    TrainerState with `global_step` and `max_steps`), `log_metric(name, value)`, of whose values
+    the mean is logged, and `log_extra(column, values)`, which is accepted, but there is no table of
+    completions for it. It may be async. A reward of None or NaN means that the answer cannot be
+    scored.
 
     Args:
         path: `package.module:name` or `file.py:name`.
@@ -76,20 +77,17 @@ class FunctionReward(Scorer):
                 each answer; names the function, and file and line of the row.
         """
         try:
-            result, metrics, columns = self._call(answers, state)
+            result, metrics = self._call(answers, state)
         except Exception as error:
             raise self._failure(answers, state, error) from error
-        values = self._list_of(result, answers, "")
+        values = self._list_of(result, answers)
         scores = [self._number(*pair) for pair in zip(values, answers, strict=True)]
-        for column, entries in columns.items():
-            self._list_of(entries, answers, f" to log_extra as {column!r}")
-        return Scores(scores, {name: mean(logged) for name, logged in metrics.items()}, columns)
+        return Scores(scores, {name: mean(logged) for name, logged in metrics.items()})
 
     def _call(
         self, answers: Sequence[Rollout], state: TrainerState
-    ) -> tuple[Any, dict[str, list[float]], dict[str, list[Any]]]:
+    ) -> tuple[Any, dict[str, list[float]]]:
         metrics: dict[str, list[float]] = defaultdict(list)
-        columns: dict[str, list[Any]] = defaultdict(list)
         names = dict.fromkeys(name for answer in answers for name in answer.fields)
         fields = {name: [answer.fields.get(name) for answer in answers] for name in names}
         result = self.function(
@@ -97,13 +95,13 @@ class FunctionReward(Scorer):
             completions=[_completion(answer) for answer in answers],
             completion_ids=[list(answer.completion_ids) for answer in answers],
             trainer_state=state,
-            log_extra=lambda column, values: columns[column].extend(values),
+            log_extra=lambda column, values: None,
             log_metric=lambda name, value: metrics[name].append(float(value)),
             **{name: values for name, values in fields.items() if name not in NOT_PASSED},
         )
         if inspect.isawaitable(result):
             result = asyncio.run(_result_of(result))
-        return result, dict(metrics), dict(columns)
+        return result, dict(metrics)
 
     def _failure(
         self, answers: Sequence[Rollout], state: TrainerState, error: Exception
@@ -122,7 +120,7 @@ class FunctionReward(Scorer):
             "--ckpt_path auto."
         )
 
-    def _list_of(self, result: Any, answers: Sequence[Rollout], target: str) -> Sequence[object]:
+    def _list_of(self, result: Any, answers: Sequence[Rollout]) -> Sequence[object]:
         try:
             values = list(result)
         except TypeError:
@@ -133,7 +131,7 @@ class FunctionReward(Scorer):
             if len(values) == len(answers):
                 return values
         raise TrainingError(
-            f"The reward function {self.path} gave {problem}{target} for {len(answers)} answers, "
+            f"The reward function {self.path} gave {problem} for {len(answers)} answers, "
             f"but must give a list with one for each. The rows: {rows_of(answers)}."
         )
 

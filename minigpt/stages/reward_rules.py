@@ -60,12 +60,10 @@ class Scores:
     Attributes:
         values: a finite number for each; NaN if it cannot be scored.
         metrics: numbers to log beside.
-        columns: for each answer, what to show beside it in samples.
     """
 
     values: list[float]
     metrics: dict[str, float] = field(default_factory=dict)
-    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class Scorer(ABC):

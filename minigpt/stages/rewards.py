@@ -129,12 +129,10 @@ class RewardTable:
     Attributes:
         parts: [R, A] of each reward, without its weight; NaN if it cannot score an answer.
         metrics: what functions gave to `log_metric`.
-        columns: what they gave to `log_extra`, a value for each answer.
     """
 
     parts: Tensor
     metrics: dict[str, float]
-    columns: dict[str, list[Any]]
 
 
 class Rewards:
@@ -192,11 +190,9 @@ class Rewards:
         scores = [scorer.score(answers, state) for scorer in self.scorers]
         parts = torch.tensor([part.values for part in scores], dtype=torch.float32)
         metrics: dict[str, float] = {}
-        columns: dict[str, list[Any]] = {}
         for part in scores:
             metrics |= part.metrics
-            columns |= part.columns
-        return RewardTable(parts, metrics, columns)
+        return RewardTable(parts, metrics)
 
     def total(self, parts: Tensor) -> Tensor:
         """Return the weighted sum over the first dimension of [R, ...]; NaN where any part is."""

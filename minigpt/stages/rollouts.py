@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Answers:
         texts: of the answers, without the token that ended them.
         parts: [R, P, G] each reward without its weight; NaN where it cannot score an answer.
         rewards: [P, G] their weighted sums; NaN where a part is.
+        metrics: what reward functions gave to `log_metric`.
     """
 
     prompts: Sequence[EncodedPrompt]
@@ -36,6 +38,7 @@ class Answers:
     texts: list[list[str]]
     parts: Tensor
     rewards: Tensor
+    metrics: dict[str, float]
 
     def replace(self, numbers: Sequence[int], others: Answers) -> None:
         """Put other answers in the place of those to the prompts of these numbers."""
@@ -175,6 +178,7 @@ class RolloutSampler:
             texts,
             table.parts.view(len(table.parts), *shape),
             self.rewards.total(table.parts).view(shape),
+            table.metrics,
         )
 
     def _text(self, answer: SampledAnswer) -> str:
@@ -214,6 +218,12 @@ def pack_answers(
         included[rows].flatten().tolist(),
         replay,
     )
+
+
+def means_by_name(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each number over the processes that have it."""
+    names = {name: None for of_process in metrics for name in of_process}
+    return {name: fmean(m[name] for m in metrics if name in m) for name in names}
 
 
 def rollout_means(totals: dict[str, float]) -> dict[str, float]:

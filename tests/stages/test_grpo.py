@@ -21,7 +21,8 @@ FUNCTIONS = """
 def low_ids(prompts, completions, completion_ids, **fields):
     return [sum(i < 290 for i in ids) / len(ids) for ids in completion_ids]
 
-def unscored(prompts, completions, completion_ids, **fields):
+def unscored(prompts, completions, completion_ids, log_metric, **fields):
+    log_metric("answers", len(prompts))
     return [None if ids[0] % 3 == 0 else float(ids[0] % 2) for ids in completion_ids]
 
 def same(prompts, completions, completion_ids, **fields):
@@ -130,6 +131,7 @@ def test_answers_that_cannot_be_scored_count_nowhere(grpo: Any, tmp_path: Path) 
     ):
         assert 0 < share < 1
         assert 0 < reward < 1  # a mean of zeros and ones
+    assert metrics(tmp_path, "reward/metrics/answers") == [16.0, 16.0]
 
 
 def test_the_replay_is_a_mean_of_its_own(grpo: Any, world: Path, tmp_path: Path, sgd: None) -> None:
