@@ -317,10 +317,8 @@ class NativeDecoder:
                 cache.select(3, longest - 1).select(1, 0).copy_(new[0])
             else:
                 cache[:, row_indices, :, positions] = new
-            # The query heads of a group are as several queries: its keys are read once.
-            q = heads.narrow(1, 0, weights.heads).reshape(rows * weights.kv, -1, weights.width)
-            keys, values = cache.narrow(3, 0, longest).narrow(1, 0, rows).flatten(1, 2).unbind()
-            return _attend(q, keys, values, mask).reshape(rows, -1)
+            keys, values = cache.narrow(3, 0, longest).narrow(1, 0, rows).unbind()
+            return _attend(heads.narrow(1, 0, weights.heads), keys, values, mask)
 
         ids = torch.tensor(tokens, device=device)
         # One row in bf16 takes torch's native matmuls half of oneDNN's time.
@@ -368,9 +366,25 @@ def _borders(sizes: Iterable[int], start: int = 0) -> list[int]:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention [N, G, D] of scaled queries [N, G, D] to keys and values [N, L, D]."""
+    """Return the attention [B, H * D] of one query of each row.
+
+    Args:
+        q: scaled [B, H, D].
+        keys, values: [B, K, L, D].
+        mask: [B * K, 1, L], added to the scores.
+    """
+    kv, width = keys.shape[1], q.shape[2]
+    if q.dtype is torch.bfloat16 and q.device.type == "cpu":  # whose kernel reads keys once, too
+        by_row = None if mask is None else mask.unflatten(0, (-1, kv))[:, :1]
+        out = sdpa(q[:, :, None], keys, values, by_row, scale=1.0, enable_gqa=True)
+        return out.reshape(len(q), -1)
+    # The query heads of a group are as several queries: its keys are read once.
+    grouped = q.reshape(len(q) * kv, -1, width)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if q.dtype is torch.float32:  # so few queries that a fused kernel's start costs more
-        scores = torch.bmm(q, keys.mT) if mask is None else torch.baddbmm(mask, q, keys.mT)
-        return torch.bmm(scores.softmax(-1), values)
-    by_head = None if mask is None else mask[:, None]
-    return sdpa(q[:, None], keys[:, None], values[:, None], by_head, scale=1.0).squeeze(1)
+        scores = grouped.bmm(keys.mT) if mask is None else torch.baddbmm(mask, grouped, keys.mT)
+        out = scores.softmax(-1).bmm(values)
+    else:
+        by_head = None if mask is None else mask[:, None]
+        out = sdpa(grouped[:, None], keys[:, None], values[:, None], by_head, scale=1.0)
+    return out.reshape(len(q), -1)

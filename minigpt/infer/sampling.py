@@ -187,8 +187,10 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
     temperatures = [_within_fp32(sampler.sampling.temperature) for sampler in samplers]
     scaled = (logits - logits.amax(-1, True)) / torch.tensor(temperatures)[:, None]
     probabilities = scaled.softmax(-1)
-    noise = torch.empty_like(probabilities)
+    # What `exponential_` gives, in a third of its time: the logarithms of all rows at once.
+    noise = torch.empty(probabilities.shape, dtype=torch.float64)
     for row, sampler in zip(noise, samplers, strict=True):
-        row.exponential_(generator=sampler.generator)
-    tokens = (probabilities / noise).argmax(-1, keepdim=True)
+        row.uniform_(generator=sampler.generator)
+    noise = noise.neg_().log1p_().neg_().float()
+    tokens = (probabilities / noise).max(-1, keepdim=True).indices
     return tokens.flatten(), probabilities.gather(-1, tokens).log().flatten()
