@@ -76,6 +76,8 @@ def fit(
     from minigpt.__main__ import main
 
     rows = 2 if data_module == "DPODataModule" else 1  # a pair may be two rows long
+    tokens = {"data.tokens_per_batch": args.batch_size * args.max_length * rows}
+    prompts = {"data.prompts_per_batch": args.batch_size}
     options: dict[str, Any] = {
         "run_dir": args.output_dir,
         "overwrite": args.overwrite,
@@ -91,7 +93,7 @@ def fit(
         "data.train": args.data_file,
         **validation(args),
         "data.max_length": args.max_length,
-        "data.tokens_per_batch": args.batch_size * args.max_length * rows,
+        **(prompts if data_module == "GRPODataModule" else tokens),
         "data.data_limit": args.data_limit,
         **{f"data.{name}": value for name, value in (data or {}).items()},
         "trainer.max_epochs": args.num_epochs,

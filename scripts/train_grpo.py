@@ -15,7 +15,7 @@ DEFAULTS = Defaults(
     batch_size=4,
     accumulation=4,
     epochs=1,
-    learning_rate=1e-6,
+    learning_rate=1e-5,
 )
 
 

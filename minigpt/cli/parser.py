@@ -39,7 +39,8 @@ _NONE = "Expected a <class 'NoneType'>"
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _CLASSES = {
     "model": "The stages are PretrainModule, SFTModule, DPOModule, GRPOModule and LoRAModule.",
-    "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too) and DPODataModule.",
+    "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too), DPODataModule and "
+    "GRPODataModule.",
 }
 # Two ways to say one thing, of which the one given last counts.
 ALTERNATIVES = (

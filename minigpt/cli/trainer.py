@@ -74,8 +74,8 @@ log = logging.getLogger("minigpt")
 HELP = """Run a stage from a config; later configs and options on the command line win.
 
 Options of the stage are model.init_args.* and data.init_args.*. They are listed by
-  minigpt {verb} --model.help SFTModule        (or PretrainModule, DPOModule, LoRAModule)
-  minigpt {verb} --data.help SFTDataModule     (or PretrainDataModule, DPODataModule)
+  minigpt {verb} --model.help SFTModule        (or Pretrain-, DPO-, GRPO- or LoRAModule)
+  minigpt {verb} --data.help SFTDataModule     (or Pretrain-, DPO- or GRPODataModule)
 """
 EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml

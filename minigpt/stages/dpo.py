@@ -1,8 +1,7 @@
-"""Direct preference optimisation and its kin, most against a frozen reference model."""
+"""Direct preference optimisation and its kin, most against a frozen reference (reference.py)."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -12,17 +11,13 @@ from minigpt.data.batch import PackedBatch
 from minigpt.errors import ConfigError
 from minigpt.model.losses import PreferenceLoss, sum_by
 from minigpt.model.packed_lm import PackedLM
-from minigpt.stages.base import BaseModule, LossSums
+from minigpt.stages.base import LossSums
 from minigpt.stages.preference_loss import PreferenceOptions
-from minigpt.stages.reference import digest_of, scores_of
+from minigpt.stages.reference import ReferenceModule, digest_of, scores_of
 
 
-class DPOModule(BaseModule):
+class DPOModule(ReferenceModule):
     """Make chosen answers likelier than rejected ones, for most losses relative to the reference.
-
-    The reference is the model as the run started. Under LoRA it is the model with the
-    adapter off, so no copy is needed. (A run that starts from an adapter merges it first, so
-    the adapter that is switched off here is always the one that this run trains.)
 
     Args:
         beta: strength of the pull towards the reference; a scale where there is none.
@@ -52,22 +47,18 @@ class DPOModule(BaseModule):
         if reference == "precomputed" and not self.preference.needs_reference:
             raise ConfigError(f"loss: {loss} has no reference: leave out model.reference.")
         self.reference = reference
-        self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
         self._precomputed: dict[tuple[str, int], Tensor] = {}  # [2] log-probs by file and line
 
     @property
-    def needs_base(self) -> bool:
-        """With a reference, the model that a run starts from takes part to the end."""
-        return self.preference.needs_reference or super().needs_base
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the reference."""
+        return self.preference.needs_reference
 
     def build_model(self) -> PackedLM:
-        """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
+        """Note by what log-probs are saved that are computed once."""
         lm = super().build_model()
-        if self.source is self.start and self.preference.needs_reference:
-            if self.reference == "precomputed":
-                self._digest = digest_of(lm, str(self.trainer.precision))
-            if self.lora is None:
-                self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+        if self.source is self.start and self.reference == "precomputed":
+            self._digest = digest_of(lm, str(self.trainer.precision))
         return lm
 
     def on_fit_start(self) -> None:
@@ -75,20 +66,6 @@ class DPOModule(BaseModule):
         super().on_fit_start()
         if self.reference == "precomputed":
             self.precompute()
-
-    def on_validation_start(self) -> None:
-        """Load the reference where a finished run is only validated."""
-        needs_reference = self.preference.needs_reference and not self._frozen
-        if self.source is not self.start and needs_reference:
-            self._frozen.append(PackedLM(self.start.build()).requires_grad_(False).eval())
-
-    def on_test_start(self) -> None:
-        """Load the reference also where the held-out pairs are the test."""
-        self.on_validation_start()
-
-    def packed_models(self) -> list[PackedLM]:
-        """Return the model and its reference."""
-        return [self.model, *(lm.to(self.device) for lm in self._frozen)]
 
     def precompute(self) -> None:
         """Compute the reference's log-probs of all pairs, then drop the frozen copy."""
@@ -106,27 +83,17 @@ class DPOModule(BaseModule):
         with self.trainer.precision_plugin.forward_context():  # as in a step
             return self.reference_logprobs(batch.to(self.device))
 
-    @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """Return the reference's summed log-prob of each answer, [2P]."""
         if self._precomputed:
             return torch.stack([self._precomputed[source] for source in batch.sources]).flatten()
-        if self._frozen:
-            frozen: Tensor = self._frozen[0].to(self.device)(batch, per_answer=True)
-            return frozen
-        assert self.adapter is not None
-        training = self.model.training
-        self.model.eval()
-        with self.adapter.disable_adapter():
-            scores: Tensor = self.model(batch, per_answer=True)
-        self.model.train(training)
-        return scores
+        return super().reference_logprobs(batch)
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed loss of all pairs, and the sums behind its metrics."""
         learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
         policy = self.model(batch, per_answer=True)
-        reference = self.reference_logprobs(batch) if self.preference.needs_reference else None
+        reference = self.reference_logprobs(batch) if self.needs_reference else None
         lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)
         pairs = self.preference.pairs(policy, reference, lengths)
         margins = pairs.chosen_rewards - pairs.rejected_rewards

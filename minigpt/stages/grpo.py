@@ -21,17 +21,20 @@ from minigpt.data.rollouts import (
     targets_of,
 )
 from minigpt.errors import ConfigError
+from minigpt.model.packed_lm import PackedLM
 from minigpt.model.parallel import gathered
 from minigpt.model.policy_losses import (
     Advantage,
     Normalisation,
     PolicyLossKind,
     group_advantages,
+    kl_k3,
     normalised,
     policy_loss,
 )
-from minigpt.stages.base import BaseModule, LossSums
+from minigpt.stages.base import LossSums
 from minigpt.stages.collapse import Collapse, CollapseWatch
+from minigpt.stages.reference import ReferenceModule
 from minigpt.stages.rewards import Reward, RewardModel, Rewards
 from minigpt.stages.rollouts import (
     Answers,
@@ -45,7 +48,7 @@ from minigpt.stages.step import Sums, to_floats
 SAMPLES_LOGGED = 4  # held-out prompts whose answers are logged as text
 
 
-class GRPOModule(BaseModule):
+class GRPOModule(ReferenceModule):
     """Make answers likelier that rewards prefer to other answers to the same prompt.
 
     Before an optimizer step, the model in training answers the step's prompts several times.
@@ -54,6 +57,7 @@ class GRPOModule(BaseModule):
 
     Args:
         rewards: what is summed to an answer's reward. See docs/grpo.md.
+        beta: weight of the KL to the model as the run started; 0 keeps no copy of it.
         temperature: at which answers are sampled; log-probs are those of that distribution.
         advantage: how an answer is compared with its group: mean_std (GRPO), mean (Dr. GRPO) or
             leave_one_out (RLOO).
@@ -72,6 +76,7 @@ class GRPOModule(BaseModule):
     def __init__(
         self,
         rewards: list[Reward],
+        beta: float = 0.0,
         temperature: float = 1.0,
         advantage: Advantage = "mean_std",
         loss: PolicyLossKind = "token",
@@ -87,6 +92,8 @@ class GRPOModule(BaseModule):
         super().__init__(**kwargs)
         if not 0 < temperature < float("inf"):
             raise ConfigError(f"model.temperature must be above 0, but is {temperature}.")
+        if not 0 <= beta < float("inf"):
+            raise ConfigError(f"model.beta must be at least 0, but is {beta}.")
         if redraws < 0:
             raise ConfigError(f"model.redraws must be at least 0, but is {redraws}.")
         if not 0 < clip_low <= 1 or not 0 < clip_high < float("inf"):
@@ -99,6 +106,7 @@ class GRPOModule(BaseModule):
                 "model.spike compares with the mean loss, but a policy's is around 0: leave it out."
             )
         self.rewards = Rewards(rewards, load_reward_model)
+        self.beta = beta
         self.temperature = temperature
         self.advantage: Advantage = advantage
         self.loss: PolicyLossKind = loss
@@ -111,6 +119,11 @@ class GRPOModule(BaseModule):
         self.rollout: list[RolloutBatch] = []  # what is learnt from now
         self.rollout_metrics: dict[str, float] = {}
         self.val_samples: list[tuple[str, str, float]] = []
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss has a KL to the reference."""
+        return self.beta > 0
 
     @property
     def data(self) -> GRPODataModule:
@@ -215,17 +228,17 @@ class GRPOModule(BaseModule):
         """Return the targets' log-probs [N] by the training path, without dropout."""
         training = self.model.training
         self.model.eval()
-        logprobs = self._tempered(batch.to(self.device))
+        logprobs = self._tempered(self.model, batch.to(self.device))
         self.model.train(training)
         return logprobs.cpu()
 
-    def _tempered(self, batch: RolloutBatch) -> Tensor:
+    def _tempered(self, lm: PackedLM, batch: RolloutBatch) -> Tensor:
         """Return the targets' log-probs [N], of answers at the temperature of sampling."""
         temperature = None
         if self.temperature != 1:
             is_replay = batch.is_replay[batch.answers]
             temperature = torch.where(is_replay, 1.0, self.temperature)
-        logprobs: Tensor = self.model(batch, per_target=True, temperature=temperature)
+        logprobs: Tensor = lm(batch, per_target=True, temperature=temperature)
         return logprobs
 
     def _measure(self, answers: Answers, seconds: float) -> None:
@@ -244,13 +257,17 @@ class GRPOModule(BaseModule):
     def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the policy's loss, and the replay's with its weight, as sums."""
         assert isinstance(batch, RolloutBatch)
-        logps = self._tempered(batch)
+        logps = self._tempered(self.model, batch)
         is_replay = batch.is_replay[batch.answers]
         old = logps.detach() if batch.old_logprobs is None else batch.old_logprobs
         terms = policy_loss(logps, old, batch.advantages, batch.answers, self.loss, *self.clip)
+        losses = terms.losses
+        if self.needs_reference:
+            kl = kl_k3(logps, self.by_reference(lambda lm: self._tempered(lm, batch)))
+            losses = losses + self.beta * kl
         longest = self.data.max_completion_length
         policy, count = normalised(
-            terms.losses, batch.answers, batch.included, self.normalisation, longest
+            losses, batch.answers, batch.included, self.normalisation, longest
         )
         replay = -torch.where(is_replay, logps, 0.0).sum()
         counted = batch.included[batch.answers]
@@ -261,6 +278,7 @@ class GRPOModule(BaseModule):
             "clip/high": (terms.clipped_high & counted).sum(),
             "entropy": -torch.where(counted, logps, 0.0).sum(),
             "logprob_gap": torch.where(counted, gaps, 0.0).sum(),
+            "kl": torch.where(counted, kl.detach(), 0.0).sum() if self.needs_reference else 0.0,
             "replay/loss": replay,
             "replay/targets": is_replay.sum(),
         }
@@ -270,7 +288,8 @@ class GRPOModule(BaseModule):
         """Turn sums into what is logged: means over the targets of answers, and of the replay."""
         targets, replayed = totals["targets"], totals["replay/targets"]
         values = {"loss": totals["loss"] / max(1.0, totals["count"])}
-        for name in ("clip/low", "clip/high", "entropy", "logprob_gap"):
+        means = ["clip/low", "clip/high", "entropy", "logprob_gap"]
+        for name in [*means, "kl"] if self.needs_reference else means:
             values[name] = totals[name] / max(1.0, targets)
         if replayed:
             values["replay/loss"] = totals["replay/loss"] / replayed

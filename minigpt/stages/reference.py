@@ -1,12 +1,14 @@
-"""The reference's log-probs of preference pairs: computed once and saved with the token store."""
+"""The frozen model that stages compare with: kept, or its log-probs of pairs computed once."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,74 @@ from minigpt.data.store import TokenStore
 from minigpt.files import atomic_file, is_private, make_private
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.parallel import gathered
+from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
 Scores = NDArray[np.float32]  # [S, 2] summed log-probs of the chosen and the rejected answers
+
+
+class ReferenceModule(BaseModule):
+    """Base of the stages that compare with a frozen reference model.
+
+    The reference is the model as the run started. Under LoRA it is the model with the
+    adapter off, so no copy is needed. (A run that starts from an adapter merges it first, so
+    the adapter that is switched off here is always the one that this run trains.)
+
+    Args:
+        kwargs: see `BaseModule`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._frozen: list[PackedLM] = []  # a list hides it from state_dict and optimizer
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether this run compares with the reference at all."""
+        return True
+
+    @property
+    def needs_base(self) -> bool:
+        """With a reference, the model that a run starts from takes part to the end."""
+        return self.needs_reference or super().needs_base
+
+    def build_model(self) -> PackedLM:
+        """Keep a frozen copy of the model, unless an adapter can be switched off instead."""
+        lm = super().build_model()
+        if self.source is self.start and self.needs_reference and self.lora is None:
+            self._frozen.append(copy.deepcopy(lm).requires_grad_(False).eval())
+        return lm
+
+    def on_validation_start(self) -> None:
+        """Load the reference where a finished run is only validated."""
+        if self.source is not self.start and self.needs_reference and not self._frozen:
+            self._frozen.append(PackedLM(self.start.build()).requires_grad_(False).eval())
+
+    def on_test_start(self) -> None:
+        """Load the reference also where the held-out rows are the test."""
+        self.on_validation_start()
+
+    def packed_models(self) -> list[PackedLM]:
+        """Return the model and its reference."""
+        return [self.model, *(lm.to(self.device) for lm in self._frozen)]
+
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Return the reference's summed log-prob of each answer, [A]."""
+        return self.by_reference(lambda lm: lm(batch, per_answer=True))
+
+    @torch.no_grad()
+    def by_reference(self, compute: Callable[[PackedLM], Tensor]) -> Tensor:
+        """Return what a function computes with the reference."""
+        if self._frozen:
+            return compute(self._frozen[0].to(self.device))
+        assert self.adapter is not None
+        training = self.model.training
+        self.model.eval()
+        with self.adapter.disable_adapter():
+            result = compute(self.model)
+        self.model.train(training)
+        return result
 
 
 def digest_of(lm: PackedLM, precision: str) -> str:

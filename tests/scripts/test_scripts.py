@@ -61,6 +61,21 @@ DEFAULTS = {
     ),
     "train_sft": stage("pretrain", "sft", "mini/sft.jsonl", 4, 8, 3, 1e-5),
     "train_dpo": stage("sft", "dpo", "dpo.jsonl", 2, 16, 3, 5e-6, max_prompt_length=256, beta=0.1),
+    "train_grpo": stage(
+        "dpo",
+        "grpo",
+        "grpo.jsonl",
+        4,
+        4,
+        1,
+        1e-5,
+        num_generations=8,
+        max_completion_length=64,
+        beta=0.0,
+        temperature=1.0,
+        reward=["exact"],
+        reward_model=None,
+    ),
     "train_lora": stage(
         "sft",
         "lora",
@@ -91,7 +106,7 @@ DEFAULTS = {
         "interactive": False,
     },
 }
-TRAINING = ("pretrain", "train_sft", "train_dpo", "train_lora")
+TRAINING = ("pretrain", "train_sft", "train_dpo", "train_grpo", "train_lora")
 
 
 class Outcome(NamedTuple):
@@ -174,6 +189,7 @@ EVERY_FLAG = {
     "batch_size": 3, "gradient_accumulation_steps": 5, "num_epochs": 7, "learning_rate": 0.25,
     "save_steps": 11, "logging_steps": 13, "max_length": 64, "data_limit": 17,
     "tokenizer_path": "tok", "lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.5, "beta": 0.75,
+    "num_generations": 6, "max_completion_length": 9, "temperature": 0.625, "reward": "numeric",
     "max_prompt_length": 19, "weight_decay": 0.125, "warmup_ratio": 0.375, "save_total_limit": 9,
 }  # fmt: skip
 
@@ -194,7 +210,9 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     assert (model.optimizer.name, model.optimizer.lr) == ("adamw", 0.25)
     assert model.schedule.name == "cosine"
     assert (data.train, data.val, data.data_limit) == ("rows.jsonl", "v.jsonl", 17)
-    assert (data.max_length, data.tokens_per_batch) == (64, 3 * 64 * rows)
+    sizes = (64, 3) if name == "train_grpo" else (64, 3 * 64 * rows)
+    size = data.get("prompts_per_batch") or data.tokens_per_batch
+    assert (data.max_length, size) == sizes
     assert (config.trainer.max_epochs, config.trainer.accumulate_grad_batches) == (7, 5)
     assert (config.trainer.log_every_n_steps, config.checkpoint.every) == (13, 11)
     assert config.trainer.precision != "16-mixed" or torch.cuda.is_available()
@@ -203,6 +221,9 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
         assert config.checkpoint.keep == 9
     if name == "train_dpo":
         assert (model.beta, data.max_prompt_length) == (0.75, 19)
+    if name == "train_grpo":
+        assert (model.beta, model.temperature, model.rewards[0].kind) == (0.75, 0.625, "numeric")
+        assert (data.num_generations, data.max_completion_length) == (6, 9)
     if name == "train_lora":
         assert (model.lora.r, model.lora.alpha, model.lora.dropout) == (2, 6, 0.5)
 
@@ -268,7 +289,7 @@ def test_each_stage_reads_what_the_one_before_wrote(chain: tuple[Path, dict[str,
 def test_fp16_on_a_cpu_is_named_in_one_line(chain: tuple[Path, dict[str, str]]) -> None:
     if torch.cuda.is_available():
         pytest.skip("fp16 is what a GPU trains in")
-    for name in TRAINING:
+    for name in chain[1].keys() & set(TRAINING):
         lines = [line for line in chain[1][name].splitlines() if "fp16" in line]
         assert len(lines) == 1
         assert "bf16" in lines[0]

