@@ -63,8 +63,7 @@ def test_stage_config(build: Build, stage: str) -> None:
     assert type(made.model).__name__.lower() == f"{stage}module"
     assert str(made.run_dir) == f"outputs/{stage}"
     data = made.datamodule
-    trained = data.train if isinstance(data.train, dict) else [data.train]
-    for file in (*trained, data.val, *data.exam):
+    for file in (*data.train_weights, data.val, *data.exam):
         assert (ROOT / file).is_file()
 
 
