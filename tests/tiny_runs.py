@@ -23,6 +23,7 @@ ARCHITECTURE = {
 }
 STAGES = ("pretrain", "sft", "dpo", "lora")
 _KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "lora": "LoRA", "grpo": "GRPO"}
+_KINDS |= {"reward": "Reward"}
 Fit = Callable[..., Any]  # what the fixture `fit` gives
 RUN: dict[str, Any] = {
     "trainer__max_steps": 6,
@@ -31,7 +32,8 @@ RUN: dict[str, Any] = {
     "model__init_args__sampling": {"max_new_tokens": 4},
     "checkpoint": {"every": 2, "keep": 5},
 }
-_BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft", "grpo": "sft"}
+_BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft", "grpo": "sft", "reward": "sft"}
+_FILES = {"lora": "sft", "reward": "dpo"}  # of stages that have none of their own
 # Where a stage's options are not those of all.
 _DATA: dict[str, dict[str, Any]] = {
     "grpo": {
@@ -85,7 +87,7 @@ def write_data(root: Path) -> Path:
 
 def config(root: Path, stage: str, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Return a stage's config; `changes` are dotted paths with `__` for each dot."""
-    data = "sft" if stage == "lora" else stage
+    data = _FILES.get(stage, stage)
     made: dict[str, Any] = {
         "run_dir": str(run_dir),
         "model": {

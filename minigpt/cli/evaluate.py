@@ -38,7 +38,11 @@ EXAMPLES = """examples:
     --pairs data/eval/pairs.jsonl --exam data/exam/*.jsonl --json scores.json --html scores.html
   minigpt evaluate --model outputs/dpo --reference outputs/sft --preferences data/dpo_val.jsonl
   minigpt evaluate --model outputs/sft --lm-eval data/eval/choices.yaml
+  minigpt evaluate --reward_model outputs/reward --preferences data/dpo_val.jsonl
+  minigpt evaluate --model outputs/sft outputs/dpo --reward_model outputs/reward \
+    --prompts prompts.jsonl
 """
+RANKED = ("preferences", "choices")  # files whose answers a reward model ranks
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +50,11 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
     )
-    parser.add_argument("--model", nargs="+", required=True, help=f"each a {MODEL_HELP}")
+    parser.add_argument("--model", nargs="+", default=[], help=f"each a {MODEL_HELP}")
+    parser.add_argument(
+        "--reward_model",
+        help="ranks answers of --preferences and --choices, and scores the replies to --prompts",
+    )
     for kind, description in KINDS.items():
         names = sorted({f"--{kind.replace('_', '-')}", f"--{kind}"})
         parser.add_argument(*names, nargs="+", default=[], metavar="FILE", help=description)
@@ -57,10 +65,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="write all scores")
     parser.add_argument("--html", type=Path, help="write a page with tables and charts")
     args = parser.parse_args(argv)
-    if args.reference and not args.preferences:
-        raise ConfigError("--reference is for --preferences: name a file of preference pairs.")
-    if len(set(args.model)) < len(args.model):
-        raise ConfigError("--model names the same model twice.")
+    check_options(args)
     inputs = [file for kind in KINDS for file in getattr(args, kind)]
     check_distinct("--json", args.json, inputs)
     check_distinct("--html", args.html, inputs)
@@ -74,21 +79,52 @@ def main(argv: list[str]) -> None:
             print(printable(format_table(results)), flush=True)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ConfigError: for them.
+    """
+    if args.reference and not (args.preferences and args.model):
+        raise ConfigError(
+            "--reference is what the models of --model are compared with on --preferences: name "
+            "models, and a file of preference pairs."
+        )
+    if len(set(args.model)) < len(args.model):
+        raise ConfigError("--model names the same model twice.")
+    if args.reward_model in args.model:
+        raise ConfigError("--reward_model and --model name the same model.")
+    used = {kind for kind in KINDS if getattr(args, kind)}
+    if not args.model and (args.reward_model is None or not used or used - {*RANKED}):
+        raise ConfigError(
+            "--model is missing: name the models to measure. Without one, --reward_model ranks "
+            "the answers of --preferences and --choices."
+        )
+    if args.reward_model and not used & {*RANKED, "prompts"}:
+        raise ConfigError(
+            "--reward_model has nothing to score: name files with --preferences, --choices or "
+            "--prompts."
+        )
+
+
 def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
-    """Run every test on every model, one model in memory at a time, beside the reference.
+    """Run every test on every model, one model in memory at a time, beside those that judge.
 
     Each score is added to the results, and written, as soon as it is measured.
     """
     if args.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
-    from minigpt.evaluate.suite import Settings, prepare
+    from minigpt.evaluate.suite import Settings, prepare, prepare_ranking
     from minigpt.infer.engine import Engine
     from minigpt.progress import shown
 
     quiet()
-    settings = Settings(args.reference, args.beta, args.max_length, sampling_of(args))
-    tests = prepare({kind: getattr(args, kind) for kind in KINDS}, settings)
+    sampling = sampling_of(args)
+    settings = Settings(args.reference, args.beta, args.max_length, sampling, args.reward_model)
+    files = {kind: getattr(args, kind) for kind in KINDS}
+    tests = prepare(files, settings) if args.model else {}
+    ranking = prepare_ranking(files, settings) if args.reward_model else {}
     for model in args.model:
         engine = Engine.load(model)
         for name, test in tests.items():
@@ -96,6 +132,10 @@ def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
                 scores = test(engine)
             results.setdefault(model, {})[name] = scores
             write(args, results)
+    for name, rank in ranking.items():
+        with shown(f"{args.reward_model}: {name}"):
+            results.setdefault(args.reward_model, {})[name] = rank(settings.scorer)
+        write(args, results)
 
 
 def write(args: argparse.Namespace, results: dict[str, Results]) -> None:

@@ -13,6 +13,7 @@ from minigpt.cli.options import (
     add_sampling,
     add_weights,
     load_engine,
+    positive,
     sampling_of,
 )
 from minigpt.errors import ConfigError
@@ -20,7 +21,11 @@ from minigpt.reading import read_text, reason_of
 from minigpt.terminal import for_output
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from minigpt.data.formats import Message
+    from minigpt.infer.engine import Engine, Reply, Sampling
+    from minigpt.infer.gguf import Gguf
 
 EXAMPLES = """examples:
   minigpt generate --model outputs/sft --prompt "Hello"
@@ -28,6 +33,8 @@ EXAMPLES = """examples:
   echo "Hello" | minigpt generate --model outputs/sft --temperature 0.8 --top_p 0.9
   minigpt generate --model outputs/sft --file questions.jsonl > answers.jsonl
   minigpt generate --model exports/sft-gguf/sft-q8_0.gguf --prompt "Hello"
+  minigpt generate --model outputs/sft --temperature 1 --best_of 8 \
+    --reward_model outputs/reward --prompt "Hello"
 """
 
 
@@ -48,17 +55,73 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help="system message of the chat")
     parser.add_argument("--text", action="store_true", help="continue text instead of chatting")
     add_sampling(parser, max_new_tokens=128, temperature=0.0)
+    parser.add_argument(
+        "--best_of",
+        type=positive,
+        metavar="N",
+        help="draw N replies, by seeds from --seed on, and print the one that --reward_model "
+        "scores highest",
+    )
+    parser.add_argument("--reward_model", help="run directory or HF directory of a reward model")
     args = parser.parse_args(argv)
+    check_best_of(args)
     if args.file and {".jsonl", ".json"} & set(Path(args.file).suffixes):
         return complete_rows(args)
     prompt = args.prompt if args.prompt is not None else read_prompt(args.file)
     if not prompt:
         raise ConfigError("The prompt is empty. Give --prompt, or text on standard input.")
     sampling, engine = sampling_of(args), load_engine(args)
+    if args.best_of:
+        reply = next(iter(replies_of(args, engine, [engine_prompt(args, prompt)], sampling)))
+        print(for_output(reply.text))
+        return None
     for delta in engine.stream(engine_prompt(args, prompt), sampling):
         print(for_output(delta.text), end="", flush=True)
     print()
     return None
+
+
+def check_best_of(args: argparse.Namespace) -> None:
+    """Refuse to choose the best reply without a judge, or among equal ones.
+
+    Raises:
+        ConfigError: for it.
+    """
+    if (args.best_of is None) != (args.reward_model is None):
+        raise ConfigError(
+            "--best_of N and --reward_model DIR go together: the reward model chooses among N "
+            "replies."
+        )
+    if args.best_of and args.temperature == 0:
+        raise ConfigError(
+            "--best_of draws replies, which at --temperature 0 are all the same: give another "
+            "temperature, such as --temperature 1."
+        )
+
+
+def replies_of(
+    args: argparse.Namespace,
+    engine: Engine | Gguf,
+    prompts: Sequence[str | tuple[Message, ...]],
+    sampling: Sampling,
+) -> Iterator[Reply]:
+    """Yield the reply to each prompt, or the best of several by a reward model.
+
+    Raises:
+        ConfigError: for a GGUF file, whose tokens a reward model cannot read.
+    """
+    if not args.best_of:
+        return engine.replies(prompts, sampling)
+    from minigpt.evaluate.reward_model import RewardScorer, best_of
+    from minigpt.infer.engine import Engine
+
+    if not isinstance(engine, Engine):
+        raise ConfigError(
+            "--best_of scores the tokens of replies, which GGUF files write otherwise: give the "
+            "run that the file was exported from as --model."
+        )
+    scorer = RewardScorer.load(args.reward_model, engine.model.device, engine.tokenizer)
+    return best_of(scorer, engine, prompts, sampling, args.best_of)
 
 
 def read_prompt(file: str | None) -> str:
@@ -98,7 +161,8 @@ def complete_rows(args: argparse.Namespace) -> None:
 
     prompts, sampling = load_prompts(args.file), sampling_of(args)
     engine = load_engine(args)
-    replies = engine.replies([engine_prompt(args, prompt.content) for prompt in prompts], sampling)
+    chats = [engine_prompt(args, prompt.content) for prompt in prompts]
+    replies = replies_of(args, engine, chats, sampling)
     with shown("completing", printing=True):
         for prompt, reply in zip(prompts, replies, strict=True):
             line = completed(prompt.row, reply.text).decode().rstrip("\n")

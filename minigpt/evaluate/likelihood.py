@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
@@ -33,6 +35,22 @@ LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
 Pair = tuple[list[int], list[int]]  # ids of a context and of its continuation
 
 
+class Reader(Protocol):
+    """What reads samples: an engine, or a reward model."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its tokenizer."""
+
+    @property
+    def rows(self) -> int:
+        """How many token ids it embeds."""
+
+
 def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
     """Pack samples in their order; one that is longer than a batch is read alone.
 
@@ -40,30 +58,37 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
         DataError: for a sample that is longer than the model can read, or holds a token that it
             cannot embed.
     """
-    config = engine.model.config
     budget = min(TOKENS, LOGITS // engine.rows)
-    alone, shared = max_positions(config), min(max_positions(config), shared_limit(config))
     members: list[Sample] = []
     for sample in samples:
-        length = sample.prompt + max(sample.answers)
-        if length > (limit := shared if sample.prompt else alone):
-            raise DataError(
-                f"{length} tokens are more than the {limit} that the model reads",
-                path=sample.source[0],
-                line=sample.source[1],
-                remedy="Shorten the row, or lower --max_length for texts.",
-                reason="oversize",
-            )
-        try:
-            check_ids(engine.tokenizer, sample.ids.tolist(), engine.rows)
-        except DataError as error:
-            raise error.at(*sample.source) from None
+        check_sample(engine, sample)
         if members and sum(len(s.ids) for s in members) + len(sample.ids) > budget:
             yield collate(members).to(engine.model.device)
             members = []
         members.append(sample)
     if members:
         yield collate(members).to(engine.model.device)
+
+
+def check_sample(reader: Reader, sample: Sample) -> None:
+    """Refuse, with a DataError, what a model cannot read, by its length or by a token."""
+    config = reader.model.config
+    limit = max_positions(config)
+    if sample.prompt:
+        limit = min(limit, shared_limit(config))
+    length = sample.prompt + max(sample.answers)
+    if length > limit:
+        raise DataError(
+            f"{length} tokens are more than the {limit} that the model reads",
+            path=sample.source[0],
+            line=sample.source[1],
+            remedy="Shorten the row, or lower --max_length for texts.",
+            reason="oversize",
+        )
+    try:
+        check_ids(reader.tokenizer, sample.ids.tolist(), reader.rows)
+    except DataError as error:
+        raise error.at(*sample.source) from None
 
 
 @torch.no_grad()
@@ -140,10 +165,10 @@ def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, 
 
 
 def samples(
-    engine: Engine, kind: Kind, rows: Iterable[tuple[Record, Source]], max_length: int
+    reader: Reader, kind: Kind, rows: Iterable[tuple[Record, Source]], max_length: int
 ) -> Iterator[Sample]:
     """Yield records as the samples of training: windows of texts, preferences cut to a length."""
-    encoder = Encoder(kind, engine.tokenizer, Limits(max_length=max_length))
+    encoder = Encoder(kind, reader.tokenizer, Limits(max_length=max_length))
     for one, source in encoder.encode(rows, BadRows()):
         answers = tuple(map(len, one.answers))
         origin = (str(source.path), source.line)

@@ -64,7 +64,7 @@ def prefer(
     scores["margin"] = Score(float(np.mean(margins)), len(margins))
     if reference:
         scores["KL per token"] = Score(divergence / tokens, tokens)
-    return scores | _length_bias(np.array(margins), np.array(lengths))
+    return scores | length_bias(np.array(margins), np.array(lengths))
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> float:
@@ -78,8 +78,13 @@ def _tokens(engine: Engine) -> tuple[dict[str, int], int]:
     return engine.tokenizer.get_vocab(), engine.model.config.vocab_size
 
 
-def _length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, Score]:
-    """Measure what length explains; `margins` [P], `lengths` [P, 2] in tokens."""
+def length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, Score]:
+    """Measure what length explains of margins.
+
+    Args:
+        margins: [P] by how much each pair's better answer is ahead.
+        lengths: [P, 2] tokens of the better and the worse answer.
+    """
     longer = lengths[:, 0] - lengths[:, 1]
     scores = {
         "tokens of the better answer": Score(float(lengths[:, 0].mean()), len(lengths)),

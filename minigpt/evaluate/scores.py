@@ -55,7 +55,7 @@ class Score:
 Results = dict[str, dict[str, Score]]  # of one model: test to name to score
 
 
-def share(correct: Sequence[bool], chance: float | None = None) -> Score:
+def share(correct: Sequence[float], chance: float | None = None) -> Score:
     """Return the share of items that are correct, with its interval."""
     count, total = sum(correct), len(correct)
     low, high = wilson(count, total)

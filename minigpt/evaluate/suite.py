@@ -9,7 +9,16 @@ from functools import cached_property, partial
 
 from minigpt.data.formats import BadRows, load_prompts, read_records
 from minigpt.errors import ConfigError
-from minigpt.evaluate import choices, exam, harness, health, likelihood, preferences
+from minigpt.evaluate import (
+    choices,
+    exam,
+    harness,
+    health,
+    likelihood,
+    preferences,
+    reward_model,
+)
+from minigpt.evaluate.reward_model import RewardScorer
 from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.infer.engine import Engine, Sampling
 
@@ -25,12 +34,20 @@ class Settings:
         beta: scale of the rewards of preferences.
         max_length: tokens of a window of text, and of a preference pair.
         sampling: how the tokens of replies are drawn.
+        reward_model: gives replies to prompts scores.
     """
 
     reference: str | None = None
     beta: float = 0.1
     max_length: int = 512
     sampling: Sampling = field(default_factory=Sampling)
+    reward_model: str | None = None
+
+    @cached_property
+    def scorer(self) -> RewardScorer:
+        """The reward model, loaded once for all models and files."""
+        assert self.reward_model is not None
+        return RewardScorer.load(self.reward_model)
 
     @cached_property
     def reference_engine(self) -> Engine | None:
@@ -59,6 +76,21 @@ def prepare(files: Mapping[str, Sequence[str]], settings: Settings) -> dict[str,
     }
     if not tests:
         raise ConfigError("There is nothing to measure: name files, such as --text FILE.")
+    return tests
+
+
+def prepare_ranking(
+    files: Mapping[str, Sequence[str]], settings: Settings
+) -> dict[str, Callable[[RewardScorer], dict[str, Score]]]:
+    """Read the files whose answers a reward model ranks; as `prepare` does for models."""
+    tests: dict[str, Callable[[RewardScorer], dict[str, Score]]] = {}
+    for path in files.get("preferences", ()):
+        _read_all(read_records([path], "preference", BadRows()))
+        rank = partial(reward_model.rank_pairs, path=path, max_length=settings.max_length)
+        tests[f"preferences {path}"] = rank
+    for path in files.get("choices", ()):
+        items = exam.load_items(path, "choices")
+        tests[f"choices {path}"] = partial(reward_model.rank_choices, items=items)
     return tests
 
 
@@ -106,7 +138,16 @@ def _preferences(path: str, settings: Settings) -> Test:
 
 def _generation(path: str, settings: Settings) -> Test:
     prompts = [prompt.content for prompt in load_prompts(path)]
-    return lambda engine: health.health(engine.complete(prompts, settings.sampling))
+
+    def test(engine: Engine) -> dict[str, Score]:
+        replies = engine.complete(prompts, settings.sampling)
+        scores = health.health(replies)
+        if settings.reward_model is not None:
+            rewards = reward_model.score_replies(settings.scorer, engine, prompts, replies)
+            scores["reward"] = Score(sum(rewards) / len(rewards), len(rewards))
+        return scores
+
+    return test
 
 
 def _harness(path: str, settings: Settings) -> Test:

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 5e-4  # of log-probabilities in fp32, relative to the largest of them
 # Of a config, what changes with loading or growing and decides nothing.
 NAMES = {"architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "use_cache"}
+NAMES |= {"id2label", "label2id"}
 SEEDS = (0, 1)  # a model that picks experts may pick others for a rounding error: not twice
 # Tokens of each sample, of its prompt and of each answer: texts and a preference. The long ones
 # are longer than the windows of tiny models.

@@ -23,6 +23,7 @@ from minigpt.files import atomic_directory, weights_digest, write_json
 from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
 from minigpt.model.rope import RopeScaling, scale
+from minigpt.model.score_head import TASK, is_score_model
 from minigpt.reading import NotReadableError, check_directory, read_json, reason_of, refusing
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ MODEL_FILES = (
     SCALING,
 )
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CAUSAL_LM = "CAUSAL_LM"  # how peft calls what their adapters are for
 # Settings of peft by which an adapter is more than an update of the base's weights.
 NO_PLAIN_LORA = ("layer_replication", "alora_invocation_tokens")
 
@@ -78,7 +80,7 @@ class Lora:
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the last names of all linear layers (Conv1D too), the head excluded."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) or model.get_output_embeddings()
     return sorted(
         {
             name.rsplit(".", 1)[-1]
@@ -116,7 +118,7 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         use_dora=options.dora,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type=TASK if is_score_model(model) else CAUSAL_LM,  # peft trains the score head, too
     )
     adapted = cast(PeftModel, get_peft_model(model, config))
     adapted.peft_config["default"].base_model_name_or_path = base
@@ -141,7 +143,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
         raise _missing(directory, ADAPTER)
     with refusing(f"The adapter at {directory}", ModelError):
         check_directory(directory)
-        _check_kind(directory)
+        _check_kind(directory, TASK if is_score_model(model) else CAUSAL_LM)
         trained_on = _check_base(directory, base)
         _take_rows(model, directory, base)
         _check_ranks(directory)
@@ -189,23 +191,23 @@ def _of_another_base(directory: Path, what: str) -> ModelError:
     )
 
 
-def _check_kind(directory: Path) -> None:
-    """Refuse adapters that are no LoRA, by their names in peft."""
+def _check_kind(directory: Path, right_task: str) -> None:
+    """Refuse adapters that are no LoRA, by their names in peft, or made for another task."""
     config = read_config(directory)
     kind = config.get("peft_type")
     task = config.get("task_type")
     problem = None
     if kind != "LORA":
         problem = f"of the kind {kind}"
-    elif task not in (None, "CAUSAL_LM"):
+    elif task not in (None, right_task):
         problem = f"made for the task {task}"
     elif setting := next((name for name in NO_PLAIN_LORA if config.get(name)), None):
         problem = f"made with {setting}"
     if problem:
         raise ModelError(
             f"The adapter at {directory} is {problem}. MiniGPT takes LoRA adapters of causal "
-            "language models, with rsLoRA and DoRA. Merge it with peft (merge_and_unload) where it "
-            "can be, and give the merged model."
+            "language models, with rsLoRA and DoRA, and of reward models where one is asked for. "
+            "Merge it with peft (merge_and_unload) where it can be, and give the merged model."
         )
     if (directory / WEIGHTS).is_file():
         return
@@ -352,7 +354,8 @@ def save_adapter(
     with atomic_directory(directory, MODEL_FILES) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
-        generation_config(base, tokenizer).save_pretrained(partial)
+        if not is_score_model(base):
+            generation_config(base, tokenizer).save_pretrained(partial)
         if digest := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": digest})
         if scaling := getattr(adapted.get_base_model(), "rope_scaling", None):

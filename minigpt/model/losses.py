@@ -209,5 +209,27 @@ def chosen_nll(policy: Tensor, lengths: Tensor) -> Tensor:
     return -_means(policy, lengths)[0::2]
 
 
+def bradley_terry(scores: Tensor, margins: Tensor, centering: float = 0.0) -> Tensor:
+    """Loss of a reward model on pairs, by Bradley and Terry's model of preferences.
+
+    -log σ(r_c - r_r - m) + λ (r_c + r_r)²
+
+    The first term is that of Ouyang et al. 2022 (arXiv:2203.02155, eq. 1), with the margin m of
+    Touvron et al. 2023 (Llama 2, arXiv:2307.09288, eq. 2). The second, of Eisenstein et al. 2023
+    (arXiv:2312.09244, eq. 2), keeps scores around 0, which differences leave open; λ is TRL's
+    `center_rewards_coefficient`.
+
+    Args:
+        scores: [2P] of answers, chosen and rejected alternating.
+        margins: [P] by how much the chosen one is to be ahead.
+        centering: λ.
+
+    Returns:
+        The loss of each pair, [P].
+    """
+    chosen, rejected = scores[0::2], scores[1::2]
+    return -logsigmoid(chosen - rejected - margins) + centering * (chosen + rejected).square()
+
+
 def _means(policy: Tensor, lengths: Tensor) -> Tensor:
     return policy / lengths.clamp(min=1)

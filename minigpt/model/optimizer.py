@@ -229,7 +229,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def hidden_matrices(model: nn.Module) -> set[int]:
     """Return the ids of all trainable 2-D weights of linear layers other than the head."""
-    heads = {id(p) for name, p in model.named_parameters() if "lm_head" in name or "embed" in name}
+    names = ("lm_head", ".score.", "embed")
+    heads = {id(p) for n, p in model.named_parameters() if any(name in n for name in names)}
     return {
         id(p)
         for layer in model.modules()

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,13 @@ class PackedLM(nn.Module):
     Attributes:
         packed: samples are read as one row; of a kind that is not exact that way, each has a row.
         linear_head: the fast way to its loss, where there is one.
+        predicts_tokens: whether its head gives logits of the vocabulary.
 
     Raises:
         ModelError: when models of its kind cannot be computed exactly.
     """
+
+    predicts_tokens: ClassVar[bool] = True
 
     def __init__(self, hf: PreTrainedModel) -> None:
         # Late, because the proof of conformance reads batches by the functions below.
@@ -65,7 +69,7 @@ class PackedLM(nn.Module):
         conformance = require_conformance(hf, training=True)
         self.packed = conformance.packed
         self.linear_head = None
-        if accel.ENABLED:
+        if accel.ENABLED and self.predicts_tokens:
             with use_attention(hf, conformance.decoding):
                 self.linear_head = accel.linear_head(hf, self.packed)
         hf.config._attn_implementation = conformance.training

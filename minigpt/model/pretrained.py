@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -33,6 +34,7 @@ from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_c
 from minigpt.model.packed_lm import PACKED
 from minigpt.model.restore import FOLDER, LAST, MODEL, find_checkpoint, newest_first
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
+from minigpt.model.score_head import TASK, is_reward_model, is_score_model, with_score_head
 from minigpt.reading import (
     MEGABYTE,
     SECONDS,
@@ -51,7 +53,7 @@ PICKLED = (
     "Pickled weights (.bin, .pt) can run code when they are read, and are not: where you trust "
     "them, load them with transformers and call save_pretrained, which writes safetensors."
 )
-STAGES = ("pretrain", "sft", "dpo", "grpo", "lora")
+STAGES = ("pretrain", "sft", "dpo", "grpo", "lora", "reward")
 BYTES_A_SECOND = 20 * MEGABYTE  # of weights that are loaded, at least
 HUB_SECONDS = 3600  # of computing, for models whose size is not known before they are there
 # Sizes in a config, which its weights must bear out before a model of them is built: what is built
@@ -105,13 +107,16 @@ def find_model(source: str | Path) -> Path | str:
     raise ModelError(f"There is no trained model in {source}. Make it with: {remedy}")
 
 
-def load_model(source: str | Path, attention: str = PACKED) -> PreTrainedModel:
+def load_model(
+    source: str | Path, attention: str = PACKED, scores: bool = False
+) -> PreTrainedModel:
     """Load any causal LM in fp32; an adapter directory is merged into its base.
 
     Args:
         source: run directory, HF directory or hub id.
         attention: `PACKED` to read batches, else only to continue texts. The model gets that by
             which its kind is exact.
+        scores: load a reward model, too, which otherwise is refused.
 
     Raises:
         ModelError: when it is missing, damaged, no causal LM, or of a kind that would not be
@@ -120,22 +125,29 @@ def load_model(source: str | Path, attention: str = PACKED) -> PreTrainedModel:
     location = find_model(source)
     if isinstance(location, Path) and (location / ADAPTER).is_file():
         base = base_of(location)
-        return merge(load_adapter(load_model(base, attention), location, base))
+        model = load_model(base, attention, scores)
+        if scores and read_config(location).get("task_type") == TASK:
+            model = with_score_head(model)  # which the adapter brings
+        return merge(load_adapter(model, location, base))
     with _refusing(location):
-        return _loaded(location, attention)
+        return _loaded(location, attention, scores)
 
 
-def _loaded(location: Path | str, attention: str) -> PreTrainedModel:
+def _loaded(location: Path | str, attention: str, scores: bool) -> PreTrainedModel:
     if isinstance(location, Path):
         _check_files(location)
         _check_sizes(location)
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if isinstance(location, str):
         _check_numbers(config.to_dict(), WIDEST, 0)
+    kind: Any = AutoModelForCausalLM
+    if is_reward_model(config):
+        _check_reward_model(location, config, scores)
+        kind = AutoModelForSequenceClassification
     conformance = conformance_of(config)
     if conformance is not None:
         check_conformance(config, conformance, attention == PACKED)
-    loaded: object = AutoModelForCausalLM.from_pretrained(
+    loaded: object = kind.from_pretrained(
         location,
         dtype=torch.float32,
         attn_implementation="eager",  # which all have; the one that fits is set below
@@ -158,11 +170,26 @@ def _loaded(location: Path | str, attention: str) -> PreTrainedModel:
     return model
 
 
+def _check_reward_model(location: Path | str, config: PreTrainedConfig, scores: bool) -> None:
+    """Refuse, with a ModelError, a reward model where text is asked for, or one of more labels."""
+    if not scores:
+        raise ModelError(
+            f"The model at {location} is a reward model: it gives answers scores and writes no "
+            "text. Give it as --reward_model of `minigpt generate` or `minigpt evaluate`, and here "
+            "the model that it was trained from, or another one."
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"The model at {location} gives sequences {config.num_labels} scores, a reward model "
+            "one. Train one with: minigpt fit --config configs/reward.yaml"
+        )
+
+
 def _check_settings(model: PreTrainedModel) -> None:
     """Refuse settings of which the proof of a model's kind makes no use, but a run does."""
     if max_positions(model.config) < 1:
         raise NotReadableError("its config allows for no positions")
-    if model.generation_config is not None:
+    if not is_score_model(model) and model.generation_config is not None:
         ends = model.generation_config.eos_token_id
         for token in ends if isinstance(ends, list) else [ends]:
             if token is not None and not (isinstance(token, int) and abs(token) < 1 << 31):
@@ -347,7 +374,8 @@ def save_model(
         weights: a full state dict, where the model's own parameters are sharded.
     """
     with atomic_directory(directory, MODEL_FILES) as partial:
-        model.generation_config = generation_config(model, tokenizer)
+        if not is_score_model(model):
+            model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}
         model.save_pretrained(partial, state_dict=weights)

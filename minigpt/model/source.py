@@ -27,6 +27,7 @@ from minigpt.model.architecture import (
 from minigpt.model.lora import ADAPTER
 from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
 from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
+from minigpt.model.score_head import check_family, choose_padding, with_score_head
 from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ModelSource:
         architecture: sizes of a native model with random weights, for stages that may begin with
             one.
         chat: whether the tokenizer needs a chat template.
+        scores: whether the model is to be a reward model: a causal LM gets a new score head.
 
     Raises:
         ConfigError: when neither a model nor sizes and a tokenizer are given.
@@ -62,6 +64,7 @@ class ModelSource:
     rope_scaling: RopeScaling | None = None
     architecture: Architecture | None = None
     chat: bool = True
+    scores: bool = False
 
     def __post_init__(self) -> None:
         if self.init_from is not None:
@@ -94,6 +97,8 @@ class ModelSource:
         if self.chat:
             with refusing(f"The tokenizer at {location}", TokenizerError, verb="cannot be used"):
                 install_template(tokenizer)
+        if self.scores:
+            choose_padding(tokenizer)
         return tokenizer
 
     def _template_adds_tokens(self) -> bool:
@@ -104,6 +109,7 @@ class ModelSource:
 
         Raises:
             ConfigError: when sizes are given that the model of `init_from` does not have.
+            ModelError: when a reward model cannot be of its family.
         """
         if self.init_from is None:
             assert self.architecture is not None
@@ -112,6 +118,8 @@ class ModelSource:
         config = load_config(self.init_from)
         if self.architecture is not None:
             check_sizes(self.architecture, config)
+        if self.scores:
+            check_family(config)
         return config
 
     def build(self) -> PreTrainedModel:
@@ -125,7 +133,7 @@ class ModelSource:
             with _refusing_sizes():
                 model = build_native(self.architecture, self.tokenizer)
         else:
-            model = load_model(self.init_from)
+            model = load_model(self.init_from, scores=self.scores)
             with refusing(f"The model at {self.init_from}", ModelError, verb="cannot be used"):
                 check_vocabulary(embedding_rows(model), self.tokenizer)
                 if self._template_adds_tokens():
@@ -133,6 +141,9 @@ class ModelSource:
         if self.rope_scaling is not None:
             scale(model, self.rope_scaling)
             self.tokenizer.model_max_length = max_positions(model.config)
+        if self.scores:
+            model = with_score_head(model)
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model
 
     def rows(self) -> int:

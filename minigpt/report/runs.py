@@ -17,7 +17,7 @@ from minigpt.reading import read_json, read_text, read_yaml, reason_of
 Value = TypeVar("Value")
 LARGEST = 1e30  # number that a report takes
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
-KINDS = {"Pretrain": "Pretraining", "SFT": "SFT", "DPO": "DPO", "GRPO": "GRPO", "LoRA": "LoRA"}
+KINDS = {"Pretrain": "Pretraining", "Reward": "Reward model"}  # others are called as they are
 
 
 @dataclass

@@ -4,6 +4,14 @@ from minigpt.stages.dpo import DPOModule
 from minigpt.stages.grpo import GRPOModule
 from minigpt.stages.lora import LoRAModule
 from minigpt.stages.pretrain import PretrainModule
+from minigpt.stages.reward import RewardModule
 from minigpt.stages.sft import SFTModule
 
-__all__ = ["DPOModule", "GRPOModule", "LoRAModule", "PretrainModule", "SFTModule"]
+__all__ = [
+    "DPOModule",
+    "GRPOModule",
+    "LoRAModule",
+    "PretrainModule",
+    "RewardModule",
+    "SFTModule",
+]

@@ -85,7 +85,7 @@ class ModelHooks(LightningModule):
 
     def use_run(self, run_dir: Path) -> None:
         """Use a finished run's model instead of the one to start from."""
-        self.source = ModelSource(str(run_dir), chat=self.start.chat)
+        self.source = ModelSource(str(run_dir), chat=self.start.chat, scores=self.start.scores)
 
     def configure_model(self) -> None:
         """Build the model once; Lightning may call this several times."""

@@ -76,6 +76,9 @@ DEFAULTS = {
         reward=["exact"],
         reward_model=None,
     ),
+    "train_reward": stage(
+        "sft", "reward", "dpo.jsonl", 2, 16, 1, 1e-5, max_prompt_length=256, centering=0.01
+    ),
     "train_lora": stage(
         "sft",
         "lora",
@@ -106,7 +109,7 @@ DEFAULTS = {
         "interactive": False,
     },
 }
-TRAINING = ("pretrain", "train_sft", "train_dpo", "train_grpo", "train_lora")
+TRAINING = ("pretrain", "train_sft", "train_dpo", "train_grpo", "train_reward", "train_lora")
 
 
 class Outcome(NamedTuple):
@@ -190,7 +193,8 @@ EVERY_FLAG = {
     "save_steps": 11, "logging_steps": 13, "max_length": 64, "data_limit": 17,
     "tokenizer_path": "tok", "lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.5, "beta": 0.75,
     "num_generations": 6, "max_completion_length": 9, "temperature": 0.625, "reward": "numeric",
-    "max_prompt_length": 19, "weight_decay": 0.125, "warmup_ratio": 0.375, "save_total_limit": 9,
+    "max_prompt_length": 19, "centering": 0.625, "weight_decay": 0.125, "warmup_ratio": 0.375,
+    "save_total_limit": 9,
 }  # fmt: skip
 
 
@@ -204,7 +208,8 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     flags = [f"--{k}={v}" for k, v in EVERY_FLAG.items() if k in DEFAULTS[name]]
     assert run_script(name, *flags, "--fp16", "--overwrite") == 0
     config = clis[0].config["fit"]
-    model, data, rows = config.model.init_args, config.data.init_args, 2 if "dpo" in name else 1
+    model, data = config.model.init_args, config.data.init_args
+    rows = 2 if name in ("train_dpo", "train_reward") else 1
     assert (str(clis[0].run_dir), config.overwrite) == ("out", True)
     assert (model.init_from, model.tokenizer) == ("model", "tok")
     assert (model.optimizer.name, model.optimizer.lr) == ("adamw", 0.25)
@@ -224,6 +229,8 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     if name == "train_grpo":
         assert (model.beta, model.temperature, model.rewards[0].kind) == (0.75, 0.625, "numeric")
         assert (data.num_generations, data.max_completion_length) == (6, 9)
+    if name == "train_reward":
+        assert (model.centering, data.max_prompt_length) == (0.625, 19)
     if name == "train_lora":
         assert (model.lora.r, model.lora.alpha, model.lora.dropout) == (2, 6, 0.5)
 

@@ -283,7 +283,7 @@ def test_a_bad_row_is_named_before_a_model_is_loaded(
         (("--text", "none.jsonl"), "none.jsonl: cannot be read: No such file"),
         (("--text", "none.txt"), "none.txt: cannot be read"),
         (("--text", "empty.txt"), "empty.txt:1:text: is empty"),
-        (("--text", "pretrain_val.jsonl", "--reference", "x"), "--reference is for --preferences"),
+        (("--text", "pretrain_val.jsonl", "--reference", "x"), "--reference is what"),
         (("--choices", "chat.jsonl"), "no chat template: give 'prompt'"),
         (("--choices", "long.jsonl"), "more than the 128 that the model reads"),
         (("--json", "empty.txt/x.json", "--pairs", "pairs.jsonl"), "write to empty.txt/x.json"),

@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt.model.losses import Preferences, chosen_nll, cpo, dpo, orpo, simpo, sum_by
+from minigpt.model.losses import (
+    Preferences,
+    bradley_terry,
+    chosen_nll,
+    cpo,
+    dpo,
+    orpo,
+    simpo,
+    sum_by,
+)
 
 BETA = 0.1
 
@@ -255,6 +264,32 @@ odds = ORPOTrainer.odds_ratio_loss(cpo, *(logps / lengths).chunk(2))[0]
 losses["orpo"] = float(-odds)  # it subtracts it
 print(json.dumps(losses))
 """
+
+
+# Scores of the chosen and the rejected answer, margin, weight of the centring: the loss by hand,
+# from -log σ of 0, 1, 2 and -1, which are 0.693147, 0.313262, 0.126928 and 1.313262.
+SCORED = [
+    ((0.0, 0.0), 0.0, 0.0, 0.693147),
+    ((1.0, 0.0), 0.0, 0.0, 0.313262),
+    ((1.0, 0.0), 1.0, 0.0, 0.693147),
+    ((0.0, 1.0), 0.0, 0.0, 1.313262),
+    ((3.0, 1.0), 0.0, 0.01, 0.126928 + 0.01 * 16),
+    ((1.0, -1.0), 1.0, 0.5, 0.313262),
+]
+
+
+def test_bradley_terry_by_hand() -> None:
+    for (chosen, rejected), margin, centering, value in SCORED:
+        loss = bradley_terry(torch.tensor([chosen, rejected]), torch.tensor([margin]), centering)
+        assert loss.tolist() == pytest.approx([value], abs=2e-6)
+    pairs, margins, _, values = zip(*SCORED[:4], strict=True)
+    scores = torch.tensor(pairs, requires_grad=True)
+    losses = bradley_terry(scores.flatten(), torch.tensor(margins))
+    assert losses.tolist() == pytest.approx(values, abs=2e-6)
+    losses.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx([-0.5, 0.5])
+    assert scores.grad[1].tolist() == pytest.approx([-0.268941, 0.268941], abs=1e-6)
 
 
 @pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
