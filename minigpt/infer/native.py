@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 GROWTH = 64  # positions by which the cache grows at least
+BLOCK = 8  # rows of one call of attention on a CPU: the rows are as long as the longest of them
 # `_op`, because the operator's Python wrapper takes a fifth of a small matmul's time.
 INT8_LINEAR: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic._op
 
@@ -300,25 +301,24 @@ class NativeDecoder:
         positions = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
         self._reserve()
-        longest = max(self.lengths)
-        mask = None
-        if min(self.lengths) < longest:
-            hidden = torch.arange(longest, device=device) > positions[:, None]
-            mask = torch.zeros(hidden.shape, dtype=weights.dtype, device=device)
-            mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(weights.kv, 0)[:, None]
+        blocks = self._blocks()
         row_indices = torch.arange(rows, device=device)
-        last = slice(longest - 1, longest)
+        last = slice(self.lengths[0] - 1, self.lengths[0])
         rotations = self.rotations[last] if rows == 1 else self.rotations[positions]
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             cache = self.caches[layer]
             new = heads.narrow(1, weights.heads, 2 * weights.kv).unflatten(1, (2, -1))
             if rows == 1:  # plain indices take a third of the time
-                cache.select(3, longest - 1).select(1, 0).copy_(new[0])
+                cache.select(3, last.start).select(1, 0).copy_(new[0])
             else:
                 cache[:, row_indices, :, positions] = new
-            keys, values = cache.narrow(3, 0, longest).narrow(1, 0, rows).unbind()
-            return _attend(heads.narrow(1, 0, weights.heads), keys, values, mask)
+            queries = heads.narrow(1, 0, weights.heads)
+            outs = []
+            for first, count, longest, mask in blocks:
+                keys, values = cache.narrow(1, first, count).narrow(3, 0, longest).unbind()
+                outs.append(_attend(queries.narrow(0, first, count), keys, values, mask))
+            return torch.cat(outs) if len(outs) > 1 else outs[0]
 
         ids = torch.tensor(tokens, device=device)
         # One row in bf16 takes torch's native matmuls half of oneDNN's time.
@@ -329,6 +329,27 @@ class NativeDecoder:
             return weights.logits(out, exact=False)
         finally:
             torch.backends.mkldnn.enabled = USE_ONEDNN  # type: ignore[assignment]
+
+    def _blocks(self) -> list[tuple[int, int, int, Tensor | None]]:
+        """Return the rows in blocks: the first, how many, the longest one's length, the mask.
+
+        No block reads its keys beyond its own longest row. A mask [count * K, 1, longest] is added
+        to the scores; where all rows are as long there is none.
+        """
+        device = self.rotations.device
+        size = BLOCK if device.type == "cpu" else len(self.lengths)
+        blocks: list[tuple[int, int, int, Tensor | None]] = []
+        for first in range(0, len(self.lengths), size):
+            lengths = self.lengths[first : first + size]
+            longest, mask = max(lengths), None
+            if min(lengths) < longest:
+                ends = torch.tensor(lengths, device=device)[:, None]
+                hidden = torch.arange(longest, device=device) >= ends
+                mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=device)
+                mask = mask.masked_fill_(hidden, -torch.inf)
+                mask = mask.repeat_interleave(self.weights.kv, 0)[:, None]
+            blocks.append((first, len(lengths), longest, mask))
+        return blocks
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:
