@@ -17,6 +17,7 @@ from minigpt.terminal import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+KINDS = ("text", "chat", "preference", "unpaired")
 Run = Callable[[argparse.Namespace], None]
 EXAMPLES = """examples:
   minigpt data check data/sft.jsonl --val data/sft_val.jsonl --exam data/exam/skills.jsonl
@@ -52,7 +53,7 @@ def parser() -> CommandParser:
             "JSONL, JSON arrays, text, CSV, TSV (also compressed), .xlsx, Parquet, Arrow; folders"
         )
         action.add_argument("files", nargs="+", help=text)
-        action.add_argument("--kind", choices=("text", "chat", "preference"), help="of the rows")
+        action.add_argument("--kind", choices=KINDS, help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
         action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
         add_columns(action)

@@ -156,6 +156,7 @@ class Sample:
         targets: [n] bool for a chat; None means all tokens of the answers.
         source: file and line.
         margin: of a preference.
+        desirable: whether an unpaired row's completion is.
     """
 
     ids: NDArray[np.integer]
@@ -164,6 +165,7 @@ class Sample:
     targets: NDArray[np.bool_] | None
     source: tuple[str, int]
     margin: float = 0.0
+    desirable: bool = False
 
 
 class Span(NamedTuple):

@@ -49,7 +49,7 @@ from minigpt.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Kind = Literal["text", "chat", "preference"]
+Kind = Literal["text", "chat", "preference", "unpaired"]
 
 ROLES = {role: role for role in ("system", "user", "assistant")}
 ROLES |= {"human": "user", "gpt": "assistant"}
@@ -65,9 +65,12 @@ _ACCEPTED = {
     "{question, answer}",
     "preference": "{chosen, rejected} as whole conversations, or as answers together with "
     "{prompt}, {messages}, {conversations} or {instruction, input}",
+    "unpaired": "{prompt, completion, label}, {messages, completion, label}, and chats with a "
+    "{label} or {kto_tag} for their last answer",
     "prompt": "{prompt}, {messages} or {conversations}, {instruction, input}",
 }
-_LOOKS_LIKE = {"chosen": "preference rows, for DPO", "text": "text rows, for pretraining"}
+_LOOKS_LIKE = {"chosen": "preference rows, for DPO", "kto_tag": "unpaired rows, for KTO"}
+_LOOKS_LIKE |= {"text": "text rows, for pretraining", "label": "unpaired rows, for KTO"}
 _LOOKS_LIKE |= dict.fromkeys((*_PROMPT_KEYS, "completion"), "chat rows, for SFT")
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 # Fields that say more of a row or of a message than its text does.
@@ -77,13 +80,17 @@ _UNUSED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset(), frozenset()),
     "chat": (_ROW_FIELDS, _MESSAGE_FIELDS - {"train", "weight"}),
     "preference": (_ROW_FIELDS, _MESSAGE_FIELDS),
+    "unpaired": (_ROW_FIELDS - {"label"}, _MESSAGE_FIELDS),
 }
+_LABELS = ("label", "kto_tag")  # of a completion, as TRL and LLaMA-Factory name it
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _EMPTY_VALUES: tuple[object, ...] = (None, "", [], {})
 _REMEDIES = {
     "answer_role": "Give each answer as a string or as one assistant message.",
     "bad_compression": "Copy or compress it again.",
     "bad_json": "Each line must hold one JSON object (JSONL), or the whole file one JSON array.",
     "empty": "Fill it, or leave the row out.",
+    "label": "It says whether the completion is desirable: true or false, or 1 or 0.",
     "margin": "Write by how much the chosen answer is to be ahead, such as 0.5, or leave it out.",
     "lone_surrogate": "Remove it: text that holds one cannot be written or tokenized.",
     "missing_file": "Check the name; relative paths start at the current directory.",
@@ -159,6 +166,19 @@ class Preference(NamedTuple):
     margin: float = 0.0
 
 
+class Unpaired(NamedTuple):
+    """A prompt that ends with a user message, and a completion that is desirable or not.
+
+    Attributes:
+        mismatched: a completion of another prompt, which KTO compares with; see `with_mismatched`.
+    """
+
+    prompt: tuple[Message, ...]
+    completion: Message
+    desirable: bool
+    mismatched: Message | None = None
+
+
 class Source(NamedTuple):
     """Where a record was read: the file and its 1-based line, or item of a JSON array."""
 
@@ -183,7 +203,7 @@ class Prompt:
     source: tuple[str, int]
 
 
-Record = Text | Chat | Preference
+Record = Text | Chat | Preference | Unpaired
 _Turn = tuple[str, Message]  # with the field that a wrong role is reported at
 
 
@@ -357,6 +377,8 @@ def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Re
         return parser.chat(row)
     if kind == "preference":
         return parser.preference(row)
+    if kind == "unpaired":
+        return parser.unpaired(row)
     if "text" not in row:
         raise _missing(row, kind)
     return Text(parser.text(row["text"], "text", "assistant"))
@@ -438,7 +460,13 @@ def kind_of(row: object) -> Kind:
         return "chat"
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return "preference"
+    if row.get("kto_tag") is not None or _is_labelled(row):
+        return "unpaired"
     return "text" if "text" in row and "messages" not in row else "chat"
+
+
+def _is_labelled(row: _Row) -> bool:
+    return row.get("completion") is not None and _truth(row.get("label")) is not None
 
 
 def guess_kind(path: Path, columns: Mapping[str, str] | None = None) -> Kind:
@@ -448,16 +476,18 @@ def guess_kind(path: Path, columns: Mapping[str, str] | None = None) -> Kind:
 
 
 def texts_of(record: Record) -> tuple[str, ...]:
-    """Return the text of a document, or of each message of a chat or preference."""
+    """Return the text of a document, or of each message of another record."""
     if isinstance(record, Text):
         return (record.text,)
     return tuple([message.content for message in messages_of(record)])
 
 
-def messages_of(record: Chat | Preference) -> tuple[Message, ...]:
-    """Return the messages of a chat, or a preference's prompt and then both answers."""
+def messages_of(record: Chat | Preference | Unpaired) -> tuple[Message, ...]:
+    """Return the messages of a chat, or a prompt and then the row's answers to it."""
     if isinstance(record, Chat):
         return record.messages
+    if isinstance(record, Unpaired):
+        return (*record.prompt, record.completion)
     return (*record.prompt, record.chosen, record.rejected)
 
 
@@ -503,7 +533,7 @@ class _RowParser:
             if row.get(key) is not None and (not answer or row.get(answer) is not None):
                 break
         else:
-            raise _missing(row, "chat")
+            raise _missing(row, self.kind or "chat")
         turns = self.opening(row, key)
         if answer:
             _messages(turns, prompt=True)
@@ -531,6 +561,18 @@ class _RowParser:
         if better == worse:
             raise _error("same_answers", "rejected", "the answer equals 'chosen'")
         return Preference(prompt, better, worse, _margin(row.get("margin")))
+
+    def unpaired(self, row: _Row) -> Unpaired:
+        desirable = _label(row)
+        key = _prompt_key(row)
+        if key is None or row.get("completion") is None:
+            *before, completion = self.chat(row).messages
+            if completion.role != "assistant":
+                raise _error("no_assistant", key, "the last message must be the completion")
+            return Unpaired(tuple(before), completion, desirable)
+        prompt = _messages(self.opening(row, key), prompt=True)
+        completion = _answer(self.turns(row["completion"], "completion", "assistant"), prompt)
+        return Unpaired(prompt, completion, desirable)
 
     def opening(self, row: _Row, key: str | None) -> list[_Turn]:
         """Read the row's own system message, if it has one, and what is under `key`."""
@@ -684,6 +726,24 @@ def _margin(value: object) -> float:
     return margin
 
 
+def _truth(value: object) -> bool | None:
+    """Return what a label says, as files and tables write it; None where it is none."""
+    return _TRUTHS.get(str(value).strip().lower())
+
+
+def _label(row: _Row) -> bool:
+    """Return whether a row's completion is desirable."""
+    field = next((name for name in _LABELS if row.get(name) is not None), None)
+    if field is None and (_prompt_key(row) is None or "chosen" in row):
+        raise _missing(row, "unpaired")
+    if field is None:
+        raise _error("label", "label", "the row has none")
+    desirable = _truth(row[field])
+    if desirable is None:
+        raise _error("label", field, f"must be true or false, not {row[field]!r:.40}")
+    return desirable
+
+
 def _object(row: object) -> _Row:
     if isinstance(row, DataError):  # what `scan_rows` yields for a line that is not JSON
         raise row
@@ -700,7 +760,9 @@ def _missing(row: _Row, kind: str) -> DataError:
     likely = next((rows for key, rows in _LOOKS_LIKE.items() if key in row), kind)
     hint = "" if likely.startswith(kind) else f"This looks like {likely}. "
     remedy = f"{hint}Accepted are {_ACCEPTED[kind]}. Keys with other names: see columns."
-    return _error("missing_key", None, f"not a {kind} row: its keys are {list(row)!r:.200}", remedy)
+    article = "an" if kind == "unpaired" else "a"
+    problem = f"not {article} {kind} row: its keys are {list(row)!r:.200}"
+    return _error("missing_key", None, problem, remedy)
 
 
 def _messages(turns: Sequence[_Turn], *, prompt: bool) -> tuple[Message, ...]:

@@ -9,7 +9,7 @@ Arrays (N tokens, S samples):
     tokens.bin    [N] uint16 or uint32   ids of all samples, one after the other
     targets.bin   [N] bool               chats only: which tokens the model must say
     samples.bin   [S] SAMPLE             where each sample lies, which row it came from, and that
-                                         row's margin
+                                         row's margin or label
     lengths.bin   [S] int32              tokens of each sample; on its own, since it is held in
                                          memory: an epoch's order passes through all of it
     sums.bin      uint32                 CRC-32 of meta.json, then of each block of the others
@@ -32,7 +32,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    Unpaired,
     changes,
     hash_reads,
     read_records,
@@ -70,10 +71,11 @@ from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
-FORMAT = 7
+FORMAT = 8
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
-# prompt; a preference has the prompt, the chosen and the rejected answer.
+# prompt; a preference has the prompt, the chosen and the rejected answer; an unpaired row has the
+# prompt, the completion, and the one of another prompt that KTO compares with.
 ARRAYS = ("tokens", "samples", "lengths", "targets")
 SUMS = "sums.bin"
 BLOCK = 1 << 14  # bytes with a sum of their own: all of them are read for the first one
@@ -86,9 +88,10 @@ SAMPLE = np.dtype(
         ("prompt", "<i4"),
         ("answers", "<i4", (2,)),
         ("margin", "<f4"),
+        ("desirable", "?"),
     ]
 )
-ROW = struct.Struct("<qqiiif")  # as SAMPLE lies in memory
+ROW = struct.Struct("<qqiiif?")  # as SAMPLE lies in memory
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,14 @@ class EncodedSample:
         answers: ids of each answer; a text or chat is a single one.
         targets: for a chat, which ids of the answer are trained on.
         margin: of a preference.
+        desirable: whether an unpaired row's completion is.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     targets: list[bool] | None = None
     margin: float = 0.0
+    desirable: bool = False
 
     @property
     def ids(self) -> list[int]:
@@ -261,7 +266,7 @@ class TokenStore:
             DataError: when it is not what was written.
         """
         row = self.samples.read(index * ROW.size, (index + 1) * ROW.size)
-        start, line, prompt, *both, margin = ROW.unpack(row)
+        start, line, prompt, *both, margin, desirable = ROW.unpack(row)
         answers = tuple(length for length in both if length)
         end = start + prompt + sum(answers)
         ids = self.tokens[start:end]
@@ -274,6 +279,7 @@ class TokenStore:
             targets=None if self.targets is None else self.targets[start:end],
             source=(str(self.source), line),
             margin=margin,
+            desirable=desirable,
         )
 
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -283,6 +289,10 @@ class TokenStore:
     def lines(self) -> NDArray[np.int64]:
         """Return the row [S] that each sample came from."""
         return np.concatenate([samples["line"].copy() for samples in self.samples.portions()])
+
+    def desirable(self) -> NDArray[np.bool_]:
+        """Return which samples [S] are desirable."""
+        return np.concatenate([samples["desirable"].copy() for samples in self.samples.portions()])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -409,28 +419,32 @@ def _digest(
 class _Writer:
     """Appends samples to the arrays of a store, keeping only counts in memory."""
 
-    def __init__(self, directory: Path, dtype: str, with_targets: bool) -> None:
+    def __init__(self, directory: Path, dtype: str, kind: Kind) -> None:
         self.dtype = np.dtype(dtype)
         self.code = self.dtype.char  # of an array, which takes short lists faster than numpy does
         names = ["tokens", "samples", "lengths"]
-        if with_targets:
+        if kind == "chat":
             names.append("targets")
         self.files: dict[str, BinaryIO] = {
             name: (directory / f"{name}.bin").open("wb") for name in names
         }
+        self.kind = kind
         self.tokens = self.samples = self.targets = self.highest_id = 0
 
     def add(self, sample: EncodedSample, line: int) -> None:
         ids = sample.ids
         lengths = [len(answer) for answer in sample.answers]
         lengths += [0] * (2 - len(lengths))
-        row = ROW.pack(self.tokens, line, len(sample.prompt), *lengths, sample.margin)
+        numbers = (self.tokens, line, len(sample.prompt), *lengths)
+        row = ROW.pack(*numbers, sample.margin, sample.desirable)
         self.files["tokens"].write(array(self.code, ids))
         self.files["samples"].write(row)
         self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
+        elif self.kind == "unpaired":  # whose second answer is only compared with
+            self.targets += lengths[0]
         else:
             self.targets += len(ids) - (len(sample.prompt) or 1)
         self.highest_id = max(self.highest_id, *ids)
@@ -459,12 +473,14 @@ def _build(
         partial = private / NEW
         partial.mkdir()
         dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
-        writer = _Writer(partial, dtype, kind == "chat")
+        writer = _Writer(partial, dtype, kind)
         bad = BadRows(limits.on_bad_row, limits.max_bad_share, limits.max_too_long_share)
         encoder = Encoder(kind, tokenizer, limits)
         refused = refused_texts(tokenizer, kind)
         columns = dict(limits.columns)
         records = read_records([source], kind, bad, limits.data_limit, refused, columns)
+        if kind == "unpaired":
+            records = with_mismatched(records)
         with closing(writer), _rare_garbage_collection(), hash_reads() as read:
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
@@ -557,6 +573,40 @@ def warn_of_rows(source: Path, bad: BadRows) -> None:
         log.warning("%s: %s", source, unused_problem(bad.unused))
 
 
+def with_mismatched(
+    records: Iterable[tuple[Record, Source]],
+) -> Iterator[tuple[Record, Source]]:
+    """Give each unpaired record the completion of another one, whose prompt is another, too.
+
+    Which one depends on the file alone: blocks of rows are sorted by their prompts, and the other
+    one is half a block on. So each completion is used once, but where more than half of a block's
+    rows have one prompt.
+
+    Raises:
+        DataError: when a block has no other prompt.
+    """
+    records = iter(records)
+    block: list[tuple[Unpaired, Source]] = []
+    while following := cast(list[tuple[Unpaired, Source]], list(islice(records, ROWS_AT_A_TIME))):
+        earlier, block = block, following
+        order = sorted(range(len(block)), key=lambda number: block[number][0].prompt)
+        half = len(order) // 2
+        partners = dict(zip(order, order[half:] + order[:half], strict=True))
+        for number, (record, source) in enumerate(block):
+            candidates = chain([block[partners[number]]], block, earlier)
+            others = (other for other, _ in candidates if other.prompt != record.prompt)
+            if (other := next(others, None)) is None:
+                raise DataError(
+                    f"{len(block)} rows up to line {block[-1][1].line} have one prompt, but KTO "
+                    "compares each completion with one of another prompt",
+                    path=source.path,
+                    line=source.line,
+                    remedy="Add rows of other prompts, or shuffle the file.",
+                    reason="one_prompt",
+                )
+            yield record._replace(mismatched=other.completion), source
+
+
 Rendered = list[tuple[Record, Source, list[PlannedTurn]]]
 
 
@@ -640,6 +690,11 @@ class Encoder:
         assert self.codec is not None
         if isinstance(record, Chat):
             return self.codec.plan_chat(record.messages)
+        if isinstance(record, Unpaired):
+            answers = [record.completion]
+            if record.mismatched is not None:
+                answers.append(record.mismatched)
+            return self.codec.plan_answers(record.prompt, answers)
         return self.codec.plan_answers(record.prompt, (record.chosen, record.rejected))
 
     def _samples(
@@ -650,8 +705,13 @@ class Encoder:
         assert self.codec is not None
         if isinstance(record, Chat):
             return self._chat(self.codec.chat_samples(turns, ids))
-        (prompt, chosen), (_, rejected) = (self.codec.turn_ids(turn, ids) for turn in turns)
-        return self._preference(prompt, [chosen.ids, rejected.ids], record.margin)
+        prompts, answers = zip(*(self.codec.turn_ids(turn, ids) for turn in turns), strict=True)
+        sample = self._answered(prompts[0], [answer.ids for answer in answers])
+        if isinstance(record, Unpaired):
+            sample.desirable = record.desirable
+            return [sample]
+        sample.margin = record.margin
+        return [sample] if sample.answers[0] != sample.answers[1] else []  # nothing to prefer
 
     def _split(self, ids: list[int]) -> Iterator[EncodedSample]:
         """Cut a document into samples that overlap by one token: each token is learnt once."""
@@ -666,16 +726,12 @@ class Encoder:
             if any(targets[1:limit]):
                 yield EncodedSample([], [ids[:limit]], targets[:limit])
 
-    def _preference(
-        self, prompt: list[int], answers: list[list[int]], margin: float
-    ) -> Iterator[EncodedSample]:
+    def _answered(self, prompt: list[int], answers: list[list[int]]) -> EncodedSample:
         prompt_limit = self.limits.max_prompt_length or self.limits.max_length - 1
         prompt_limit = min(prompt_limit, self.limits.max_length - 1)
         answer_limit = self.limits.max_length - min(len(prompt), prompt_limit)
         self.cut += len(prompt) > prompt_limit or max(map(len, answers)) > answer_limit
-        answers = [ids[:answer_limit] for ids in answers]
-        if answers[0] != answers[1]:  # else the cut left nothing to prefer
-            yield EncodedSample(prompt[-prompt_limit:], answers, margin=margin)
+        return EncodedSample(prompt[-prompt_limit:], [ids[:answer_limit] for ids in answers])
 
 
 def _units(record: Record, turns: list[PlannedTurn]) -> Iterator[str]:

@@ -23,12 +23,14 @@ from minigpt.data.encodings import CONTROL_BYTES
 from minigpt.data.formats import (
     DAMAGED,
     BadRows,
+    Chat,
     Kind,
     Message,
     Preference,
     Record,
     Source,
     Text,
+    Unpaired,
     changes,
     guess_kind,
     lines_of,
@@ -57,6 +59,7 @@ HINTS = {
     "encoding",
     "near_duplicate",
     "near_validation",
+    "one_label",
     "replacement_character",
     "same_prompt",
     "too_long",
@@ -78,6 +81,8 @@ _REMEDIES = {
     "near_duplicate": "Keep one of them.",
     "validation": "Remove it from one of the files; --fix leaves it out here.",
     "near_validation": "Remove one, or the validation loss will look better than it is.",
+    "one_label": "KTO learns from both kinds: add some of the other.",
+    "one_prompt": "KTO compares each completion with one of another prompt: add rows of others.",
     "same_prompt": "Remove one, unless the answers are meant to differ.",
     "exam": "Remove it, as --fix does: an exam must ask what training has not shown.",
     "too_long": "Training leaves it out. Raise --max_length, or shorten the row.",
@@ -267,6 +272,7 @@ class Checker:
             if kind != "text":  # of a text, every part is a target
                 encoder = Encoder(kind, self.tokenizer, self.limits)
         before = self.rows
+        labels, prompts = set[bool](), set[int]()  # of unpaired rows; two of each are enough
         rows = read_records(
             [path], kind, self.findings, special_tokens=self.special_tokens, columns=self.columns
         )
@@ -274,10 +280,18 @@ class Checker:
             records = list(self._mended([(source.line, record) for record, source in block], path))
             self._remember(records)
             self._compare(path, records)
+            unpaired = [record for _, record in records if isinstance(record, Unpaired)]
+            labels.update(record.desirable for record in unpaired)
+            prompts.update([hash(record.prompt) for record in unpaired if len(prompts) < 2])
             if encoder:
                 self._encode(encoder, path, records)
         if encoder and encoder.cut:
             self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
+        if len(labels) == 1:
+            kind_of_all = "desirable" if labels.pop() else "undesirable"
+            self._add("one_label", f"all completions are {kind_of_all}", path)
+        if len(prompts) == 1:
+            self._add("one_prompt", "all rows have one prompt", path)
         self.findings.check_too_long(self.rows - before)
 
     def finish(self) -> None:
@@ -446,13 +460,15 @@ def _prompt_hash(record: Record) -> int:
     """Return a hash of the messages before the last answer, which no row has; 0 for a text."""
     if isinstance(record, Text):
         return 0
-    prompt = record.prompt if isinstance(record, Preference) else record.messages[:-1]
+    prompt = record.messages[:-1] if isinstance(record, Chat) else record.prompt
     return hash(("prompt", prompt))
 
 
 def _kind(record: Record) -> Kind:
     if isinstance(record, Preference):
         return "preference"
+    if isinstance(record, Unpaired):
+        return "unpaired"
     return "text" if isinstance(record, Text) else "chat"
 
 
@@ -465,6 +481,10 @@ def as_row(record: Record) -> dict[str, object]:
         prompt = [message._asdict() for message in record.prompt]
         row: dict[str, object] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         return row | ({"margin": record.margin} if record.margin else {})
+    if isinstance(record, Unpaired):
+        prompt = [message._asdict() for message in record.prompt]
+        completion = record.completion.content
+        return {"prompt": prompt, "completion": completion, "label": record.desirable}
     return {"messages": [message._asdict() for message in record.messages]}
 
 

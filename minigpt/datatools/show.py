@@ -42,7 +42,7 @@ figure { margin-top: 1rem; }
 
 
 class Segment(NamedTuple):
-    """A sample, or prompt or answer of a preference, as (text, is a target) for each token."""
+    """A sample, or its prompt or an answer to that, as (text, is a target) for each token."""
 
     heading: str
     tokens: list[tuple[str, bool]]
@@ -93,6 +93,10 @@ def _named_ids(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[in
         margin = f" (margin {sample.margin:g})" if sample.margin else ""
         for name, ids in zip((f"chosen{margin}", "rejected"), sample.answers, strict=True):
             yield f" {name}", ids, [True] * len(ids)
+    elif kind == "unpaired":
+        yield " prompt", sample.prompt, [False] * len(sample.prompt)
+        name = "desirable" if sample.desirable else "undesirable"
+        yield f" {name}", sample.answers[0], [True] * len(sample.answers[0])
     else:
         ids = sample.ids
         targets = sample.targets or [True] * len(ids)

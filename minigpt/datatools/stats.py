@@ -1,4 +1,4 @@
-"""Measure data files: lengths, turns, languages, repeated prompts, the bias of preferences.
+"""Measure data files: lengths, turns, languages, repeated prompts, bias of preferences, labels.
 
 One pass; memory does not grow with the file, but for two numbers a row where the tokens of
 all rows are counted.
@@ -27,6 +27,7 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    Unpaired,
     guess_kind,
     messages_of,
     read_records,
@@ -57,8 +58,13 @@ _PROMPT: dict[Kind, tuple[int, int]] = {
     "text": (-1, 80),
     "chat": (-2, 200),
     "preference": (-3, 200),
+    "unpaired": (-2, 200),
 }
-_TURN_ROLE: dict[Kind, str] = {"chat": "assistant", "preference": "user"}
+_TURN_ROLE: dict[Kind, str] = {
+    "chat": "assistant",
+    "preference": "user",
+    "unpaired": "user",
+}
 
 
 @cache
@@ -196,6 +202,7 @@ class _Rows:
         self.languages = Counter[str]()
         self.prompts = Counter[str]()
         self.length_bias = Counter[str]()
+        self.desirable = 0
 
     def add(self, records: Sequence[Record]) -> None:
         rows = [texts_of(record) for record in records]
@@ -211,6 +218,7 @@ class _Rows:
         chats = [record for record in records if not isinstance(record, Text)]
         role = _TURN_ROLE.get(self.kind)
         self.turns.update([sum(m.role == role for m in messages_of(chat)) for chat in chats])
+        self.desirable += sum(isinstance(r, Unpaired) and r.desirable for r in records)
         pairs = [record for record in records if isinstance(record, Preference)]
         self._add_length_bias([(len(p.chosen.content), len(p.rejected.content)) for p in pairs])
 
@@ -229,6 +237,7 @@ class _Rows:
             "languages": {name: n / self.count for name, n in self.languages.most_common()},
             "repeated": [(text, n) for text, n in self.prompts.most_common(_TOP) if n > 1],
             "length_bias": bias if self.kind == "preference" else None,
+            "desirable": self.desirable / self.count if self.kind == "unpaired" else None,
         }
 
 
@@ -268,6 +277,8 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
             ("packing efficiency", f"{tokens['packing_efficiency']:.1%} of a micro-batch is data"),
             ("the same, padded", f"{tokens['padding_efficiency']:.1%}, each row to the maximum"),
         ]
+    if report["desirable"] is not None:
+        lines.append(("desirable", f"{report['desirable']:.1%} of the completions"))
     if bias:
         size = f"{bias['chosen_characters']:.0f} to {bias['rejected_characters']:.0f}"
         lines += [

@@ -84,7 +84,7 @@ def check_length(
     Args:
         config: the model's.
         length: of a sample, in tokens.
-        kind: of the records: text, chat or preference.
+        kind: of the records: text, chat, preference or unpaired.
         option: where the length was set.
 
     Raises:

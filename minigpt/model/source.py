@@ -169,7 +169,7 @@ class ModelSource:
 
         Args:
             length: of samples in tokens, at most.
-            kind: of the records: text, chat or preference.
+            kind: of the records: text, chat, preference or unpaired.
 
         Raises:
             ConfigError: for them.

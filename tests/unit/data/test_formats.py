@@ -28,9 +28,11 @@ from minigpt.data.formats import (
     Record,
     Source,
     Text,
+    Unpaired,
     completed,
     expand_files,
     iter_rows,
+    kind_of,
     load_prompts,
     parse_prompt,
     parse_row,
@@ -206,7 +208,8 @@ def test_a_preference_may_have_a_margin(value: object, margin: float) -> None:
     assert parse_row(row, "preference") == PAIR._replace(margin=margin)
 
 
-KINDS: tuple[Kind, ...] = ("text", "chat", "preference")
+KINDS: tuple[Kind, ...] = ("text", "chat", "preference", "unpaired")
+TYPES = dict(zip(KINDS, (Text, Chat, Preference, Unpaired), strict=True))
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 
 
@@ -231,6 +234,10 @@ def said(*turns: str, system: str | None = None) -> list[dict[str, str]]:
 
 def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def labelled(label: object) -> dict[str, object]:
+    return {"prompt": "u", "completion": "a", "label": label}
 
 
 U, A = user("u"), bot("a")
@@ -337,6 +344,38 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
         {"instruction": "u", "input": "v", "chosen": "a", "rejected": "b"},
         Preference((user("u\nv"),), bot("a"), bot("b")),
     ),
+    # unpaired: as TRL and LLaMA-Factory write them
+    ("unpaired", {"prompt": "u", "completion": "a", "label": True}, Unpaired((U,), A, True)),
+    (
+        "unpaired",
+        {"prompt": said("u"), "completion": [answer("a")], "label": False},
+        Unpaired((U,), A, False),
+    ),
+    ("unpaired", {"messages": said("u"), "completion": "a", "label": 1}, Unpaired((U,), A, True)),
+    (
+        "unpaired",
+        {"system": "s", "prompt": "u", "completion": said("u", "a"), "label": 0.0},
+        Unpaired((system("s"), U), A, False),
+    ),
+    (
+        "unpaired",
+        {"messages": said("u", "a", "v", "b"), "kto_tag": "True"},
+        Unpaired((U, A, user("v")), bot("b"), True),
+    ),
+    (
+        "unpaired",
+        {
+            "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}],
+            "label": None,
+            "kto_tag": False,
+        },
+        Unpaired((U,), A, False),
+    ),
+    (
+        "unpaired",
+        {"instruction": "u", "input": "", "output": "a", "kto_tag": "0"},
+        Unpaired((U,), A, False),
+    ),
 ]
 
 
@@ -392,10 +431,26 @@ CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
             {"train", "weight"},
         ),
         ("text", {"text": "a", "label": 1, "messages": [{"tool_calls": CALLS}]}, set()),
+        ("unpaired", {"prompt": "u", "completion": "a", "label": 1, "weight": 2}, {"weight"}),
     ],
 )
 def test_fields_that_training_does_not_use(kind: Kind, row: object, fields: set[str]) -> None:
     assert unused_fields(row, kind) == fields
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (labelled(False), "unpaired"),
+        ({"messages": said("u", "a"), "kto_tag": True}, "unpaired"),
+        (labelled("spam"), "chat"),
+        ({"messages": said("u", "a"), "label": 1}, "chat"),
+        ({"text": "t", "label": 1}, "text"),
+        ({"chosen": "a", "rejected": "b", **labelled(1)}, "preference"),
+    ],
+)
+def test_a_kind_that_is_guessed(row: object, kind: Kind) -> None:
+    assert kind_of(row) == kind
 
 
 @pytest.mark.parametrize(("kind", "row", "expected"), GOOD)
@@ -579,6 +634,22 @@ BAD: list[tuple[Kind, object, str, str | None, str]] = [
     ("preference", pair([UM], "b", prompt="u"), "answer_role", "chosen[0].role", "assistant"),
     ("preference", pair("a", " ", prompt="u"), "empty", "rejected", "is empty"),
     ("preference", pair("a", 1, prompt="u"), "wrong_type", "rejected", "a string or a list"),
+    ("preference", labelled(True), "missing_key", None, "looks like unpaired rows, for KTO"),
+    ("preference", {"messages": [UM, AM], "kto_tag": 1}, "missing_key", None, "rows, for KTO"),
+    ("unpaired", labelled(None), "label", "label", "the row has none. It says whether"),
+    ("unpaired", {"messages": [UM, AM]}, "label", "label", "the row has none"),
+    ("unpaired", {"text": "a"}, "missing_key", None, "not an unpaired row"),
+    ("unpaired", pair("a", "b", prompt="u"), "missing_key", None, "preference rows, for DPO"),
+    ("unpaired", {"label": True}, "missing_key", None, "{prompt, completion, label}"),
+    ("unpaired", {"prompt": "u", "label": True}, "missing_key", None, "completion"),
+    ("unpaired", labelled("good"), "label", "label", "must be true or false, not 'good'"),
+    ("unpaired", labelled(-1), "label", "label", "not -1"),
+    ("unpaired", labelled([True]), "label", "label", "true or false, or 1 or 0"),
+    ("unpaired", {"messages": [UM, AM], "kto_tag": 2}, "label", "kto_tag", "not 2"),
+    ("unpaired", {"messages": [UM, AM, UM], "label": 1}, "no_assistant", "messages", "the last"),
+    ("unpaired", {**labelled(1), "prompt": [UM, AM]}, "prompt_end", "prompt[1].role", "user"),
+    ("unpaired", {**labelled(1), "completion": UM}, "answer_role", "completion.role", "assistant"),
+    ("unpaired", {**labelled(1), "completion": " "}, "empty", "completion", "is empty"),
 ]
 
 
@@ -711,7 +782,7 @@ def test_any_value_is_a_record_or_a_data_error(row: object) -> None:
         except DataError as error:
             str(error).encode()
         else:
-            assert type(record) is {"text": Text, "chat": Chat, "preference": Preference}[kind]
+            assert type(record) is TYPES[kind]
             repr(record).encode()
     try:
         assert parse_prompt(row)
@@ -882,9 +953,9 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
     def read(example: tuple[str, bytes]) -> None:
         name, data = example
         file = write(tmp_path / name, data)
-        for kind in ("text", "chat", "preference", None):
+        for kind in (*KINDS, None):
             with suppress(DataError):
-                list(read_records([file], kind, BadRows("skip", max_share=1)))  # type: ignore[arg-type]
+                list(read_records([file], kind, BadRows("skip", max_share=1)))
         load_prompts(file)
 
     damage.assert_read_or_refused(count, st.one_of(examples), read)

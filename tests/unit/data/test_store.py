@@ -71,7 +71,7 @@ def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
 def runs(store: TokenStore) -> list[list[list[int]]]:
     """Prompt and both answers of each sample, of which the second may be empty."""
     samples = []
-    for start, _, prompt, answers, _ in store.samples[:].tolist():
+    for start, _, prompt, answers, *_ in store.samples[:].tolist():
         borders = start + np.cumsum([0, prompt, *answers])
         samples.append([store.tokens[a:b].tolist() for a, b in pairwise(borders)])
     return samples

@@ -410,3 +410,26 @@ def test_different_problems_of_a_kind_are_shown_up_to_a_limit(write: Any, minigp
     assert outcome.out.count("not a chat row") == 20
     assert f"{path}: 5 more [missing_key]; --all shows them" in outcome.out
     assert minigpt("data", "check", path, "--all").out.count("not a chat row") == 25
+
+
+def test_labels_and_prompts_of_unpaired_rows(write: Any, tmp_path: Path, minigpt: Any) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}\x07", "label": n != 1} for n in range(3)]
+    fixed = tmp_path / "fixed.jsonl"
+    outcome = minigpt("data", "check", write(rows), "--fix", fixed)
+    assert outcome.status == 0
+    assert "[one_label]" not in outcome.out
+    mended = [json.loads(text) for text in fixed.read_text().splitlines()]
+    assert [(row["completion"], row["label"]) for row in mended] == [
+        ("c0", True),
+        ("c1", False),
+        ("c2", True),
+    ]
+    outcome = minigpt("data", "check", write([{**row, "label": 0} for row in rows]))
+    assert outcome.status == 0
+    assert "hint: " in outcome.out
+    assert "all completions are undesirable. KTO learns from both kinds" in outcome.out
+    outcome = minigpt("data", "check", write([{**row, "prompt": "p"} for row in rows]))
+    assert outcome.status == 2
+    assert "all rows have one prompt. KTO compares each completion" in outcome.out
+    outcome = minigpt("data", "check", write([*rows, {**rows[0], "label": "good"}]))
+    assert "must be true or false, not 'good'. It says whether" in outcome.out

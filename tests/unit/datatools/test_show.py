@@ -135,3 +135,11 @@ def test_escapes_of_rows_do_not_reach_the_terminal(
     for outcome in (shown, checked, measured):
         assert not set("\x1b\x9b\u202e\x07\x7f") & set(outcome.out + outcome.err)
     assert "\\u001b[2J" in shown.out.replace("⟦", "").replace("⟧", "")
+
+
+def test_an_unpaired_row_is_shown_with_its_label(write: Any, tokenizer_dir: Path) -> None:
+    rows = [{"prompt": "问？", "completion": f"c{n}", "label": n > 0} for n in range(2)]
+    parts = list(segments(write(rows), tokenizers.load(tokenizer_dir), start=2))
+    assert [part.heading.split(":")[1] for part in parts] == ["2 prompt", "2 desirable"]
+    assert [plain(part).count("⟦") for part in parts] == [0, 1]
+    assert plain(parts[1]) == "⟦c1<|im_end|>⟧"

@@ -66,6 +66,20 @@ def test_length_bias_of_preferences(write: Any) -> None:
     assert (bias["chosen_characters"], bias["rejected_characters"]) == (6.0, 3.5)
 
 
+def test_labels_of_unpaired_rows(write: Any, tokenizer_dir: Path, minigpt: Any) -> None:
+    asked = [
+        {"role": r, "content": c} for r, c in (("user", "u"), ("assistant", "a"), ("user", "p"))
+    ]
+    rows = [{"prompt": asked, "completion": f"c{n}", "label": n < 1} for n in range(4)]
+    outcome = minigpt("data", "stats", write(rows), "--tokenizer", tokenizer_dir)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "4 of unpaired" in outcome.out
+    assert "25.0% of the completions" in outcome.out
+    report = measure(write(rows))
+    assert report["turns"] == {"2": 4}
+    assert report["repeated"] == [("p", 4)]
+
+
 @pytest.mark.parametrize("kind", ["text", "chat", "preference"])
 def test_tokens_are_those_of_the_store(
     kind: Any, write: Any, tokenizer_dir: Path, tmp_path: Path
