@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sample_world import medical, security
-from sample_world.chats import dpo_rows, dpo_val_rows, sft_rows, sft_val_rows
+from sample_world.chats import dpo_rows, dpo_val_rows, kto_rows, sft_rows, sft_val_rows
 from sample_world.common import Row
 from sample_world.evaluation import minimal_pairs, multiple_choice
 from sample_world.exam import exams
@@ -40,6 +40,8 @@ def build(seed: int) -> dict[str, list[Row]]:
         "dpo_val": dpo_val_rows(seed),
         "grpo": grpo_rows(seed),
         "grpo_val": grpo_val_rows(seed),
+        "kto": kto_rows(dpo_rows(seed)),
+        "kto_val": kto_rows(dpo_val_rows(seed)),
         "lora_medical": medical.medical_rows(seed, medical.ASK),
         "lora_medical_val": medical.medical_rows(seed, medical.ASK_DEV),
         "lora/security": security.security_rows(seed),

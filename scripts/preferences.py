@@ -3,7 +3,8 @@
     python scripts/preferences.py
     python scripts/preferences.py --losses sigmoid,simpo --trainer.max_steps 20
 
-All start from one model, with the options of `configs/dpo.yaml` beside those of RUNS below.
+All start from one model, with the options of `configs/dpo.yaml` beside those of RUNS below; kto
+with those of `configs/kto.yaml`, on one answer of each pair.
 Further options go to all of them. A run that is finished is not made again. docs/preferences.md
 says when to use which.
 """
@@ -38,6 +39,9 @@ RUNS: dict[str, Choice] = {
     "orpo": {},
     "cpo": {},
 }
+KTO = "kto"  # no loss of DPOModule, but a stage
+PAIRS = "data/dpo_val.jsonl"  # on which the rewards of KTO are measured, whose rows are no pairs
+LENGTH, BETA = 512, 0.1  # of these pairs, in tokens; of rewards
 
 
 class Row(NamedTuple):
@@ -61,6 +65,8 @@ HEAD = f"{'loss':14}{'accuracy':>10}{'style':>10}{'exam':>10}{'change':>10}{'sec
 
 def choice_of(name: str) -> Choice:
     """Return the options of a run, by their full names."""
+    if name == KTO:
+        return {"model": "KTOModule"}
     return {f"model.init_args.{key}": value for key, value in ({"loss": name} | RUNS[name]).items()}
 
 
@@ -72,13 +78,27 @@ def scores(model: Path) -> tuple[float, float]:
     return families["style"], mean(families)
 
 
+def pair_accuracy(model: Path, reference: Path) -> float:
+    """Return the share of held-out pairs whose chosen answer has the higher reward."""
+    from minigpt.evaluate.preferences import prefer
+    from minigpt.infer.engine import Engine
+
+    engines = [Engine.load(path) for path in (model, reference)]
+    return prefer(engines[0], PAIRS, LENGTH, engines[1], BETA)["accuracy"].value
+
+
 def result(args: argparse.Namespace, name: str, more: list[str]) -> Row:
     """Train and examine one loss."""
     choice = choice_of(name)
+    if name == KTO:
+        args = argparse.Namespace(**vars(args) | {"config": ["configs/kto.yaml"]})
+        args.metric = "val/loss"
     accuracy = train(args, choice, [*more, "--model.init_args.init_from", args.model])
     if not math.isfinite(accuracy):
         return Row(name)
     run_dir = Path(args.output_dir) / label(choice).replace(" ", ",")
+    if name == KTO:
+        accuracy = pair_accuracy(run_dir, Path(args.model))
     seconds = json.loads((run_dir / "summary.json").read_text())["seconds"]
     return Row(name, accuracy, *scores(run_dir), seconds)
 
@@ -88,14 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--losses", default=",".join(RUNS), help="names, joined by commas")
+    parser.add_argument("--losses", default=",".join((*RUNS, KTO)), help="names, joined by commas")
     parser.add_argument("--model", default="outputs/sft", help="run that all start from")
-    parser.add_argument("--config", action="append", help="of the stage (configs/dpo.yaml)")
+    parser.add_argument("--config", action="append", help="of all but kto (configs/dpo.yaml)")
     parser.add_argument("--output_dir", default="outputs/preferences")
     args, more = parser.parse_known_args()
     names = args.losses.split(",")
-    if unknown := sorted(set(names) - RUNS.keys()):
-        parser.error(f"There is no loss {unknown[0]}. There are: {', '.join(RUNS)}.")
+    if unknown := sorted(set(names) - {*RUNS, KTO}):
+        parser.error(f"There is no loss {unknown[0]}. There are: {', '.join((*RUNS, KTO))}.")
     args.config, args.metric = args.config or ["configs/dpo.yaml"], "val/rewards/accuracy"
     os.chdir(ROOT)
     before = Row("(before)", math.nan, *scores(Path(args.model)))

@@ -75,7 +75,8 @@ def fit(
     """Run `minigpt fit` with the chosen flags; return the exit status."""
     from minigpt.__main__ import main
 
-    rows = 2 if data_module == "DPODataModule" else 1  # a pair may be two rows long
+    # Two answers to a prompt may be two rows long.
+    rows = 2 if data_module in ("DPODataModule", "KTODataModule") else 1
     tokens = {"data.tokens_per_batch": args.batch_size * args.max_length * rows}
     prompts = {"data.prompts_per_batch": args.batch_size}
     options: dict[str, Any] = {

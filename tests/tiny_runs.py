@@ -22,8 +22,8 @@ ARCHITECTURE = {
     "max_positions": 128,
 }
 STAGES = ("pretrain", "sft", "dpo", "lora")
-_KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "lora": "LoRA", "grpo": "GRPO"}
-_KINDS |= {"reward": "Reward"}
+_KINDS = {"pretrain": "Pretrain", "sft": "SFT", "dpo": "DPO", "kto": "KTO", "lora": "LoRA"}
+_KINDS |= {"grpo": "GRPO", "reward": "Reward"}
 Fit = Callable[..., Any]  # what the fixture `fit` gives
 RUN: dict[str, Any] = {
     "trainer__max_steps": 6,
@@ -32,7 +32,7 @@ RUN: dict[str, Any] = {
     "model__init_args__sampling": {"max_new_tokens": 4},
     "checkpoint": {"every": 2, "keep": 5},
 }
-_BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "sft", "grpo": "sft", "reward": "sft"}
+_BEFORE = dict.fromkeys(("dpo", "kto", "lora", "grpo", "reward"), "sft") | {"sft": "pretrain"}
 _FILES = {"lora": "sft", "reward": "dpo"}  # of stages that have none of their own
 # Where a stage's options are not those of all.
 _DATA: dict[str, dict[str, Any]] = {
@@ -58,6 +58,12 @@ def _preference(rng: random.Random) -> dict[str, str]:
     return {"prompt": _sentence(rng), "chosen": good, "rejected": f"{bad} no"}
 
 
+def _unpaired(rng: random.Random, number: int) -> dict[str, Any]:
+    pair = _preference(rng)
+    completion = pair["chosen" if number % 3 else "rejected"]
+    return {"prompt": pair["prompt"], "completion": completion, "label": number % 3 > 0}
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -71,6 +77,8 @@ def write_data(root: Path) -> Path:
         write_jsonl(root / f"sft{name}.jsonl", [{"messages": _chat(rng)} for _ in range(rows)])
         write_jsonl(root / f"dpo{name}.jsonl", [_preference(rng) for _ in range(rows)])
         write_jsonl(root / f"grpo{name}.jsonl", [{"prompt": text["text"][:9]} for text in texts])
+        others = random.Random(rows)  # the exam and the prompts stay what they are
+        write_jsonl(root / f"kto{name}.jsonl", [_unpaired(others, n) for n in range(rows)])
     asked = [{"role": "user", "content": "the cat"}]
     exam = [
         {"id": f"{family}-{i}", "family": family, "messages": asked, "answer": answer}

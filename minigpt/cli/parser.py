@@ -38,10 +38,10 @@ _LISTS = (".train", ".val", ".exam")
 _NONE = "Expected a <class 'NoneType'>"
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _CLASSES = {
-    "model": "The stages are PretrainModule, SFTModule, DPOModule, GRPOModule, RewardModule and "
-    "LoRAModule.",
+    "model": "The stages are PretrainModule, SFTModule, DPOModule, KTOModule, GRPOModule, "
+    "RewardModule and LoRAModule.",
     "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too), DPODataModule (for "
-    "reward models, too) and GRPODataModule.",
+    "reward models, too), KTODataModule and GRPODataModule.",
 }
 # Two ways to say one thing, of which the one given last counts.
 ALTERNATIVES = (

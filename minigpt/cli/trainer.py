@@ -74,8 +74,8 @@ log = logging.getLogger("minigpt")
 HELP = """Run a stage from a config; later configs and options on the command line win.
 
 Options of the stage are model.init_args.* and data.init_args.*. They are listed by
-  minigpt {verb} --model.help SFTModule        (or Pretrain-, DPO-, GRPO-, Reward- or LoRAModule)
-  minigpt {verb} --data.help SFTDataModule     (or Pretrain-, DPO- or GRPODataModule)
+  minigpt {verb} --model.help SFTModule     (or Pretrain-, DPO-, KTO-, GRPO-, Reward-, LoRAModule)
+  minigpt {verb} --data.help SFTDataModule  (or Pretrain-, DPO-, KTO-, GRPODataModule)
 """
 EXAMPLES = """examples:
   minigpt fit --config configs/sft.yaml

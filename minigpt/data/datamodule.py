@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -30,7 +30,9 @@ from minigpt.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PackSamples = Callable[[Sequence[Sample], tuple[int, int], bool], PackedBatch]
 Files = str | list[str] | dict[str, float] | None
+TWO_ANSWERS: tuple[Kind, ...] = ("preference", "unpaired")  # to one prompt in each sample
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
 LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
 LOOK_AHEAD = 8  # micro-batches whose sizes are looked at together
@@ -108,6 +110,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         rank, world_size: this process and how many there are. Micro-batch j goes to rank
             j % world_size; where an epoch does not divide, the last ones learn nothing.
         read_last: let the model read each answer's last token.
+        pack_samples: makes a batch, as `collate` does.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         rank: int,
         world_size: int,
         read_last: bool = False,
+        pack_samples: PackSamples = collate,
     ) -> None:
         self.order = order
         self.subsets = subsets
@@ -127,6 +131,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         self.rank = rank
         self.world_size = world_size
         self.read_last = read_last
+        self.pack_samples = pack_samples
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
@@ -134,7 +139,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         for number, (members, is_filler, resume_at) in enumerate(self._local_bins()):
             if number % workers == worker_id:
                 samples = [self.subsets[file].sample(index) for file, index in members]
-                batch = collate(samples, resume_at, self.read_last)
+                batch = self.pack_samples(samples, resume_at, self.read_last)
                 yield batch.without_targets() if is_filler else batch
 
     def _local_bins(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
@@ -177,6 +182,13 @@ class PackedDataLoader:
         self.module = module
         self.training = training
 
+    @staticmethod
+    def pack_samples(
+        samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0), read_last: bool = False
+    ) -> PackedBatch:
+        """Make a batch of samples, as `collate` does."""
+        return collate(samples, resume_at, read_last)
+
     def __iter__(self) -> Iterator[PackedBatch]:
         module = self.module
         if self.training:
@@ -187,8 +199,10 @@ class PackedDataLoader:
             epoch, start = 0, 0
         assert order is not None
         rank, world_size = module.rank, module.world_size
-        read_last = module.module.reads_last_tokens
-        dataset = PackedDataset(order, subsets, epoch, start, rank, world_size, read_last)
+        read_last, pack_samples = module.module.reads_last_tokens, self.pack_samples
+        dataset = PackedDataset(
+            order, subsets, epoch, start, rank, world_size, read_last, pack_samples
+        )
         loader = DataLoader(
             ErrorsAsItems(dataset),
             batch_size=None,
@@ -219,7 +233,7 @@ class JSONLDataModule(LightningDataModule):
         tokens_per_step: tokens of an optimizer step, of all processes together; how many
             micro-batches a process accumulates follows from it. By default the trainer's
             `accumulate_grad_batches` says that.
-        max_prompt_length: tokens of a preference's prompt.
+        max_prompt_length: tokens of the prompt of a preference or an unpaired row.
         columns: keys of the rows that have other names in MiniGPT, such as {ask: prompt}.
         max_held_out_tokens: how many tokens `val_share` holds out at most; null for no bound.
         max_val_tokens: how many tokens a validation reads at most. Of larger held-out data it reads
@@ -236,6 +250,7 @@ class JSONLDataModule(LightningDataModule):
     """
 
     kind: ClassVar[Kind]
+    loader: ClassVar[type[PackedDataLoader]] = PackedDataLoader
 
     def __init__(
         self,
@@ -515,12 +530,12 @@ class JSONLDataModule(LightningDataModule):
     @property
     def shares_prompts(self) -> bool:
         """Whether samples hold several answers to a prompt."""
-        return self.kind == "preference"
+        return self.kind in TWO_ANSWERS
 
     @property
     def longest_sample(self) -> int:
-        """Tokens that one sample may have: two answers of a preference count apart."""
-        return self.limits.max_length * (2 if self.kind == "preference" else 1)
+        """Tokens that one sample may have: two answers to a prompt count apart."""
+        return self.limits.max_length * (2 if self.kind in TWO_ANSWERS else 1)
 
     def optimizer_steps(self, epochs: int, accumulate: int) -> int:
         """Return the optimizer steps of some epochs: each epoch ends with a step."""
@@ -536,18 +551,18 @@ class JSONLDataModule(LightningDataModule):
         """
         if self.order is None:
             raise ConfigError("No training data: set data.init_args.train to a JSONL file.")
-        return PackedDataLoader(self, training=True)
+        return self.loader(self, training=True)
 
     def val_dataloader(self) -> PackedDataLoader | list[PackedBatch]:
         """Held-out batches, in the files' own order."""
-        return PackedDataLoader(self, training=False) if self.val_order else []
+        return self.loader(self, training=False) if self.val_order else []
 
     def test_dataloader(self) -> DataLoader[list[object]] | PackedDataLoader:
         """The exam's items, which the module reads; without an exam, the held-out batches."""
         if not self.exam:
             if self.val_order is None:
                 raise ConfigError("Nothing to test on: set data.init_args.exam or val.")
-            return PackedDataLoader(self, training=False)
+            return self.loader(self, training=False)
         items = [item for path in self.exam for item in self.module.load_exam(path)]
         return self._deal(items)
 

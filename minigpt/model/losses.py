@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors. They import only torch.
 
-Shape legend: N targets, P preference pairs.
+Shape legend: N targets, P preference pairs, C completions.
 """
 
 from __future__ import annotations
@@ -229,6 +229,37 @@ def bradley_terry(scores: Tensor, margins: Tensor, centering: float = 0.0) -> Te
     """
     chosen, rejected = scores[0::2], scores[1::2]
     return -logsigmoid(chosen - rejected - margins) + centering * (chosen + rejected).square()
+
+
+def kto(
+    ratios: Tensor,
+    desirable: Tensor,
+    baseline: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Kahneman-Tversky optimisation, on single completions that are desirable or not.
+
+    With h = log π - log π_ref of a completion and z the baseline: λ_D (1 - σ(β(h - z))) for a
+    desirable one, λ_U (1 - σ(β(z - h))) for an undesirable one (Ethayarajh et al. 2024,
+    arXiv:2402.01306, eqs. 7 and 8, without the constant λ_y in front). z estimates KL(π, π_ref):
+    max(0, mean of h over completions that were given to other prompts).
+
+    Args:
+        ratios: [C] h.
+        desirable: [C] bool.
+        baseline: scalar z, which carries no gradient.
+        beta: how fast a completion saturates around the baseline.
+        desirable_weight: λ_D.
+        undesirable_weight: λ_U.
+
+    Returns:
+        Losses, [C].
+    """
+    margins = beta * (ratios - baseline)
+    gains = desirable_weight * (-margins).sigmoid()  # 1 - σ(x) = σ(-x)
+    return gains.where(desirable, undesirable_weight * margins.sigmoid())
 
 
 def _means(policy: Tensor, lengths: Tensor) -> Tensor:

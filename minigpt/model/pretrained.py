@@ -53,7 +53,7 @@ PICKLED = (
     "Pickled weights (.bin, .pt) can run code when they are read, and are not: where you trust "
     "them, load them with transformers and call save_pretrained, which writes safetensors."
 )
-STAGES = ("pretrain", "sft", "dpo", "grpo", "lora", "reward")
+STAGES = ("pretrain", "sft", "dpo", "kto", "grpo", "lora", "reward")
 BYTES_A_SECOND = 20 * MEGABYTE  # of weights that are loaded, at least
 HUB_SECONDS = 3600  # of computing, for models whose size is not known before they are there
 # Sizes in a config, which its weights must bear out before a model of them is built: what is built

@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.batch import PackedBatch, Sample
 from minigpt.data.formats import Kind
 from minigpt.machine import memory_in_use
 from minigpt.model.optimizer import BatchedMuon, MuonAdamW
@@ -46,6 +46,7 @@ KERNELS: dict[Kind, int] = {
     "text": 100_000_000,
     "chat": 500_000_000,
     "preference": 500_000_000,
+    "unpaired": 500_000_000,
 }
 UPDATE_COPIES = 5  # of a group of matrices: updates, stacked, and three of Newton-Schulz
 
@@ -150,15 +151,15 @@ def activation_bytes(module: BaseModule) -> int:
 
 def _measured(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
     """Return the tokens of some samples, and the bytes that their forward pass keeps."""
-    batch = collate(samples, (0, 0)).to(module.device)
-    pairs = module.data.shares_prompts
+    batch = module.data.loader.pack_samples(samples).to(module.device)
+    per_answer = module.data.shares_prompts
     live = LiveTensors([*module.parameters(), *module.buffers(), *_tensors(batch)])
     with _same_random_numbers(module.device), live:
         with module.trainer.precision_plugin.forward_context():
-            loss = module.model(batch, per_answer=pairs)
+            loss = module.model(batch, per_answer=per_answer)
         retained = live.bytes()
     del loss
-    return batch.n_tokens, retained
+    return sum(len(sample.ids) for sample in samples), retained
 
 
 def _tensors(batch: PackedBatch) -> Iterable[Tensor]:

@@ -2,6 +2,7 @@
 
 from minigpt.stages.dpo import DPOModule
 from minigpt.stages.grpo import GRPOModule
+from minigpt.stages.kto import KTOModule
 from minigpt.stages.lora import LoRAModule
 from minigpt.stages.pretrain import PretrainModule
 from minigpt.stages.reward import RewardModule
@@ -10,6 +11,7 @@ from minigpt.stages.sft import SFTModule
 __all__ = [
     "DPOModule",
     "GRPOModule",
+    "KTOModule",
     "LoRAModule",
     "PretrainModule",
     "RewardModule",

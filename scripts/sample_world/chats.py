@@ -158,3 +158,13 @@ def dpo_rows(seed: int) -> list[Row]:
 def dpo_val_rows(seed: int) -> list[Row]:
     """Return preference pairs whose wordings the training pairs lack."""
     return _pairs(stream(seed, "dpo val"), style.ASK_DEV, 1)
+
+
+def kto_rows(pairs: list[Row]) -> list[Row]:
+    """Return one completion of each pair: the chosen, desirable one or the other, by turns."""
+    rows: list[Row] = []
+    for number, pair in enumerate(pairs):
+        desirable = number % 2 == 0
+        completion = pair["chosen" if desirable else "rejected"]
+        rows.append({"prompt": pair["prompt"], "completion": completion, "label": desirable})
+    return rows

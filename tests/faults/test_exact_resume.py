@@ -30,6 +30,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "dpo-lora": {"model__init_args__lora": LORA},
 }
 ONE_MOMENT: dict[str, dict[str, Any]] = {
+    "kto": {"model__init_args__init_from": "gpt2", "model__init_args__desirable_weight": 2.0},
     "dpo-precomputed": {"model__init_args__init_from": "gpt2", **PRECOMPUTED},
     "dpo-lora-precomputed": {"model__init_args__lora": LORA, **PRECOMPUTED},
     "lora-compiled": {

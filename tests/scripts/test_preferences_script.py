@@ -16,7 +16,7 @@ from minigpt.model.losses import PreferenceLoss
 from minigpt.stages.preference_loss import PreferenceOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-SCORES = {"sft": 0.9, "simpo": 0.85, "sigmoid": 0.88}
+SCORES = {"sft": 0.9, "simpo": 0.85, "sigmoid": 0.88, "KTOModule": 0.87}
 
 
 @pytest.fixture
@@ -41,10 +41,11 @@ def test_the_table(
     asked: list[tuple[dict[str, str], list[str]]] = []
 
     def train(args: Namespace, choice: dict[str, str], more: list[str]) -> float:
-        assert args.config == ["configs/dpo.yaml"]
-        assert args.metric == "val/rewards/accuracy"
         asked.append((choice, more))
-        if choice["model.init_args.loss"] == "hinge":
+        is_kto = choice == {"model": "KTOModule"}
+        assert args.config == [f"configs/{'kto' if is_kto else 'dpo'}.yaml"]
+        assert args.metric == ("val/loss" if is_kto else "val/rewards/accuracy")
+        if choice.get("model.init_args.loss") == "hinge":
             return math.inf
         run_dir = tmp_path / script.label(choice).replace(" ", ",")
         run_dir.mkdir()
@@ -52,13 +53,14 @@ def test_the_table(
         return 0.75
 
     def scores(model: Path) -> tuple[float, float]:
-        name = model.name.partition(",")[0].removeprefix("loss=")
+        name = model.name.partition(",")[0].rpartition("=")[2]
         return 0.5, SCORES[name]
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "scores", scores)
-    words = ["--losses", "simpo,hinge,sigmoid", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(script, "pair_accuracy", lambda model, reference: 0.625)
+    words = ["--losses", "simpo,hinge,sigmoid,kto", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["preferences.py", *words, "--trainer.max_steps", "3"])
     script.main()
     table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -67,6 +69,7 @@ def test_the_table(
         ["simpo", "75.0", "50.0", "85.0", "-5.0", "12"],
         ["hinge", "-", "-", "-", "-", "-"],
         ["sigmoid", "75.0", "50.0", "88.0", "-2.0", "12"],
+        ["kto", "62.5", "50.0", "87.0", "-3.0", "12"],
     ]
     start = ["--model.init_args.init_from", "outputs/sft"]
     assert all(more == ["--trainer.max_steps", "3", *start] for _, more in asked)

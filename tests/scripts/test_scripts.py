@@ -79,6 +79,19 @@ DEFAULTS = {
     "train_reward": stage(
         "sft", "reward", "dpo.jsonl", 2, 16, 1, 1e-5, max_prompt_length=256, centering=0.01
     ),
+    "train_kto": stage(
+        "sft",
+        "kto",
+        "kto.jsonl",
+        2,
+        16,
+        3,
+        5e-6,
+        max_prompt_length=256,
+        beta=0.1,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+    ),
     "train_lora": stage(
         "sft",
         "lora",
@@ -109,7 +122,8 @@ DEFAULTS = {
         "interactive": False,
     },
 }
-TRAINING = ("pretrain", "train_sft", "train_dpo", "train_grpo", "train_reward", "train_lora")
+TRAINING = ("pretrain", "train_sft", "train_dpo", "train_kto", "train_grpo", "train_reward")
+TRAINING += ("train_lora",)
 
 
 class Outcome(NamedTuple):
@@ -194,7 +208,7 @@ EVERY_FLAG = {
     "tokenizer_path": "tok", "lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.5, "beta": 0.75,
     "num_generations": 6, "max_completion_length": 9, "temperature": 0.625, "reward": "numeric",
     "max_prompt_length": 19, "centering": 0.625, "weight_decay": 0.125, "warmup_ratio": 0.375,
-    "save_total_limit": 9,
+    "save_total_limit": 9, "desirable_weight": 0.875, "undesirable_weight": 1.25,
 }  # fmt: skip
 
 
@@ -209,7 +223,7 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     assert run_script(name, *flags, "--fp16", "--overwrite") == 0
     config = clis[0].config["fit"]
     model, data = config.model.init_args, config.data.init_args
-    rows = 2 if name in ("train_dpo", "train_reward") else 1
+    rows = 2 if name in ("train_dpo", "train_kto", "train_reward") else 1
     assert (str(clis[0].run_dir), config.overwrite) == ("out", True)
     assert (model.init_from, model.tokenizer) == ("model", "tok")
     assert (model.optimizer.name, model.optimizer.lr) == ("adamw", 0.25)
@@ -224,7 +238,9 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     if name == "pretrain":
         assert (model.optimizer.weight_decay, model.schedule.warmup) == (0.125, 0.375)
         assert config.checkpoint.keep == 9
-    if name == "train_dpo":
+    if name == "train_kto":
+        assert (model.desirable_weight, model.undesirable_weight) == (0.875, 1.25)
+    if name in ("train_dpo", "train_kto"):
         assert (model.beta, data.max_prompt_length) == (0.75, 19)
     if name == "train_grpo":
         assert (model.beta, model.temperature, model.rewards[0].kind) == (0.75, 0.625, "numeric")

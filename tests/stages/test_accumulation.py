@@ -81,7 +81,7 @@ def test_windows_equal_steps_written_out(
         assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "kto", "lora"])
 def test_one_large_batch_equals_many_small_ones(stage: str, tmp_path: Path, fit: Fit) -> None:
     """The whole file in a step: as one batch, and as a short window of small ones."""
     extra: dict[str, Any] = {"trainer__max_epochs": 2, "trainer__max_steps": -1}

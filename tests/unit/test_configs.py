@@ -20,7 +20,7 @@ from minigpt.model.parallel import FSDP2
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-STAGES = ("pretrain", "sft", "dpo", "grpo", "lora", "reward")
+STAGES = ("pretrain", "sft", "dpo", "kto", "grpo", "lora", "reward")
 SIZES = {"26m": 26_879_488, "64m": 63_518_464, "125m": 125_062_144}  # with 6,400 tokens
 HARDWARE: dict[str, dict[str, Any]] = {
     "any": {},
@@ -162,6 +162,7 @@ def test_a_size_is_refused_where_the_model_is_given(
         ("pretrain", "minigpt tokenizer train --data_file data/pretrain.jsonl "),
         ("sft", "minigpt fit --config configs/pretrain.yaml"),
         ("dpo", "minigpt fit --config configs/sft.yaml"),
+        ("kto", "minigpt fit --config configs/sft.yaml"),
         ("lora", "minigpt fit --config configs/sft.yaml"),
         ("reward", "minigpt fit --config configs/sft.yaml"),
     ],

@@ -17,7 +17,7 @@ from minigpt import errors
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "minigpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
-STAGE_FILES = ("pretrain", "sft", "dpo", "lora", "reward")
+STAGE_FILES = ("pretrain", "sft", "dpo", "kto", "lora", "reward")
 # A module may import these parts of the package, besides itself, and those that all may.
 COMMON = {"__version__", "errors", "files", "machine", "page", "progress", "lightning_internals"}
 COMMON |= {"reading", "terminal"}

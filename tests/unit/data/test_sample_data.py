@@ -27,7 +27,7 @@ FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style", "a
 HARD = ("reverse_digits", "add_carry", "sort_digits", "count_letters")
 FAMILIES += ("security", "refusal", *HARD)
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
-TRAINING = (*STAGES, "lora/medical", "lora/security", "security_dpo", "grpo")
+TRAINING = (*STAGES, "kto", "lora/medical", "lora/security", "security_dpo", "grpo")
 ROLES = {"system", "user", "assistant"}
 Row = dict[str, Any]
 
@@ -159,6 +159,14 @@ def test_preference_rows(name: str) -> None:
         for side in ("chosen", "rejected"):
             assert [m["role"] for m in row[side]] == ["assistant"]
         assert row["chosen"] != row["rejected"]
+
+
+@pytest.mark.parametrize("split", ["", "_val"])
+def test_unpaired_rows_are_by_turns_the_better_and_the_worse_answer(split: str) -> None:
+    pairs, unpaired = rows("dpo" + split), rows("kto" + split)
+    for number, (pair, row) in enumerate(zip(pairs, unpaired, strict=True)):
+        answer = pair["rejected" if number % 2 else "chosen"]
+        assert row == {"prompt": pair["prompt"], "completion": answer, "label": number % 2 == 0}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -21,6 +21,7 @@ from minigpt.model.losses import (
     chosen_nll,
     cpo,
     dpo,
+    kto,
     orpo,
     simpo,
     sum_by,
@@ -305,3 +306,37 @@ def test_losses_are_those_of_trl() -> None:
     names = {name.removesuffix("_pair"): value for name, value in theirs.items()}
     assert ours.keys() == names.keys()
     assert ours == pytest.approx(names, rel=1e-6)
+
+
+# log π - log π_ref, desirable, z, and the loss with β = 0.1, λ_D = 2, λ_U = 3: σ(1) = 0.731059,
+# σ(2) = 0.880797, σ(0) = 0.5.
+KTO = [
+    (0.0, True, 0.0, 2 * 0.5),
+    (0.0, False, 0.0, 3 * 0.5),
+    (10.0, True, 0.0, 2 * (1 - 0.731059)),
+    (10.0, False, 0.0, 3 * 0.731059),
+    (10.0, True, 20.0, 2 * 0.731059),
+    (10.0, False, 30.0, 3 * (1 - 0.880797)),
+    (-20.0, True, 0.0, 2 * 0.880797),
+]
+
+
+def test_kto_table() -> None:
+    ratios, desirable, baselines, expected = zip(*KTO, strict=True)
+    losses = [
+        kto(torch.tensor([r]), torch.tensor([d]), torch.tensor(z), BETA, 2.0, 3.0).item()
+        for r, d, z in zip(ratios, desirable, baselines, strict=True)
+    ]
+    assert losses == pytest.approx(expected, abs=1e-5)
+    together = kto(torch.tensor(ratios), torch.tensor(desirable), torch.tensor(0.0), BETA)
+    assert together[:4].tolist() == pytest.approx([0.5, 0.5, 1 - 0.731059, 0.731059], abs=1e-5)
+
+
+def test_kto_pulls_each_kind_its_way_and_least_where_it_is_far() -> None:
+    """The gradient is ∓λ β σ'(x): λβ/4 at the baseline."""
+    ratios = torch.tensor([0.0, 0.0, 100.0, -100.0], requires_grad=True)
+    desirable = torch.tensor([True, False, True, False])
+    kto(ratios, desirable, torch.tensor(0.0), BETA, 2.0, 3.0).sum().backward()
+    assert ratios.grad is not None
+    slopes = [-2 * BETA / 4, 3 * BETA / 4, -2 * BETA * 4.54e-5, 3 * BETA * 4.54e-5]
+    assert ratios.grad.tolist() == pytest.approx(slopes, rel=1e-3)
