@@ -134,8 +134,10 @@ class RewardScorer:
         """Return the scores of each sample's answers."""
         results: list[list[float]] = []
         for members in self._batches(samples):
-            batch = collate(members, read_last=True).to(self.model.device)
-            scores = iter(self.lm(batch).tolist())
+            device = self.model.device
+            batch = collate(members, read_last=True).to(device)
+            with torch.autocast(device.type, enabled=False):  # also within a step of training
+                scores = iter(self.lm(batch).tolist())
             results += [[next(scores) for _ in sample.answers] for sample in members]
         return results
 

@@ -21,6 +21,7 @@ from minigpt.data.rollouts import (
     targets_of,
 )
 from minigpt.errors import ConfigError
+from minigpt.evaluate.reward_model import RewardScorer
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.parallel import gathered
 from minigpt.model.policy_losses import (
@@ -134,8 +135,9 @@ class GRPOModule(ReferenceModule):
         return data
 
     def on_fit_start(self) -> None:
-        """Check that the prompts have what the rewards need."""
+        """Check that the prompts have what the rewards need, and reward models its tokenizer."""
         super().on_fit_start()
+        self.rewards.check_tokenizer(self.tokenizer)
         if self.data.num_generations < 2:
             raise ConfigError(
                 "data.num_generations must be at least 2: an answer is compared with the others "
@@ -370,7 +372,7 @@ class GRPOModule(ReferenceModule):
 
 def load_reward_model(path: str) -> RewardModel:
     """Load a trained reward model."""
-    raise ConfigError("not yet")
+    return RewardScorer.load(path)
 
 
 def _as_state(batch: RolloutBatch) -> dict[str, Any]:

@@ -243,6 +243,30 @@ def test_the_best_reply_is_the_one_with_the_highest_score(world: Path, reward: P
         assert len({tuple(one.ids) for one in drawn}) > 1
 
 
+def _refuse(self: RewardScorer, tokenizer: object) -> None:
+    raise ModelError("another tokenizer")
+
+
+def test_a_reward_model_scores_the_answers_of_grpo(
+    world: Path, reward: Path, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {"model__init_args__rewards": [{"kind": "reward_model", "model": str(reward)}]}
+    scored: list[float] = []
+    scores = RewardScorer.scores
+
+    def spy(self: RewardScorer, prompts: Any, answers: Any) -> list[float]:
+        scored[:] = scores(self, prompts, answers)
+        return scored
+
+    monkeypatch.setattr(RewardScorer, "scores", spy)
+    fit("grpo", **judge, trainer__max_steps=2, trainer__limit_val_batches=0)
+    mean = tiny_runs.metrics(tmp_path / "run", "reward/reward_model")[-1]
+    assert mean == pytest.approx(sum(scored) / len(scored), abs=1e-5)
+    monkeypatch.setattr(RewardScorer, "check_tokenizer", _refuse)
+    with pytest.raises(ModelError, match="another tokenizer"):
+        fit("grpo", "other", **judge)
+
+
 def test_generate_prints_the_best_reply(
     world: Path, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
