@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ OUT = Path("outputs")
 RECORDS = OUT / "pipeline"
 VOCABULARY = 2048
 GENERAL = ("asked_new_wording", "never_asked", "skills")
+REWARDED = ("reverse_digits", "sort_digits")  # the skills of configs/grpo.yaml
 Record = dict[str, Any]
 
 
@@ -115,9 +116,9 @@ def examine(engine: Engine, *families: str) -> dict[str, float]:
     return accuracies(run_eval(engine, items, Sampling(max_new_tokens=64)))
 
 
-def mean(scores: dict[str, float]) -> float:
-    """Return the mean of the general exam's three families."""
-    return sum(scores[family] for family in GENERAL) / len(GENERAL)
+def mean(scores: dict[str, float], families: Sequence[str] = GENERAL) -> float:
+    """Return the mean of some families, by default those of the general exam."""
+    return sum(scores[family] for family in families) / len(families)
 
 
 def load(stage: str, merged: bool = True) -> Engine:
@@ -169,6 +170,22 @@ def dpo(configs: str) -> Record:
     }
 
 
+def grpo(configs: str) -> Record:
+    """Learn skills from rewards; these before and after, and what the other exams lost."""
+    before = examine(load("dpo"), *REWARDED)
+    summary = fit("grpo", configs)
+    scores = examine(load("grpo"), *REWARDED, *GENERAL, "style")
+    return {
+        "skills_before": mean(before, REWARDED),
+        "skills_after": mean(scores, REWARDED),
+        "families_before": before,
+        "families_after": {family: scores[family] for family in REWARDED},
+        "exam_after": mean(scores),
+        "preferred_style_after": scores["style"],
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+    }
+
+
 def lora(configs: str) -> Record:
     """Train an adapter for the domain; check that it can be merged and switched off."""
     from minigpt.evaluate.exam import load_items
@@ -204,6 +221,7 @@ STAGES: dict[str, Callable[[str], Record]] = {
     "pretrain": pretrain,
     "sft": sft,
     "dpo": dpo,
+    "grpo": grpo,
     "lora": lora,
 }
 

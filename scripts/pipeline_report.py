@@ -10,6 +10,7 @@ from minigpt.report.build import Document, bars
 from minigpt.report.runs import is_number, lookup
 
 GENERAL = ("asked_new_wording", "never_asked", "skills")
+REWARDED = ("reverse_digits", "sort_digits")
 # Stage, exam, path of the score before, path of the one after, files whose items were counted.
 EXAMS = (
     ("SFT", "general exam", "sft exam_before", "sft exam_after", GENERAL),
@@ -18,6 +19,19 @@ EXAMS = (
     ("", "preferred style", "dpo preferred_style_before", "dpo preferred_style_after", ("style",)),
     ("", "  with the right tip", "dpo right_advice_before", "dpo right_advice_after", ("advice",)),
     ("", "general exam", "sft exam_after", "dpo exam_after", GENERAL),
+    ("GRPO", "rewarded skills", "grpo skills_before", "grpo skills_after", REWARDED),
+    *(
+        (
+            "",
+            f"  {f.replace('_', ' ')}",
+            f"grpo families_before {f}",
+            f"grpo families_after {f}",
+            (f,),
+        )
+        for f in REWARDED
+    ),
+    ("", "general exam", "dpo exam_after", "grpo exam_after", GENERAL),
+    ("", "preferred style", "dpo preferred_style_after", "grpo preferred_style_after", ("style",)),
     ("LoRA", "domain exam", "lora domain_before", "lora domain_after", ("medical",)),
     ("", "general exam", "sft exam_after", "lora exam_after", GENERAL),
 )

@@ -32,6 +32,14 @@ RECORDS: dict[str, dict[str, Any]] = {
         "right_advice_after": 0.9,
         "exam_after": 0.89,
     },
+    "grpo": {
+        "skills_before": 0.2,
+        "skills_after": 0.93,
+        "families_before": {"reverse_digits": 0.25, "sort_digits": 0.15},
+        "families_after": {"reverse_digits": 0.96, "sort_digits": 0.9},
+        "exam_after": 0.87,
+        "preferred_style_after": 0.94,
+    },
     "lora": {
         "domain_before": 0.05,
         "domain_after": 0.92,
@@ -104,6 +112,11 @@ def test_report(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("", "preferred style", "50.0%", "95.0%"),
         ("", "with the right tip", "40.0%", "90.0%"),
         ("", "general exam", "90.0%", "89.0%"),
+        ("GRPO", "rewarded skills", "20.0%", "93.0%"),
+        ("", "reverse digits", "25.0%", "96.0%"),
+        ("", "sort digits", "15.0%", "90.0%"),
+        ("", "general exam", "89.0%", "87.0%"),
+        ("", "preferred style", "95.0%", "94.0%"),
         ("LoRA", "domain exam", "5.0%", "92.0%"),
         ("", "general exam", "90.0%", "88.0%"),
     ]
