@@ -42,6 +42,8 @@ def build(seed: int) -> dict[str, list[Row]]:
         "grpo_val": grpo_val_rows(seed),
         "kto": kto_rows(dpo_rows(seed)),
         "kto_val": kto_rows(dpo_val_rows(seed)),
+        "grpo_hard": grpo_rows(seed, of_demo=False),
+        "grpo_hard_val": grpo_val_rows(seed, of_demo=False),
         "lora_medical": medical.medical_rows(seed, medical.ASK),
         "lora_medical_val": medical.medical_rows(seed, medical.ASK_DEV),
         "lora/security": security.security_rows(seed),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from pipeline import GENERAL, ROOT, examine, mean
 
 FAMILIES = ("reverse_digits", "sort_digits", "add_carry", "count_letters")
-PROMPTS = Path("data/grpo.jsonl")
+PROMPTS = (Path("data/grpo.jsonl"), Path("data/grpo_hard.jsonl"))
 
 
 class Scores(NamedTuple):
@@ -43,7 +43,7 @@ def row(name: str, before: Scores, after: Scores, seconds: float) -> str:
 
 def rows_of(family: str, target: Path) -> Path:
     """Write the training prompts of a family to a file of their own."""
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    lines = [line for file in PROMPTS for line in file.read_text(encoding="utf-8").splitlines()]
     chosen = [line for line in lines if json.loads(line)["family"] == family]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")

@@ -12,7 +12,17 @@ from minigpt.errors import MiniGPTError
 FOLDERS = ("configs", "data")
 FETCHED = "public"  # in `data`: where `minigpt data fetch` puts what is not bundled
 # In `data`: the demo's files, each with one for validation, and folders of others.
-_FILES = ("pretrain", "sft", "sft_skills", "dpo", "kto", "lora_medical", "security_dpo", "grpo")
+_FILES = (
+    "pretrain",
+    "sft",
+    "sft_skills",
+    "dpo",
+    "kto",
+    "lora_medical",
+    "security_dpo",
+    "grpo",
+    "grpo_hard",
+)
 _DATA_FOLDERS = ("eval", "exam", "lora", "mini")
 
 

@@ -97,6 +97,7 @@ COUNT_LETTERS = HardSkill(
     lambda x: x[0],
 )
 HARD_SKILLS = (REVERSE_DIGITS, ADD_CARRY, SORT_DIGITS, COUNT_LETTERS)
+DEMO_SKILLS = ("reverse_digits", "sort_digits")  # which its model learns in a minute
 
 
 def part_of(key: str) -> str:
@@ -128,23 +129,24 @@ def sft_skill_rows(seed: int) -> list[Row]:
     return shuffled(stream(seed, "sft skills"), rows)
 
 
-def _prompts(seed: int, part: str, count: int) -> list[Row]:
+def _prompts(seed: int, part: str, count: int, of_demo: bool) -> list[Row]:
     rows: list[Row] = [
         {"messages": [user(asked)], "answer": answer, "family": skill.name}
         for skill in HARD_SKILLS
+        if (skill.name in DEMO_SKILLS) == of_demo
         for _, asked, answer in exercises(seed, skill, part, count)
     ]
     return shuffled(stream(seed, f"grpo {part}"), rows)
 
 
-def grpo_rows(seed: int) -> list[Row]:
-    """Return prompts to train on, each with its answer."""
-    return _prompts(seed, "train", PROMPTS)
+def grpo_rows(seed: int, of_demo: bool = True) -> list[Row]:
+    """Return prompts to train on, each with its answer: of the demo's skills, or of the others."""
+    return _prompts(seed, "train", PROMPTS, of_demo)
 
 
-def grpo_val_rows(seed: int) -> list[Row]:
+def grpo_val_rows(seed: int, of_demo: bool = True) -> list[Row]:
     """Return prompts on operands that training lacks."""
-    return _prompts(seed, "dev", VAL_PROMPTS)
+    return _prompts(seed, "dev", VAL_PROMPTS, of_demo)
 
 
 def hard_exams(seed: int) -> dict[str, list[Row]]:

@@ -175,7 +175,7 @@ def test_what_follows_a_stage_that_is_made_anew_is_made_anew(
 def test_ctrl_c(run: Any, capsys: pytest.CaptureFixture[str], stop: type[BaseException]) -> None:
     assert run(failing="sft", error=stop) == (130, ["tokenizer", "pretrain"])
     assert "interrupted" in capsys.readouterr().err
-    assert run()[1] == ["sft", "dpo", "lora"]
+    assert run()[1] == ["sft", "dpo", "grpo", "lora"]
 
 
 def test_force_starts_over(run: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ FAMILIES = ("asked_new_wording", "never_asked", "skills", "medical", "style", "a
 HARD = ("reverse_digits", "add_carry", "sort_digits", "count_letters")
 FAMILIES += ("security", "refusal", *HARD)
 STAGES = ("pretrain", "sft", "dpo", "lora_medical")
-TRAINING = (*STAGES, "kto", "lora/medical", "lora/security", "security_dpo", "grpo")
+TRAINING = (*STAGES, "kto", "lora/medical", "lora/security", "security_dpo", "grpo", "grpo_hard")
 ROLES = {"system", "user", "assistant"}
 Row = dict[str, Any]
 
@@ -250,7 +250,8 @@ def hard_exercises(name: str) -> Iterator[tuple[str, tuple[str, ...], str, str]]
         yield skill, operands, row.get("answer") or row["messages"][1]["content"], row.get("family")
 
 
-HARD_FILES = ("sft_skills", "grpo", "grpo_val", *(f"exam/{family}" for family in HARD))
+GRPO_FILES = ("grpo", "grpo_val", "grpo_hard", "grpo_hard_val")
+HARD_FILES = ("sft_skills", *GRPO_FILES, *(f"exam/{family}" for family in HARD))
 
 
 @pytest.mark.parametrize("name", HARD_FILES)
@@ -261,9 +262,12 @@ def test_the_answers_of_the_hard_skills_are_right(name: str) -> None:
 
 
 def test_rows_for_reinforcement_have_an_answer_and_a_family() -> None:
-    for name, count in (("grpo", 600), ("grpo_val", 25)):
+    demo = [family for family in HARD if family in ("reverse_digits", "sort_digits")]
+    for name in GRPO_FILES:
+        families = [family for family in HARD if (family in demo) == ("hard" not in name)]
+        count = 25 if name.endswith("_val") else 600
         assert all(set(row) == {"messages", "answer", "family"} for row in rows(name))
-        assert Counter(row["family"] for row in rows(name)) == dict.fromkeys(HARD, count)
+        assert Counter(row["family"] for row in rows(name)) == dict.fromkeys(families, count)
         for row in rows(name):
             check_messages(row["messages"], ends_with="user")
     shown = Counter(skill for skill, *_ in hard_exercises("sft_skills"))
@@ -282,7 +286,9 @@ def test_no_two_files_share_operands_of_a_hard_skill() -> None:
 
 
 def test_numbers_of_the_exam_with_carry_are_no_codes_in_training() -> None:
-    codes = set(re.findall(r"\b\d{3}\b", "\n".join(prompts((*STAGES, "sft_skills", "grpo")))))
+    codes = set(
+        re.findall(r"\b\d{3}\b", "\n".join(prompts((*STAGES, "sft_skills", "grpo", "grpo_hard"))))
+    )
     for family in ("skills", "add_carry"):
         asked = set(re.findall(r"\b\d{3}\b", "\n".join(exam_prompts(family))))
         assert asked
