@@ -170,6 +170,18 @@ def dpo(configs: str) -> Record:
     }
 
 
+def reward(configs: str) -> Record:
+    """Train a judge of answers; beside it, what length and words alone tell of the same pairs."""
+    summary = fit("reward", configs)
+    final = summary["final"]
+    return {
+        "accuracy": final["val/rewards/accuracy"],
+        "accuracy_by_length": final["val/accuracy_by_length"],
+        "accuracy_by_words": final["val/accuracy_by_words"],
+        "useful_tokens_per_s": summary["useful_tokens_per_s"],
+    }
+
+
 def grpo(configs: str) -> Record:
     """Learn skills from rewards; these before and after, and what the other exams lost."""
     before = examine(load("dpo"), *REWARDED)
@@ -221,6 +233,7 @@ STAGES: dict[str, Callable[[str], Record]] = {
     "pretrain": pretrain,
     "sft": sft,
     "dpo": dpo,
+    "reward": reward,
     "grpo": grpo,
     "lora": lora,
 }

@@ -19,6 +19,9 @@ EXAMS = (
     ("", "preferred style", "dpo preferred_style_before", "dpo preferred_style_after", ("style",)),
     ("", "  with the right tip", "dpo right_advice_before", "dpo right_advice_after", ("advice",)),
     ("", "general exam", "sft exam_after", "dpo exam_after", GENERAL),
+    ("reward model", "accuracy, held-out pairs", "", "reward accuracy", ("dpo_val",)),
+    ("", "  by length alone", "", "reward accuracy_by_length", ("dpo_val",)),
+    ("", "  by words alone", "", "reward accuracy_by_words", ("dpo_val",)),
     ("GRPO", "rewarded skills", "grpo skills_before", "grpo skills_after", REWARDED),
     *(
         (

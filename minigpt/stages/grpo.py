@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from minigpt.model.policy_losses import (
 from minigpt.stages.base import LossSums
 from minigpt.stages.collapse import Collapse, CollapseWatch
 from minigpt.stages.reference import ReferenceModule
-from minigpt.stages.rewards import Reward, RewardModel, Rewards
+from minigpt.stages.rewards import Reward, Rewards
 from minigpt.stages.rollouts import (
     Answers,
     RolloutSampler,
@@ -106,7 +107,7 @@ class GRPOModule(ReferenceModule):
             raise ConfigError(
                 "model.spike compares with the mean loss, but a policy's is around 0: leave it out."
             )
-        self.rewards = Rewards(rewards, load_reward_model)
+        self.reward_options = rewards
         self.beta = beta
         self.temperature = temperature
         self.advantage: Advantage = advantage
@@ -134,10 +135,16 @@ class GRPOModule(ReferenceModule):
             raise ConfigError("GRPOModule learns from prompts: use GRPODataModule.")
         return data
 
+    def setup(self, stage: str) -> None:
+        """Load what scores answers."""
+        if stage in ("fit", "validate"):
+            device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
+            load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
+            self.rewards = Rewards(self.reward_options, load)
+
     def on_fit_start(self) -> None:
-        """Check that the prompts have what the rewards need, and reward models its tokenizer."""
+        """Check that the prompts have what the rewards need."""
         super().on_fit_start()
-        self.rewards.check_tokenizer(self.tokenizer)
         if self.data.num_generations < 2:
             raise ConfigError(
                 "data.num_generations must be at least 2: an answer is compared with the others "
@@ -368,11 +375,6 @@ class GRPOModule(ReferenceModule):
         self.rollout_metrics = checkpoint["rollout_metrics"]
         states = checkpoint.get("rollout", [])[self.data.rank :: self.data.world_size]
         self.rollout = [_from_state(state) for state in states]
-
-
-def load_reward_model(path: str) -> RewardModel:
-    """Load a trained reward model."""
-    return RewardScorer.load(path)
 
 
 def _as_state(batch: RolloutBatch) -> dict[str, Any]:

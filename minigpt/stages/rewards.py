@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerState
+from transformers import TrainerState
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.reading import LARGEST_CONFIG, read_json, refusing
@@ -107,9 +107,6 @@ class RewardModel(Protocol):
     ) -> list[float]:
         """Return a score for each answer to its prompt, both as token ids."""
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Refuse ids of another tokenizer."""
-
 
 class ModelReward(Scorer):
     """The score of a trained reward model, by the tokens that were sampled."""
@@ -177,16 +174,6 @@ class Rewards:
                 scorer.check_fields(fields)
         except DataError as error:
             raise error.at(path, line) from None
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Check that reward models read the tokens of the model in training.
-
-        Raises:
-            ModelError: when one has another tokenizer.
-        """
-        for scorer in self.scorers:
-            if isinstance(scorer, ModelReward):
-                scorer.model.check_tokenizer(tokenizer)
 
     def score(self, answers: Sequence[Rollout], step: int, max_steps: int) -> RewardTable:
         """Score answers.

@@ -356,7 +356,7 @@ def read_back(store: TokenStore, records: list[Any], kind: Kind, tokenizer: Any)
     assert lines == sorted(lines)
     assert len(store.tokens) == int(store.lengths(np.arange(len(store))).sum())
     found: dict[int, list[list[list[int]]]] = {}
-    for start, line, prompt, answers in store.samples[:].tolist():
+    for start, line, prompt, answers, *_ in store.samples[:].tolist():
         borders = start + np.cumsum([0, prompt, *answers])
         runs = [store.tokens[a:b].tolist() for a, b in pairwise(borders)]
         if store.targets is not None:

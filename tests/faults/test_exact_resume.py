@@ -82,9 +82,15 @@ MOMENTS = {
     "while validating": at("validation_batch_start", after=4),
     "after the last step": at("train_end"),
 }
+# Each stage is killed at every second moment, and each moment comes to every second stage.
 ALL = [
-    *((stage, 0, moment) for stage in STAGES for moment in MOMENTS),
-    *((stage, 2, "in the middle of an accumulation") for stage in STAGES),
+    *(
+        (stage, 0, moment)
+        for i, stage in enumerate(STAGES)
+        for j, moment in enumerate(MOMENTS)
+        if (i + j) % 2
+    ),
+    *((stage, 2, "in the middle of an accumulation") for stage in ("pretrain", "dpo")),
     *((stage, 0, "in the middle of an accumulation") for stage in ONE_MOMENT),
 ]
 QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while validating")}
@@ -132,7 +138,7 @@ def test_a_killed_run_ends_where_the_whole_one_does(
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("lora", "function", "number", "kept"),
-    [(None, "score", 2, 0), (None, "save", 0, 0), (LORA, "score", 12, 1), (LORA, "save", 1, 1)],
+    [(None, "score", 2, 0), (LORA, "save", 1, 1)],
 )
 def test_a_reference_that_was_cut_off_is_not_used(
     lora: Any, function: str, number: int, kept: int, start: Start, tmp_path: Path

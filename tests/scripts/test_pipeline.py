@@ -32,6 +32,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "right_advice_after": 0.9,
         "exam_after": 0.89,
     },
+    "reward": {"accuracy": 0.98, "accuracy_by_length": 0.7, "accuracy_by_words": 0.9},
     "grpo": {
         "skills_before": 0.2,
         "skills_after": 0.93,
@@ -112,6 +113,9 @@ def test_report(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("", "preferred style", "50.0%", "95.0%"),
         ("", "with the right tip", "40.0%", "90.0%"),
         ("", "general exam", "90.0%", "89.0%"),
+        ("reward model", "accuracy, held-out pairs", "", "98.0%"),
+        ("", "by length alone", "", "70.0%"),
+        ("", "by words alone", "", "90.0%"),
         ("GRPO", "rewarded skills", "20.0%", "93.0%"),
         ("", "reverse digits", "25.0%", "96.0%"),
         ("", "sort digits", "15.0%", "90.0%"),
@@ -175,7 +179,7 @@ def test_what_follows_a_stage_that_is_made_anew_is_made_anew(
 def test_ctrl_c(run: Any, capsys: pytest.CaptureFixture[str], stop: type[BaseException]) -> None:
     assert run(failing="sft", error=stop) == (130, ["tokenizer", "pretrain"])
     assert "interrupted" in capsys.readouterr().err
-    assert run()[1] == ["sft", "dpo", "grpo", "lora"]
+    assert run()[1] == ["sft", "dpo", "reward", "grpo", "lora"]
 
 
 def test_force_starts_over(run: Any, tmp_path: Path) -> None:

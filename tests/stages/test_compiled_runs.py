@@ -62,7 +62,13 @@ stand_in.register_autograd(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
-@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=[] if stage in ("sft", "dpo") else [pytest.mark.large])
+        for stage in tiny_runs.STAGES  # each is compiled for half a minute
+    ],
+)
 def test_no_graph_is_new_after_the_first_step(
     stage: str, fit: Fit, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -66,7 +66,9 @@ def assert_compiled_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "half", [pytest.param(False, marks=pytest.mark.large), True], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_equals_plain_and_is_compiled_once(half: bool, device: str) -> None:
     lm = PackedLM(tiny.model("qwen3")).to(device)

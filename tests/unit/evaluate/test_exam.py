@@ -170,7 +170,7 @@ class Scripted:
     def __init__(self, script: Sequence[int], vocabulary: int) -> None:
         self.script, self.vocabulary, self.position = script, vocabulary, 0
 
-    def admit(self, prompts: Sequence[list[int]]) -> Tensor:
+    def admit(self, prompts: Sequence[list[int]], counts: Sequence[int]) -> Tensor:
         self.position = 0
         return self.step([0] * len(prompts))
 

@@ -121,6 +121,7 @@ def test_a_config_holds_a_list_of_them() -> None:
 
 def test_the_rewards_of_the_guide_are_accepted() -> None:
     text = (Path(__file__).parents[3] / "docs" / "grpo.md").read_text(encoding="utf-8")
-    config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    section = text.partition("## Rewards\n")[2]
+    config = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
     rewards = [Reward(**options) for options in config["model"]["init_args"]["rewards"]]
     assert {reward.kind for reward in rewards} == set(get_args(RewardKind))
