@@ -27,6 +27,8 @@ LAYOUT = {
         "bits per byte": ["Multiline", ["train/bits_per_byte", "val/bits_per_byte"]],
         "reward margin": ["Multiline", ["train/rewards/margin", "val/rewards/margin"]],
         "reward accuracy": ["Multiline", ["train/rewards/accuracy", "val/rewards/accuracy"]],
+        "reward": ["Multiline", ["reward", "val/reward"]],
+        "right answers": ["Multiline", ["val/accuracy", "val/pass_at_1"]],
     },
     "speed": {"tokens per second": ["Multiline", ["tokens_per_s"]]},
 }

@@ -14,6 +14,7 @@ from tiny_runs import Fit
 
 from minigpt.cli.trainer import MiniGPTCLI
 from minigpt.errors import ConfigError, DataError, TrainingError
+from minigpt.report.build import write_report
 from minigpt.stages.grpo import GRPOModule
 
 # Rewards by TRL's signature: answers that begin alike score by their first token.
@@ -219,3 +220,7 @@ def test_samples_are_logged_with_their_rewards(grpo: Any, tmp_path: Path) -> Non
     assert text.count("reward ") == 4
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert {"val/reward", "val/accuracy", "val/pass_at_1", "val/pass_at_4"} <= set(final)
+    page = tmp_path / "report.html"
+    write_report([tmp_path / "run"], page)
+    for title in ("Reward", "Right answers", "Answers cut off", "Entropy"):
+        assert f"<figcaption>{title}" in page.read_text()
