@@ -71,6 +71,9 @@ def collect(args: argparse.Namespace) -> dict[str, Result]:
     if args.force or not (out / "data.json").exists():
         options = ["--data", files["pretrain"], "--sizes", *args.sizes, *common]
         bench("data", *options, "--json", out / "data.json")
+    if args.force or not (out / "grpo.json").exists():
+        options = ["--data", files["lora"], "--size", args.size, "--seconds", args.seconds]
+        bench("grpo", *options, *common, "--json", out / "grpo.json")
     if args.force or not (out / "start.json").exists():
         (out / "start.json").write_text(json.dumps(starts(args.repeats)))
     return {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
@@ -84,6 +87,7 @@ def is_bundled(data: Path) -> bool:
 def page(results: dict[str, Result], command: str) -> str:
     """Return the page."""
     lines = ["# Benchmarks", "", "## Training", "", *training(results), "", NOTES, ""]
+    lines += ["## Reinforcement learning", "", *reinforced(results["grpo"]), ""]
     lines += ["## Preparing data", "", *preparing(results["data"]), ""]
     if "time_to_loss" in results:
         lines += ["## Time to a loss", "", *sooner(results["time_to_loss"]), ""]
@@ -120,6 +124,26 @@ def training(results: dict[str, Result]) -> list[str]:
     if peers:
         rows += ["", f"Against TRL on the same rows: {', '.join(peers)}."]
     return rows
+
+
+def reinforced(r: Result) -> list[str]:
+    """Return the lines on GRPO."""
+    answers = f"{r['generations']} answers of {r['completion']} tokens"
+    trl = ""
+    if "ratio" in r:
+        trl = (
+            f", {r['ratio']:.2f}× TRL's {rounded(r['trl_samples_per_s'])} (rollout "
+            f"{r['minigpt_rollout_s']:.1f} of {r['trl_rollout_s']:.1f} s, update "
+            f"{r['minigpt_update_s']:.1f} of {r['trl_update_s']:.1f} s), with "
+            f"{r['memory_share']:.0%} of its memory"
+        )
+    return [
+        f"- Whole steps of GRPO, {r['prompts']} prompts of {r['data']} and {answers} to each: "
+        f"{rounded(r['minigpt_samples_per_s'])} samples/s{trl}.",
+        f"- The update of {answers} to one prompt of {r['prompt_length']}, which is computed once: "
+        f"{rounded(r['shared_targets_per_s'])} target tokens/s, {r['ratio_shared']:.2f}× as many "
+        "as with the prompt before each of them.",
+    ]
 
 
 def preparing(r: Result) -> list[str]:

@@ -53,6 +53,25 @@ DATA = {
     "peak_rss_mb_at_10_mb": 300,
     "peak_rss_mb_at_100_mb": 310,
 }
+GRPO = {
+    "data": "lora_medical.jsonl",
+    "prompts": 8,
+    "generations": 4,
+    "completion": 64,
+    "prompt_length": 512,
+    "minigpt_samples_per_s": 9.75,
+    "minigpt_rollout_s": 2.71,
+    "minigpt_update_s": 3.92,
+    "shared_targets_per_s": 432.1,
+    "ratio_shared": 3.5,
+}
+GRPO_TRL = {
+    "ratio": 3.25,
+    "memory_share": 0.555,
+    "trl_samples_per_s": 3.0,
+    "trl_rollout_s": 5.21,
+    "trl_update_s": 9.24,
+}
 START = {"help_s": 0.04, "fit_help_s": 5.25, "imports_s": 4.0}
 
 
@@ -70,7 +89,7 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Page:
         calls.append(words)
         data = Path(words[words.index("--data") + 1])
         assert data.is_file()
-        result = DATA if name == "data" else {**TRAINED, "data": data.name}
+        result = {"data": DATA, "grpo": GRPO}.get(name, {**TRAINED, "data": data.name})
         Path(words[words.index("--json") + 1]).write_text(json.dumps(result))
 
     def write(*args: str) -> str:
@@ -95,6 +114,8 @@ def test_the_page(page: Page) -> None:
     assert "148 GFLOP/s in fp32" in text
     assert "TRL" not in text
     assert "1.50 MB/s, which is 86% of what the tokenizer library" in text
+    assert "lora_medical.jsonl and 4 answers of 64 tokens to each: 9.75 samples/s." in text
+    assert "432 target tokens/s, 3.50× as many as with the prompt before each" in text
     assert "300 MB for 10 MB of JSONL, 310 MB for 100 MB of JSONL" in text
     assert "`minigpt --help`: 0.04 s. `minigpt fit --help`: 5.25 s; importing" in text
     assert "7.8 s" in text
@@ -106,7 +127,12 @@ def test_the_page_has_the_peer_where_it_was_measured(page: Page, tmp_path: Path)
     file = tmp_path / "out" / "sft.json"
     result = json.loads(file.read_text()) | {"ratio_trl": 4.25}
     file.write_text(json.dumps(result))
-    assert "Against TRL on the same rows: sft 4.25×." in page()
+    grpo = tmp_path / "out" / "grpo.json"
+    grpo.write_text(json.dumps({**GRPO, **GRPO_TRL}))
+    text = page()
+    assert "Against TRL on the same rows: sft 4.25×." in text
+    assert "9.75 samples/s, 3.25× TRL's 3 (rollout 2.7 of 5.2 s, update 3.9 of 9.2 s)" in text
+    assert "with 56% of its memory" in text
 
 
 @pytest.mark.parametrize(("reached", "verb"), [("True", "reached"), ("False", "did not reach")])
@@ -135,6 +161,8 @@ def test_what_is_there_is_measured_anew_only_by_force(page: Page, tmp_path: Path
     assert "lora_medical.jsonl" in " ".join(first[3])
     assert first[4][0] == "data"
     assert "--sizes 3 --repeats 2" in " ".join(first[4])
+    assert first[5][0] == "grpo"
+    assert "lora_medical.jsonl --size 26m --seconds 4 --repeats 2" in " ".join(first[5])
     page()
     assert calls == first
     page("--force")

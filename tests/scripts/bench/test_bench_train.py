@@ -243,7 +243,7 @@ def test_rows_of_another_kind_are_refused(trained: Path, bench: Bench) -> None:
     assert "sft.jsonl:1: not a text row" in wrong.err
 
 
-@pytest.mark.parametrize("name", ["train", "data", "generate", "time_to_loss"])
+@pytest.mark.parametrize("name", ["train", "data", "generate", "time_to_loss", "grpo"])
 def test_help_shows_how_a_script_is_called(name: str) -> None:
     script = str(measure.HERE / f"{name}.py")
     process = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
