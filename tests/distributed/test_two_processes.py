@@ -51,6 +51,8 @@ def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[st
         made["model"]["init_args"]["optimizer"] = {"name": "muon", "lr": 0.02}
     if stage == "lora":
         made["model"]["init_args"]["lora"] = {"dropout": 0.0}
+    if stage == "kto":  # with a baseline above 0
+        made["model"]["init_args"]["desirable_weight"] = 2.0
     return {"args": tiny_runs.arguments("fit", made), "sgd": kind != "muon"}
 
 
@@ -178,6 +180,14 @@ def test_the_logged_numbers_are_those_of_one_process(
             alone, together = ([values[0], values[-1]] for values in (alone, together))
         assert len(together) > 1
         assert together == pytest.approx(alone, rel=1e-3), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_baseline_of_a_step_is_that_of_all_processes(strategy: str, runs: Path) -> None:
+    alone = tiny_runs.metrics(runs / "kto-sgd-alone", "train/kl")
+    together = tiny_runs.metrics(runs / f"kto-sgd-{strategy}", "train/kl")
+    assert max(alone) > 0.5
+    assert together == pytest.approx(alone, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "kind"), RESUMED)
