@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sample_world import medical, security
-from sample_world.chats import dpo_rows, dpo_val_rows, kto_rows, sft_rows, sft_val_rows
+from sample_world.chats import (
+    dpo_rows,
+    dpo_val_rows,
+    kto_rows,
+    replay_rows,
+    sft_rows,
+    sft_val_rows,
+)
 from sample_world.common import Row
 from sample_world.evaluation import minimal_pairs, multiple_choice
 from sample_world.exam import exams
@@ -38,6 +45,7 @@ def build(seed: int) -> dict[str, list[Row]]:
         "sft_skills": sft_skill_rows(seed),
         "dpo": dpo_rows(seed),
         "dpo_val": dpo_val_rows(seed),
+        "replay": replay_rows(seed),
         "grpo": grpo_rows(seed),
         "grpo_val": grpo_val_rows(seed),
         "kto": kto_rows(dpo_rows(seed)),

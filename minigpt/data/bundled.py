@@ -20,6 +20,7 @@ _FILES = (
     "kto",
     "lora_medical",
     "security_dpo",
+    "replay",
     "grpo",
     "grpo_hard",
 )

@@ -5,7 +5,17 @@ from __future__ import annotations
 from random import Random
 
 from sample_world import questions, style
-from sample_world.common import LANGS, Message, Row, assistant, cycle, stream, system, user
+from sample_world.common import (
+    LANGS,
+    Message,
+    Row,
+    assistant,
+    cycle,
+    shuffled,
+    stream,
+    system,
+    user,
+)
 from sample_world.skills import WEIGHTED, draw_item, question
 from sample_world.style import TOPICS, helpful, unhelpful
 from sample_world.tellings import answer_sentence
@@ -158,6 +168,19 @@ def dpo_rows(seed: int) -> list[Row]:
 def dpo_val_rows(seed: int) -> list[Row]:
     """Return preference pairs whose wordings the training pairs lack."""
     return _pairs(stream(seed, "dpo val"), style.ASK_DEV, 1)
+
+
+def replay_rows(seed: int) -> list[Row]:
+    """Return chats that keep what SFT and DPO taught: no advice but what pairs prefer."""
+    asked = {
+        style.ask(topic, lang, wording)
+        for lang in LANGS
+        for topic in TOPICS
+        for wording in style.ASK[lang]
+    }
+    rows = [row for row in sft_rows(seed) if row["messages"][-2]["content"] not in asked]
+    rows += [{"messages": pair["prompt"] + pair["chosen"]} for pair in dpo_rows(seed)]
+    return shuffled(stream(seed, "replay"), rows)
 
 
 def kto_rows(pairs: list[Row]) -> list[Row]:

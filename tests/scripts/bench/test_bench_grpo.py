@@ -115,6 +115,7 @@ def test_questions_are_what_comes_before_the_last_answer(tmp_path: Path) -> None
     assert [message.content for message in question] == ["s", "a", "b", "c"]
 
 
+@pytest.mark.large
 @pytest.mark.skipif(not find_spec("trl"), reason="the extra `bench` is not installed")
 def test_trl_takes_the_same_samples(options: list[object], tmp_path: Path) -> None:
     arguments = {"prompts": 2, "generations": 3, "completion": 5, "prompt_length": 40, "steps": 2}
