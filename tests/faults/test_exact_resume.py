@@ -82,18 +82,20 @@ MOMENTS = {
     "while validating": at("validation_batch_start", after=4),
     "after the last step": at("train_end"),
 }
-# Each stage is killed at every second moment, and each moment comes to every second stage.
 ALL = [
-    *(
-        (stage, 0, moment)
-        for i, stage in enumerate(STAGES)
-        for j, moment in enumerate(MOMENTS)
-        if (i + j) % 2
-    ),
-    *((stage, 2, "in the middle of an accumulation") for stage in ("pretrain", "dpo")),
+    *((stage, 0, moment) for stage in STAGES for moment in MOMENTS),
+    *((stage, 2, "in the middle of an accumulation") for stage in STAGES),
     *((stage, 0, "in the middle of an accumulation") for stage in ONE_MOMENT),
 ]
 QUICK = {("pretrain", 2, "in the middle of an accumulation"), ("dpo", 0, "while validating")}
+# Of the others, `make faults` has one moment for each stage, and `make faults-large` all.
+CHOSEN = {(s, 0, list(MOMENTS)[i % len(MOMENTS)]) for i, s in enumerate(STAGES)}
+CHOSEN |= {case for case in ALL if case[0] in ONE_MOMENT}
+
+
+def marks(case: tuple[str, int, str]) -> list[pytest.MarkDecorator]:
+    """Return the set of tests that a case runs in."""
+    return [] if case in QUICK else [pytest.mark.faults if case in CHOSEN else pytest.mark.large]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def uninterrupted_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("stage", "workers", "moment"),
-    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.faults]) for case in ALL],
+    [pytest.param(*case, marks=marks(case)) for case in ALL],
 )
 def test_a_killed_run_ends_where_the_whole_one_does(
     stage: str,
@@ -138,7 +140,12 @@ def test_a_killed_run_ends_where_the_whole_one_does(
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("lora", "function", "number", "kept"),
-    [(None, "score", 2, 0), (LORA, "save", 1, 1)],
+    [
+        (None, "score", 2, 0),
+        (LORA, "save", 1, 1),
+        pytest.param(None, "save", 0, 0, marks=pytest.mark.large),
+        pytest.param(LORA, "score", 12, 1, marks=pytest.mark.large),
+    ],
 )
 def test_a_reference_that_was_cut_off_is_not_used(
     lora: Any, function: str, number: int, kept: int, start: Start, tmp_path: Path

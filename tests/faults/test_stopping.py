@@ -197,7 +197,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
     [
         ({}, "7", {}, {"group": True}),
         (ARRAY, "5_3", {}, {"group": True}),
-        pytest.param({}, "7", DDP, {"group": True}, marks=pytest.mark.faults),
+        pytest.param({}, "7", DDP, {"group": True}, marks=pytest.mark.large),
         pytest.param({}, "7", DDP, {"rank": 1}, marks=pytest.mark.faults),
     ],
     ids=["job", "array", "two processes", "the second of two processes"],
@@ -223,10 +223,17 @@ def test_slurm_requeues_once_after_the_save_and_the_status(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("strategy", ["ddp", FSDP2])
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [
+        ("ddp", 1),
+        (FSDP2, 0),
+        pytest.param("ddp", 0, marks=pytest.mark.large),
+        pytest.param(FSDP2, 1, marks=pytest.mark.large),
+    ],
+)
 def test_two_processes_stop_together_whichever_was_asked(
-    rank: int, strategy: Any, start: Start, tmp_path: Path
+    strategy: Any, rank: int, start: Start, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {**DDP, "trainer__strategy": strategy}
     assert start("pretrain", "whole", **changes).wait() == 0
@@ -244,9 +251,9 @@ def test_two_processes_stop_together_whichever_was_asked(
 @pytest.mark.parametrize(
     ("name", "asked", "code"),
     [
-        ("SIGINT", {"rank": 0}, 130),
         ("SIGINT", {"rank": 1}, 130),
-        ("SIGINT", {"group": True}, 130),
+        pytest.param("SIGINT", {"rank": 0}, 130, marks=pytest.mark.large),
+        pytest.param("SIGINT", {"group": True}, 130, marks=pytest.mark.large),
         ("SIGTERM", {"group": True}, 75),
     ],
 )
@@ -449,22 +456,20 @@ def test_llama_cpp_ends_with_its_benchmark(tmp_path: Path) -> None:
     options = ["--size", str(size), "--tokens", "3", "--repeats", "100000"]
     benchmark = subprocess.Popen([sys.executable, str(BENCH / "generate.py"), *options])
     running = eventually(
-        lambda: [
-            p for p in descendants(str(benchmark.pid)) if b"xllamacpp" in assert_refused(p, "maps")
-        ]
+        lambda: [p for p in descendants(str(benchmark.pid)) if b"xllamacpp" in proc_file(p, "maps")]
     )
     benchmark.send_signal(signal.SIGTERM)
     assert benchmark.wait(limit(60)) == 75
-    eventually(lambda: not any(assert_refused(p, "cmdline") for p in running))
+    eventually(lambda: not any(proc_file(p, "cmdline") for p in running))
 
 
 def descendants(process: str) -> list[str]:
     """Return the processes that a process has started, with those that these have started."""
-    children = assert_refused(process, f"task/{process}/children").decode().split()
+    children = proc_file(process, f"task/{process}/children").decode().split()
     return children + [below for child in children for below in descendants(child)]
 
 
-def assert_refused(process: str, file: str) -> bytes:
+def proc_file(process: str, file: str) -> bytes:
     """Return what the kernel tells of a process; nothing when it has ended."""
     try:
         return Path("/proc", process, file).read_bytes()

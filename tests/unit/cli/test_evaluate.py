@@ -164,6 +164,7 @@ def test_the_harness_gives_the_same_numbers(
     assert theirs[f"{name}: acc_bytes"] == pytest.approx(ours["accuracy"], abs=1e-3)
 
 
+@pytest.mark.large
 @needs_harness
 def test_all_kinds_of_requests_of_the_harness(
     minigpt: Minigpt, trained: Path, files: Path, monkeypatch: pytest.MonkeyPatch
