@@ -136,15 +136,12 @@ class GRPOModule(ReferenceModule):
         return data
 
     def setup(self, stage: str) -> None:
-        """Load what scores answers."""
-        if stage in ("fit", "validate"):
-            device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
-            load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
-            self.rewards = Rewards(self.reward_options, load)
-
-    def on_fit_start(self) -> None:
-        """Check that the prompts have what the rewards need."""
-        super().on_fit_start()
+        """Load what scores answers, and check that the prompts have what it needs."""
+        if stage not in ("fit", "validate"):
+            return
+        device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
+        load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
+        self.rewards = Rewards(self.reward_options, load)
         if self.data.num_generations < 2:
             raise ConfigError(
                 "data.num_generations must be at least 2: an answer is compared with the others "
