@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerState
 
 from minigpt.data.formats import Message
-from minigpt.errors import DataError
-from minigpt.stages.json_schema import matches
+from minigpt.errors import ConfigError, DataError, TrainingError
+from minigpt.reading import reason_of
 
 NOT_SCORED = math.nan  # the answer is left out of its group's statistics and of the loss
 
@@ -203,18 +203,50 @@ class Json(Rule):
     """1 if the whole answer is JSON, valid by a schema if one is given, otherwise 0.
 
     White space around it does not count; NaN and Infinity are not JSON, nor are code fences.
+
+    Args:
+        schema: JSON Schema, draft 2020-12.
+        source: of the schema, in errors.
+
+    Raises:
+        ConfigError: when the schema is none, or jsonschema is not installed.
     """
 
-    def __init__(self, schema: dict[str, Any] | None) -> None:
-        self.name, self.schema = "json", {} if schema is None else schema
+    def __init__(self, schema: object = None, source: str = "schema") -> None:
+        self.name = "json"
+        self.validator = None if schema is None else validator_of(schema, source)
 
     def score_one(self, answer: Rollout) -> float:
-        """Parse the answer."""
+        """Parse and validate the answer."""
         try:
             value = json.loads(answer.completion, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return 0.0
-        return matches(value, self.schema)
+        if self.validator is None:
+            return 1.0
+        try:
+            return bool(self.validator.is_valid(value))
+        except Exception as error:  # a $ref to what is not in the schema, or to itself
+            raise TrainingError(
+                f"No answer can be judged by the schema of the reward json: {reason_of(error)}."
+            ) from error
+
+
+def validator_of(schema: object, source: str) -> Any:
+    """Return jsonschema's validator of a schema, which fetches nothing from elsewhere."""
+    try:
+        from jsonschema import Draft202012Validator, SchemaError
+        from referencing import Registry
+    except ImportError as error:
+        raise ConfigError(
+            "The reward json validates by a schema with jsonschema: pip install 'minigpt[schema]'"
+        ) from error
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        part = error.json_path.removeprefix("$")
+        raise ConfigError(f"{source}{part} is no JSON Schema: {error.message:.200}.") from None
+    return Draft202012Validator(schema, registry=Registry())
 
 
 def _refuse(constant: str) -> None:

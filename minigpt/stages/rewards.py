@@ -15,7 +15,6 @@ from transformers import TrainerState
 
 from minigpt.errors import ConfigError, DataError
 from minigpt.reading import LARGEST_CONFIG, read_json, refusing
-from minigpt.stages.json_schema import check_schema
 from minigpt.stages.reward_function import FunctionReward
 from minigpt.stages.reward_rules import (
     Exact,
@@ -96,7 +95,7 @@ class Reward:
                     f"{error}."
                 ) from None
         if isinstance(self.schema, dict):
-            check_schema(self.schema)
+            Json(self.schema)
 
 
 class RewardModel(Protocol):
@@ -221,17 +220,16 @@ def scorer_of(reward: Reward, load_model: Callable[[str], RewardModel]) -> Score
         case "length":
             return Length()
         case "json":
-            return Json(_schema_of(reward))
+            return _json(reward.schema)
         case "function":
             return FunctionReward(str(reward.function))
         case "reward_model":
             return ModelReward(load_model(str(reward.model)))
 
 
-def _schema_of(reward: Reward) -> dict[str, Any] | None:
-    if not isinstance(reward.schema, str):
-        return reward.schema
-    with refusing(f"The schema {reward.schema}", ConfigError, verb="cannot be read"):
-        schema = read_json(Path(reward.schema), LARGEST_CONFIG)
-    check_schema(schema, reward.schema)
-    return schema
+def _json(schema: dict[str, Any] | str | None) -> Json:
+    if not isinstance(schema, str):
+        return Json(schema)
+    with refusing(f"The schema {schema}", ConfigError, verb="cannot be read"):
+        read = read_json(Path(schema), LARGEST_CONFIG)
+    return Json(read, schema)

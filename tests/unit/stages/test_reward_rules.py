@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError, TrainingError
 from minigpt.stages.reward_rules import (
     Exact,
     Json,
@@ -129,5 +131,101 @@ def test_json_by_a_schema(text: str, reward: float) -> None:
 
 
 def test_json_without_a_schema() -> None:
-    assert Json(None).score_one(answer("[1]")) == 1
-    assert Json(None).score_one(answer("one")) == 0
+    assert Json().score_one(answer("[1]")) == 1
+    assert Json().score_one(answer("one")) == 0
+
+
+PERSON = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Person",
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 5, "pattern": "^[A-Z]"},
+        "age": {"type": "integer", "minimum": 0, "exclusiveMaximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", 1]}, "minItems": 1, "maxItems": 2},
+        "kind": {"const": "person"},
+        "height": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 3},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "valid"),
+    [
+        ({}, True),
+        ({"age": 3.0, "tags": ["a", 1], "kind": "person", "height": None}, True),
+        ({"name": ""}, False),
+        ({"name": "Abcdef"}, False),
+        ({"name": "ann"}, False),
+        ({"name": None}, False),
+        ({"age": -1}, False),
+        ({"age": 150}, False),
+        ({"age": 1.5}, False),
+        ({"age": True}, False),
+        ({"tags": []}, False),
+        ({"tags": ["a"] * 3}, False),
+        ({"tags": ["b"]}, False),
+        ({"tags": [True]}, False),  # Python's True == 1
+        ({"kind": "dog"}, False),
+        ({"height": 0}, False),
+        ({"height": 3.5}, False),
+        ({"other": 1}, False),
+    ],
+)
+def test_values_are_judged_by_a_schema(changes: dict[str, Any], valid: bool) -> None:
+    text = json.dumps({"name": "Ann"} | changes)
+    assert Json(PERSON).score_one(answer(text)) == valid
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "valid"),
+    [
+        ("[]", PERSON, False),
+        ("{}", PERSON, False),  # the name is required
+        ('{"name": "Ann", "age": 1e999}', PERSON, False),
+        ('"anything"', {}, True),
+        ('{"x": [1]}', {"additionalProperties": {"type": "array"}}, True),
+        ('{"x": 1}', {"additionalProperties": {"type": "array"}}, False),
+        ("[1]", {"items": True}, True),
+        ("[1]", {"items": False}, False),
+        ('"short"', {"minItems": 9, "minimum": 9, "required": ["a"]}, True),  # of other types
+        ("3", {"$ref": "#/$defs/a", "$defs": {"a": {"oneOf": [{"const": 3}, {"not": {}}]}}}, True),
+    ],
+)
+def test_schemas_of_any_kind(text: str, schema: Any, valid: bool) -> None:
+    assert Json(schema).score_one(answer(text)) == valid
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "text"}, "schema.type is no JSON Schema"),
+        ({"items": {"type": 3}}, "schema.items.type is no JSON Schema"),
+        ({"properties": {"a": {"minimum": "3"}}}, "schema.properties.a.minimum is no"),
+        ({"properties": {"a": 1}}, "schema.properties.a is no"),
+        ({"properties": []}, "schema.properties is no"),
+        ({"pattern": "("}, "schema.pattern is no"),
+        ({"required": "name"}, "schema.required is no"),
+        ({"minLength": -1}, "schema.minLength is no"),
+        ({"items": []}, "schema.items is no"),
+        ([], "schema is no JSON Schema"),
+    ],
+)
+def test_what_is_no_schema_is_refused(schema: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Json(schema)
+
+
+@pytest.mark.parametrize("reference", ["https://example.org/a.json", "#/nowhere", "#"])
+def test_a_schema_that_judges_nothing_ends_the_run(reference: str) -> None:
+    with pytest.raises(TrainingError, match="No answer can be judged by the schema"):
+        Json({"$ref": reference}).score_one(answer("1"))
+
+
+def test_a_schema_needs_jsonschema(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    assert Json().score_one(answer("1")) == 1
+    with pytest.raises(ConfigError, match=r"pip install 'minigpt\[schema\]'"):
+        Json({})

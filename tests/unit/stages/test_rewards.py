@@ -79,8 +79,8 @@ def test_a_schema_may_be_in_a_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"type": "integer"}))
     rewards = Rewards([Reward("json", schema=str(file))], load)
     assert rewards.score(ANSWERS, 0, 10).parts.tolist() == [[1, 0, 0]]
-    file.write_text('{"not": {}}')
-    with pytest.raises(ConfigError, match=r"schema.json has not, but answers are judged only by"):
+    file.write_text('{"not": 3}')
+    with pytest.raises(ConfigError, match=r"schema.json.not is no JSON Schema: 3 is not of type"):
         Rewards([Reward("json", schema=str(file))], load)
     with pytest.raises(ConfigError, match=r"The schema missing.json cannot be read: No such file"):
         Rewards([Reward("json", schema="missing.json")], load)
@@ -97,7 +97,10 @@ def test_a_schema_may_be_in_a_file(tmp_path: Path) -> None:
         ({"kind": "regex", "pattern": "("}, r"The pattern '\(' of the reward regex is no regular"),
         ({"kind": "function"}, "The reward function needs a function"),
         ({"kind": "reward_model"}, "The reward reward_model needs a model"),
-        ({"kind": "json", "schema": {"type": "text"}}, "schema.type must be one of"),
+        (
+            {"kind": "json", "schema": {"type": "text"}},
+            "schema.type is no JSON Schema: 'text' is not valid",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str) -> None:
