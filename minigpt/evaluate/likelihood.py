@@ -58,16 +58,25 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
         DataError: for a sample that is longer than the model can read, or holds a token that it
             cannot embed.
     """
-    budget = min(TOKENS, LOGITS // engine.rows)
+    for members in grouped(engine, samples, min(TOKENS, LOGITS // engine.rows)):
+        yield collate(members).to(engine.model.device)
+
+
+def grouped(reader: Reader, samples: Iterable[Sample], budget: int) -> Iterator[list[Sample]]:
+    """Yield samples in their order, as many as have at most `budget` tokens together.
+
+    Raises:
+        DataError: as `batches`.
+    """
     members: list[Sample] = []
     for sample in samples:
-        check_sample(engine, sample)
+        check_sample(reader, sample)
         if members and sum(len(s.ids) for s in members) + len(sample.ids) > budget:
-            yield collate(members).to(engine.model.device)
+            yield members
             members = []
         members.append(sample)
     if members:
-        yield collate(members).to(engine.model.device)
+        yield members
 
 
 def check_sample(reader: Reader, sample: Sample) -> None:

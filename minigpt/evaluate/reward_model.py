@@ -19,7 +19,7 @@ from minigpt.data.formats import BadRows, Message, read_records
 from minigpt.errors import ConfigError, ModelError
 from minigpt.evaluate.baselines import by_length, by_words, cross_validated
 from minigpt.evaluate.exam import Item
-from minigpt.evaluate.likelihood import TOKENS, check_sample, samples
+from minigpt.evaluate.likelihood import TOKENS, grouped, samples
 from minigpt.evaluate.preferences import length_bias
 from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine, Reply, Sampling
@@ -71,11 +71,11 @@ class RewardScorer:
                     f"The model at {path} is no reward model: it writes text and gives no scores. "
                     "Train one with: minigpt fit --config configs/reward.yaml"
                 )
-            own = tokenizers.load(tokenizer_source(path))
-            check_vocabulary(embedding_rows(model), own)
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(chosen)  # type: ignore[arg-type]
-        scorer = cls(model, own)
+            saved = tokenizers.load(tokenizer_source(path))
+            check_vocabulary(embedding_rows(model), saved)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)  # type: ignore[arg-type]
+        scorer = cls(model, saved)
         if tokenizer is not None:
             scorer.check_tokenizer(tokenizer)
         return scorer
@@ -133,24 +133,13 @@ class RewardScorer:
     def score(self, samples: Iterable[Sample]) -> list[list[float]]:
         """Return the scores of each sample's answers."""
         results: list[list[float]] = []
-        for members in self._batches(samples):
+        for members in grouped(self, samples, TOKENS):
             device = self.model.device
             batch = collate(members, read_last=True).to(device)
             with torch.autocast(device.type, enabled=False):  # also within a step of training
                 scores = iter(self.lm(batch).tolist())
             results += [[next(scores) for _ in sample.answers] for sample in members]
         return results
-
-    def _batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-        members: list[Sample] = []
-        for sample in samples:
-            check_sample(self, sample)
-            if members and sum(len(s.ids) for s in members) + len(sample.ids) > TOKENS:
-                yield members
-                members = []
-            members.append(sample)
-        if members:
-            yield members
 
 
 def _sample(prompt: list[int], answers: list[list[int]]) -> Sample:
@@ -244,9 +233,9 @@ def rank_choices(scorer: RewardScorer, items: Sequence[Item]) -> dict[str, Score
     for item, scores in zip(items, scorer.score(groups), strict=True):
         right = scores[item.choices.index(item.answer)]
         ranks.append(1 + sum(score > right for score in scores))
-    chance = sum(1 / len(item.choices) for item in items) / len(items)
+    chance_level = sum(1 / len(item.choices) for item in items) / len(items)
     return {
-        "accuracy": share([rank == 1 for rank in ranks], chance),
+        "accuracy": share([rank == 1 for rank in ranks], chance_level),
         "rank of the right one": Score(float(np.mean(ranks)), len(ranks)),
     }
 

@@ -1,4 +1,4 @@
-"""The frozen model that stages compare with: kept, or its log-probs of pairs computed once."""
+"""The frozen model that stages compare with, or its log-probs of pairs, computed once."""
 
 from __future__ import annotations
 

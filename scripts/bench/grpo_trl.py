@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on the same prompts, where it is installed: `grpo_trl.py WORK RESULT`.
 
-As it comes, with the same samples in a step and one update for each rollout; activations are kept,
+As it comes, with the same samples in a step and one update for each rollout; activations are stored,
 as in our arm, which is faster and takes more memory than its default.
 """
 

@@ -102,8 +102,8 @@ DEMO_SKILLS = ("reverse_digits", "sort_digits")  # which its model learns in a m
 
 def part_of(key: str) -> str:
     """Return an item's part: 12, 8, 15 and 65 per cent of the keys, in `split_of`'s terms."""
-    place = bucket(key)
-    return "exam" if place < 12 else "dev" if place < 20 else "sft" if place < 35 else "train"
+    number = bucket(key)  # 0 to 99
+    return "exam" if number < 12 else "dev" if number < 20 else "sft" if number < 35 else "train"
 
 
 def exercises(seed: int, skill: HardSkill, part: str, count: int) -> Iterator[tuple[str, str, str]]:

@@ -139,7 +139,7 @@ def test_a_killed_run_ends_where_the_whole_one_does(
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("lora", "function", "number", "kept"),
+    ("lora", "function", "number", "saved"),
     [
         (None, "score", 2, 0),
         (LORA, "save", 1, 1),
@@ -148,7 +148,7 @@ def test_a_killed_run_ends_where_the_whole_one_does(
     ],
 )
 def test_a_reference_that_was_cut_off_is_not_used(
-    lora: Any, function: str, number: int, kept: int, start: Start, tmp_path: Path
+    lora: Any, function: str, number: int, saved: int, start: Start, tmp_path: Path
 ) -> None:
     """The kill comes while the first or the second file's pairs are scored, or that is written."""
     changes: dict[str, Any] = {**PRECOMPUTED, "model__init_args__lora": lora}
@@ -159,7 +159,7 @@ def test_a_reference_that_was_cut_off_is_not_used(
     dies = [{"class_path": "moments.InReference", "init_args": options}]
     killed = start("dpo", "run", trainer__callbacks=dies, **changes)
     assert killed.wait() == -signal.SIGKILL, killed.output
-    assert len(references(run)) == kept
+    assert len(references(run)) == saved
     again = start("dpo", "run", "--ckpt_path", "auto", **changes)
     assert again.wait() == 0, again.output
     assert references(run) == references(whole)

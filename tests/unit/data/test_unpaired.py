@@ -83,10 +83,10 @@ def test_the_store_holds_both_completions_and_the_label(
     targets = 0
     for one, sample in zip(ROWS, samples, strict=True):
         borders = np.cumsum([0, sample.prompt, *sample.answers])
-        prompt, own, other = (decode(sample.ids[a:b].tolist()) for a, b in pairwise(borders))
+        prompt, completion, other = (decode(sample.ids[a:b].tolist()) for a, b in pairwise(borders))
         assert f"user\n{one['prompt']}" in prompt
-        assert own == f"{one['completion']}<|im_end|>"
-        assert other != own
+        assert completion == f"{one['completion']}<|im_end|>"
+        assert other != completion
         assert other.removesuffix("<|im_end|>") in [one["completion"] for one in ROWS]
         assert sample.desirable == one["label"]
         targets += sample.answers[0]
@@ -147,9 +147,9 @@ def test_completions_are_packed_apart(module: Any) -> None:
         lines = [line for _, line in batch.sources]
         samples = [made.train_subsets[0].sample(line - 1) for line in lines]
         assert batch.desirable.tolist() == [sample.desirable for sample in samples]
-        own = [s.ids[s.prompt : s.prompt + s.answers[0]] for s in samples]
+        completions = [s.ids[s.prompt : s.prompt + s.answers[0]] for s in samples]
         other = [s.ids[s.prompt + s.answers[0] :] for s in samples]
-        assert batch.labels.tolist() == np.concatenate(own).tolist()
+        assert batch.labels.tolist() == np.concatenate(completions).tolist()
         assert batch.mismatched.labels.tolist() == np.concatenate(other).tolist()
         assert batch.n_tokens == sum(s.prompt + s.answers[0] for s in samples)
         assert sum(len(s.ids) for s in samples) <= 160

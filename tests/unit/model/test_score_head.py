@@ -91,9 +91,9 @@ def test_the_head_is_trained_by_adamw_and_beside_an_adapter() -> None:
 
 def test_padding_ends_no_answer(tmp_path: Path) -> None:
     """Or transformers would read the score at the token before the last."""
-    own = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
-    choose_padding(own)
-    assert own.pad_token == tokenizers.PAD
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
+    choose_padding(tokenizer)
+    assert tokenizer.pad_token == tokenizers.PAD
     plain = tokenizers.load(tiny.tokenizer(tmp_path / "plain", template=False))
     install_template(plain)
     plain.pad_token = plain.eos_token
