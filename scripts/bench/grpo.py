@@ -15,17 +15,20 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from measure import (
+    FOREVER,
     HERE,
     PRECISIONS,
     Result,
     alternate,
     architecture,
+    fit,
     median_of,
     publish,
-    rounded,
     run,
-    spawn,
+    side_by_side,
+    spawn_arm,
     surroundings,
+    trainer_options,
 )
 
 from minigpt.cli.options import CommandParser, positive, quiet
@@ -40,7 +43,6 @@ EXAMPLES = """examples:
   python scripts/bench/grpo.py --data data/sft.jsonl --prompts 16 --repeats 1 --json grpo.json
 """
 REWARD = f"{HERE / 'grpo_reward.py'}:even_tokens"
-FOREVER = 100_000
 MIN_STEPS = 3  # to measure, however long they take
 LEARNING_RATE = 1e-6  # TRL's default; at it, answers stay as long as they are
 STEP_ROWS = {
@@ -182,13 +184,13 @@ def measure(work: Workload, args: Namespace) -> Result:
     """Run all arms and return what is reported."""
     arms: dict[str, Callable[[int], Result]] = {"minigpt": partial(our_steps, work)}
     if find_spec("trl"):
-        arms["trl"] = lambda _: spawn_arm(work, "grpo_trl")
+        arms["trl"] = lambda _: other_arm(work, "grpo_trl")
     else:
         print("TRL is not measured; it needs: pip install 'minigpt[bench]'", file=sys.stderr)
     for name in ("shared", "repeated"):
         arms[name] = partial(our_update, work, name)
     results = alternate(arms, args.repeats)
-    difference = spawn_arm(work, "grpo_update", "difference")
+    difference = other_arm(work, "grpo_update", "difference")
     names = ("size", "prompts", "generations", "completion", "prompt_length", "repeats")
     return {
         **{name: getattr(args, name) for name in names},
@@ -217,14 +219,14 @@ def figures(results: dict[str, list[Result]]) -> Result:
 
 def table(report: Result) -> str:
     """Return both measurements, each with its arms side by side."""
-    steps = {"MiniGPT": "minigpt", "TRL": "trl"}
+    steps = {"MiniGPT": "minigpt_", "TRL": "trl_"}
     ratio = ""
     if "ratio" in report:
         ratio = f"{report['ratio']:.2f}x, with {report['memory_share']:.0%} of the memory"
     else:
         del steps["TRL"]
     answers = f"{report['generations']} answers of {report['completion']} tokens"
-    sharing = {"one prompt": "shared", "repeated": "repeated"}
+    sharing = {"one prompt": "shared_", "repeated": "repeated_"}
     shared = (
         f"{report['ratio_shared']:.2f}x; gradients in fp32 differ by "
         f"{report['gradient_difference']:.1e}"
@@ -245,31 +247,10 @@ def table(report: Result) -> str:
     )
 
 
-def side_by_side(report: Result, arms: dict[str, str], rows: dict[str, str]) -> list[str]:
-    """Return lines with the figures of each arm.
-
-    Args:
-        report: has them as ARM_NAME.
-        arms: by the titles of their columns.
-        rows: names of the figures by the titles of their rows; those not measured are left out.
-    """
-    lines = [" " * 24 + "".join(f"{title:>12}" for title in arms)]
-    for title, name in rows.items():
-        if all(f"{arm}_{name}" in report for arm in arms.values()):
-            values = (rounded(report[f"{arm}_{name}"]) for arm in arms.values())
-            lines.append(f"{title:24}" + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
 def our_steps(work: Workload, repeat: int) -> Result:
     """Run `minigpt fit` and read its speed from what it logged; the first step warms up."""
-    run_dir = Path(work.directory) / f"run-{repeat}"
-    file = run_dir.with_suffix(".yaml")
-    file.write_text(json.dumps(config(work, run_dir, repeat)))  # JSON is YAML
-    spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    first, *steps = [row for row in map(json.loads, lines) if "tokens_seen" in row]
-    summary = json.loads((run_dir / "summary.json").read_text())
+    options = config(work, Path(work.directory) / f"run-{repeat}", repeat)
+    (first, *steps), summary, _ = fit(options)
     return step_figures(
         work,
         len(steps),
@@ -313,17 +294,6 @@ def config(work: Workload, run_dir: Path, seed: int) -> dict[str, Any]:
         "seed": seed,
         "cache_dir": str(Path(work.directory) / "cache"),
     }
-    trainer = {
-        "max_steps": work.steps + 1,
-        "min_steps": 1 + min(MIN_STEPS, work.steps),
-        "min_epochs": 0,  # else the time is looked at after a whole epoch only
-        "max_time": {"seconds": work.seconds},
-        "precision": work.precision,
-        "accelerator": "gpu" if work.device == "cuda" else "cpu",
-        "devices": 1,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-    }
     start = {
         "init_from": work.start,
         "rewards": [{"kind": "function", "function": REWARD}],
@@ -334,27 +304,23 @@ def config(work: Workload, run_dir: Path, seed: int) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "model": {"class_path": "GRPOModule", "init_args": start},
         "data": {"class_path": "GRPODataModule", "init_args": rows},
-        "trainer": trainer,
+        "trainer": trainer_options(work, MIN_STEPS),
         "checkpoint": {"every": FOREVER},
     }
 
 
 def our_update(work: Workload, name: str, _: int) -> Result:
     """Run the update of a group in another process; return its figures."""
-    return spawn_arm(work, "grpo_update", name)
+    return other_arm(work, "grpo_update", name)
 
 
-def spawn_arm(work: Workload, script: str, *more: str) -> Result:
+def other_arm(work: Workload, script: str, *more: str) -> Result:
     """Run a script on the work in another process; return what it wrote."""
-    work_file, result_file = (Path(work.directory) / name for name in ("work.json", "result.json"))
-    work_file.write_text(json.dumps(asdict(work)))
-    spawn([str(HERE / f"{script}.py"), str(work_file), str(result_file), *more], f"{script}.py")
-    result: Result = json.loads(result_file.read_text())
-    return result
+    return spawn_arm(script, asdict(work), Path(work.directory), *more)
 
 
 def read_work(path: str) -> Workload:
-    """Read what `spawn_arm` wrote for an arm."""
+    """Read what `other_arm` wrote for an arm."""
     return Workload(**json.loads(Path(path).read_text()))
 
 

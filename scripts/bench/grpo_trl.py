@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on the same prompts, where it is installed: `grpo_trl.py WORK RESULT`.
 
-As it comes, with the same samples in a step and one update for each rollout; activations are stored,
-as in our arm, which is faster and takes more memory than its default.
+As it comes, with the same samples in a step and one update for each rollout. Activations are
+stored, as in our arm, which is faster and takes more memory than its default.
 """
 
 from __future__ import annotations
@@ -15,34 +15,13 @@ from statistics import mean
 from typing import Any
 
 from datasets import Dataset
-from grpo import LEARNING_RATE, MIN_STEPS, Workload, read_work, step_figures
+from grpo import LEARNING_RATE, Workload, read_work, step_figures
 from grpo_reward import even_tokens
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from peer import Clock, common_options
 from trl import GRPOConfig, GRPOTrainer
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.machine import peak_memory
-
-
-class Clock(TrainerCallback):
-    """Stops the time from the end of the first step on."""
-
-    def __init__(self, work: Workload) -> None:
-        self.work = work
-        self.steps = 0
-        self.started = self.seconds = 0.0
-
-    def on_step_end(
-        self, args: object, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        """Note a step; stop when the time is over."""
-        if state.global_step == 1:
-            self.started = time.perf_counter()
-            return
-        self.steps = state.global_step - 1
-        self.seconds = time.perf_counter() - self.started
-        enough = self.seconds >= self.work.seconds and self.steps >= MIN_STEPS
-        control.should_training_stop = enough or self.steps >= self.work.steps
 
 
 class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -72,15 +51,7 @@ def train(work: Workload) -> dict[str, Any]:
             max_completion_length=work.completion,
             beta=0.0,
             learning_rate=LEARNING_RATE,
-            max_steps=work.steps + 1,
-            bf16=work.precision.startswith("bf16"),
-            fp16=work.precision.startswith("16"),
-            use_cpu=work.device == "cpu",
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"},
+            **common_options(work),
         ),
         train_dataset=Dataset.from_list(prompts_of(work)),
         callbacks=[clock],

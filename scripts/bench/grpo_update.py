@@ -106,10 +106,7 @@ class Update(Callback):
 
     def batch(self, module: GRPOModule, repeated: bool) -> RolloutBatch:
         """Return the batch, on the module's device."""
-        made = batch_of(self.work, len(module.tokenizer), repeated)
-        moved = made.to(module.device)
-        assert isinstance(moved, RolloutBatch)
-        return moved
+        return batch_of(self.work, len(module.tokenizer), repeated).to(module.device)
 
 
 def measure(work: Workload, what: str) -> dict[str, float]:

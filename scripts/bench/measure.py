@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -24,6 +25,7 @@ from minigpt.errors import INTERRUPTED, ConfigError, MiniGPTError
 from minigpt.files import write_json
 from minigpt.machine import machine
 
+FOREVER = 100_000  # steps
 HERE = Path(__file__).resolve().parent
 Result = dict[str, Any]
 # Dense bf16 TFLOP/s as the makers give them, by a part of the device's name.
@@ -32,6 +34,26 @@ MATMUL = 2048  # rows and columns of the matrices on a CPU
 MATMUL_SECONDS = 4.0  # after which no further matmul is begun: emulated bf16 takes minutes
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
 HALVES = {"bf16-mixed": "bf16", "16-mixed": "fp16"}  # what is multiplied in half precision
+
+
+class TimedWork(Protocol):
+    """What says how long an arm trains, on what."""
+
+    @property
+    def precision(self) -> str:
+        """Lightning's name."""
+
+    @property
+    def device(self) -> str:
+        """Whether it is cpu or cuda."""
+
+    @property
+    def steps(self) -> int:
+        """Steps to measure at most."""
+
+    @property
+    def seconds(self) -> float:
+        """After which to stop, but not before a few steps."""
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
@@ -92,6 +114,68 @@ def spawn(arguments: list[str], title: str) -> float:
         output = process.stderr.strip() or process.stdout.strip() or silent
         raise MiniGPTError(f"{title} ended with status {status}: {output.splitlines()[-1]}")
     return started
+
+
+def spawn_arm(script: str, work: object, directory: Path, *more: str) -> Result:
+    """Run an arm, `SCRIPT.py WORK RESULT ...`, in another process; return what it wrote.
+
+    Args:
+        script: its name.
+        work: what it is to do, as JSON.
+        directory: for the files of both.
+        more: arguments.
+    """
+    work_file, result_file = directory / "work.json", directory / "result.json"
+    work_file.write_text(json.dumps(work))
+    spawn([str(HERE / f"{script}.py"), str(work_file), str(result_file), *more], f"{script}.py")
+    result: Result = json.loads(result_file.read_text())
+    return result
+
+
+def fit(options: Result) -> tuple[list[Result], Result, float]:
+    """Run `minigpt fit`; return what it logged of its steps, its summary, and when it was started.
+
+    Args:
+        options: the config.
+    """
+    run_dir = Path(options["run_dir"])
+    file = run_dir.with_suffix(".yaml")
+    file.write_text(json.dumps(options))  # JSON is YAML
+    started = spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    summary: Result = json.loads((run_dir / "summary.json").read_text())
+    return [row for row in rows if "tokens_seen" in row], summary, started
+
+
+def trainer_options(work: TimedWork, min_steps: int, log_every: int = 1) -> dict[str, Any]:
+    """Return the trainer's options in our arm; the first step, which warms up, comes on top."""
+    return {
+        "max_steps": work.steps + 1,
+        "min_steps": 1 + min(min_steps, work.steps),
+        "min_epochs": 0,  # else the time is looked at after a whole epoch only
+        "max_time": {"seconds": work.seconds},
+        "precision": work.precision,
+        "accelerator": "gpu" if work.device == "cuda" else "cpu",
+        "devices": 1,  # as the other arms
+        "log_every_n_steps": log_every,
+        "enable_progress_bar": False,
+    }
+
+
+def side_by_side(report: Result, arms: Mapping[str, str], rows: Mapping[str, str]) -> list[str]:
+    """Return lines with the figures of each arm.
+
+    Args:
+        report: has them under the arm's prefix and their names.
+        arms: prefixes by the titles of their columns.
+        rows: names of the figures by the titles of their rows; those not measured are left out.
+    """
+    lines = [" " * 24 + "".join(f"{title:>16}" for title in arms)]
+    for title, name in rows.items():
+        if all(prefix + name in report for prefix in arms.values()):
+            values = (rounded(report[prefix + name]) for prefix in arms.values())
+            lines.append(f"{title:24}" + "".join(f"{value:>16}" for value in values))
+    return lines
 
 
 def alternate(arms: Mapping[str, Callable[[int], Result]], repeats: int) -> dict[str, list[Result]]:

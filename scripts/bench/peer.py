@@ -17,6 +17,7 @@ from typing import Any
 
 from baseline import IGNORED, MIN_STEPS, LoopConfig, samples
 from datasets import Dataset
+from measure import TimedWork
 from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -28,7 +29,7 @@ from minigpt.machine import peak_memory
 class Clock(TrainerCallback):
     """Stops the time and counts useful tokens, from the end of the first step on."""
 
-    def __init__(self, config: LoopConfig) -> None:
+    def __init__(self, config: TimedWork) -> None:
         self.config = config
         self.tokens = 0
         self.steps = 0
@@ -55,6 +56,21 @@ def useful(batch: dict[str, Any]) -> int:
         return int(batch["input_ids"].numel())
     prompts = mask - batch["completion_mask"] if "completion_mask" in batch else mask[:0]
     return int(mask.sum() - prompts.sum() // 2)
+
+
+def common_options(work: TimedWork) -> dict[str, Any]:
+    """Return the options of TRL's trainers that all stages have: as fast as ours, nothing saved."""
+    return {
+        "max_steps": work.steps + 1,
+        "bf16": work.precision.startswith("bf16"),
+        "fp16": work.precision.startswith("16"),
+        "use_cpu": work.device == "cpu",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
 
 
 def rows(config: LoopConfig, store: TokenStore) -> Dataset:
@@ -95,16 +111,8 @@ def train(config: LoopConfig) -> dict[str, float]:
                 per_device_train_batch_size=config.batch_size,
                 max_length=config.max_length,
                 learning_rate=config.lr,
-                max_steps=config.steps + 1,
-                bf16=config.precision.startswith("bf16"),
-                fp16=config.precision.startswith("16"),
-                use_cpu=config.device == "cpu",
-                gradient_checkpointing=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 seed=config.seed,
-                model_init_kwargs={"dtype": "float32"},
+                **common_options(config),
                 **packed,
             ),
             train_dataset=rows(config, TokenStore(Path(config.stores[0]), Path())),

@@ -10,14 +10,22 @@ falls to 0 along a cosine over that time; its best held-out loss counts. Then `m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from baseline import LoopConfig
-from measure import PRECISIONS, Result, architecture, publish, run, spawn, surroundings
-from train import FOREVER, Workload, config, prepare, run_baseline
+from measure import (
+    FOREVER,
+    PRECISIONS,
+    Result,
+    architecture,
+    fit,
+    publish,
+    run,
+    surroundings,
+)
+from train import Workload, config, prepare, run_baseline
 
 from minigpt.cli.options import CommandParser
 from minigpt.data import tokenizer as tokenizers
@@ -49,7 +57,9 @@ def run_plain_loop(args: argparse.Namespace, work: Workload, val: Path) -> dict[
     return runs
 
 
-def fit(args: argparse.Namespace, work: Workload, name: str, steps: int, val: str | None) -> Result:
+def train(
+    args: argparse.Namespace, work: Workload, name: str, steps: int, val: str | None
+) -> Result:
     """Run `minigpt fit`; return its summary with the seconds that training took."""
     options = config(work, "model", work.directory / name, seed=0)
     options["model"]["init_args"] |= {
@@ -62,18 +72,15 @@ def fit(args: argparse.Namespace, work: Workload, name: str, steps: int, val: st
     options["data"]["init_args"] |= {"val": val, "tokens_per_batch": args.tokens_per_batch}
     options["trainer"] |= {"max_steps": steps, "max_time": None, "log_every_n_steps": 10}
     options["trainer"] |= {"val_check_interval": steps, "limit_val_batches": 1.0 if val else 0.0}
-    file = work.directory / f"{name}.yaml"
-    file.write_text(json.dumps(options))
-    spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")
-    summary: Result = json.loads((work.directory / name / "summary.json").read_text())
+    _, summary, _ = fit(options)
     return summary | {"train_s": summary["tokens_seen"] / summary["useful_tokens_per_s"]}
 
 
 def run_minigpt(args: argparse.Namespace, work: Workload) -> Result:
     """Train for the share of the time."""
-    step = fit(args, work, "short", SHORT_RUN, None)["train_s"] / SHORT_RUN
+    step = train(args, work, "short", SHORT_RUN, None)["train_s"] / SHORT_RUN
     steps = max(2, round(args.seconds / args.share / step))
-    return fit(args, work, "long", steps, str(Path(args.val).resolve()))
+    return train(args, work, "long", steps, str(Path(args.val).resolve()))
 
 
 def measure(args: argparse.Namespace, directory: Path) -> Result:

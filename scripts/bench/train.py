@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from argparse import Namespace
@@ -16,20 +15,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from baseline import MIN_STEPS, LoopConfig
 from measure import (
+    FOREVER,
     HALVES,
-    HERE,
     PRECISIONS,
     Result,
     alternate,
     architecture,
     dense_peak,
+    fit,
     matmul_peak,
     median_of,
     publish,
-    rounded,
     run,
-    spawn,
+    side_by_side,
+    spawn_arm,
     surroundings,
+    trainer_options,
 )
 
 from minigpt.cli.options import CommandParser, positive, quiet
@@ -51,7 +52,6 @@ STAGES: dict[str, tuple[str, str, Kind, int]] = {
     "dpo": ("DPOModule", "DPODataModule", "preference", 4),
     "lora": ("LoRAModule", "SFTDataModule", "chat", 32),
 }
-FOREVER = 100_000
 ARMS = {"MiniGPT": "", "live reference": "live_", "plain loop": "baseline_", "TRL": "trl_"}
 TABLE_ROWS = {
     "useful tokens/s": "useful_tokens_per_s",
@@ -114,6 +114,17 @@ class Workload:
     vocabulary: int
     matrices: int
     attention: float
+
+    @property
+    def steps(self) -> int:
+        """Steps to measure at most."""
+        return int(self.args.steps)
+
+    @property
+    def seconds(self) -> float:
+        """After which an arm stops."""
+        seconds: float = self.args.seconds
+        return seconds
 
 
 def prepare(args: Namespace, directory: Path) -> Workload:
@@ -259,41 +270,31 @@ def table(report: Result) -> str:
         f"A large matmul reaches {report['gemm_peak_gflops']:,.0f} GFLOP/s in "
         f"{report['gemm_precision']}; the step {report['gemm_peak_fraction']:.0%} of that.",
         "",
-        " " * 20 + "".join(f"{title:>16}" for title in arms),
+        *side_by_side(report, arms, TABLE_ROWS),
     ]
-    for title, name in TABLE_ROWS.items():
-        if name in report:
-            values = (rounded(report[arm + name]) for arm in arms.values())
-            lines.append(f"{title:20}" + "".join(f"{value:>16}" for value in values))
     ratios = [f"{report[r]:.2f}x" for r in ("ratio", "ratio_live") if r in report]
-    return "\n".join([*lines, f"{'ratio':20}" + "".join(f"{r:>16}" for r in ratios), ""])
+    return "\n".join([*lines, f"{'ratio':24}" + "".join(f"{r:>16}" for r in ratios), ""])
 
 
 def our_arm(work: Workload, reference: str, repeat: int) -> Result:
     """Run `minigpt fit` and read its speed from what it logged; the first step warms up."""
-    return fit(work, config(work, reference, work.directory / f"run-{reference}-{repeat}", repeat))
+    return speed(config(work, reference, work.directory / f"run-{reference}-{repeat}", repeat))
 
 
 def our_start(work: Workload) -> Result:
     """Run a single step: so short a run compiles nothing."""
     options = config(work, "model", work.directory / "run-start", 0)
     options["trainer"] |= {"max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
-    return fit(work, options)
+    return speed(options)
 
 
-def fit(work: Workload, options: Result) -> Result:
+def speed(options: Result) -> Result:
     """Run `minigpt fit`; return its times, and its speed after the first step."""
-    file = work.directory / "fit.yaml"
-    file.write_text(json.dumps(options))  # JSON is YAML
-    started = spawn(["-m", "minigpt", "fit", "--config", str(file)], "minigpt fit")
-    run_dir = Path(options["run_dir"])
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    first, *steps = [row for row in map(json.loads, lines) if "tokens_seen" in row]
+    (first, *steps), summary, started = fit(options)
     result = {"first_step_s": first["time"] - started}
     if not steps:
         return result
     seconds = steps[-1]["time"] - first["time"]
-    summary = json.loads((run_dir / "summary.json").read_text())
     return result | {
         "useful_tokens_per_s": (steps[-1]["tokens_seen"] - first["tokens_seen"]) / seconds,
         "steps": steps[-1]["step"] - first["step"],
@@ -326,22 +327,11 @@ def config(work: Workload, reference: str, run_dir: Path, seed: int) -> Result:
     }
     # A GPU waits for each step whose numbers are written, so that most are not.
     log_every = 5 if work.device == "cuda" and args.steps >= 10 else 1
-    trainer = {
-        "max_steps": args.steps + 1,
-        "min_steps": 1 + min(MIN_STEPS * log_every, args.steps),
-        "min_epochs": 0,  # else the time is looked at after a whole epoch only
-        "max_time": {"seconds": args.seconds},
-        "precision": work.precision,
-        "accelerator": "gpu" if work.device == "cuda" else "cpu",
-        "devices": 1,  # as the plain loop
-        "log_every_n_steps": log_every,
-        "enable_progress_bar": False,
-    }
     return {
         "run_dir": str(run_dir),
         "model": {"class_path": module, "init_args": start},
         "data": {"class_path": data, "init_args": rows},
-        "trainer": trainer,
+        "trainer": trainer_options(work, MIN_STEPS * log_every, log_every),
         "checkpoint": {"every": FOREVER},
     }
 
@@ -366,11 +356,7 @@ def their_arm(work: Workload, script: str, repeat: int) -> Result:
 
 def run_baseline(loop: LoopConfig, directory: Path, script: str = "baseline") -> Result:
     """Run the plain loop in another process; return its figures with its speed."""
-    config_file = directory / "loop.json"
-    result_file = directory / "result.json"
-    config_file.write_text(json.dumps(asdict(loop)))
-    spawn([str(HERE / f"{script}.py"), str(config_file), str(result_file)], f"{script}.py")
-    result: Result = json.loads(result_file.read_text())
+    result = spawn_arm(script, asdict(loop), directory)
     return result | {"useful_tokens_per_s": result["tokens"] / result["seconds"]}
 
 

@@ -218,4 +218,4 @@ def test_the_model_is_saved(stage: str, trained: Path, tmp_path: Path) -> None:
 def test_it_is_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:
     done = run_baseline(loop(trained, "sft"), tmp_path)
     assert done["useful_tokens_per_s"] == pytest.approx(done["tokens"] / done["seconds"])
-    assert json.loads((tmp_path / "loop.json").read_text())["stage"] == "sft"
+    assert json.loads((tmp_path / "work.json").read_text())["stage"] == "sft"

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpo
 import grpo_update
+import measure
 import pytest
 import tiny_runs
 import yaml
@@ -57,7 +58,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Path(arguments[2]).write_text(json.dumps(result))
         return 0.0
 
-    monkeypatch.setattr(grpo, "spawn", spawn)
+    monkeypatch.setattr(measure, "spawn", spawn)
     return order
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import all as bench_all
 import baseline
+import measure
 import pytest
 import time_to_loss
 import tiny_runs
@@ -219,7 +220,7 @@ def test_time_to_loss(
         result = baseline.train(LoopConfig(**{**vars(loop), "steps": 3}))
         return result | {"seconds": 2.0, "held_out": result["held_out"] + 1000 * loop.lr}
 
-    monkeypatch.setattr(time_to_loss, "spawn", spawn)
+    monkeypatch.setattr(measure, "spawn", spawn)
     monkeypatch.setattr(time_to_loss, "run_baseline", plain)
     files = [
         "--data",

@@ -43,7 +43,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             Path(arguments[2]).write_text(json.dumps(result))
         return 0.0
 
-    monkeypatch.setattr(train, "spawn", spawn)
+    monkeypatch.setattr(measure, "spawn", spawn)
     monkeypatch.setattr(train, "find_spec", lambda name: None)  # whether TRL is here or not
     monkeypatch.setattr(measure, "MATMUL", 64)
     return order
