@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -30,7 +31,7 @@ from minigpt.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PackSamples = Callable[[Sequence[Sample], tuple[int, int], bool], PackedBatch]
+PackSamples = Callable[[Sequence[Sample], tuple[int, int]], PackedBatch]
 Files = str | list[str] | dict[str, float] | None
 TWO_ANSWERS: tuple[Kind, ...] = ("preference", "unpaired")  # to one prompt in each sample
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
@@ -109,7 +110,6 @@ class PackedDataset(IterableDataset[PackedBatch]):
         epoch, start: the first micro-batch to read, counted over all processes.
         rank, world_size: this process and how many there are. Micro-batch j goes to rank
             j % world_size; where an epoch does not divide, the last ones learn nothing.
-        read_last: let the model read each answer's last token.
         pack_samples: makes a batch, as `collate` does.
     """
 
@@ -121,7 +121,6 @@ class PackedDataset(IterableDataset[PackedBatch]):
         start: int,
         rank: int,
         world_size: int,
-        read_last: bool = False,
         pack_samples: PackSamples = collate,
     ) -> None:
         self.order = order
@@ -130,7 +129,6 @@ class PackedDataset(IterableDataset[PackedBatch]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
-        self.read_last = read_last
         self.pack_samples = pack_samples
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -139,7 +137,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         for number, (members, is_filler, resume_at) in enumerate(self._local_bins()):
             if number % workers == worker_id:
                 samples = [self.subsets[file].sample(index) for file, index in members]
-                batch = self.pack_samples(samples, resume_at, self.read_last)
+                batch = self.pack_samples(samples, resume_at)
                 yield batch.without_targets() if is_filler else batch
 
     def _local_bins(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
@@ -199,10 +197,8 @@ class PackedDataLoader:
             epoch, start = 0, 0
         assert order is not None
         rank, world_size = module.rank, module.world_size
-        read_last, pack_samples = module.module.reads_last_tokens, self.pack_samples
-        dataset = PackedDataset(
-            order, subsets, epoch, start, rank, world_size, read_last, pack_samples
-        )
+        pack_samples = partial(self.pack_samples, read_last=module.module.reads_last_tokens)
+        dataset = PackedDataset(order, subsets, epoch, start, rank, world_size, pack_samples)
         loader = DataLoader(
             ErrorsAsItems(dataset),
             batch_size=None,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.datamodule import Files, SFTDataModule
+from minigpt.data.datamodule import Files, PackedDataLoader, SFTDataModule
 from minigpt.data.formats import BadRows, Prompt, load_prompts, renamed
 from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
 from minigpt.data.prompts import PromptCodec
@@ -93,12 +93,12 @@ class RolloutBatch(PackedBatch):
         replay_weight: how many terms of the policy's loss a target of the replay weighs.
     """
 
-    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
-    included: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    is_replay: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    sampled_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    old_logprobs: Tensor | None = None
-    replay_weight: float = 0.0
+    advantages: Tensor = field(kw_only=True)
+    included: Tensor = field(kw_only=True)
+    is_replay: Tensor = field(kw_only=True)
+    sampled_logprobs: Tensor = field(kw_only=True)
+    old_logprobs: Tensor | None = field(kw_only=True, default=None)
+    replay_weight: float = field(kw_only=True, default=0.0)
 
 
 def collate_rollouts(
@@ -434,6 +434,19 @@ class GRPODataModule(SFTDataModule):
         if not prompts:
             return []
         return DataLoader(prompts, batch_size=PROMPTS_AT_A_TIME, collate_fn=PromptBatch)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[list[object]] | PackedDataLoader:
+        """The exam's items, which the module reads.
+
+        Raises:
+            ConfigError: without an exam.
+        """
+        if not self.exam:
+            raise ConfigError(
+                "Nothing to test on: set data.init_args.exam, or answer the held-out prompts with "
+                "minigpt validate."
+            )
+        return super().test_dataloader()
 
     def replay_samples(self, step: int, targets: int) -> list[Sample]:
         """Return the chats that a step learns from beside its answers, in all processes.

@@ -72,7 +72,8 @@ class GRPOModule(ReferenceModule):
         redraws: how often a group whose answers all have the same reward is sampled again.
         success: the reward from which an answer counts as right in validation.
         collapse: what to do when answers repeat themselves, or do not end.
-        kwargs: see `BaseModule`.
+        kwargs: see `BaseModule`. `compile_layers` is off by default: micro-batches are of any size
+            that answers have, and layers would be compiled for the largest.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class GRPOModule(ReferenceModule):
             raise ConfigError(
                 "model.spike compares with the mean loss, but a policy's is around 0: leave it out."
             )
+        self.compiled = bool(self.compiled)
         self.reward_options = rewards
         self.beta = beta
         self.temperature = temperature

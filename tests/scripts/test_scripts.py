@@ -207,6 +207,7 @@ EVERY_FLAG = {
     "save_steps": 11, "logging_steps": 13, "max_length": 64, "data_limit": 17,
     "tokenizer_path": "tok", "lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.5, "beta": 0.75,
     "num_generations": 6, "max_completion_length": 9, "temperature": 0.625, "reward": "numeric",
+    "reward_model": "judge",
     "max_prompt_length": 19, "centering": 0.625, "weight_decay": 0.125, "warmup_ratio": 0.375,
     "save_total_limit": 9, "desirable_weight": 0.875, "undesirable_weight": 1.25,
 }  # fmt: skip
@@ -243,7 +244,9 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     if name in ("train_dpo", "train_kto"):
         assert (model.beta, data.max_prompt_length) == (0.75, 19)
     if name == "train_grpo":
-        assert (model.beta, model.temperature, model.rewards[0].kind) == (0.75, 0.625, "numeric")
+        assert (model.beta, model.temperature) == (0.75, 0.625)
+        assert [reward.kind for reward in model.rewards] == ["numeric", "reward_model"]
+        assert model.rewards[1].model == "judge"
         assert (data.num_generations, data.max_completion_length) == (6, 9)
     if name == "train_reward":
         assert (model.centering, data.max_prompt_length) == (0.625, 19)

@@ -125,6 +125,25 @@ def test_groups_without_signal_change_nothing_and_are_drawn_again(
     assert run.model.rollout_metrics["rollout/spread"] == 0
 
 
+def test_answers_that_are_cut_off_may_count_nowhere(grpo: Any) -> None:
+    run = grpo("low_ids", trainer__max_steps=2, model__init_args__mask_cut_off=True)
+    for batch in run.model.rollout:
+        ends = torch.tensor(sorted(run.model.engine().ends))
+        lengths = torch.bincount(batch.answers, minlength=batch.n_answers)
+        last = batch.labels[lengths.cumsum(0) - 1]
+        assert batch.included.tolist() == torch.isin(last, ends).tolist()
+        assert not batch.included.all()
+
+
+def test_an_answer_is_right_from_a_reward_on(grpo: Any, tmp_path: Path) -> None:
+    for success in (0.0, 2.0):  # of rewards from 0 to 1
+        name = f"from {success:g}"
+        grpo("low_ids", name, trainer__max_steps=2, model__init_args__success=success)
+        right = float(success == 0)
+        for metric in ("accuracy", "pass_at_1", "pass_at_4"):
+            assert set(metrics(tmp_path, f"val/{metric}", name)) == {right}
+
+
 def test_answers_that_cannot_be_scored_count_nowhere(grpo: Any, tmp_path: Path) -> None:
     grpo("unscored", trainer__max_steps=2)
     for share, reward in zip(

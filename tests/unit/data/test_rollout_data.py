@@ -190,8 +190,15 @@ def test_rows_are_refused_with_their_line(module: Make, write: Any) -> None:
     with pytest.raises(DataError, match=r"missing\.jsonl:2"):
         module(train=missing)
     longer = str(write([{"prompt": "the cat sat on the mat " * 20}], "long.jsonl"))
-    with pytest.raises(DataError, match=r"long\.jsonl:1.*36 are left"):
-        module(train=longer)
+    for options, limit in (({}, 36), ({"max_prompt_length": 8}, 8)):
+        with pytest.raises(DataError, match=rf"long\.jsonl:1.*{limit} are left"):
+            module(train=longer, **options)
+
+
+def test_held_out_prompts_are_no_exam(module: Make, write: Any) -> None:
+    made = module(val=str(write(ROWS, "val.jsonl")))
+    with pytest.raises(ConfigError, match=r"set data\.init_args\.exam, .* minigpt validate"):
+        made.test_dataloader()
 
 
 def test_few_rows_are_left_out_where_they_may_be(module: Make, write: Any) -> None:
