@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.formats import iter_rows
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log",
@@ -30,6 +34,35 @@ def write(tmp_path: Path) -> Write:
         return write_rows(tmp_path / name, rows)
 
     return write_here
+
+
+@pytest.fixture
+def stub_trainer(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """Make what a DataModule asks of a trainer: `stub_trainer(rank, world, name=value)`."""
+
+    def make(rank: int = 0, world: int = 1, **changes: Any) -> Any:
+        trainer = SimpleNamespace(
+            limit_train_batches=1.0,
+            limit_val_batches=1.0,
+            overfit_batches=0.0,
+            accumulate_grad_batches=1,
+            global_rank=rank,
+            world_size=world,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            lightning_module=SimpleNamespace(
+                source=SimpleNamespace(
+                    tokenizer=tokenizer,
+                    check_length=lambda length, kind: None,
+                    rows=lambda: 1 << 20,
+                ),
+                load_exam=lambda path: list(iter_rows(path)),
+                reads_last_tokens=False,
+            ),
+        )
+        vars(trainer).update(changes)
+        return trainer
+
+    return make
 
 
 @pytest.fixture(scope="session")

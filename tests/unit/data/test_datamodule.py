@@ -3,12 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch
 from minigpt.data.datamodule import (
@@ -18,7 +16,7 @@ from minigpt.data.datamodule import (
     PretrainDataModule,
     SFTDataModule,
 )
-from minigpt.data.formats import Prompt, iter_rows
+from minigpt.data.formats import Prompt
 from minigpt.errors import ConfigError, DataError
 
 # Workers are forked, which newer Pythons warn of where there are threads.
@@ -29,7 +27,7 @@ Content = tuple[tuple[int, ...], int]
 
 
 @pytest.fixture
-def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Any:
     """Make a set-up module of texts, on one process of `world`."""
 
     def make(
@@ -43,22 +41,7 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
         if not {"train", "val", "exam", "predict"} & set(options):
             options["train"] = str(write(TEXTS, "train.jsonl"))
         made = kind(**{**defaults, "cache_dir": str(tmp_path / "cache"), **options})
-        made.trainer = SimpleNamespace(
-            limit_train_batches=1.0,
-            overfit_batches=0.0,
-            global_rank=rank,
-            world_size=world,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            lightning_module=SimpleNamespace(
-                source=SimpleNamespace(
-                    tokenizer=tokenizer,
-                    check_length=lambda length, kind: None,
-                    rows=lambda: 1 << 20,
-                ),
-                load_exam=lambda path: list(iter_rows(path)),
-                reads_last_tokens=False,
-            ),
-        )
+        made.trainer = stub_trainer(rank, world)
         made.prepare_data()
         made.setup(stage)
         return made

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import collate
 from minigpt.data.rollouts import (
@@ -30,7 +27,7 @@ Make = Callable[..., GRPODataModule]
 
 
 @pytest.fixture
-def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
+def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Make:
     """Make a set-up module of prompts, on one process of `world`."""
 
     def make(rank: int = 0, world: int = 1, accumulate: int = 1, **options: Any) -> GRPODataModule:
@@ -44,22 +41,7 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Ma
             "cache_dir": str(tmp_path / "cache"),
         }
         made = GRPODataModule(**{**defaults, **options})
-        made.trainer = SimpleNamespace(  # type: ignore[assignment]
-            limit_train_batches=1.0,
-            overfit_batches=0.0,
-            global_rank=rank,
-            world_size=world,
-            accumulate_grad_batches=accumulate,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            lightning_module=SimpleNamespace(
-                source=SimpleNamespace(
-                    tokenizer=tokenizer,
-                    check_length=lambda length, kind: None,
-                    rows=lambda: 1 << 20,
-                ),
-                reads_last_tokens=False,
-            ),
-        )
+        made.trainer = stub_trainer(rank, world, accumulate_grad_batches=accumulate)
         made.prepare_data()
         made.setup("fit")
         return made

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,7 @@ def test_the_store_holds_both_completions_and_the_label(
 
 
 @pytest.fixture
-def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Any:
     """Make a set-up module on one process of `world`."""
 
     def make(
@@ -109,19 +108,7 @@ def module(write: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> An
             tokens_per_batch=160,
             cache_dir=str(tmp_path / "cache"),
         )
-        source = SimpleNamespace(
-            tokenizer=tokenizer, check_length=lambda length, kind: None, rows=lambda: 1 << 20
-        )
-        settings = {"accumulate_grad_batches": 3, "limit_val_batches": 1.0, **trainer}
-        made.trainer = SimpleNamespace(  # type: ignore[assignment]
-            limit_train_batches=1.0,
-            overfit_batches=0.0,
-            global_rank=rank,
-            world_size=world,
-            strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")),
-            lightning_module=SimpleNamespace(source=source, reads_last_tokens=False),
-            **settings,
-        )
+        made.trainer = stub_trainer(rank, world, **{"accumulate_grad_batches": 3, **trainer})
         made.prepare_data()
         made.setup("fit")
         return made
