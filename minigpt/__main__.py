@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": "serve models: an OpenAI-compatible API and a web chat",
     "report": "write a page about runs",
     "schema": "print a JSON Schema of the configs, for editors",
+    "completion": "print a script by which a shell completes verbs and options",
 }
 PRINTING = COMMANDS.keys() - {"serve"}  # verbs whose results go to standard output
 

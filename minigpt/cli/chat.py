@@ -44,13 +44,7 @@ COMMAND = re.compile(r"[/!](\w*)(?:\s+(.*))?")  # a path such as /etc/passwd is 
 
 def main(argv: list[str]) -> None:
     """Parse the command line, load the model and talk."""
-    parser = CommandParser(prog="minigpt chat", description="Talk with a model.", epilog=EXAMPLES)
-    add_model(parser)
-    add_weights(parser)
-    parser.add_argument("--system", default="", help="system message")
-    # Small models give rare tokens too much probability: docs/log.md measures these defaults.
-    add_sampling(parser, max_new_tokens=512, temperature=0.5, min_p=0.1)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     sampling, engine = sampling_of(args), load_engine(args)
     if engine.codec is None:
         raise ConfigError(
@@ -59,6 +53,17 @@ def main(argv: list[str]) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
     ChatSession(engine, sampling, args.system).run()
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(prog="minigpt chat", description="Talk with a model.", epilog=EXAMPLES)
+    add_model(top)
+    add_weights(top)
+    top.add_argument("--system", default="", help="system message")
+    # Small models give rare tokens too much probability: docs/log.md measures these defaults.
+    add_sampling(top, max_new_tokens=512, temperature=0.5, min_p=0.1)
+    return top
 
 
 class ChatSession:

@@ -47,24 +47,7 @@ RANKED = ("preferences", "choices")  # files whose answers a reward model ranks
 
 def main(argv: list[str]) -> None:
     """Parse the command line, measure, and print the table."""
-    parser = CommandParser(
-        prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
-    )
-    parser.add_argument("--model", nargs="+", default=[], help=f"each a {MODEL_HELP}")
-    parser.add_argument(
-        "--reward_model",
-        help="ranks answers of --preferences and --choices, and scores the replies to --prompts",
-    )
-    for kind, description in KINDS.items():
-        names = sorted({f"--{kind.replace('_', '-')}", f"--{kind}"})
-        parser.add_argument(*names, nargs="+", default=[], metavar="FILE", help=description)
-    parser.add_argument("--reference", help="model that --preferences are compared with")
-    parser.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
-    parser.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
-    add_sampling(parser, max_new_tokens=64, temperature=0.0)
-    parser.add_argument("--json", type=Path, help="write all scores")
-    parser.add_argument("--html", type=Path, help="write a page with tables and charts")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     check_options(args)
     inputs = [file for kind in KINDS for file in getattr(args, kind)]
     check_distinct("--json", args.json, inputs)
@@ -77,6 +60,28 @@ def main(argv: list[str]) -> None:
             from minigpt.evaluate.suite import format_table
 
             print(printable(format_table(results)), flush=True)
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
+        prog="minigpt evaluate", description="Measure models side by side.", epilog=EXAMPLES
+    )
+    top.add_argument("--model", nargs="+", default=[], help=f"each a {MODEL_HELP}")
+    top.add_argument(
+        "--reward_model",
+        help="ranks answers of --preferences and --choices, and scores the replies to --prompts",
+    )
+    for kind, description in KINDS.items():
+        names = sorted({f"--{kind.replace('_', '-')}", f"--{kind}"})
+        top.add_argument(*names, nargs="+", default=[], metavar="FILE", help=description)
+    top.add_argument("--reference", help="model that --preferences are compared with")
+    top.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
+    top.add_argument("--max_length", type=positive, default=512, help="tokens of a text (512)")
+    add_sampling(top, max_new_tokens=64, temperature=0.0)
+    top.add_argument("--json", type=Path, help="write all scores")
+    top.add_argument("--html", type=Path, help="write a page with tables and charts")
+    return top
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -23,12 +23,21 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str]) -> None:
     """Parse the command line, export and print the numbers of the check."""
-    parser = CommandParser(
+    args = parser().parse_args(arguments)
+    check_options(args)
+    for name, value in export(args).items():
+        shown = f"{value:.3g}" if isinstance(value, float) else printable(str(value))
+        print(f"{name}: {shown}")
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
         prog="minigpt export",
         description="Export a model for other engines and check that it does the same.",
         epilog=EXAMPLES,
     )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds = top.add_subparsers(dest="kind", required=True)
     hf = kinds.add_parser("hf", help="a transformers directory or a peft adapter", epilog=EXAMPLES)
     gguf = kinds.add_parser("gguf", help="a file for llama.cpp and Ollama", epilog=EXAMPLES)
     for kind in (hf, gguf):
@@ -49,19 +58,26 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="keep a file by which llama.cpp gives other results, and say so in the model card",
     )
-    args = parser.parse_args(arguments)
+    return top
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ConfigError: for them.
+    """
+    mistake = ""
     if args.kind == "hf" and args.base_model_name and not args.keep_adapter:
-        hf.error("--base_model_name goes with --keep_adapter")
-    is_file = args.kind == "gguf" and args.output_dir is None
-    if is_file and not args.output.endswith(".gguf"):
-        gguf.error("--output names a file ending in .gguf, --output_dir a directory")
+        mistake = "--base_model_name goes with --keep_adapter"
     if args.output_dir is None:
+        if not args.output.endswith(".gguf"):
+            mistake = "--output names a file ending in .gguf, --output_dir a directory"
         for option in ("results", "accept_differences"):
             if getattr(args, option):
-                gguf.error(f"--{option} goes with --output_dir, which has a model card")
-    for name, value in export(args).items():
-        shown = f"{value:.3g}" if isinstance(value, float) else printable(str(value))
-        print(f"{name}: {shown}")
+                mistake = f"--{option} goes with --output_dir, which has a model card"
+    if mistake:
+        raise ConfigError(f"{mistake}. See: minigpt export {args.kind} --help")
 
 
 def check_free(output: Path, overwrite: bool) -> None:

@@ -40,30 +40,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> None:
     """Parse the command line, load the model and print the reply as it comes."""
-    parser = CommandParser(
-        prog="minigpt generate", description="Complete prompts.", epilog=EXAMPLES
-    )
-    add_model(parser)
-    add_weights(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="by default the text on standard input")
-    source.add_argument(
-        "--file",
-        help="a text that is the prompt, or a .jsonl of prompts and chats: then each row "
-        "is printed with its completion",
-    )
-    parser.add_argument("--system", help="system message of the chat")
-    parser.add_argument("--text", action="store_true", help="continue text instead of chatting")
-    add_sampling(parser, max_new_tokens=128, temperature=0.0)
-    parser.add_argument(
-        "--best_of",
-        type=positive,
-        metavar="N",
-        help="draw N replies, by seeds from --seed on, and print the one that --reward_model "
-        "scores highest",
-    )
-    parser.add_argument("--reward_model", help="run directory or HF directory of a reward model")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     check_best_of(args)
     if args.file and {".jsonl", ".json"} & set(Path(args.file).suffixes):
         return complete_rows(args)
@@ -79,6 +56,32 @@ def main(argv: list[str]) -> None:
         print(for_output(delta.text), end="", flush=True)
     print()
     return None
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(prog="minigpt generate", description="Complete prompts.", epilog=EXAMPLES)
+    add_model(top)
+    add_weights(top)
+    source = top.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="by default the text on standard input")
+    source.add_argument(
+        "--file",
+        help="a text that is the prompt, or a .jsonl of prompts and chats: then each row "
+        "is printed with its completion",
+    )
+    top.add_argument("--system", help="system message of the chat")
+    top.add_argument("--text", action="store_true", help="continue text instead of chatting")
+    add_sampling(top, max_new_tokens=128, temperature=0.0)
+    top.add_argument(
+        "--best_of",
+        type=positive,
+        metavar="N",
+        help="draw N replies, by seeds from --seed on, and print the one that --reward_model "
+        "scores highest",
+    )
+    top.add_argument("--reward_model", help="run directory or HF directory of a reward model")
+    return top
 
 
 def check_best_of(args: argparse.Namespace) -> None:

@@ -21,13 +21,7 @@ EXAMPLES = "examples:\n  minigpt init demo && cd demo\n" + NEXT
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and copy the folders."""
-    parser = CommandParser(
-        prog="minigpt init",
-        description="Write the demo's configs and data, and the recipes, into a folder.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("directory", type=Path, help="made if it does not exist")
-    directory: Path = parser.parse_args(arguments).directory
+    directory: Path = parser().parse_args(arguments).directory
     source = starter()
     for name in FOLDERS:
         if (directory / name).exists():
@@ -41,3 +35,14 @@ def main(arguments: list[str]) -> None:
     print(f"{directory}/configs and {directory}/data are written. The demo:")
     print(f"  cd {directory}\n{NEXT}", end="")
     print("For your own data, begin with configs/recipes/hub_lora.yaml; its header says how.")
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
+        prog="minigpt init",
+        description="Write the demo's configs and data, and the recipes, into a folder.",
+        epilog=EXAMPLES,
+    )
+    top.add_argument("directory", type=Path, help="made if it does not exist")
+    return top

@@ -17,21 +17,7 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and write the page."""
-    parser = CommandParser(
-        prog="minigpt report",
-        description="Write a page (and Markdown beside it): curves, samples, exams, data, cost.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("runs", nargs="+", help="run directories")
-    parser.add_argument("--output", help="the page; by default report.html in the first directory")
-    parser.add_argument(
-        "--results",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="scores to show as well, as evaluate --json wrote them",
-    )
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     from minigpt.report.build import write_report
 
     output = Path(args.output or Path(args.runs[0]) / "report.html")
@@ -42,3 +28,22 @@ def main(arguments: list[str]) -> None:
     with writing(output):
         print(printable(write_report(args.runs, output, args.results)))
     print(f"written to {output} and {output.with_suffix('.md').name}")
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
+        prog="minigpt report",
+        description="Write a page (and Markdown beside it): curves, samples, exams, data, cost.",
+        epilog=EXAMPLES,
+    )
+    top.add_argument("runs", nargs="+", help="run directories")
+    top.add_argument("--output", help="the page; by default report.html in the first directory")
+    top.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="scores to show as well, as evaluate --json wrote them",
+    )
+    return top

@@ -15,20 +15,25 @@ Then a config whose first line is
   # yaml-language-server: $schema=minigpt.schema.json
 is completed and checked by editors with YAML's language server.
 """
+TEXTS = ("default", "description")  # what a schema has for readers
 # Options of the Trainer that take objects of any class.
 OPEN = ("callbacks", "logger", "plugins", "profiler", "strategy")
 
 
 def main(arguments: list[str]) -> None:
     """Print the schema."""
-    parser = CommandParser(
+    parser().parse_args(arguments)
+    json.dump(config_schema(), sys.stdout, indent=1)
+    print()
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    return CommandParser(
         prog="minigpt schema",
         description="Print a JSON Schema of the configs of fit, validate, test and predict.",
         epilog=EXAMPLES,
     )
-    parser.parse_args(arguments)
-    json.dump(config_schema(), sys.stdout, indent=1)
-    print()
 
 
 def config_schema() -> dict[str, Any]:
@@ -67,7 +72,8 @@ def _any_class(forms: list[dict[str, Any]]) -> dict[str, Any]:
     names = {"enum": [*(path.rpartition(".")[2] for path in paths), *paths]}
     options: dict[str, Any] = {}
     for form in classes:
-        options |= form["init_args"]["properties"]
+        for name, option in form["init_args"]["properties"].items():
+            options[name] = _either(options[name], option) if name in options else option
     arguments = {"type": "object", "additionalProperties": False, "properties": options}
     ours = {"class_path": names, "init_args": arguments}
     others = {"class_path": {"type": "string", "not": names}}
@@ -77,3 +83,17 @@ def _any_class(forms: list[dict[str, Any]]) -> dict[str, Any]:
             {"type": "object", "required": ["class_path"], "properties": others},
         ]
     }
+
+
+def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an option that two classes have by one name, each with its values."""
+    forms = _forms(one)
+    forms += [form for form in _forms(other) if form not in forms]
+    texts = {key: value for key, value in one.items() if key in TEXTS}
+    return texts | {"anyOf": forms} if len(forms) > 1 else one
+
+
+def _forms(option: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the forms that an option's value may have."""
+    values = {key: value for key, value in option.items() if key not in TEXTS}
+    return list(option.get("anyOf", [values]))

@@ -28,20 +28,29 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str]) -> None:
     """Parse the command line, load the models and serve until a signal comes."""
-    parser = CommandParser(
+    args = parser().parse_args(arguments)
+    key = api_key(os.environ.get("MINIGPT_API_KEY", ""))
+    paths = named(args.models)
+    with listen(args.host, args.port, key) as listener:
+        serve(args, paths, key, listener)
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
         prog="minigpt serve",
         description="Serve models: an OpenAI-compatible API under /v1, a web chat at /. "
         "MINIGPT_API_KEY sets the key that clients must send.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
+    top.add_argument(
         "models",
         nargs="+",
         metavar="[NAME=]MODEL",
         help=f"{MODEL_HELP}; the name is the directory's by default",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
+    top.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    top.add_argument("--port", type=int, default=8000, help="0 takes any (%(default)s)")
     for name, default, text in (
         ("slots", 8, "answers generated at once, per model"),
         ("max_queue", 256, "answers that may wait, per model"),
@@ -49,13 +58,9 @@ def main(arguments: list[str]) -> None:
         ("max_body", 2**20, "longest request in bytes"),
         ("timeout", 600, "seconds that an answer may take"),
     ):
-        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text} ({default})")
-    add_weights(parser)
-    args = parser.parse_args(arguments)
-    key = api_key(os.environ.get("MINIGPT_API_KEY", ""))
-    paths = named(args.models)
-    with listen(args.host, args.port, key) as listener:
-        serve(args, paths, key, listener)
+        top.add_argument(f"--{name}", type=positive, default=default, help=f"{text} ({default})")
+    add_weights(top)
+    return top
 
 
 def api_key(text: str) -> str | None:

@@ -33,10 +33,22 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> None:
     """Parse the command line and train."""
-    parser = CommandParser(
+    args = parser().parse_args(argv)
+    train_to(
+        Path(args.output_dir),
+        expand_files(args.data_file),
+        args.vocab_size,
+        args.data_limit,
+        args.overwrite,
+    )
+
+
+def parser() -> CommandParser:
+    """Describe the command line."""
+    top = CommandParser(
         prog="minigpt tokenizer", description="Train a tokenizer on JSONL.", epilog=EXAMPLES
     )
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = top.add_subparsers(dest="action", required=True)
     train = actions.add_parser("train", help="train a byte-level BPE", epilog=EXAMPLES)
     train.add_argument(
         "--data_file", nargs="+", required=True, help="data files, folders, patterns"
@@ -45,14 +57,7 @@ def main(argv: list[str]) -> None:
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
     train.add_argument("--data_limit", type=positive, help="use only the first rows")
     train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    args = parser.parse_args(argv)
-    train_to(
-        Path(args.output_dir),
-        expand_files(args.data_file),
-        args.vocab_size,
-        args.data_limit,
-        args.overwrite,
-    )
+    return top
 
 
 def train_to(
