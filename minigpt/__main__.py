@@ -15,29 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, Terminated
 from minigpt.machine import check_environment
 from minigpt.terminal import PrintableFormatter, printable
 
-TRAINER_VERBS = {
-    "fit": "train a stage from a config",
-    "validate": "measure the held-out loss of a trained stage",
-    "test": "sit the stage's exam",
-    "predict": "complete a JSONL of prompts or chats",
-}
-COMMANDS = {
-    "init": "write the configs and the sample data into a folder",
-    "tokenizer": "train a tokenizer",
-    "data": "check, measure, look at and fetch data",
-    "generate": "complete prompts",
-    "chat": "talk with a model in the terminal",
-    "evaluate": "measure models side by side",
-    "export": "write a model for transformers, peft, llama.cpp and Ollama",
-    "serve": "serve models: an OpenAI-compatible API and a web chat",
-    "report": "write a page about runs",
-    "schema": "print a JSON Schema of the configs, for editors",
-    "completion": "print a script by which a shell completes verbs and options",
-}
 PRINTING = COMMANDS.keys() - {"serve"}  # verbs whose results go to standard output
 
 HELP = """usage: minigpt <verb> [options]

@@ -30,14 +30,17 @@ def main() -> int:
     add(
         "--reward",
         nargs="*",
-        default=["exact"],
-        help="exact, numeric, length or json, or a function as package.module:name or file.py:name",
+        help="exact (which is the default without --reward_model), numeric, length or json, or a "
+        "function as package.module:name or file.py:name",
     )
-    add("--reward_model", help="directory of a trained reward model, whose score is added")
+    add(
+        "--reward_model",
+        help="directory of a trained reward model, whose score is added to --reward",
+    )
     args = parser.parse_args()
+    names = args.reward or ([] if args.reward_model else ["exact"])
     rewards = [
-        {"kind": "function", "function": reward} if ":" in reward else {"kind": reward}
-        for reward in args.reward
+        {"kind": "function", "function": name} if ":" in name else {"kind": name} for name in names
     ]
     if args.reward_model:
         rewards.append({"kind": "reward_model", "model": args.reward_model})

@@ -10,8 +10,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from minigpt.__main__ import COMMANDS, TRAINER_VERBS
 from minigpt.cli.options import CommandParser
+from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 from minigpt.errors import ConfigError
 
 EXAMPLES = """examples:

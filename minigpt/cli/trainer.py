@@ -277,7 +277,8 @@ class MiniGPTCLI(VerbCLI):
             raise
 
     def after_instantiate_classes(self) -> None:
-        """Let validate, test and predict use the run's own model."""
+        """Refuse data of another stage; let validate, test and predict use the run's model."""
+        self.model.check_data(self.datamodule)
         if self.verb == "fit" or self.options.get("ckpt_path"):
             return
         if not (self.run_dir / "hf").is_dir():

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PackSamples = Callable[[Sequence[Sample], tuple[int, int]], PackedBatch]
+BatchKind = Literal[Kind, "prompt"]  # what batches hold: rows of a kind, or prompts to answer
 Files = str | list[str] | dict[str, float] | None
 TWO_ANSWERS: tuple[Kind, ...] = ("preference", "unpaired")  # to one prompt in each sample
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together
@@ -522,6 +523,11 @@ class JSONLDataModule(LightningDataModule):
             lengths = (self.train_subsets[file].lengths(np.array([i])) for file, i in members)
             sizes.append(sum(int(length[0]) for length in lengths))
         return max(sizes)
+
+    @property
+    def batch_kind(self) -> BatchKind:
+        """What its batches hold: rows of its kind."""
+        return self.kind
 
     @property
     def shares_prompts(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.datamodule import Files, PackedDataLoader, SFTDataModule
-from minigpt.data.formats import BadRows, Prompt, load_prompts, renamed
+from minigpt.data.datamodule import BatchKind, Files, JSONLDataModule, PackedDataLoader
+from minigpt.data.formats import BadRows, Kind, Prompt, load_prompts, renamed
 from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
 from minigpt.data.prompts import PromptCodec
 from minigpt.data.store import TokenStore, warn_of_rows
@@ -193,7 +193,7 @@ class PromptLoader:
                 )
 
 
-class GRPODataModule(SFTDataModule):
+class GRPODataModule(JSONLDataModule):
     """Rows of prompts: text or chat, and any further fields, which rewards may read.
 
     An optimizer step learns from `prompts_per_batch` prompts of each micro-batch, times
@@ -209,6 +209,8 @@ class GRPODataModule(SFTDataModule):
             step's targets: {data/sft.jsonl: 0.2}.
         kwargs: see `JSONLDataModule`.
     """
+
+    kind: ClassVar[Kind] = "chat"  # of the replay's rows
 
     def __init__(
         self,
@@ -254,6 +256,7 @@ class GRPODataModule(SFTDataModule):
             num_workers=0,
             **kwargs,
         )
+        self._loaded: dict[str, list[EncodedPrompt]] = {}  # of each file
         self.train_prompts: list[list[EncodedPrompt]] = []  # of each file
         self.val_prompts: list[EncodedPrompt] = []
         self._count = 0  # prompts that were read
@@ -269,9 +272,24 @@ class GRPODataModule(SFTDataModule):
         return self.longest_sample_of(self.limits.max_length)
 
     @property
+    def batch_kind(self) -> BatchKind:
+        """Prompts."""
+        return "prompt"
+
+    @property
     def shares_prompts(self) -> bool:
         """Whether samples hold several answers to a prompt."""
         return True
+
+    def prepare_data(self) -> None:
+        """Build the stores of the replay and read the prompts, in one process only."""
+        super().prepare_data()
+        self.all_prompts()
+
+    def all_prompts(self) -> list[EncodedPrompt]:
+        """Return the prompts of all files, those for training first."""
+        files = [*self.train_weights, *self.val_files]
+        return [prompt for path in files for prompt in self._load(path)]
 
     def _files(self) -> list[str]:
         """Return the files that have token stores."""
@@ -309,7 +327,15 @@ class GRPODataModule(SFTDataModule):
             )
 
     def _load(self, path: str) -> list[EncodedPrompt]:
-        """Read and encode the prompts of a file."""
+        """Read and encode the prompts of a file, once.
+
+        Files are read in the same order in every process, by which prompts are numbered.
+        """
+        if path not in self._loaded:
+            self._loaded[path] = self._read(path)
+        return self._loaded[path]
+
+    def _read(self, path: str) -> list[EncodedPrompt]:
         limits, source = self.limits, self.module.source
         bad = BadRows(limits.on_bad_row, limits.max_bad_share, limits.max_too_long_share)
         codec, rows = PromptCodec(self.tokenizer), source.rows()

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -238,6 +239,16 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.2x
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.enable_input_require_grads()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Let training drop nothing, neither by layers of dropout nor by functions that take a rate."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.data.datamodule import JSONLDataModule
+from minigpt.data.datamodule import BatchKind, JSONLDataModule
 from minigpt.errors import ConfigError
 from minigpt.infer.engine import Sampling
 from minigpt.model.lora import Lora
@@ -38,6 +38,14 @@ from minigpt.stages.step import (
     finish_step,
     to_floats,
 )
+
+DATA_OF: dict[BatchKind, str] = {  # the DataModule of each kind of batches
+    "text": "PretrainDataModule",
+    "chat": "SFTDataModule",
+    "preference": "DPODataModule",
+    "unpaired": "KTODataModule",
+    "prompt": "GRPODataModule",
+}
 
 
 @dataclass
@@ -82,9 +90,11 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
         step_totals: sums of the last optimizer step over all processes.
         reads_last_tokens: whether batches hold the last token of each answer, which predicts
             nothing.
+        learns_from: the kinds of batches that the stage can learn from.
     """
 
     reads_last_tokens: ClassVar[bool] = False
+    learns_from: ClassVar[tuple[BatchKind, ...]] = ("text", "chat")
 
     def __init__(
         self,
@@ -155,6 +165,19 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
         """
         return from_options()
 
+    def check_data(self, data: JSONLDataModule) -> None:
+        """Refuse data of a kind that the stage cannot learn from.
+
+        Raises:
+            ConfigError: for it.
+        """
+        if data.batch_kind not in self.learns_from:
+            wanted = " or ".join(DATA_OF[kind] for kind in self.learns_from)
+            raise ConfigError(
+                f"{type(self).__name__} cannot learn from the rows of {type(data).__name__}: use "
+                f"{wanted}."
+            )
+
     @property
     def needs_base(self) -> bool:
         """Whether a run cannot go on from a checkpoint without the very model it started from."""
@@ -204,6 +227,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
         """The DataModule in use."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, JSONLDataModule)
+        self.check_data(data)
         return data
 
     @property

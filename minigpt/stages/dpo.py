@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
+from minigpt.data.datamodule import BatchKind
 from minigpt.errors import ConfigError
 from minigpt.model.losses import PreferenceLoss, sum_by
 from minigpt.model.packed_lm import PackedLM
@@ -31,6 +32,8 @@ class DPOModule(ReferenceModule):
             all pairs once, keeps them with the token stores, and lets it go.
         kwargs: see `BaseModule`.
     """
+
+    learns_from: ClassVar[tuple[BatchKind, ...]] = ("preference",)
 
     def __init__(
         self,

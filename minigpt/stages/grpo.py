@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from minigpt.data.batch import AttentionPlan, PackedBatch
+from minigpt.data.datamodule import BatchKind, JSONLDataModule
 from minigpt.data.rollouts import (
     EncodedPrompt,
     GRPODataModule,
@@ -23,8 +24,9 @@ from minigpt.data.rollouts import (
 )
 from minigpt.errors import ConfigError
 from minigpt.evaluate.reward_model import RewardScorer
+from minigpt.model.architecture import disable_dropout
 from minigpt.model.packed_lm import PackedLM
-from minigpt.model.parallel import gathered
+from minigpt.model.parallel import gathered, is_sharded
 from minigpt.model.policy_losses import (
     Advantage,
     Normalisation,
@@ -47,7 +49,8 @@ from minigpt.stages.rollouts import (
 )
 from minigpt.stages.step import Sums, to_floats
 
-SAMPLES_LOGGED = 4  # held-out prompts whose answers are logged as text
+SAMPLES_LOGGED = 4  # prompts whose answers are logged as text
+Judged = tuple[str, str, float]  # question, answer, reward
 
 
 class GRPOModule(ReferenceModule):
@@ -56,6 +59,8 @@ class GRPOModule(ReferenceModule):
     Before an optimizer step, the model in training answers the step's prompts several times.
     Rewards score the answers, and each is compared with the others to its prompt. Then the step
     learns from them as from any packed batch; a prompt is computed once for all of its answers.
+    There is no dropout, in an adapter neither: answers are sampled without it, and the ratio of a
+    probability to the sampled one is 1 until the weights move.
 
     Args:
         rewards: what is summed to an answer's reward. See docs/grpo.md.
@@ -69,12 +74,15 @@ class GRPOModule(ReferenceModule):
         normalisation: the loss is a mean over sequences, over all tokens of the step, or over
             sequences with sums over tokens divided by `max_completion_length` (constant).
         mask_cut_off: leave out answers that were cut off at the longest length.
-        redraws: how often a group whose answers all have the same reward is sampled again.
+        redraws: how often a group whose answers all have the same reward is sampled again, by other
+            random numbers.
         success: the reward from which an answer counts as right in validation.
         collapse: what to do when answers repeat themselves, or do not end.
         kwargs: see `BaseModule`. `compile_layers` is off by default: micro-batches are of any size
             that answers have, and layers would be compiled for the largest.
     """
+
+    learns_from: ClassVar[tuple[BatchKind, ...]] = ("prompt",)
 
     def __init__(
         self,
@@ -104,6 +112,13 @@ class GRPOModule(ReferenceModule):
                 "model.clip_low lies in 0 to 1 and model.clip_high is above 0, but they are "
                 f"{clip_low} and {clip_high}."
             )
+        filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for name, off in filters.items():
+            if getattr(self.sampling, name) != off:
+                raise ConfigError(
+                    f"model.sampling.{name}: the answers of training and validation are drawn from "
+                    "the model's whole distribution, whose log-probs are trained: leave it out."
+                )
         if self.loss_watch.spike.action != "off":
             raise ConfigError(
                 "model.spike compares with the mean loss, but a policy's is around 0: leave it out."
@@ -122,7 +137,9 @@ class GRPOModule(ReferenceModule):
         self.collapse_watch = CollapseWatch(collapse)
         self.rollout: list[RolloutBatch] = []  # what is learnt from now
         self.rollout_metrics: dict[str, float] = {}
-        self.val_samples: list[tuple[str, str, float]] = []
+        self.train_samples: list[Judged] = []  # of the last rollout
+        self.val_samples: list[Judged] = []
+        self.update_started = 0.0
 
     @property
     def needs_reference(self) -> bool:
@@ -133,25 +150,45 @@ class GRPOModule(ReferenceModule):
     def data(self) -> GRPODataModule:
         """The DataModule in use."""
         data = super().data
-        if not isinstance(data, GRPODataModule):
-            raise ConfigError("GRPOModule learns from prompts: use GRPODataModule.")
+        assert isinstance(data, GRPODataModule)
         return data
 
-    def setup(self, stage: str) -> None:
-        """Load what scores answers, and check that the prompts have what it needs."""
-        if stage not in ("fit", "validate"):
-            return
-        device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
-        load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
-        self.rewards = Rewards(self.reward_options, load)
-        if self.data.num_generations < 2:
+    def check_data(self, data: JSONLDataModule) -> None:
+        """Refuse another kind of data, and groups in which nothing can be compared."""
+        super().check_data(data)
+        if isinstance(data, GRPODataModule) and data.num_generations < 2:
             raise ConfigError(
                 "data.num_generations must be at least 2: an answer is compared with the others "
                 "to its prompt."
             )
-        for prompts in (*self.data.train_prompts, self.data.val_prompts):
-            for prompt in prompts:
-                self.rewards.check_fields(prompt.fields, *prompt.prompt.source)
+
+    def prepare_data(self) -> None:
+        """Check, before anything is written, that each prompt has what the rewards need."""
+        if self.trainer.state.fn not in ("fit", "validate"):
+            return
+        for prompt in self.data.all_prompts():
+            self.rewards.check_fields(prompt.fields, *prompt.prompt.source)
+
+    @cached_property
+    def rewards(self) -> Rewards:
+        """What scores answers."""
+        device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
+        load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
+        return Rewards(self.reward_options, load)
+
+    def configure_model(self) -> None:
+        """Build the model, without dropout.
+
+        Raises:
+            ConfigError: for a strategy that shards the model, which answers while it trains.
+        """
+        if is_sharded(self.trainer.strategy):
+            raise ConfigError(
+                "trainer.strategy: GRPOModule samples answers by the weights in training, which "
+                "each process needs whole: use ddp."
+            )
+        super().configure_model()
+        disable_dropout(self.model)
 
     # From prompts to packed batches
 
@@ -160,6 +197,8 @@ class GRPOModule(ReferenceModule):
         assert isinstance(batch, PromptBatch)
         if batch.rollout:
             self.rollout = self.roll_out(batch.rollout)
+        if batch.number % self.trainer.accumulate_grad_batches == 0:
+            self.update_started = time.monotonic()
         packed = self.rollout[batch.number % len(self.rollout)].to(self.device)
         return super().training_step(replace(packed, resume_at=batch.resume_at), batch_idx)
 
@@ -171,6 +210,7 @@ class GRPOModule(ReferenceModule):
         stream = self.trainer.global_step + 1  # 0 is validation's
         answers = self.sampler().sample(prompts, self.data.num_generations, stream, self.redraws)
         self._measure(answers, time.monotonic() - started)
+        self.train_samples = judged(answers)
         packed = self._pack(answers, [len(batch) for batch in batches])
         torch.clear_autocast_cache()  # else weights that were cast here would get no gradients
         return packed
@@ -233,12 +273,8 @@ class GRPOModule(ReferenceModule):
         return int(counts[0]), int(counts[1])
 
     def _logprobs(self, batch: RolloutBatch) -> Tensor:
-        """Return the targets' log-probs [N] by the training path, without dropout."""
-        training = self.model.training
-        self.model.eval()
-        logprobs = self._tempered(self.model, batch.to(self.device))
-        self.model.train(training)
-        return logprobs.cpu()
+        """Return the targets' log-probs [N] by the training path."""
+        return self._tempered(self.model, batch.to(self.device)).cpu()
 
     def _tempered(self, lm: PackedLM, batch: RolloutBatch) -> Tensor:
         """Return the targets' log-probs [N], of answers at the temperature of sampling."""
@@ -296,7 +332,7 @@ class GRPOModule(ReferenceModule):
         """Turn sums into what is logged: means over the targets of answers, and of the replay."""
         targets, replayed = totals["targets"], totals["replay/targets"]
         values = {"loss": totals["loss"] / max(1.0, totals["count"])}
-        means = ["clip/low", "clip/high", "entropy", "logprob_gap"]
+        means = ["clip/low", "clip/high", "entropy"]
         for name in [*means, "kl"] if self.needs_reference else means:
             values[name] = totals[name] / max(1.0, targets)
         if replayed:
@@ -305,10 +341,16 @@ class GRPOModule(ReferenceModule):
         return values
 
     def log_step(self, totals: dict[str, float]) -> None:
-        """Add what was measured of the rollout."""
+        """Add what was measured of the rollout and of the update, and some answers."""
         super().log_step(totals)
-        if (self.trainer.global_step + 1) % self.log_every == 0:
-            self.log_dict(self.rollout_metrics, rank_zero_only=True)
+        if (self.trainer.global_step + 1) % self.log_every:
+            return
+        update = {
+            "rollout/logprob_gap": totals["logprob_gap"] / max(1.0, totals["targets"]),
+            "update/seconds": time.monotonic() - self.update_started,
+        }
+        self.log_dict(self.rollout_metrics | update, rank_zero_only=True)
+        self._log_text("rollouts/training", self.train_samples)
 
     # Validation: the same rewards on held-out prompts
 
@@ -323,36 +365,45 @@ class GRPOModule(ReferenceModule):
         size, sampler = self.data.num_generations, self.sampler()
         greedy = sampler.greedy(batch.prompts)
         rewards = greedy.rewards[:, 0]
-        right = sampler.sample(batch.prompts, size, 0).rewards >= self.success  # NaN is not
+        sampled = sampler.sample(batch.prompts, size, 0).rewards
+        right, scored = sampled >= self.success, (~sampled.isnan()).sum(1)  # NaN is not right
         sums: dict[str, Tensor | float] = {
             "prompts": float(len(batch.prompts)),
             "scored": (~rewards.isnan()).sum(),
+            "groups": (scored > 0).sum(),  # of which an answer could be scored
             "reward": rewards.nan_to_num(0.0).sum(),
             "accuracy": (rewards >= self.success).sum(),
-            "pass_at_1": right.float().mean(1).sum(),
+            "pass_at_1": (right.sum(1) / scored.clamp(min=1)).sum(),
             f"pass_at_{size}": right.any(1).sum(),
             "cut_off": (~greedy.ended).sum(),
         }
         self.validation_sums.add(sums, self.device)
-        for prompt, (text,), reward in zip(batch.prompts, greedy.texts, rewards, strict=True):
-            self.val_samples.append((prompt.question, text, float(reward)))
+        self.val_samples += judged(greedy)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out means over all processes, and some answers with their rewards."""
+        """Log the held-out means over all processes, and some answers with their rewards.
+
+        Means of rewards are over what could be scored; without any there is none.
+        """
         if not self.validation_sums.values:
             return
         totals = to_floats(self.validation_sums.all_reduced())
-        prompts, scored = totals.pop("prompts"), totals.pop("scored")
-        values = {f"val/{name}": value / prompts for name, value in totals.items()}
-        values["val/reward"] = totals["reward"] / max(1.0, scored)
+        prompts, scored, groups = (totals.pop(name) for name in ("prompts", "scored", "groups"))
+        counts = dict.fromkeys(totals, groups)  # of pass@1 and pass@k
+        counts |= {"reward": scored, "accuracy": scored, "cut_off": prompts}
+        values = {f"val/{name}": totals[name] / count for name, count in counts.items() if count}
+        values["val/not_scored"] = 1 - scored / prompts
         self.log_dict(values, rank_zero_only=True)
+        self._log_text("rollouts/held_out", self.val_samples)
+
+    def _log_text(self, name: str, samples: Sequence[Judged]) -> None:
         text = "\n\n".join(
             f"**{question}**\n\n> {answer}\n\nreward {reward:g}"
-            for question, answer, reward in self.val_samples[:SAMPLES_LOGGED]
+            for question, answer, reward in samples[:SAMPLES_LOGGED]
         )
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("rollouts", text, self.trainer.global_step)
+                logger.experiment.add_text(name, text, self.trainer.global_step)
 
     # Checkpoints
 
@@ -374,6 +425,13 @@ class GRPOModule(ReferenceModule):
         self.rollout_metrics = checkpoint["rollout_metrics"]
         states = checkpoint.get("rollout", [])[self.data.rank :: self.data.world_size]
         self.rollout = [_from_state(state) for state in states]
+
+
+def judged(answers: Answers) -> list[Judged]:
+    """Return each prompt's question with its first answer and that answer's reward."""
+    rewards = answers.rewards[:, 0].tolist()
+    texts = [texts[0] for texts in answers.texts]
+    return list(zip((p.question for p in answers.prompts), texts, rewards, strict=True))
 
 
 def _as_state(batch: RolloutBatch) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
+from minigpt.data.datamodule import BatchKind
 from minigpt.data.unpaired import KTODataModule, UnpairedBatch, Window
 from minigpt.errors import ConfigError
 from minigpt.model.losses import kto
@@ -29,6 +30,8 @@ class KTOModule(ReferenceModule):
             that weight times rows of the desirable is 1 to 1.33 times that of the others.
         kwargs: see `BaseModule`.
     """
+
+    learns_from: ClassVar[tuple[BatchKind, ...]] = ("unpaired",)
 
     def __init__(
         self,
@@ -55,8 +58,7 @@ class KTOModule(ReferenceModule):
     def data(self) -> KTODataModule:
         """The DataModule in use."""
         data = super().data
-        if not isinstance(data, KTODataModule):
-            raise ConfigError("KTOModule learns from completions with labels: use KTODataModule.")
+        assert isinstance(data, KTODataModule)
         return data
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:

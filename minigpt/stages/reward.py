@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from minigpt.data.batch import PackedBatch, Sample
-from minigpt.data.datamodule import StoreSubset
+from minigpt.data.datamodule import BatchKind, StoreSubset
 from minigpt.errors import ConfigError
 from minigpt.evaluate.baselines import by_length, by_words
 from minigpt.evaluate.scores import share
@@ -39,6 +39,7 @@ class RewardModule(BaseModule):
     """
 
     reads_last_tokens: ClassVar[bool] = True
+    learns_from: ClassVar[tuple[BatchKind, ...]] = ("preference",)
 
     def __init__(self, centering: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)

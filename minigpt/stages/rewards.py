@@ -73,8 +73,10 @@ class Reward:
         if self.kind not in get_args(RewardKind):
             listed = ", ".join(get_args(RewardKind))
             raise ConfigError(f"The reward {self.kind!r} is not known. There are {listed}.")
-        if not math.isfinite(self.weight):
-            raise ConfigError(f"The weight of the reward {self.kind} is {self.weight}.")
+        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise ConfigError(
+                f"The weight of the reward {self.kind} must be a number, but is {self.weight}."
+            )
         for option, (kinds, needed) in OPTIONS.items():
             value = getattr(self, option)
             if value is None and self.kind in needed:
@@ -194,10 +196,13 @@ class Rewards:
         return RewardTable(parts, metrics)
 
     def total(self, parts: Tensor) -> Tensor:
-        """Return the weighted sum over the first dimension of [R, ...]; NaN where any part is."""
+        """Return the weighted sum over the first dimension of [R, ...].
+
+        It is NaN where a part is, unless that part weighs nothing and is only logged.
+        """
         total = parts.new_zeros(parts.shape[1:])
         for weight, part in zip(self.weights, parts, strict=True):
-            total = total + weight * part
+            total = total + weight * part if weight else total
         return total
 
     def __len__(self) -> int:

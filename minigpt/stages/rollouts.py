@@ -31,6 +31,7 @@ class Answers:
         parts: [R, P, G] each reward without its weight; NaN where it cannot score an answer.
         rewards: [P, G] their weighted sums; NaN where a part is.
         metrics: what reward functions gave to `log_metric`.
+        redrawn: groups that were sampled again.
     """
 
     prompts: Sequence[EncodedPrompt]
@@ -39,6 +40,7 @@ class Answers:
     parts: Tensor
     rewards: Tensor
     metrics: dict[str, float]
+    redrawn: int = 0
 
     def replace(self, numbers: Sequence[int], others: Answers) -> None:
         """Put other answers in the place of those to the prompts of these numbers."""
@@ -47,6 +49,7 @@ class Answers:
             self.texts[number] = texts
         self.parts[:, numbers] = others.parts
         self.rewards[numbers] = others.rewards
+        self.redrawn = max(self.redrawn, len(numbers))  # a later redraw has some of the same groups
 
     @property
     def lengths(self) -> Tensor:
@@ -68,7 +71,7 @@ class Answers:
         rewards = self.rewards.nan_to_num(0.0)
         means = rewards.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
         ids = [answer.ids for group in self.groups for answer in group]
-        parts = zip(names, self.parts.nan_to_num(0.0), strict=True)
+        by_name = list(zip(names, self.parts, strict=True))
         return {
             "answers": float(len(ids)),
             "scored": scored.sum(),
@@ -76,10 +79,12 @@ class Answers:
             "reward": rewards.sum(),
             "spread": torch.where(scored, rewards - means, 0.0).square().sum(),
             "without_signal": (~groups_with_signal(self.rewards)).sum(),
+            "redrawn": float(self.redrawn),
             "length": self.lengths.sum(),
             "cut_off": (~self.ended).sum(),
             "repeated": repeated_ngrams(ids) * len(ids),  # a mean over answers
-            **{f"reward/{name}": part.sum() for name, part in parts},
+            **{f"reward/{name}": part.nan_to_num(0.0).sum() for name, part in by_name},
+            **{f"scored/{name}": (~part.isnan()).sum() for name, part in by_name},
         }
 
 
@@ -227,15 +232,23 @@ def means_by_name(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def rollout_means(totals: dict[str, float]) -> dict[str, float]:
-    """Turn the sums of a rollout over all processes into what is logged."""
-    answers, scored = totals["answers"], max(1.0, totals["scored"])
-    names = ("length", "cut_off", "repeated")
-    rewards = (name for name in totals if name.startswith("reward"))
+    """Turn the sums of a rollout over all processes into what is logged.
+
+    Means of rewards are over the answers that each could score; without any there is none.
+    """
+    answers, scored, groups = totals["answers"], totals["scored"], totals["groups"]
+    parts = [name for name in totals if name.startswith("reward/")]
+    counts = {"reward": scored} | {
+        name: totals[f"scored/{name.removeprefix('reward/')}"] for name in parts
+    }
+    means = {name: totals[name] / count for name, count in counts.items() if count}
+    if scored:
+        means["rollout/spread"] = (totals["spread"] / scored) ** 0.5
     return {
-        **{name: totals[name] / scored for name in rewards},
-        **{f"rollout/{name}": totals[name] / answers for name in names},
-        "rollout/spread": (totals["spread"] / scored) ** 0.5,
-        "rollout/without_signal": totals["without_signal"] / totals["groups"],
-        "rollout/not_scored": 1 - totals["scored"] / answers,
+        **means,
+        **{f"rollout/{name}": totals[name] / answers for name in ("length", "cut_off", "repeated")},
+        "rollout/without_signal": totals["without_signal"] / groups,
+        "rollout/redrawn": totals["redrawn"] / groups,
+        "rollout/not_scored": 1 - scored / answers,
         "rollout/seconds": totals["seconds"],
     }

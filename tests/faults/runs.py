@@ -171,5 +171,5 @@ def status(run_dir: Path) -> dict[str, Any]:
 def rows(run_dir: Path) -> list[dict[str, float]]:
     """Return the logged numbers, without times and speeds."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    drop = ("time", "tokens_per_s", "rollout/seconds")
+    drop = ("time", "tokens_per_s", "rollout/seconds", "update/seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]

@@ -73,7 +73,7 @@ DEFAULTS = {
         max_completion_length=64,
         beta=0.0,
         temperature=1.0,
-        reward=["exact"],
+        reward=None,
         reward_model=None,
     ),
     "train_reward": stage(
@@ -252,6 +252,28 @@ def test_each_flag_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
         assert (model.centering, data.max_prompt_length) == (0.625, 19)
     if name == "train_lora":
         assert (model.lora.r, model.lora.alpha, model.lora.dropout) == (2, 6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ([], ["exact"]),
+        (["--reward_model=judge"], ["reward_model"]),
+        (["--reward", "numeric", "length"], ["numeric", "length"]),
+        (["--reward", "a.py:score", "--reward_model=judge"], ["function", "reward_model"]),
+    ],
+)
+def test_rewards_of_the_script(
+    flags: list[str], kinds: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from minigpt.cli import trainer as cli
+
+    clis: list[cli.MiniGPTCLI] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda self, _: clis.append(self))
+    assert run_script("train_grpo", "--model_path=model", *flags) == 0
+    rewards = clis[0].config["fit"].model.init_args.rewards
+    assert [reward.kind for reward in rewards] == kinds
 
 
 # The chain

@@ -28,6 +28,12 @@ def unscored(prompts, completions, completion_ids, log_metric, **fields):
 
 def same(prompts, completions, completion_ids, **fields):
     return [1.0 for _ in completion_ids]
+
+def half(prompts, completions, completion_ids, **fields):
+    return [1.0 if number % 2 else None for number, _ in enumerate(completion_ids)]
+
+def never(prompts, completions, completion_ids, **fields):
+    return [None for _ in completion_ids]
 """
 
 
@@ -62,7 +68,7 @@ def test_what_is_trained_on_is_what_was_sampled(
     temperature: float, grpo: Any, tmp_path: Path
 ) -> None:
     grpo("low_ids", model__init_args__temperature=temperature)
-    gaps = metrics(tmp_path, "train/logprob_gap")
+    gaps = metrics(tmp_path, "rollout/logprob_gap")
     assert max(gaps) < 1e-4
     assert max(gaps) > 0  # they are computed in two ways
 
@@ -121,6 +127,7 @@ def test_groups_without_signal_change_nothing_and_are_drawn_again(
     )
     assert asked == [4, 4, 4] * 2
     assert metrics(tmp_path, "rollout/without_signal") == [1.0, 1.0]
+    assert metrics(tmp_path, "rollout/redrawn") == [1.0, 1.0]
     assert metrics(tmp_path, "grad_norm") == [0.0, 0.0]
     assert run.model.rollout_metrics["rollout/spread"] == 0
 
@@ -152,6 +159,68 @@ def test_answers_that_cannot_be_scored_count_nowhere(grpo: Any, tmp_path: Path) 
         assert 0 < share < 1
         assert 0 < reward < 1  # a mean of zeros and ones
     assert metrics(tmp_path, "reward/metrics/answers") == [16.0, 16.0]
+
+
+def functions(tmp_path: Path, **weights: float) -> dict[str, Any]:
+    """Return the change by which several functions reward, each with its weight."""
+    file = tmp_path / "functions.py"
+    rewards = [
+        {"kind": "function", "function": f"{file}:{name}", "weight": weight}
+        for name, weight in weights.items()
+    ]
+    return {"model__init_args__rewards": rewards}
+
+
+def test_each_reward_has_the_mean_of_what_it_scores(grpo: Any, tmp_path: Path) -> None:
+    grpo("same", trainer__max_steps=2, **functions(tmp_path, same=1.0, half=2.0))
+    for name, mean in (("reward/same", 1.0), ("reward/half", 1.0), ("reward", 3.0)):
+        assert metrics(tmp_path, name) == [mean, mean]
+    assert metrics(tmp_path, "rollout/not_scored") == [0.5, 0.5]
+    assert set(metrics(tmp_path, "val/reward")) == {3.0}
+    for name in ("accuracy", "pass_at_1", "pass_at_4"):  # each answer that is scored is right
+        assert set(metrics(tmp_path, f"val/{name}")) == {1.0}
+    assert set(metrics(tmp_path, "val/not_scored")) == {0.5}
+
+
+def test_a_reward_that_weighs_nothing_is_only_logged(grpo: Any, tmp_path: Path) -> None:
+    grpo("same", trainer__max_steps=2, **functions(tmp_path, low_ids=1.0, half=0.0))
+    assert metrics(tmp_path, "rollout/not_scored") == [0.0, 0.0]
+    assert metrics(tmp_path, "reward/half") == [1.0, 1.0]
+    assert metrics(tmp_path, "reward") == metrics(tmp_path, "reward/low_ids")
+
+
+def test_without_a_score_there_is_no_mean(grpo: Any, tmp_path: Path) -> None:
+    grpo("never", trainer__max_steps=2)
+    for name in ("reward", "reward/never", "rollout/spread", "val/reward", "val/accuracy"):
+        assert metrics(tmp_path, name) == []
+    assert metrics(tmp_path, "rollout/not_scored") == [1.0, 1.0]
+    assert set(metrics(tmp_path, "val/not_scored")) == {1.0}
+    assert metrics(tmp_path, "grad_norm") == [0.0, 0.0]
+
+
+def test_ratios_are_1_until_the_weights_move(grpo: Any, tmp_path: Path) -> None:
+    """Also where old log-probs are stored, and an adapter has dropout: here it has none."""
+    changes: dict[str, Any] = {
+        "data__init_args__minibatches": 2,
+        "trainer__max_steps": 4,
+        "model__init_args__lora": {"r": 4, "dropout": 0.3},
+        "model__init_args__optimizer": {"lr": 0.05},
+        "model__init_args__clip_high": 1e-5,
+        "model__init_args__clip_low": 1e-5,
+    }
+    grpo("low_ids", **changes)
+    clipped = metrics(tmp_path, "train/clip/high"), metrics(tmp_path, "train/clip/low")
+    first, second, third, fourth = (max(of_step) for of_step in zip(*clipped, strict=True))
+    assert first == third == 0
+    assert second > 0
+    assert fourth > 0
+
+
+def test_without_a_kl_no_reference_is_kept(grpo: Any) -> None:
+    module = grpo("low_ids", trainer__max_steps=2).model
+    assert module.packed_models() == [module.model]
+    module = grpo("low_ids", "kl", trainer__max_steps=2, model__init_args__beta=0.1).model
+    assert len(module.packed_models()) == 2
 
 
 def test_the_replay_is_a_mean_of_its_own(grpo: Any, world: Path, tmp_path: Path, sgd: None) -> None:
@@ -216,16 +285,43 @@ def test_a_collapse_stops_the_run(grpo: Any) -> None:
         ({"model__init_args__spike": {"action": "warn"}}, ConfigError, "leave it out"),
         ({"model__init_args__rewards": [{"kind": "exact"}]}, DataError, r"grpo\.jsonl:1.*answer"),
         ({"data__class_path": "SFTDataModule"}, ConfigError, "use GRPODataModule"),
+        ({"model__init_args__sampling": {"top_k": 5}}, ConfigError, "sampling.top_k.*leave it out"),
+        ({"model__init_args__sampling": {"top_p": 0.5}}, ConfigError, "sampling.top_p"),
+        ({"model__init_args__sampling": {"min_p": 0.1}}, ConfigError, "sampling.min_p"),
+        (
+            {"model__init_args__sampling": {"repetition_penalty": 1.1}},
+            ConfigError,
+            "sampling.repetition_penalty",
+        ),
+        (
+            {"trainer__strategy": {"class_path": "minigpt.model.parallel.FSDP2"}},
+            ConfigError,
+            "use ddp",
+        ),
+        (
+            {"model__init_args__rewards": [{"kind": "exact", "weight": None}]},
+            ConfigError,
+            "exact must be a number, but is None",
+        ),
+        ({"model__init_args__rewards": [{"kind": "nice"}]}, ConfigError, "nice"),
+        ({"data__init_args__max_prompt_length": 1}, DataError, "left beside the longest answer"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    changes: dict[str, Any], error: type[Exception], message: str, grpo: Any, world: Path
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    grpo: Any,
+    world: Path,
+    tmp_path: Path,
 ) -> None:
     if "data__class_path" in changes:
         file = str(world / "sft.jsonl")
         changes["data__init_args"] = {"train": file, "val_share": 0.0, "tokens_per_batch": 512}
     with pytest.raises(error, match=message):
         grpo("low_ids", **changes)
+    if "trainer__strategy" not in changes:  # which is only there when the run is set up
+        assert {file.name for file in (tmp_path / "run").glob("*")} <= {".lock", "status.json"}
 
 
 def test_samples_are_logged_with_their_rewards(grpo: Any, tmp_path: Path) -> None:
@@ -235,8 +331,10 @@ def test_samples_are_logged_with_their_rewards(grpo: Any, tmp_path: Path) -> Non
     (file,) = (tmp_path / "run").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"tensors": 0})
     events.Reload()
-    text = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert text.count("reward ") == 4
+    for name in ("rollouts/training", "rollouts/held_out"):
+        (*_, last) = events.Tensors(f"{name}/text_summary")
+        assert last.tensor_proto.string_val[0].decode().count("reward ") == 4
+    assert all(seconds > 0 for seconds in metrics(tmp_path, "update/seconds"))
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert {"val/reward", "val/accuracy", "val/pass_at_1", "val/pass_at_4"} <= set(final)
     page = tmp_path / "report.html"

@@ -191,7 +191,7 @@ def test_data_that_it_cannot_learn_from(
         (
             "DPODataModule",
             {"train": pairs, "val": pairs},
-            "completions with labels: use KTODataModule",
+            "use KTODataModule",
         ),
     ):
         made = tiny_runs.config(world, "kto", tmp_path / "run", data__class_path=data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.__main__ import COMMANDS, TRAINER_VERBS
+from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 from minigpt.datatools.fetch import CORPORA
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ import yaml
 from tiny_runs import assert_refused
 from transformers import AutoModelForCausalLM
 
-from minigpt.__main__ import TRAINER_VERBS
 from minigpt.cli.parser import check_configs, with_file_names
+from minigpt.cli.verbs import TRAINER_VERBS
 from minigpt.data import tokenizer as tokenizers
 
 Minigpt = Callable[..., Any]

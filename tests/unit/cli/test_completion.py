@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Minigpt
 
-from minigpt.__main__ import COMMANDS, TRAINER_VERBS
 from minigpt.cli.completion import SHELLS, choices_of, options_of
+from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 
 
 @pytest.fixture(scope="module")

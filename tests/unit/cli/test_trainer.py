@@ -16,7 +16,7 @@ import torch
 from tiny_runs import assert_refused
 
 import minigpt as package
-from minigpt.__main__ import COMMANDS, TRAINER_VERBS
+from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 
 Minigpt = Callable[..., Any]
 

@@ -90,7 +90,7 @@ def test_a_schema_may_be_in_a_file(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"kind": "exactly"}, "The reward 'exactly' is not known. There are exact, numeric"),
-        ({"kind": "exact", "weight": math.nan}, "The weight of the reward exact is nan"),
+        ({"kind": "exact", "weight": math.nan}, "exact must be a number, but is nan"),
         ({"kind": "exact", "pattern": "a"}, "pattern belongs to regex, not to the reward exact"),
         ({"kind": "length", "field": "a"}, "field belongs to exact or numeric or regex, not"),
         ({"kind": "regex"}, "The reward regex needs a pattern"),
