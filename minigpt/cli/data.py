@@ -53,7 +53,8 @@ def parser() -> CommandParser:
             "JSONL, JSON arrays, text, CSV, TSV (also compressed), .xlsx, Parquet, Arrow; folders"
         )
         action.add_argument("files", nargs="+", help=text)
-        action.add_argument("--kind", choices=KINDS, help="of the rows")
+        kinds = (*KINDS, "prompt") if name == "check" else KINDS
+        action.add_argument("--kind", choices=kinds, help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
         action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
         add_columns(action)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.formats import Kind, Prompt, expand_files, load_prompts
+from minigpt.data.formats import BatchKind, Kind, Prompt, expand_files, load_prompts
 from minigpt.data.order import FileShare, PackedOrder, histogram
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PackSamples = Callable[[Sequence[Sample], tuple[int, int]], PackedBatch]
-BatchKind = Literal[Kind, "prompt"]  # what batches hold: rows of a kind, or prompts to answer
 Files = str | list[str] | dict[str, float] | None
 TWO_ANSWERS: tuple[Kind, ...] = ("preference", "unpaired")  # to one prompt in each sample
 TOKENS_AT_A_TIME = 1 << 22  # tokens of a store that are looked at together

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 Kind = Literal["text", "chat", "preference", "unpaired"]
+BatchKind = Literal[Kind, "prompt"]  # what batches hold: rows of a kind, or prompts to answer
 
 ROLES = {role: role for role in ("system", "user", "assistant")}
 ROLES |= {"human": "user", "gpt": "assistant"}

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.datamodule import BatchKind, Files, JSONLDataModule, PackedDataLoader
-from minigpt.data.formats import BadRows, Kind, Prompt, load_prompts, renamed
+from minigpt.data.datamodule import Files, JSONLDataModule, PackedDataLoader
+from minigpt.data.formats import BadRows, BatchKind, Kind, Prompt, load_prompts, renamed
 from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
 from minigpt.data.prompts import PromptCodec
 from minigpt.data.store import TokenStore, warn_of_rows

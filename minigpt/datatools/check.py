@@ -23,10 +23,12 @@ from minigpt.data.encodings import CONTROL_BYTES
 from minigpt.data.formats import (
     DAMAGED,
     BadRows,
+    BatchKind,
     Chat,
     Kind,
     Message,
     Preference,
+    Prompt,
     Record,
     Source,
     Text,
@@ -34,6 +36,7 @@ from minigpt.data.formats import (
     changes,
     guess_kind,
     lines_of,
+    load_prompts,
     open_data,
     parse_row,
     read_records,
@@ -43,6 +46,7 @@ from minigpt.data.formats import (
     to_line,
     unused_problem,
 )
+from minigpt.data.prompts import PromptCodec
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tables import DELIMITERS
 from minigpt.data.tokenizer import SPECIAL_TOKENS
@@ -201,7 +205,7 @@ class Checker:
 
     Args:
         findings: collects the problems.
-        kind: the kind of all rows; guessed from each file's first rows when None.
+        kind: the kind of all rows, or prompts; guessed from each file's first rows when None.
         validation: files that must not share rows with those checked.
         exams: exam files that must not leak.
         tokenizer: for its special tokens and for what the maximum length leaves to train on.
@@ -213,7 +217,7 @@ class Checker:
     def __init__(
         self,
         findings: Findings,
-        kind: Kind | None = None,
+        kind: BatchKind | None = None,
         validation: Sequence[str] = (),
         exams: Sequence[str] = (),
         tokenizer: PreTrainedTokenizerFast | None = None,
@@ -251,7 +255,10 @@ class Checker:
         errors = self.findings.errors()
         self.findings.too_long, self.findings.first_too_long = 0, None
         try:
-            self._check_rows(path, self.kind or guess_kind(path, self.columns))
+            if self.kind == "prompt":
+                self._check_prompts(path)
+            else:
+                self._check_rows(path, self.kind or guess_kind(path, self.columns))
         except DataError as error:
             # That no row is good says nothing new where the bad ones are named.
             if error.reason != "no_rows" or self.findings.errors() == errors:
@@ -293,6 +300,27 @@ class Checker:
         if len(prompts) == 1:
             self._add("one_prompt", "all rows have one prompt", path)
         self.findings.check_too_long(self.rows - before)
+
+    def _check_prompts(self, path: Path) -> None:
+        """Check prompts to answer, of GRPO, as its DataModule reads them."""
+        codec = PromptCodec(self.tokenizer) if self.tokenizer else None
+        prompts = load_prompts(path, self.columns, self.findings)
+        for prompt in prompts:
+            line, key = prompt.source[1], _content_hash(prompt)
+            self.hashes.append(key)
+            self.lines.append(line)
+            if source := self.validation.get(key):
+                self._add(
+                    "validation", f"the prompt is in the validation data: {source}", path, line
+                )
+            length = len(codec.encode(prompt.content)) if codec else 0
+            if length >= self.limits.max_length:
+                self._add("too_long", f"the prompt has {length} tokens", path, line)
+        if self.exam:
+            leaked = self.exam.hits([_text_of(prompt) for prompt in prompts])
+            for number, item in leaked.items():
+                line = prompts[number].source[1]
+                self._add("exam", f"holds a question of the exam {item}", path, line)
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
@@ -382,6 +410,10 @@ class Checker:
         """Remember where the rows and prompts of a validation file are."""
         self.file_starts.append((len(self.hashes), path))
         bad = BadRows("skip", 1.0)
+        if self.kind == "prompt":
+            for asked in load_prompts(path, self.columns, bad):
+                self.validation.setdefault(_content_hash(asked), f"{path}:{asked.source[1]}")
+            return
         kind = self.kind or guess_kind(path, self.columns)
         rows = read_records([path], kind, bad, columns=self.columns)
         records = [(source.line, record) for record, source in rows]
@@ -462,6 +494,17 @@ def _prompt_hash(record: Record) -> int:
         return 0
     prompt = record.messages[:-1] if isinstance(record, Chat) else record.prompt
     return hash(("prompt", prompt))
+
+
+def _text_of(prompt: Prompt) -> str:
+    """Return the text that is continued, or that of all messages."""
+    content = prompt.content
+    texts = [content] if isinstance(content, str) else [message.content for message in content]
+    return "\n".join(texts)
+
+
+def _content_hash(prompt: Prompt) -> int:
+    return hash(("content", prompt.content))
 
 
 def _kind(record: Record) -> Kind:

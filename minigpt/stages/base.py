@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.data.datamodule import BatchKind, JSONLDataModule
+from minigpt.data.datamodule import JSONLDataModule
+from minigpt.data.formats import BatchKind
 from minigpt.errors import ConfigError
 from minigpt.infer.engine import Sampling
 from minigpt.model.lora import Lora

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from minigpt.data.batch import AttentionPlan, PackedBatch
-from minigpt.data.datamodule import BatchKind, JSONLDataModule
+from minigpt.data.datamodule import JSONLDataModule
+from minigpt.data.formats import BatchKind
 from minigpt.data.rollouts import (
     EncodedPrompt,
     GRPODataModule,

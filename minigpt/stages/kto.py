@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import PackedBatch
-from minigpt.data.datamodule import BatchKind
+from minigpt.data.formats import BatchKind
 from minigpt.data.unpaired import KTODataModule, UnpairedBatch, Window
 from minigpt.errors import ConfigError
 from minigpt.model.losses import kto

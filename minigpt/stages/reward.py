@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from minigpt.data.batch import PackedBatch, Sample
-from minigpt.data.datamodule import BatchKind, StoreSubset
+from minigpt.data.datamodule import StoreSubset
+from minigpt.data.formats import BatchKind
 from minigpt.errors import ConfigError
 from minigpt.evaluate.baselines import by_length, by_words
 from minigpt.evaluate.scores import share

@@ -323,11 +323,38 @@ def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, min
 
 def test_the_bundled_data_have_no_errors(repo_root: Path, minigpt: Any) -> None:
     found = sorted((repo_root / "data").glob("*.jsonl"))
-    files = [file for file in found if "grpo" not in file.name]  # prompts have no answer to learn
+    prompts = [file for file in found if "grpo" in file.name]
+    others = [file for file in found if file not in prompts]
     exams = sorted((repo_root / "data" / "exam").glob("*.jsonl"))
-    outcome = minigpt("data", "check", *files, "--exam", *exams)
-    assert (outcome.status, outcome.err) == (0, "")
-    assert " 0 errors, " in outcome.out
+    for files, more in ((others, []), (prompts, ["--kind", "prompt"])):
+        outcome = minigpt("data", "check", *files, "--exam", *exams, *more)
+        assert (outcome.status, outcome.err) == (0, "")
+        assert " 0 errors" in outcome.out
+
+
+def test_prompts_to_answer(write: Any, tmp_path: Path, minigpt: Any, trained: Path) -> None:
+    rows = [
+        {"prompt": "1+1=", "answer": "2"},
+        {"messages": [{"role": "user", "content": "2+2?"}], "answer": "4"},
+        {"prompt": "1+1=", "answer": "2"},
+        {"answer": "no prompt"},
+        {"prompt": "3+3=", "answer": "6"},
+        {"prompt": "a b " * 60, "answer": "7"},
+        {"prompt": "What is the capital of Arden?", "answer": "8"},
+    ]
+    path, val = write(rows), tmp_path / "val.jsonl"
+    val.write_text(json.dumps({"prompt": "3+3=", "answer": "5"}) + "\n")
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text('{"prompt": "What is the capital of Arden?", "answer": "x"}\n')
+    more = ("--tokenizer", trained / "tokenizer", "--max_length", 64)
+    outcome = minigpt(
+        *("data", "check", path, "--kind", "prompt", "--val", val, "--exam", exam), *more
+    )
+    assert outcome.status == 2
+    for line, reason in ((3, "duplicate"), (5, "validation"), (6, "too_long"), (7, "exam")):
+        assert re.search(rf"{path}:{line}: .*\[{reason}\]", outcome.out)
+    assert re.search(rf"{path}:4: ", outcome.out)
+    assert "7 rows checked: 3 errors, 2 hints" in outcome.out
 
 
 JUNK = st.one_of(
