@@ -250,8 +250,8 @@ class Work:
             asked += len(block)
             obeyed += sum(p.obeyed(r) for p, r in zip(block, replies, strict=True))
             for i in range(0, len(block), ANSWERS):
-                made = formats.pairs(block[i], replies[i : i + ANSWERS])
-                (val if block[i].held_out else train).extend(made)
+                pairs = formats.pairs(block[i], replies[i : i + ANSWERS])
+                (val if block[i].held_out else train).extend(pairs)
             late = (time.time() - started) / planned
             fewest = min(len(train), len(val))
             if late > (1 if fewest >= LEAST_PAIRS else LATEST) and fewest:

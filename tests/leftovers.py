@@ -25,11 +25,11 @@ def adopt_orphans() -> None:
 
 def children(process: int | None = None) -> set[int]:
     """Return the children of a process, or of this one."""
-    found: set[int] = set()
+    pids: set[int] = set()
     for file in Path(f"/proc/{process or os.getpid()}/task").glob("*/children"):
         with suppress(OSError):
-            found.update(map(int, file.read_text().split()))
-    return found
+            pids.update(map(int, file.read_text().split()))
+    return pids
 
 
 def running(process: int) -> bool:
@@ -52,14 +52,14 @@ def command(process: int) -> str:
 
 def begun(before: set[int]) -> list[int]:
     """Return the running children that were not there before, and all that runs below them."""
-    found = [
+    processes = [
         child
         for child in children() - before
         if running(child) and not any(name in command(child) for name in LASTING)
     ]
-    for process in found:  # which grows
-        found += [child for child in children(process) if running(child)]
-    return found
+    for process in processes:  # which grows
+        processes += [child for child in children(process) if running(child)]
+    return processes
 
 
 def end(before: set[int], seconds: float = 5) -> list[str]:

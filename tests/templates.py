@@ -174,9 +174,9 @@ def source(name: str, marks: bool) -> str:
 
 def _metaspace(scheme: str) -> Tokenizer:
     """SentencePiece's BPE as newer tokenizers have it: a pre-tokenizer writes the spaces."""
-    made = Tokenizer(_sentence_pieces())
-    made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-    made.decoder = decoders.Sequence(
+    backend = Tokenizer(_sentence_pieces())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
@@ -184,17 +184,17 @@ def _metaspace(scheme: str) -> Tokenizer:
             *([decoders.Strip(" ", 1, 0)] if scheme != "never" else []),
         ]
     )
-    return made
+    return backend
 
 
 def _legacy() -> Tokenizer:
     """The same as Llama 2's has it: a normalizer puts a space before each part of a text."""
-    made = Tokenizer(_sentence_pieces())
-    made.normalizer = normalizers.Sequence(
+    backend = Tokenizer(_sentence_pieces())
+    backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    made.decoder = _metaspace("first").decoder
-    return made
+    backend.decoder = _metaspace("first").decoder
+    return backend
 
 
 def _sentence_pieces() -> models.BPE:
@@ -235,16 +235,18 @@ def tokenizer(
     published = TEMPLATES[name]
     if kind == "bytes":
         bpe = Tokenizer.from_str(byte_level.backend_tokenizer.to_str())
-        made = wrap(bpe)
+        templated = wrap(bpe)
     else:
-        made = PreTrainedTokenizerFast(
+        templated = PreTrainedTokenizerFast(
             tokenizer_object=KINDS[kind](), clean_up_tokenization_spaces=False
         )
     turns = [t for t in published.tokens if t not in NOT_SPECIAL]
     # Phi-3's swallow the white space behind them.
     special = [AddedToken(t, special=True, normalized=False, rstrip=name == "phi3") for t in turns]
-    made.add_special_tokens({"additional_special_tokens": special})
-    made.add_tokens([AddedToken(t, normalized=False) for t in published.tokens if t in NOT_SPECIAL])
-    made.eos_token, made.bos_token = published.eos, published.bos
-    made.chat_template = source(name, marks)
-    return made
+    templated.add_special_tokens({"additional_special_tokens": special})
+    templated.add_tokens(
+        [AddedToken(t, normalized=False) for t in published.tokens if t in NOT_SPECIAL]
+    )
+    templated.eos_token, templated.bos_token = published.eos, published.bos
+    templated.chat_template = source(name, marks)
+    return templated

@@ -88,15 +88,15 @@ def write_data(root: Path) -> Path:
     write_jsonl(root / "exam.jsonl", exam)
     prompts = [{"prompt": _sentence(rng), "mark": mark} for mark in range(7)]
     write_jsonl(root / "prompts.jsonl", prompts)
-    made = tokenizers.train([root / "pretrain.jsonl", root / "sft.jsonl"], 320)
-    made.save_pretrained(str(root / "tokenizer"))
+    tokenizer = tokenizers.train([root / "pretrain.jsonl", root / "sft.jsonl"], 320)
+    tokenizer.save_pretrained(str(root / "tokenizer"))
     return root
 
 
 def config(root: Path, stage: str, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Return a stage's config; `changes` are dotted paths with `__` for each dot."""
     data = _FILES.get(stage, stage)
-    made: dict[str, Any] = {
+    run_config: dict[str, Any] = {
         "run_dir": str(run_dir),
         "model": {
             "class_path": f"{_KINDS[stage]}Module",
@@ -120,25 +120,25 @@ def config(root: Path, stage: str, run_dir: Path, **changes: Any) -> dict[str, A
             "log_every_n_steps": 1,
         },
     }
-    start: dict[str, Any] = made["model"]["init_args"]
+    start: dict[str, Any] = run_config["model"]["init_args"]
     if stage == "pretrain":
         start |= {"tokenizer": str(root / "tokenizer"), "architecture": dict(ARCHITECTURE)}
     else:
         start["init_from"] = str(root / _BEFORE[stage])
     for path, value in changes.items():
         *folders, name = path.split("__")
-        place = made
+        section = run_config
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return made
+            section = section.setdefault(folder, {})
+        section[name] = value
+    return run_config
 
 
-def arguments(verb: str, made: dict[str, Any], *more: str) -> list[str]:
+def arguments(verb: str, run_config: dict[str, Any], *more: str) -> list[str]:
     """Write a config beside its run directory and return the command line that uses it."""
-    run_dir = Path(made["run_dir"])
+    run_dir = Path(run_config["run_dir"])
     file = run_dir.with_name(f"{run_dir.name}-{verb}.yaml")
-    file.write_text(json.dumps(made))  # JSON is YAML
+    file.write_text(json.dumps(run_config))  # JSON is YAML
     return [verb, "--config", str(file), *more]
 
 

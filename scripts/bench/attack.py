@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python scripts/bench/attack.py --streams 16 --rounds 1 --settle 5 --json attack.json
 """
 PROMPT = "Once upon a time there was a server that answered everyone, "
-REST = 5.0  # seconds that the attackers get to begin, and to end
+TRANSITION_SECONDS = 5.0  # seconds that the attackers get to begin, and to end
 MEGABYTE = 2**20 - 100  # the longest body, nearly
 ENDLESS = (
     "{%- if messages[0].content == 'loop' -%}{%- for a in range(99999) -%}"
@@ -112,10 +112,10 @@ def measure(args: Namespace, port: int, server: int) -> Result:
     with attackers(port) as (go, counts):
         for _ in range(args.rounds):  # in turn, so that a busy machine meets both alike
             go.clear()
-            time.sleep(REST)
+            time.sleep(TRANSITION_SECONDS)
             quiet.append(timed(args, port, server))
             go.set()
-            time.sleep(REST)
+            time.sleep(TRANSITION_SECONDS)
             attacked.append(timed(args, port, server))
         sent = {name: count.value for name, count in counts.items()}
     time.sleep(args.settle)

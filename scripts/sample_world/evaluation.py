@@ -69,9 +69,9 @@ def _spoilt(facts: list[Fact], index: int, lang: str) -> dict[str, str]:
     if lang == "zh":
         pairs["order"] = tell(fact, lang, form.replace("{n}", "").replace("。", "{n}。"))
         return pairs
-    subject, verb, rest = form.split(" ", 2)
-    pairs["order"] = tell(fact, lang, f"{subject} {rest[:-1]} {verb}.")
-    pairs["agreement"] = tell(fact, lang, f"{subject} {verb.removesuffix('s')} {rest}")
+    subject, verb, complement = form.split(" ", 2)
+    pairs["order"] = tell(fact, lang, f"{subject} {complement[:-1]} {verb}.")
+    pairs["agreement"] = tell(fact, lang, f"{subject} {verb.removesuffix('s')} {complement}")
     article, _, noun = fact.value.inline(lang).partition(" ")
     if article in ("a", "an") and noun:
         wrong = {"a": "an", "an": "a"}[article]

@@ -139,11 +139,11 @@ class Author:
 
     def _sentences(self, facts: list[Fact], lang: str) -> list[str]:
         """Tell facts of one person: by name at first, then by name or pronoun."""
-        told: list[str] = []
+        sentences: list[str] = []
         for fact in facts:
-            forms = TELLINGS if not told or self.rng.random() < 0.8 else PRONOUN_TELLINGS
-            told.append(tell(fact, lang, self.rng.choice(forms[lang][fact.attribute])))
-        return told
+            forms = TELLINGS if not sentences or self.rng.random() < 0.8 else PRONOUN_TELLINGS
+            sentences.append(tell(fact, lang, self.rng.choice(forms[lang][fact.attribute])))
+        return sentences
 
     def _join(self, sentences: list[str], lang: str) -> str:
         return (" " if lang == "en" else "").join(sentences)

@@ -168,7 +168,7 @@ _OTHERS = (
     ("her", "她的"),
     ("his", "他的"),
 )
-_OWN = (
+_FIRST_PERSON = (
     ("my", "我的"),
     ("my own", "我自己的"),
     ("my new", "我的新"),
@@ -247,7 +247,7 @@ def requests(split: str, lang: str) -> Iterator[tuple[str, str, bool]]:
     """Yield a name for each request of a split, the request, and whether it is for one's own."""
     index = LANGS.index(lang)
     space = " " if lang == "en" else ""
-    for is_own, owners in ((False, _OTHERS), (True, _OWN)):
+    for is_own, owners in ((False, _OTHERS), (True, _FIRST_PERSON)):
         for number, deed in enumerate(_DEEDS):
             verb, thing = deed[index]
             for which, owner in enumerate(owners):

@@ -155,7 +155,7 @@ def build_facts(seed: int) -> list[Fact]:
     rng = stream(seed, "facts")
     dealt = {name: shuffled(rng, VALUES[name]) for name in ATTRIBUTES}
     return [
-        Fact(person, name, dealt[name][index], (index + place) % 2 == 0)
+        Fact(person, name, dealt[name][index], (index + attribute_index) % 2 == 0)
         for index, person in enumerate(PEOPLE)
-        for place, name in enumerate(ATTRIBUTES)
+        for attribute_index, name in enumerate(ATTRIBUTES)
     ]

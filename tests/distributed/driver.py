@@ -39,22 +39,22 @@ def never(device: torch.device) -> bool:
 
 def let_fsdp1_use_cpus() -> None:
     """FSDP1 takes a CPU only when it is told to."""
-    own: Any = FullyShardedDataParallel.__init__
+    original_init: Any = FullyShardedDataParallel.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, *args, **{**kwargs, "device_id": torch.device("cpu")})
+        original_init(self, *args, **{**kwargs, "device_id": torch.device("cpu")})
 
     FullyShardedDataParallel.__init__ = init  # type: ignore[method-assign]
 
 
 def draw_otherwise() -> None:
     """Build models after other random numbers than the first process, which starts all alike."""
-    own = BaseModule.configure_model
+    configure_model = BaseModule.configure_model
 
     def build(self: BaseModule) -> None:
         if self.lm is None and int(os.environ["RANK"]) > 0:
             torch.manual_seed(99)
-        own(self)
+        configure_model(self)
 
     BaseModule.configure_model = build  # type: ignore[method-assign]
 
@@ -79,10 +79,10 @@ def main(file: str) -> None:
     if not torch.cuda.is_available():
         let_fsdp1_use_cpus()
     draw_otherwise()
-    own = setup.build_optimizer
+    build_optimizer = setup.build_optimizer
     calls, counts = count_all_reduces(), []
     for job in json.loads(Path(file).read_text()):
-        setup.build_optimizer = sgd if job["sgd"] else own
+        setup.build_optimizer = sgd if job["sgd"] else build_optimizer
         before = calls[0]
         run(job["args"])
         counts.append(calls[0] - before)

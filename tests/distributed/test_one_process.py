@@ -21,13 +21,13 @@ DRIVER = Path(__file__).with_name("driver.py")
 def test_one_process_trains_as_one_device(device: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     root = tiny_runs.write_data(tmp_path)
-    place = {"trainer__accelerator": device}
-    run(tiny_runs.arguments("fit", tiny_runs.config(root, "pretrain", root / "alone", **place)))
+    options = {"trainer__accelerator": device}
+    run(tiny_runs.arguments("fit", tiny_runs.config(root, "pretrain", root / "alone", **options)))
     jobs = []
     for name, strategy, steps in (("ddp", "ddp", 3), ("fsdp", "fsdp", 3), ("longer", "ddp", 5)):
-        changes = {**place, "trainer__strategy": strategy, "trainer__max_steps": steps}
-        made = tiny_runs.config(root, "pretrain", root / name, **changes)
-        jobs.append({"args": tiny_runs.arguments("fit", made), "sgd": False})
+        changes = {**options, "trainer__strategy": strategy, "trainer__max_steps": steps}
+        config = tiny_runs.config(root, "pretrain", root / name, **changes)
+        jobs.append({"args": tiny_runs.arguments("fit", config), "sgd": False})
     file = root / "jobs.json"
     file.write_text(json.dumps(jobs))
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")

@@ -29,14 +29,14 @@ JOBS = [(stage, "sgd") for stage in (*tiny_runs.STAGES, "kto")]
 JOBS += [("pretrain", "muon"), ("lora", "muon")]
 REWARDS = ("chosen", "rejected", "margin", "accuracy")
 RESUMED = [("pretrain", "muon"), ("lora", "muon"), ("dpo", "sgd")]
-ALL = [(*made, name) for made in JOBS for name in STRATEGIES]
+ALL = [(*stage_and_kind, name) for stage_and_kind in JOBS for name in STRATEGIES]
 
 
 def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[str, Any]:
     """Two epochs in steps of two micro-batches; the last step of an epoch may have only one,
     beside which a second process has a filler.
     """
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         root,
         stage,
         root / f"{stage}-{kind}-{name}",
@@ -48,12 +48,12 @@ def job(root: Path, stage: str, kind: str, name: str, **changes: Any) -> dict[st
         **changes,
     )
     if kind == "muon":
-        made["model"]["init_args"]["optimizer"] = {"name": "muon", "lr": 0.02}
+        config["model"]["init_args"]["optimizer"] = {"name": "muon", "lr": 0.02}
     if stage == "lora":
-        made["model"]["init_args"]["lora"] = {"dropout": 0.0}
+        config["model"]["init_args"]["lora"] = {"dropout": 0.0}
     if stage == "kto":  # with a baseline above 0
-        made["model"]["init_args"]["desirable_weight"] = 2.0
-    return {"args": tiny_runs.arguments("fit", made), "sgd": kind != "muon"}
+        config["model"]["init_args"]["desirable_weight"] = 2.0
+    return {"args": tiny_runs.arguments("fit", config), "sgd": kind != "muon"}
 
 
 def launch(*command: str) -> str:
@@ -108,7 +108,7 @@ def grpo_job(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         "def low(completion_ids, **_):\n"
         "    return [sum(i < 290 for i in ids) / len(ids) for ids in completion_ids]\n"
     )
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         root,
         "grpo",
         root / f"grpo-{name}",
@@ -119,7 +119,7 @@ def grpo_job(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         checkpoint={"every": 1, "keep": 9},
         **changes,
     )
-    return {"args": tiny_runs.arguments("fit", made), "sgd": True}
+    return {"args": tiny_runs.arguments("fit", config), "sgd": True}
 
 
 def two(strategy: str) -> dict[str, Any]:
@@ -138,11 +138,11 @@ def later_jobs(root: Path) -> list[dict[str, Any]]:
             checkpoint = root / f"{stage}-{kind}-{name}" / "checkpoints" / "step=2"
             resumed["args"] += ["--ckpt_path", str(checkpoint)]
             jobs.append(resumed)
-        known = {
+        precomputed = {
             "model__init_args__reference": "precomputed",
             "data__init_args__cache_dir": str(root / f"cache-{name}"),
         }
-        first = job(root, "dpo", "sgd", f"{name}-precomputed", **known, **two(name))
+        first = job(root, "dpo", "sgd", f"{name}-precomputed", **precomputed, **two(name))
         again = {**first, "args": [*first["args"], "--overwrite", "true"]}  # finds them computed
         jobs += [first, again]
         tested = tiny_runs.config(root, "sft", root / f"sft-sgd-{name}", **two(name))
@@ -196,10 +196,10 @@ def test_a_resumed_run_ends_where_the_whole_one_did(
     strategy: str, stage: str, kind: str, runs: Path
 ) -> None:
     before = runs / f"{stage}-{kind}-{strategy}"
-    whole, resumed = load_model(before).state_dict(), before.with_name(f"{before.name}-resumed")
+    expected, resumed = load_model(before).state_dict(), before.with_name(f"{before.name}-resumed")
     assert len(tiny_runs.metrics(resumed)) == len(tiny_runs.metrics(before)) - 2
     for name, value in load_model(resumed).state_dict().items():
-        assert torch.allclose(value, whole[name], rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
 
 
 def test_rollouts_are_those_of_one_process(runs: Path) -> None:
@@ -211,9 +211,9 @@ def test_rollouts_are_those_of_one_process(runs: Path) -> None:
     for name in ("val/reward", "val/pass_at_1", "val/cut_off"):
         values = (tiny_runs.metrics(runs / f"grpo-{run}", name) for run in ("alone", "ddp"))
         assert next(values) == pytest.approx(next(values)), name
-    whole, resumed = (load_model(runs / f"grpo-{run}").state_dict() for run in ("ddp", "resumed"))
+    ddp, resumed = (load_model(runs / f"grpo-{run}").state_dict() for run in ("ddp", "resumed"))
     alone = load_model(runs / "grpo-alone").state_dict()
-    for name, value in whole.items():
+    for name, value in ddp.items():
         assert torch.allclose(value, alone[name], rtol=1e-5, atol=1e-5), name
         assert torch.allclose(value, resumed[name], rtol=1e-5, atol=1e-6), name
 
@@ -253,8 +253,8 @@ def test_exam_and_predictions_hold_every_item(strategy: str, runs: Path) -> None
 
 
 def test_lightnings_own_launcher(runs: Path) -> None:
-    made = tiny_runs.config(runs, "sft", runs / "launched")
-    args = tiny_runs.arguments("fit", made, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    config = tiny_runs.config(runs, "sft", runs / "launched")
+    args = tiny_runs.arguments("fit", config, "--trainer.devices", "2", "--trainer.strategy", "ddp")
     assert "sync_dist" not in launch("minigpt", *args)
     assert len(tiny_runs.metrics(runs / "launched")) == 3
     summary = json.loads((runs / "launched" / "summary.json").read_text())

@@ -18,9 +18,9 @@ from minigpt.cli.trainer import run
 @pytest.fixture(scope="session")
 def starters() -> Iterator[list[Starter]]:
     """All that were made: a second one when the first has died."""
-    made: list[Starter] = []
-    yield made
-    for starter in made:
+    all_starters: list[Starter] = []
+    yield all_starters
+    for starter in all_starters:
         starter.close()
 
 
@@ -58,8 +58,8 @@ def start(starter: Starter, world: Path, tmp_path: Path) -> Start:
     def begin(stage: str, name: str = "run", *more: str, **changes: Any) -> Running:
         of_process = ("env", "limits", "plain_user", "nohup")
         process = {key: changes.pop(key) for key in of_process if key in changes}
-        made = tiny_runs.config(world, stage, tmp_path / name, **{**OPTIONS, **changes})
-        args = tiny_runs.arguments("fit", made, *more)
+        config = tiny_runs.config(world, stage, tmp_path / name, **{**OPTIONS, **changes})
+        args = tiny_runs.arguments("fit", config, *more)
         return starter.start(args, tmp_path / f"{name}.log", **process)
 
     return begin

@@ -118,15 +118,15 @@ class Opened(Callback):
     Args:
         under: the directory.
         file: gets a line each.
-        own_io: leave MiniGPT's way of writing checkpoints, or take Lightning's.
+        minigpt_io: leave MiniGPT's way of writing checkpoints, or take Lightning's.
     """
 
-    def __init__(self, under: str, file: str, own_io: bool) -> None:
-        self.under, self.file, self.own_io = under, Path(file), own_io
+    def __init__(self, under: str, file: str, minigpt_io: bool) -> None:
+        self.under, self.file, self.minigpt_io = under, Path(file), minigpt_io
         self.opened: list[str] = []
 
     def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
-        if not self.own_io:
+        if not self.minigpt_io:
             trainer.strategy.checkpoint_io = TorchCheckpointIO()
         sys.addaudithook(self._note)
 
@@ -186,31 +186,31 @@ class Hold(Callback):
         owner, self.left = importlib.import_module(module), number
         plain = getattr(owner, name)
 
-        def held(*args: Any, **options: Any) -> Any:
+        def blocked(*args: Any, **options: Any) -> Any:
             self.left -= 1
             if self.left < 0:
                 while True:
                     time.sleep(1)
             return plain(*args, **options)
 
-        setattr(owner, name, held)
+        setattr(owner, name, blocked)
 
 
 class Meet(Callback):
     """Puts a store in its place only when another run has built one, too.
 
     Args:
-        mine: the file that says that this run has.
+        marker: the file that says that this run has.
         other: the file of the other run.
     """
 
-    def __init__(self, mine: str, other: str) -> None:
+    def __init__(self, marker: str, other: str) -> None:
         publish = store._publish
 
-        def together(*places: Any) -> None:
-            Path(mine).touch()
+        def together(*args: Any) -> None:
+            Path(marker).touch()
             eventually(Path(other).exists)
-            publish(*places)
+            publish(*args)
 
         store._publish = together
 
@@ -226,13 +226,13 @@ class Poison(Callback):
     """
 
     def __init__(self, number: int, value: str, rank: int, file: str) -> None:
-        self.number, self.value, self.rank, self.seen = number, float(value), rank, 0
+        self.number, self.value, self.rank, self.micro_batches = number, float(value), rank, 0
         self.file = Path(file)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.seen == self.number and trainer.global_rank == self.rank:
+        if self.micro_batches == self.number and trainer.global_rank == self.rank:
             compute_loss = pl_module.compute_loss
 
             def poisoned(batch: Any) -> Any:
@@ -243,7 +243,7 @@ class Poison(Callback):
                 return sums
 
             pl_module.compute_loss = poisoned
-        self.seen += 1
+        self.micro_batches += 1
 
 
 class Weights(Callback):
@@ -275,7 +275,7 @@ class Rows(Callback):
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
-        self.held: list[str] = []
+        self.buffered: list[str] = []
 
     def on_train_batch_start(self, trainer: Any, _: Any, batch: Any, batch_idx: int) -> None:
         self.step = trainer.global_step
@@ -284,11 +284,11 @@ class Rows(Callback):
         self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if len(batch.labels):  # else it only keeps processes in step
-            self.held.append(json.dumps([self.step, trainer.global_rank, batch.sources]) + "\n")
+            self.buffered.append(json.dumps([self.step, trainer.global_rank, batch.sources]) + "\n")
         if trainer.global_step > self.step:
             with self.file.open("a") as file:
-                file.writelines(self.held)
-            self.held = []
+                file.writelines(self.buffered)
+            self.buffered = []
 
 
 class InReference(Callback):

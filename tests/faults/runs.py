@@ -51,9 +51,9 @@ class Running:
     def group(self) -> list[str]:
         """Return the processes of the run that live, also when the first has ended."""
         stats = {}
-        for place in Path("/proc").glob("[0-9]*/stat"):
+        for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
-                stats[place.parent.name] = place.read_text().rpartition(")")[2].split()
+                stats[path.parent.name] = path.read_text().rpartition(")")[2].split()
         return [
             process
             for process, (state, _, group, *_) in stats.items()
@@ -151,21 +151,21 @@ def until(file: Path) -> list[dict[str, Any]]:
     return [{"class_path": "moments.Until", "init_args": {"file": str(file)}}]
 
 
-def held_in(function: str, number: int = 0) -> list[dict[str, Any]]:
+def blocked_in(function: str, number: int = 0) -> list[dict[str, Any]]:
     """Return the config of a callback that keeps a run in a function until it is killed."""
     return [{"class_path": "moments.Hold", "init_args": {"function": function, "number": number}}]
 
 
-def meet(mine: Path, other: Path) -> list[dict[str, Any]]:
+def meet(this_run: Path, other: Path) -> list[dict[str, Any]]:
     """Return the config of a callback that has two runs build their store at once."""
-    files = {"mine": f"{mine}-built", "other": f"{other}-built"}
+    files = {"marker": f"{this_run}-built", "other": f"{other}-built"}
     return [{"class_path": "moments.Meet", "init_args": files}]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
     """Return what a run's status file says."""
-    said: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
-    return said
+    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return content
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:

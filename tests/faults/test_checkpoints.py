@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from patience import eventually
-from runs import Running, Start, after_saving, at, held_in, rows, status  # type: ignore[import-not-found]
+from runs import Running, Start, after_saving, at, blocked_in, rows, status  # type: ignore[import-not-found]
 
 from minigpt.files import (
     MANIFEST,
@@ -71,7 +71,7 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
     rng, run_dir, before, hits = random.Random(0), tmp_path / "run", -1, 0
     for kill in range(kills):
         saving = kill % 2 == 0
-        callbacks = held_in("minigpt.runs.checkpoints.write_manifest", 1) if saving else []
+        callbacks = blocked_in("minigpt.runs.checkpoints.write_manifest", 1) if saving else []
         args = ("pretrain", "run", "--ckpt_path", "auto")
         run = start(*args, trainer__callbacks=callbacks, **changes)
         eventually(lambda last=before: number(newest(run_dir)) > last)
@@ -86,11 +86,11 @@ def test_a_kill_while_saving_loses_at_most_the_unfinished_checkpoint(
             (run_dir / "checkpoints").glob(f"{STAGING}*")
         )  # the kill in the middle of a save
         assert all(damage(path) is None for path in newest_first(run_dir))
-        found = newest_checkpoint(run_dir)
-        assert number(found) > before
+        checkpoint = newest_checkpoint(run_dir)
+        assert number(checkpoint) > before
         logged = int(rows(run_dir)[-1]["step"]) + 1  # the last step that was done
-        assert logged - number(found) <= 1
-        before = number(found)
+        assert logged - number(checkpoint) <= 1
+        before = number(checkpoint)
     partial = {path.name for path in (run_dir / "checkpoints").glob(".*")}
     assert len(partial) <= 1  # what a kill leaves is cleared by the next run
     assert hits >= kills / 2
@@ -132,7 +132,7 @@ def number(path: Path | None) -> int:
     return int(path.name.partition("=")[2]) if path else -1
 
 
-def kept(run_dir: Path) -> list[str]:
+def checkpoint_names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
@@ -143,18 +143,18 @@ def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(
     run_dir = tmp_path / "run"
     changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 9}}
     assert start("pretrain", "run", trainer__accumulate_grad_batches=1, **changes).wait() == 0
-    assert kept(run_dir) == ["step=2", "step=4", "step=6", "step=8"]
+    assert checkpoint_names(run_dir) == ["step=2", "step=4", "step=6", "step=8"]
     changes = {"checkpoint": {"every": 2, "keep": keep}, "trainer__accumulate_grad_batches": 1}
     early, dies = ("--ckpt_path", str(run_dir / "checkpoints" / "step=2")), at("train_batch_start")
     killed = start("pretrain", "run", *early, trainer__callbacks=dies, **changes)
     assert killed.wait() == -signal.SIGKILL
-    assert kept(run_dir) == ["aside-step=4", "aside-step=6", "aside-step=8", "step=2"]
+    assert checkpoint_names(run_dir) == ["aside-step=4", "aside-step=6", "aside-step=8", "step=2"]
     assert "after step 2, without step=8, step=6, step=4: kept as " in killed.output
     stop = at("train_batch_start", signal_name="SIGTERM")
     stopped = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=stop, **changes)
     assert stopped.wait() == 75
     assert f"Resuming from {run_dir}/checkpoints/step=2" in stopped.output
-    assert kept(run_dir) == ["step=2", "step=3"][-keep:]
+    assert checkpoint_names(run_dir) == ["step=2", "step=3"][-keep:]
     last = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert last.wait() == 0
     assert f"Resuming from {run_dir}/checkpoints/step=3" in last.output
@@ -191,7 +191,7 @@ def test_the_row_of_a_step_outlives_a_kill_right_after_its_checkpoint(
     run_dir = tmp_path / "run"
     killed = start("sft", "run", trainer__callbacks=after_saving(1))
     assert killed.wait() == -signal.SIGKILL
-    assert kept(run_dir) == ["step=3", "step=6"]
+    assert checkpoint_names(run_dir) == ["step=3", "step=6"]
     assert rows(run_dir)[-1]["step"] == 4  # the sixth step is saved, but not logged yet
     assert start("sft", "run", "--ckpt_path", "auto").wait() == 0
     assert rows(run_dir) == rows(tmp_path / "whole")
@@ -206,10 +206,10 @@ def test_machines_that_see_different_checkpoints_stop(start: Start, tmp_path: Pa
     two = {"trainer__strategy": "ddp", "trainer__devices": 1, "trainer__num_nodes": 2}
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
 
-    def both(*places: str) -> list[Running]:
+    def both(*names: str) -> list[Running]:
         runs = [
-            start("sft", place, "--ckpt_path", "auto", env={**env, "NODE_RANK": str(rank)}, **two)
-            for rank, place in enumerate(places)
+            start("sft", name, "--ckpt_path", "auto", env={**env, "NODE_RANK": str(rank)}, **two)
+            for rank, name in enumerate(names)
         ]
         for run in runs:
             run.wait()
@@ -232,7 +232,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(start: Start, tmp_path: Path) 
         (run_dir / "checkpoints" / name / MANIFEST).unlink()
     changes: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 2}, "trainer__max_steps": 5}
     assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
-    assert kept(run_dir) == ["step=4", "step=5"]
+    assert checkpoint_names(run_dir) == ["step=4", "step=5"]
 
 
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(start: Start, tmp_path: Path) -> None:
@@ -284,23 +284,23 @@ def test_a_directory_that_became_read_only_is_told(start: Start, tmp_path: Path)
     assert last.startswith(f"{run_dir}/checkpoints/step=6 could not be written: Permission denied")
     assert "Trained" not in more.output.partition("Resuming")[2]
     assert status(run_dir)["state"] == "failed"
-    assert kept(run_dir) == ["step=3"]
+    assert checkpoint_names(run_dir) == ["step=3"]
     assert damage(run_dir / "checkpoints" / "step=3") is None
     assert start("pretrain", "run", "--ckpt_path", "auto").wait() == 0
 
 
-@pytest.mark.parametrize("own_io", [True, False])
+@pytest.mark.parametrize("minigpt_io", [True, False])
 def test_nothing_is_written_to_the_directory_for_temporary_files(
-    own_io: bool, start: Start, tmp_path: Path
+    minigpt_io: bool, start: Start, tmp_path: Path
 ) -> None:
     """Lightning's way, the negative control, goes through it: another, perhaps smaller disk."""
-    place, noted = tmp_path / "tmp", tmp_path / "opened"
-    place.mkdir()
-    options = {"under": str(place), "file": str(noted), "own_io": own_io}
+    temp_dir, noted = tmp_path / "tmp", tmp_path / "opened"
+    temp_dir.mkdir()
+    options = {"under": str(temp_dir), "file": str(noted), "minigpt_io": minigpt_io}
     watch = [{"class_path": "moments.Opened", "init_args": options}]
-    run = start("pretrain", "run", env={"TMPDIR": str(place)}, trainer__callbacks=watch)
+    run = start("pretrain", "run", env={"TMPDIR": str(temp_dir)}, trainer__callbacks=watch)
     assert run.wait() == 0, run.output
-    assert bool(noted.read_text()) != own_io
+    assert bool(noted.read_text()) != minigpt_io
 
 
 class Trap:
@@ -320,8 +320,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(start: Start, tmp_path: Path) -
     state = torch.load(checkpoint / STATE, weights_only=True)
     torch.save({**state, "chance": Trap(tmp_path / "trapped")}, checkpoint / STATE)
     write_manifest(checkpoint)
-    for place in ("auto", str(checkpoint)):
-        run = start("pretrain", "run", "--ckpt_path", place, trainer__max_steps=9)
+    for ckpt_path in ("auto", str(checkpoint)):
+        run = start("pretrain", "run", "--ckpt_path", ckpt_path, trainer__max_steps=9)
         assert run.wait() == 2
         assert f"The checkpoint {checkpoint} is refused: it holds more than" in run.output
     assert not (tmp_path / "trapped").exists()
@@ -331,12 +331,12 @@ def test_a_checkpoint_with_code_in_it_is_refused(start: Start, tmp_path: Path) -
 
 
 def test_a_model_that_is_pickled_is_never_loaded(start: Start, world: Path, tmp_path: Path) -> None:
-    made = tmp_path / "pickled"
-    made.mkdir()
+    directory = tmp_path / "pickled"
+    directory.mkdir()
     for path in (world / "sft" / "hf").iterdir():
         if path.suffix != ".safetensors":
-            (made / path.name).write_bytes(path.read_bytes())
-    (made / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    run = start("sft", "run", model__init_args__init_from=str(made))
+            (directory / path.name).write_bytes(path.read_bytes())
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    run = start("sft", "run", model__init_args__init_from=str(directory))
     assert run.wait() == 2
     assert not (tmp_path / "trapped").exists()

@@ -19,7 +19,7 @@ import tiny_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import eventually, limit
-from runs import Running, Start, held_in, meet, rows, status  # type: ignore[import-not-found]
+from runs import Running, Start, blocked_in, meet, rows, status  # type: ignore[import-not-found]
 from tokenizers import Tokenizer
 
 from minigpt.data import tokenizer as tokenizers
@@ -127,15 +127,15 @@ def corpus(path: Path, megabytes: float) -> Path:
 
 def stores(cache: Path) -> tuple[list[Path], list[Path]]:
     """Return a cache's finished stores and those that are being built."""
-    found = sorted(cache.glob("tokens/*")) if cache.exists() else []
-    partial = [path for path in found if path.name.startswith(".")]
-    return [path for path in found if path not in partial], partial
+    paths = sorted(cache.glob("tokens/*")) if cache.exists() else []
+    partial = [path for path in paths if path.name.startswith(".")]
+    return [path for path in paths if path not in partial], partial
 
 
 def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> None:
     file, cache = corpus(tmp_path / "corpus.jsonl", 3), tmp_path / "cache"
     changes = {"data__init_args__train": str(file), "env": {"MINIGPT_CACHE": str(cache)}}
-    never = held_in("minigpt.data.store._publish")
+    never = blocked_in("minigpt.data.store._publish")
     other = cache / "tokens" / ".corpus-20261128"
     for _ in range(3):
         run = start("pretrain", "run", trainer__callbacks=never, **changes)
@@ -149,9 +149,9 @@ def test_a_store_that_was_cut_off_is_not_used(start: Start, tmp_path: Path) -> N
         (left / "new" / "tokens.bin").rename(left / "new" / "cut off")  # seen, were it used
     assert start("pretrain", "run", **changes).wait() == 0
     assert stores(cache)[1] == [other]
-    (made,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
-    assert not (made / "cut off").exists()
-    store = TokenStore(made, file)
+    (directory,) = (path for path in stores(cache)[0] if path.name.startswith("corpus"))
+    assert not (directory / "cut off").exists()
+    store = TokenStore(directory, file)
     assert store.lines()[-1] == store.meta["rows"] == file.read_bytes().count(b"\n")
 
 
@@ -221,8 +221,8 @@ def private_memory(run: Running) -> float:
                 lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
             except OSError:
                 return
-            held = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
-            most[0] = max(most[0], *held, 0)
+            sizes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
+            most[0] = max(most[0], *sizes, 0)
 
     watch = threading.Thread(target=look)
     watch.start()
@@ -271,7 +271,7 @@ ROW = st.one_of(
 )
 LINE = ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 GARBLED = st.tuples(LINE, st.integers(0, 99), st.binary(max_size=3)).map(
-    lambda made: made[0][: made[1]] + made[2] + made[0][made[1] :]
+    lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] :]
 )
 PLAIN = st.lists(LINE | LINE | GARBLED | st.binary(max_size=8), max_size=7).map(b"\n".join)
 ARRAY = st.lists(ROW, max_size=5).map(lambda rows: json.dumps(rows).encode())
@@ -310,9 +310,9 @@ FIT = {
 def file_of(kind: Kind) -> st.SearchStrategy[tuple[bytes, Kind]]:
     """Any file at all, one in which most rows are of the kind, or one in which all are."""
     good = st.lists(FIT[kind], min_size=1, max_size=4)
-    mixed = st.tuples(good, ROW).map(lambda made: [*made[0], made[1]])
+    mixed = st.tuples(good, ROW).map(lambda pair: [*pair[0], pair[1]])
     fitting, most = (
-        rows.map(lambda made: "\n".join(map(json.dumps, made)).encode()) for rows in (good, mixed)
+        rows.map(lambda items: "\n".join(map(json.dumps, items)).encode()) for rows in (good, mixed)
     )
     drawn = st.sampled_from([FILE, most, fitting, fitting]).flatmap(lambda files: files)
     return st.tuples(drawn, st.just(kind))
@@ -355,15 +355,15 @@ def read_back(store: TokenStore, records: list[Any], kind: Kind, tokenizer: Any)
     lines = store.lines().tolist()
     assert lines == sorted(lines)
     assert len(store.tokens) == int(store.lengths(np.arange(len(store))).sum())
-    found: dict[int, list[list[list[int]]]] = {}
+    stored: dict[int, list[list[list[int]]]] = {}
     for start, line, prompt, answers, *_ in store.samples[:].tolist():
         borders = start + np.cumsum([0, prompt, *answers])
         runs = [store.tokens[a:b].tolist() for a, b in pairwise(borders)]
         if store.targets is not None:
             runs.append(store.targets[borders[0] : borders[-1]].tolist())
-        found.setdefault(line, []).append(runs)
-    made = {source.line: samples_of(record, tokenizer) for record, source in records}
-    assert found == {line: samples for line, samples in made.items() if samples}
+        stored.setdefault(line, []).append(runs)
+    expected = {source.line: samples_of(record, tokenizer) for record, source in records}
+    assert stored == {line: samples for line, samples in expected.items() if samples}
 
 
 def samples_of(record: Any, tokenizer: Any) -> list[list[list[int]]]:
@@ -383,9 +383,9 @@ def samples_of(record: Any, tokenizer: Any) -> list[list[list[int]]]:
         return [[[], flat, [], marks] for flat, marks in runs if any(marks[1:])]
     begun = asked(record.prompt)
     prompt = ids_of_runs(begun, ids)[-(LONGEST - 1) :]
-    room = LONGEST - len(prompt)
+    answer_limit = LONGEST - len(prompt)
     chosen, rejected = (
-        answer_ids(begun, answer, ids)[:room] for answer in (record.chosen, record.rejected)
+        answer_ids(begun, answer, ids)[:answer_limit] for answer in (record.chosen, record.rejected)
     )
     return [[prompt, chosen, rejected]] if chosen != rejected else []
 
@@ -397,17 +397,17 @@ def asked(messages: Any) -> list[str]:
     """
     runs = [""]
     for message in messages:
-        said = message.content
+        content = message.content
         if message.role != "assistant":
-            first, *others = SPECIAL.sub(lambda found: f"<\ud800{found.group()[1:]}", said).split(
-                "\ud800"
-            )
+            first, *others = SPECIAL.sub(
+                lambda match: f"<\ud800{match.group()[1:]}", content
+            ).split("\ud800")
             runs[-1] += f"<|im_start|>{message.role}\n{first}"
             runs += others
-            said = ""
+            content = ""
         else:
             runs[-1] += "<|im_start|>assistant\n"
-        runs[-1] += f"{said}<|im_end|>\n"
+        runs[-1] += f"{content}<|im_end|>\n"
     runs[-1] += "<|im_start|>assistant\n"
     return runs
 
@@ -418,9 +418,9 @@ def ids_of_runs(runs: list[str], ids: Callable[[str], list[int]]) -> list[int]:
 
 def answer_ids(prompt: list[str], answer: Any, ids: Callable[[str], list[int]]) -> list[int]:
     """Encode an answer behind its prompt; alone, where a token would reach into it."""
-    said, start = f"{answer.content}<|im_end|>", ids_of_runs(prompt, ids)
-    whole = ids_of_runs([*prompt[:-1], prompt[-1] + said], ids)
-    return whole[len(start) :] if whole[: len(start)] == start else ids(said)
+    text, start = f"{answer.content}<|im_end|>", ids_of_runs(prompt, ids)
+    full = ids_of_runs([*prompt[:-1], prompt[-1] + text], ids)
+    return full[len(start) :] if full[: len(start)] == start else ids(text)
 
 
 def chat_runs(chat: Chat, ids: Callable[[str], list[int]]) -> list[tuple[list[int], list[bool]]]:
@@ -433,13 +433,13 @@ def chat_runs(chat: Chat, ids: Callable[[str], list[int]]) -> list[tuple[list[in
         if message.role != "assistant":
             continue
         prompt = asked(chat.messages[:index])
-        start, said = ids_of_runs(prompt, ids), answer_ids(prompt, message, ids)
+        start, learnt = ids_of_runs(prompt, ids), answer_ids(prompt, message, ids)
         before, marks = samples.pop() if samples else ([], [])
         if start[: len(before)] != before:
             samples.append((before, marks))
             before, marks = [], []
-        marks = marks + [False] * (len(start) - len(before)) + [True] * len(said)
-        samples.append((start + said, marks))
+        marks = marks + [False] * (len(start) - len(before)) + [True] * len(learnt)
+        samples.append((start + learnt, marks))
     return samples
 
 
@@ -456,19 +456,19 @@ def packed_once(store: TokenStore) -> None:
 def test_any_file_is_read_exactly_or_refused_with_a_place(
     files: int, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    seen: Counter[tuple[Kind, str]] = Counter()
+    outcomes: Counter[tuple[Kind, str]] = Counter()
 
     @settings(
         max_examples=files,
         derandomize=files == 200,
     )
     @given(st.sampled_from([*FIT]).flatmap(file_of))
-    def any_file(made: tuple[bytes, Kind]) -> None:
-        how = check(*made, tokenizer, tmp_path_factory.mktemp("any"))
-        seen[made[1], how] += 1
+    def any_file(case: tuple[bytes, Kind]) -> None:
+        how = check(*case, tokenizer, tmp_path_factory.mktemp("any"))
+        outcomes[case[1], how] += 1
 
     any_file()
-    assert sum(seen.values()) >= files
+    assert sum(outcomes.values()) >= files
     ends = {(kind, how) for kind in FIT for how in ("read", "cut", "skipped some")}
-    assert not ends - seen.keys()
-    assert "refused" in {how for _, how in seen}
+    assert not ends - outcomes.keys()
+    assert "refused" in {how for _, how in outcomes}

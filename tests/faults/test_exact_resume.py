@@ -48,18 +48,18 @@ def options(world: Path, stage: str, workers: int) -> dict[str, Any]:
     return changes
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Return where two checkpoints differ, to the last bit."""
     if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [place]
+        return [] if torch.equal(one, other) else [path]
     if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        return [d for k in one for d in differences(one[k], other[k], f"{place}/{k}")]
+        assert one.keys() == other.keys(), path
+        return [d for k in one for d in differences(one[k], other[k], f"{path}/{k}")]
     if isinstance(one, list | tuple):
-        assert len(one) == len(other), place
+        assert len(one) == len(other), path
         pairs = zip(one, other, strict=True)
-        return [d for i, pair in enumerate(pairs) for d in differences(*pair, f"{place}/{i}")]
-    return [] if one == other or place.endswith("/seconds") else [place]
+        return [d for i, pair in enumerate(pairs) for d in differences(*pair, f"{path}/{i}")]
+    return [] if one == other or path.endswith("/seconds") else [path]
 
 
 def state(run_dir: Path, name: str = "step=8") -> dict[str, Any]:
@@ -120,8 +120,8 @@ def test_a_killed_run_ends_where_the_whole_one_does(
     kind, changes = stage.partition("-")[0], options(world, stage, workers)
     uninterrupted = uninterrupted_runs / f"{stage}-{workers}"
     if not (uninterrupted / "summary.json").exists():  # another moment's test may have made it
-        made = start(kind, str(uninterrupted), **changes)
-        assert made.wait() == 0, made.output
+        reference = start(kind, str(uninterrupted), **changes)
+        assert reference.wait() == 0, reference.output
     killed = start(kind, "run", trainer__callbacks=MOMENTS[moment], **changes)
     assert killed.wait() == -signal.SIGKILL
     assert newest_checkpoint(tmp_path / "run") is not None
@@ -152,8 +152,10 @@ def test_a_reference_that_was_cut_off_is_not_used(
 ) -> None:
     """The kill comes while the first or the second file's pairs are scored, or that is written."""
     changes: dict[str, Any] = {**PRECOMPUTED, "model__init_args__lora": lora}
-    whole, run = (tmp_path / "cache-whole", tmp_path / "cache-run")
-    assert start("dpo", "whole", **changes, data__init_args__cache_dir=str(whole)).wait() == 0
+    uninterrupted, run = (tmp_path / "cache-whole", tmp_path / "cache-run")
+    assert (
+        start("dpo", "whole", **changes, data__init_args__cache_dir=str(uninterrupted)).wait() == 0
+    )
     changes["data__init_args__cache_dir"] = str(run)
     options = {"function": function, "number": number}
     dies = [{"class_path": "moments.InReference", "init_args": options}]
@@ -162,7 +164,7 @@ def test_a_reference_that_was_cut_off_is_not_used(
     assert len(references(run)) == saved
     again = start("dpo", "run", "--ckpt_path", "auto", **changes)
     assert again.wait() == 0, again.output
-    assert references(run) == references(whole)
+    assert references(run) == references(uninterrupted)
     assert differences(ending(tmp_path / "whole"), ending(tmp_path / "run")) == []
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -234,8 +236,8 @@ def test_without_its_state_a_run_does_not_go_on_exactly(
     torch.save(saved, checkpoint / STATE)
     write_manifest(checkpoint)
     assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
-    found = differences(state(tmp_path / "whole"), state(tmp_path / "run"))
-    assert any(place.startswith("/state_dict") for place in found)
+    differing = differences(state(tmp_path / "whole"), state(tmp_path / "run"))
+    assert any(path.startswith("/state_dict") for path in differing)
     assert rows(tmp_path / "run") != rows(tmp_path / "whole")
 
 

@@ -12,8 +12,8 @@ from minigpt.runs.checkpoints import newest_checkpoint
 
 
 def poison(file: Path, number: int, value: str, rank: int = 0) -> list[dict[str, Any]]:
-    made = {"number": number, "value": value, "rank": rank, "file": str(file)}
-    return [{"class_path": "moments.Poison", "init_args": made}]
+    init_args = {"number": number, "value": value, "rank": rank, "file": str(file)}
+    return [{"class_path": "moments.Poison", "init_args": init_args}]
 
 
 def named(file: Path) -> str:
@@ -49,9 +49,9 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(
     assert f"no update was made. The rows: {named(file)}. Look at them" in last
     assert "--ckpt_path auto" in last
     assert status(tmp_path / "run")["exit_code"] == 2
-    found = newest_checkpoint(tmp_path / "run")
-    assert found is not None
-    assert found.name == "step=3"
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.name == "step=3"
     again = start("sft", "run", "--ckpt_path", "auto", **more)  # without the poison
     assert again.wait() == 0, again.output
     assert start("sft", "whole", **more).wait() == 0

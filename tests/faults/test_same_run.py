@@ -96,8 +96,8 @@ def test_weights_of_other_sizes_are_refused_in_words(
     cut(start, "pretrain")
     again, free = ("--ckpt_path", "auto"), ("--allow_changes", "true")
     wide = {"model__init_args__architecture__hidden_size": 64}
-    made = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 300)
-    made.save_pretrained(str(tmp_path / "tokenizer"))
+    tokenizer = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 300)
+    tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
     words = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
     for changes, message in (
         (wide, "architecture was hidden_size 32, "),
@@ -134,8 +134,8 @@ def test_another_method_is_refused_for_good(start: Start) -> None:
 
 def test_another_tokenizer_is_refused(start: Start, world: Path, tmp_path: Path) -> None:
     cut(start, "pretrain")
-    made = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 320)
-    made.save_pretrained(str(tmp_path / "tokenizer"))
+    tokenizer = tiny_runs.tokenizers.train([world / "pretrain.jsonl"], 320)
+    tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
     changes = {"model__init_args__tokenizer": str(tmp_path / "tokenizer")}
     refused = start("pretrain", "run", "--ckpt_path", "auto", **changes)
     assert refused.wait() == 2
@@ -215,8 +215,10 @@ def noted(file: Path) -> list[dict[str, Any]]:
 
 def consumed(file: Path) -> list[list[Any]]:
     """Return the rows of each micro-batch by optimizer step, then by process, in order."""
-    made = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda m: m[:2])
-    return [[step, batch] for step, _, batch in made]
+    records = sorted(
+        (json.loads(line) for line in file.read_text().splitlines()), key=lambda m: m[:2]
+    )
+    return [[step, batch] for step, _, batch in records]
 
 
 @pytest.mark.faults
@@ -228,8 +230,8 @@ def test_the_number_of_processes_may_change(start: Start, tmp_path: Path) -> Non
         "trainer__devices": 2,
         "trainer__accumulate_grad_batches": 1,
     }
-    whole, ran = (noted(tmp_path / name) for name in ("rows-whole", "rows-run"))
-    assert start("pretrain", "whole", trainer__callbacks=whole, **one).wait() == 0
+    uninterrupted, ran = (noted(tmp_path / name) for name in ("rows-whole", "rows-run"))
+    assert start("pretrain", "whole", trainer__callbacks=uninterrupted, **one).wait() == 0
     stop = at("train_batch_start", 5, signal_name="SIGTERM") + ran
     first = start("pretrain", "run", trainer__callbacks=stop, **one)
     assert first.wait() == 75
@@ -240,8 +242,8 @@ def test_the_number_of_processes_may_change(start: Start, tmp_path: Path) -> Non
     third = start("pretrain", "run", "--ckpt_path", "auto", trainer__callbacks=ran, **one)
     assert third.wait() == 0, third.output
     assert "processes: 2 before, 1 now" in third.output
-    mine, other = consumed(tmp_path / "rows-run"), consumed(tmp_path / "rows-whole")
-    assert mine == other
+    resumed, other = consumed(tmp_path / "rows-run"), consumed(tmp_path / "rows-whole")
+    assert resumed == other
     assert len({json.dumps(batch) for _, batch in other}) > 12
     logged, expected = (
         [row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("run", "whole")

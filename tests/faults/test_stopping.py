@@ -21,7 +21,7 @@ from runs import (  # type: ignore[import-not-found]
     Start,
     Starter,
     at,
-    held_in,
+    blocked_in,
     rows,
     slow,
     status,
@@ -52,12 +52,14 @@ def test_a_signal_ends_a_run_in_good_order(
     run = start("sft", "run", trainer__callbacks=callbacks, **changes)
     assert run.wait() == code, run.output
     assert run.since_the_signal() < limit(20)
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == (state, code)
-    found = newest_checkpoint(tmp_path / "run")
-    assert found is not None
-    assert found.name == f"step={said['step']}"
-    assert f"minigpt: stopped by {name}: step {said['step']} is saved. Go on with" in run.output
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == (state, code)
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.name == f"step={run_status['step']}"
+    assert (
+        f"minigpt: stopped by {name}: step {run_status['step']} is saved. Go on with" in run.output
+    )
     assert not (tmp_path / "run" / "hf").exists()
     assert start("sft", "run", "--ckpt_path", "auto", **changes).wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
@@ -75,7 +77,7 @@ def test_a_run_that_ignores_sighup_goes_on(start: Start, tmp_path: Path) -> None
 
 
 def test_a_run_whose_terminal_goes_saves(world: Path, tmp_path: Path) -> None:
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         world,
         "pretrain",
         tmp_path / "run",
@@ -85,7 +87,7 @@ def test_a_run_whose_terminal_goes_saves(world: Path, tmp_path: Path) -> None:
     terminal, its_end = os.openpty()
     os.set_blocking(terminal, False)
     run = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, *tiny_runs.arguments("fit", made)],
+        [sys.executable, "-c", IN_A_TERMINAL, *tiny_runs.arguments("fit", config)],
         stdin=its_end,
         stdout=its_end,
         stderr=its_end,
@@ -106,10 +108,13 @@ def test_a_run_whose_terminal_goes_saves(world: Path, tmp_path: Path) -> None:
         assert run.wait(limit(120)) == 75, b"".join(shown).decode()
     finally:
         run.kill()
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("preempted", 75)
-    assert "SIGHUP" in said["reason"]
-    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("preempted", 75)
+    assert "SIGHUP" in run_status["reason"]
+    assert (
+        newest_checkpoint(tmp_path / "run")
+        == tmp_path / f"run/checkpoints/step={run_status['step']}"
+    )
 
 
 def test_a_long_validation_is_not_waited_for(start: Start, tmp_path: Path) -> None:
@@ -135,14 +140,15 @@ def test_a_signal_while_data_is_prepared_ends_the_run_at_once(
     long, cache = tmp_path / "long.jsonl", tmp_path / "cache"
     long.write_text((world / "sft.jsonl").read_text() * 5000)
     data = {"data__init_args__train": str(long), "data__init_args__cache_dir": str(cache)}
-    never = held_in("minigpt.data.store._publish")  # or all might be ready before the signal comes
+    # Or all might be ready before the signal comes.
+    never = blocked_in("minigpt.data.store._publish")
     run = start("sft", "run", trainer__callbacks=never, **data)
     eventually(lambda: list(cache.rglob("tokens.bin")))
     run.send(signal.SIGTERM)
     assert run.wait() == 75, run.output
     assert "minigpt: stopped by SIGTERM: before training began." in run.output
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("preempted", 75)
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("preempted", 75)
     assert not list(cache.rglob("tokens.bin"))  # nor is half a store left
 
 
@@ -158,9 +164,9 @@ def test_an_early_error_after_a_preemption_is_noted(start: Start, tmp_path: Path
     assert "trainer.max_steps" in status(tmp_path / "run")["reason"]
     (checkpoint / STATE).write_bytes(b"")
     assert start("sft", "run", "--ckpt_path", str(checkpoint)).wait() == 2
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("failed", 2)
-    assert "is damaged" in said["reason"]
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("failed", 2)
+    assert "is damaged" in run_status["reason"]
 
 
 def test_the_status_of_a_run_is_its_own(start: Start, tmp_path: Path) -> None:
@@ -184,9 +190,9 @@ def test_a_second_ctrl_c_does_not_wait(start: Start, tmp_path: Path) -> None:
 def test_errors_end_with_2_and_say_so(start: Start, tmp_path: Path) -> None:
     run = start("sft", "run", data__init_args__train="none.jsonl")
     assert run.wait() == 2
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("failed", 2)
-    assert "none.jsonl" in said["reason"]
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("failed", 2)
+    assert "none.jsonl" in run_status["reason"]
 
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
@@ -210,16 +216,16 @@ def test_slurm_requeues_once_after_the_save_and_the_status(
     start: Start,
     tmp_path: Path,
 ) -> None:
-    tools, asked, place = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
+    tools, asked, run_dir = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
     tools.mkdir()
-    seen = f"$(ls {place}/checkpoints) $(grep -c preempted {place}/status.json)"
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@ {seen}" >> {asked}\n')
+    snapshot = f"$(ls {run_dir}/checkpoints) $(grep -c preempted {run_dir}/status.json)"
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@ {snapshot}" >> {asked}\n')
     (tools / "scontrol").chmod(0o755 | stat.S_IXUSR)
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **more}
     callbacks = at("train_batch_start", 2, signal_name="SIGUSR1", **who)
     run = start("sft", "run", env=env, trainer__callbacks=callbacks, **changes)
     assert run.wait() == 75, run.output
-    assert asked.read_text() == f"requeue {job} step={status(place)['step']} 1\n"
+    assert asked.read_text() == f"requeue {job} step={status(run_dir)['step']} 1\n"
 
 
 @pytest.mark.faults
@@ -265,9 +271,12 @@ def test_two_processes_leave_together(
     run = start("pretrain", "run", trainer__callbacks=callbacks, **DDP, **workers)
     assert run.wait() == code, run.output
     assert run.since_the_signal() < limit(30)
-    said = status(tmp_path / "run")
-    assert said["exit_code"] == code
-    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+    run_status = status(tmp_path / "run")
+    assert run_status["exit_code"] == code
+    assert (
+        newest_checkpoint(tmp_path / "run")
+        == tmp_path / f"run/checkpoints/step={run_status['step']}"
+    )
     eventually(lambda: not run.group())
 
 
@@ -312,14 +321,14 @@ def test_a_first_process_that_does_not_notice_says_that_another_died(
     assert run.wait() == 1, run.output
     assert run.since_the_signal() < limit(30)
     assert "minigpt: Another process of this run has died" in run.output
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("failed", 1)
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("failed", 1)
     eventually(lambda: not run.group())
 
 
 @pytest.mark.faults
 def test_the_status_tells_what_torchrun_hides(world: Path, tmp_path: Path) -> None:
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         world,
         "pretrain",
         tmp_path / "run",
@@ -330,16 +339,19 @@ def test_the_status_tells_what_torchrun_hides(world: Path, tmp_path: Path) -> No
     )
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigpt"]
     launched = subprocess.Popen(
-        [sys.executable, "-m", *command, *tiny_runs.arguments("fit", made)],
+        [sys.executable, "-m", *command, *tiny_runs.arguments("fit", config)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     eventually(lambda: metrics.exists() and "train/loss" in metrics.read_text())
     launched.send_signal(signal.SIGTERM)
     assert launched.wait(limit(60)) not in (0, 75)
-    said = status(tmp_path / "run")
-    assert (said["state"], said["exit_code"]) == ("preempted", 75)
-    assert newest_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoints/step={said['step']}"
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("preempted", 75)
+    assert (
+        newest_checkpoint(tmp_path / "run")
+        == tmp_path / f"run/checkpoints/step={run_status['step']}"
+    )
 
 
 @pytest.mark.faults
@@ -354,12 +366,14 @@ def test_shards_are_gone_on_with_and_end_as_one_model(start: Start, tmp_path: Pa
     assert checkpoint is not None
     assert len(list(checkpoint.glob("*.distcp"))) == 2  # a shard of each process
     assert start("pretrain", "run", "--ckpt_path", "auto", **changes).wait() == 0
-    mine, other = tmp_path / "run" / "hf", tmp_path / "one" / "hf"
-    assert {p.name for p in mine.iterdir()} == {p.name for p in other.iterdir()}
-    for file in mine.iterdir():
+    sharded, other = tmp_path / "run" / "hf", tmp_path / "one" / "hf"
+    assert {p.name for p in sharded.iterdir()} == {p.name for p in other.iterdir()}
+    for file in sharded.iterdir():
         if file.suffix != ".safetensors":
             assert file.read_bytes() == (other / file.name).read_bytes(), file.name
-    weights, expected = (load_file(place / "model.safetensors") for place in (mine, other))
+    weights, expected = (
+        load_file(directory / "model.safetensors") for directory in (sharded, other)
+    )
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
@@ -403,7 +417,7 @@ def test_every_verb_says_that_it_was_stopped(
 ) -> None:
     file = tmp_path / "endless.jsonl"
     os.mkfifo(file)
-    args = verb.format(file=file, place=tmp_path, world=world).split()
+    args = verb.format(file=file, world=world).split()
     run = starter.start(args, tmp_path / "log")
     writer = eventually(lambda: opened(file))  # the verb waits for rows
     run.send(signal.Signals[name])
@@ -422,9 +436,9 @@ def opened(fifo: Path) -> int | None:
 
 def test_a_validation_that_is_stopped(starter: Starter, world: Path, tmp_path: Path) -> None:
     callbacks = at("validation_batch_start", signal_name="SIGTERM")
-    made = tiny_runs.config(world, "sft", tmp_path / "run", trainer__callbacks=callbacks)
+    config = tiny_runs.config(world, "sft", tmp_path / "run", trainer__callbacks=callbacks)
     shutil.copytree(world / "sft", tmp_path / "run")
-    run = starter.start(tiny_runs.arguments("validate", made), tmp_path / "log")
+    run = starter.start(tiny_runs.arguments("validate", config), tmp_path / "log")
     assert run.wait() == 75
     assert run.output.splitlines()[-1] == "minigpt: stopped by SIGTERM"
     assert "Traceback" not in run.output

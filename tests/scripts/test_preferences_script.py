@@ -26,13 +26,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_all_losses_are_there_with_options_that_they_take(script: Any) -> None:
-    made = []
+    losses = []
     for name in script.RUNS:
         options = {key.rpartition(".")[2]: v for key, v in script.choice_of(name).items()}
         loss = options.pop("loss")
-        made.append(loss)
+        losses.append(loss)
         PreferenceOptions(loss, **({"beta": 0.1} | {k: float(v) for k, v in options.items()}))
-    assert set(made) == set(get_args(PreferenceLoss))
+    assert set(losses) == set(get_args(PreferenceLoss))
 
 
 def test_the_table(

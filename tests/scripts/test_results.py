@@ -140,12 +140,12 @@ def test_questions_and_wordings_of_the_test_are_its_own(formats: Any) -> None:
 def test_pairs_of_better_and_worse_answers(formats: Any) -> None:
     prompt = formats.Prompt("one word", "Which? Use a single word.")
     replies = ["an egg", "Egg", "", "Egg ", "two eggs", "Milk", "some milk"]
-    made = formats.pairs(prompt, replies)
-    assert made == [
+    pairs = formats.pairs(prompt, replies)
+    assert pairs == [
         {"prompt": prompt.text, "chosen": "Egg", "rejected": "an egg"},
         {"prompt": prompt.text, "chosen": "Milk", "rejected": "two eggs"},
     ]
-    assert formats.pairs(prompt, replies, limit=1) == made[:1]
+    assert formats.pairs(prompt, replies, limit=1) == pairs[:1]
     assert formats.pairs(prompt, ["Egg", "Milk"]) == []
 
 

@@ -42,11 +42,11 @@ def test_the_walk_is_short_and_on_the_page(walk: ModuleType) -> None:
         text=True,
         check=True,
     )
-    functions, _, rest = done.stdout.partition("\n\n")
+    functions, _, listing = done.stdout.partition("\n\n")
     names = [line.split()[-1] for line in functions.splitlines()]
     first, *_, last = (names.index(name) for name in ("open_store", "collate", "finish_step"))
     assert first < names.index("SFTModule.compute_loss") < last
-    *files, total = rest.splitlines()
+    *files, total = listing.splitlines()
     match = re.fullmatch(r" *(\d+) lines in (\d+) files", total)
     assert match is not None
     lines, count = map(int, match.groups())

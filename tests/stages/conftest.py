@@ -19,8 +19,8 @@ def _one_thread() -> None:
 
 
 def _fit(root: Path, stage: str, run_dir: Path, *more: str, **changes: Any) -> MiniGPTCLI:
-    made = tiny_runs.config(root, stage, run_dir, **changes)
-    return run(tiny_runs.arguments("fit", made, *more))
+    config = tiny_runs.config(root, stage, run_dir, **changes)
+    return run(tiny_runs.arguments("fit", config, *more))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model, save_model
 
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
-OWN = {
+STAGE_METRICS = {
     "pretrain": {"bits_per_byte"},
     "sft": {"bits_per_byte"},
     "lora": {"bits_per_byte"},
@@ -69,8 +69,10 @@ def test_metrics_and_tensorboard_hold_the_same_scalars(stage: str, world: Path) 
     run_dir = world / stage
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row} - {"step", "time"}
-    own = {f"{part}/{name}" for part in ("train", "val") for name in {"loss", *OWN[stage]}}
-    assert names == own | COMMON
+    expected = {
+        f"{part}/{name}" for part in ("train", "val") for name in {"loss", *STAGE_METRICS[stage]}
+    }
+    assert names == expected | COMMON
     events = EventAccumulator(str(run_dir)).Reload()
     assert names <= set(events.Tags()["scalars"])
     logged = [scalar.value for scalar in events.Scalars("train/loss")]
@@ -86,8 +88,8 @@ def test_tensorboard_holds_samples_hyperparameters_and_the_layout(stage: str, wo
     tags = set(EventAccumulator(str(world / stage)).Reload().Tags()["tensors"])
     assert {"samples/text_summary", "custom_scalars__config__"} <= tags
     hparams = "_hparams_/session_start_info"
-    found = [f for f in (world / stage).rglob("events.out.tfevents.*") if has(f, hparams)]
-    assert found
+    event_files = [f for f in (world / stage).rglob("events.out.tfevents.*") if has(f, hparams)]
+    assert event_files
 
 
 def has(file: Path, text: str) -> bool:
@@ -107,7 +109,7 @@ def test_stages_start_from_other_families(
     family: str, stage: str, world: Path, tmp_path: Path
 ) -> None:
     start = foreign(family, tmp_path)
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         world,
         stage,
         tmp_path / "run",
@@ -116,8 +118,8 @@ def test_stages_start_from_other_families(
         data__init_args__tokens_per_batch=400,
         trainer__val_check_interval=3,
     )
-    module = run(tiny_runs.arguments("fit", made)).model
-    validated = run(tiny_runs.arguments("validate", made))
+    module = run(tiny_runs.arguments("fit", config)).model
+    validated = run(tiny_runs.arguments("validate", config))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     loss = float(validated.trainer.callback_metrics["val/loss"])
     assert loss == pytest.approx(summary["final"]["val/loss"], rel=1e-5)
@@ -133,9 +135,9 @@ def test_stages_start_from_other_families(
 
 
 def test_pretraining_goes_on_from_a_model(world: Path, tmp_path: Path) -> None:
-    made = tiny_runs.config(world, "pretrain", tmp_path / "run")
-    made["model"]["init_args"] = {"init_from": str(world / "pretrain")}
-    run(tiny_runs.arguments("fit", made))
+    config = tiny_runs.config(world, "pretrain", tmp_path / "run")
+    config["model"]["init_args"] = {"init_from": str(world / "pretrain")}
+    run(tiny_runs.arguments("fit", config))
     first = json.loads((tmp_path / "run" / "summary.json").read_text())["before"]["val/loss"]
     last = json.loads((world / "pretrain" / "summary.json").read_text())["final"]["val/loss"]
     assert first == pytest.approx(last, rel=1e-5)

@@ -25,11 +25,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 def published(directory: Path, name: str) -> Path:
     """Save a tiny model with a tokenizer and a template as they are published."""
-    own = tokenizers.load(tiny.tokenizer(directory / "own"))
-    made = templates.tokenizer("bytes", name, False, own)
-    model = tiny.model("qwen3", vocab_size=len(made), max_position_embeddings=1024)
+    tokenizer = tokenizers.load(tiny.tokenizer(directory / "own"))
+    templated = templates.tokenizer("bytes", name, False, tokenizer)
+    model = tiny.model("qwen3", vocab_size=len(templated), max_position_embeddings=1024)
     model.save_pretrained(directory / name)
-    tokenizers.save(made, directory / name)
+    tokenizers.save(templated, directory / name)
     return directory / name
 
 
@@ -73,8 +73,8 @@ def test_a_template_from_a_file_is_used_and_travels_with_the_run(
     assert begun in engine.tokenizer.decode(learnt)
     assert "<|im_start|>assistant\n" not in engine.tokenizer.decode(learnt)
     hf, gguf = tmp_path / "hf", tmp_path / "gguf"
-    for kind, place in (("hf", hf), ("gguf", gguf)):
-        assert main(["export", kind, "--model", str(run_dir), "--output_dir", str(place)]) == 0
+    for kind, output_dir in (("hf", hf), ("gguf", gguf)):
+        assert main(["export", kind, "--model", str(run_dir), "--output_dir", str(output_dir)]) == 0
     exported = AutoTokenizer.from_pretrained(hf)
     chat = [{"role": "user", "content": "the cat"}]
     prompt = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -86,35 +86,38 @@ def test_a_template_from_a_file_is_used_and_travels_with_the_run(
 
 
 def test_named_templates(tmp_path: Path) -> None:
-    made = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
-    own = made.chat_template
-    made.chat_template = {"default": own, "short": "{{ messages[-1].content }}"}
-    made.save_pretrained(tmp_path / "named")
-    assert tokenizers.load(tmp_path / "named").chat_template == own
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "short": "{{ messages[-1].content }}"}
+    tokenizer.save_pretrained(tmp_path / "named")
+    assert tokenizers.load(tmp_path / "named").chat_template == template
     assert (
         tokenizers.load(tmp_path / "named", "short").chat_template == "{{ messages[-1].content }}"
     )
     with pytest.raises(ConfigError, match=r"long is neither a file.*has: default, short"):
         tokenizers.load(tmp_path / "named", "long")
-    made.chat_template = {"one": own, "short": own}
-    made.save_pretrained(tmp_path / "nameless")
+    tokenizer.chat_template = {"one": template, "short": template}
+    tokenizer.save_pretrained(tmp_path / "nameless")
     loaded = tokenizers.load(tmp_path / "nameless")
     with pytest.raises(TokenizerError, match=r"several chat templates \(one, short\)"):
         Engine(tiny.model("qwen3"), loaded)
     listed = tmp_path / "named" / "tokenizer_config.json"  # as older files have it
     config = json.loads(listed.read_text())
-    config["chat_template"] = [{"name": "default", "template": own}, {"name": "b", "template": "x"}]
+    config["chat_template"] = [
+        {"name": "default", "template": template},
+        {"name": "b", "template": "x"},
+    ]
     listed.write_text(json.dumps(config))
     for file in (tmp_path / "named").glob("**/*.jinja"):
         file.unlink()
-    assert tokenizers.load(tmp_path / "named").chat_template == own
+    assert tokenizers.load(tmp_path / "named").chat_template == template
 
 
 def test_a_tokenizer_file_that_cuts_and_pads_is_read_whole(tmp_path: Path) -> None:
-    made = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
-    made.backend_tokenizer.enable_truncation(2)
-    made.backend_tokenizer.enable_padding()
-    made.backend_tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+    tokenizer = tokenizers.load(tiny.tokenizer(tmp_path / "own"))
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding()
+    tokenizer.backend_tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
     backend = tokenizers.load(tmp_path / "own").backend_tokenizer
     assert len(backend.encode("the cat sat").ids) > 2
     assert len(backend.encode_batch_fast(["a", "the cat sat"])[0].ids) == 1

@@ -43,7 +43,7 @@ def stored_for_backward(module: BaseModule) -> int:
     return total
 
 
-class Seen(NamedTuple):
+class Measurement(NamedTuple):
     """What a run expects, what autograd saves of a full micro-batch, and sizes of gradients."""
 
     expected: ExpectedMemory
@@ -52,9 +52,9 @@ class Seen(NamedTuple):
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
     """What each run expects and takes."""
-    measured: list[Seen] = []
+    measured: list[Measurement] = []
 
     def look(module: BaseModule) -> ExpectedMemory | None:
         random = torch.get_rng_state()
@@ -65,7 +65,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         for p in module.model.parameters():
             if p.requires_grad:
                 p.register_hook(partial(note, gradients, id(p)))
-        measured.append(Seen(expected, stored_for_backward(module), gradients))
+        measured.append(Measurement(expected, stored_for_backward(module), gradients))
         torch.set_rng_state(random)
         return expected
 
@@ -77,14 +77,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", tiny_runs.STAGES)
 def test_the_parts_are_those_of_the_tensors(
-    stage: str, name: str, fit: Fit, seen: list[Seen]
+    stage: str, name: str, fit: Fit, measurements: list[Measurement]
 ) -> None:
     changes: dict[str, Any] = {"model__init_args__optimizer": {"name": name, "lr": 0.001}}
     changes["data__init_args__tokens_per_batch"] = 512
     if stage == "pretrain":
         changes["model__init_args__architecture"] = {**WIDE, "dropout": 0.1}
     cli = fit(stage, trainer__max_steps=2, **changes)
-    ((expected, stored, gradients),) = seen
+    ((expected, stored, gradients),) = measurements
     assert expected.gradients == sum(gradients.values())
     optimizer = cli.trainer.optimizers[0]
     states = (optimizer.muon if name == "muon" else optimizer).state.values()
@@ -115,13 +115,15 @@ def test_what_a_cpu_keeps_is_bounded(kind: str, times: int) -> None:
     assert overhead(1000, "bf16-mixed", module) == 2500 + times * memory.KERNELS[kind]  # type: ignore[index]
 
 
-def test_activations_that_are_computed_twice_take_less(fit: Fit, seen: list[Seen]) -> None:
+def test_activations_that_are_computed_twice_take_less(
+    fit: Fit, measurements: list[Measurement]
+) -> None:
     for twice in (False, True):
         changes = {"model__init_args__architecture": WIDE, "trainer__max_steps": 1}
         changes |= {"model__init_args__activation_checkpointing": twice}
         changes |= {"model__init_args__schedule": {"warmup": 0, "decay": 0}}
         fit("pretrain", f"run-{twice}", **changes)
-    stored, recomputed = (run.expected.activations for run in seen)
+    stored, recomputed = (run.expected.activations for run in measurements)
     assert recomputed < stored / 2
 
 
@@ -179,8 +181,8 @@ def test_a_full_memory_is_said(
         raise error
 
     monkeypatch.setattr("minigpt.stages.sft.SFTModule.compute_loss", fails)
-    made = tiny_runs.config(world, "sft", tmp_path / "run", **changes)
-    assert main(tiny_runs.arguments("fit", made)) == 2
+    config = tiny_runs.config(world, "sft", tmp_path / "run", **changes)
+    assert main(tiny_runs.arguments("fit", config)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("minigpt: The memory is full; the peak was ")
     assert remedy in last

@@ -48,6 +48,6 @@ def test_losses_are_those_kept(
     file = repo_root / "tests" / "golden" / f"{stage}.txt"
     if request.config.getoption("--update-golden"):
         file.write_text("".join(f"{loss:.6f}\n" for loss in losses))
-    kept = [float(line) for line in file.read_text().split()]
-    assert len(kept) == 8
-    assert losses == pytest.approx(kept, rel=1e-4)
+    expected = [float(line) for line in file.read_text().split()]
+    assert len(expected) == 8
+    assert losses == pytest.approx(expected, rel=1e-4)

@@ -94,19 +94,19 @@ def test_several_passes_have_ratios_and_resume_exactly(grpo: Any, tmp_path: Path
         "model__init_args__clip_low": 0.01,
         "model__init_args__optimizer": {"lr": 0.05},
     }
-    whole = grpo("low_ids", "whole", **changes)
+    uninterrupted = grpo("low_ids", "whole", **changes)
     assert max(metrics(tmp_path, "train/clip/high", "whole")) > 0
     middle = sorted((tmp_path / "whole" / "checkpoints").iterdir())[5]  # in the second rollout
     losses = metrics(tmp_path, "train/loss", "whole")
     again = grpo("low_ids", "again", "--ckpt_path", str(middle), **changes)
     assert metrics(tmp_path, "train/loss", "again") == losses[-1:]
     for one, other in zip(
-        whole.model.state_dict().values(), again.model.state_dict().values(), strict=True
+        uninterrupted.model.state_dict().values(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other)
     other = grpo("low_ids", "other", data__init_args__seed=1, **changes)
     assert metrics(tmp_path, "train/loss", "other") != losses
-    assert other.datamodule.position == whole.datamodule.position
+    assert other.datamodule.position == uninterrupted.datamodule.position
 
 
 def test_groups_without_signal_change_nothing_and_are_drawn_again(
@@ -117,9 +117,9 @@ def test_groups_without_signal_change_nothing_and_are_drawn_again(
 
     sample_groups = rollouts.sample_groups
 
-    def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
+    def counted(engine: Any, prompts: Any, *args: Any) -> Any:
         asked.append(len(prompts))
-        return sample_groups(engine, prompts, *rest)
+        return sample_groups(engine, prompts, *args)
 
     monkeypatch.setattr(rollouts, "sample_groups", counted)
     run = grpo(
@@ -258,9 +258,9 @@ def test_the_kl_is_to_the_model_at_the_start(lora: Any, grpo: Any, tmp_path: Pat
     more = {"model__init_args__temperature": 0.7, "model__init_args__optimizer": {"lr": 0.05}}
     grpo("low_ids", "free", **changes, **more, model__init_args__beta=1e-9)
     grpo("low_ids", "held", **changes, **more, model__init_args__beta=2.0)
-    free, held = (metrics(tmp_path, "train/kl", run) for run in ("free", "held"))
+    free, penalised = (metrics(tmp_path, "train/kl", run) for run in ("free", "held"))
     assert free[0] == pytest.approx(0, abs=1e-6)
-    assert free[-1] > 2 * held[-1] > 0
+    assert free[-1] > 2 * penalised[-1] > 0
 
 
 def test_a_collapse_stops_the_run(grpo: Any) -> None:

@@ -106,7 +106,7 @@ def test_all_weights_learn_in_bf16_from_the_reference_on(
     lora: Any, tmp_path: Path, fit: Fit
 ) -> None:
     """The baseline is computed in the same autocast, without gradients: a trap of its cache."""
-    made = fit(
+    module = fit(
         "kto",
         model__init_args__lora=lora,
         trainer__precision="bf16-mixed",
@@ -117,10 +117,10 @@ def test_all_weights_learn_in_bf16_from_the_reference_on(
     for name in ("kl", "rewards/desirable", "rewards/undesirable"):
         first = tiny_runs.metrics(tmp_path / "run", f"train/{name}")[0]
         assert first == pytest.approx(0, abs=0.02), name
-    assert bool(made._frozen) == (lora is None)
-    trained = {name: w for name, w in made.named_parameters() if w.requires_grad and w.ndim == 2}
+    assert bool(module._frozen) == (lora is None)
+    trained = {name: w for name, w in module.named_parameters() if w.requires_grad and w.ndim == 2}
     assert len(trained) > 4
-    states = made.trainer.optimizers[0].state
+    states = module.trainer.optimizers[0].state
     for name, weight in trained.items():
         assert states[weight]["exp_avg"].abs().max() > 0, name
 
@@ -136,8 +136,10 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path, fit: Fit) -
     fit("kto", "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step=2"
     fit("kto", "rest", "--ckpt_path", str(checkpoint), **options)
-    whole, rest = (load_model(tmp_path / name).state_dict() for name in ("whole", "rest"))
-    assert all(torch.equal(rest[name], value) for name, value in whole.items())
+    uninterrupted, resumed = (
+        load_model(tmp_path / name).state_dict() for name in ("whole", "rest")
+    )
+    assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     losses = tiny_runs.metrics(tmp_path / "whole")
     assert tiny_runs.metrics(tmp_path / "rest") == losses[2:]
 
@@ -149,8 +151,8 @@ def test_a_finished_run_is_measured_against_its_start(
 
     fit("kto", trainer__val_check_interval=3)
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    made = tiny_runs.config(world, "kto", tmp_path / "run")
-    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    config = tiny_runs.config(world, "kto", tmp_path / "run")
+    measured = run(tiny_runs.arguments("validate", config)).trainer.callback_metrics
     assert final["val/rewards/margin"] > 0.01
     for name in ("val/loss", "val/kl", "val/rewards/margin"):
         assert float(measured[name]) == pytest.approx(final[name], rel=1e-3, abs=1e-5)
@@ -194,8 +196,8 @@ def test_data_that_it_cannot_learn_from(
             "use KTODataModule",
         ),
     ):
-        made = tiny_runs.config(world, "kto", tmp_path / "run", data__class_path=data)
-        made["data"]["init_args"] |= changes
-        status = main(tiny_runs.arguments("fit", made, "--overwrite", "true"))
+        config = tiny_runs.config(world, "kto", tmp_path / "run", data__class_path=data)
+        config["data"]["init_args"] |= changes
+        status = main(tiny_runs.arguments("fit", config, "--overwrite", "true"))
         outcome = type("Outcome", (), {"status": status, "err": capsys.readouterr().err})
         tiny_runs.assert_refused(outcome, words)

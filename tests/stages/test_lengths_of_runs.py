@@ -45,9 +45,9 @@ def test_short_epochs_end_at_the_floor(
     assert rates[-1] < 0.002  # of 0.01; the next would be the floor of 0.001
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
     assert cli.datamodule.position == (3, 0)
-    seen = lines(cli)
-    assert len(seen) == 15
-    assert (seen[:5] == seen[5:10]) == (name == "overfit_batches")
+    batches = lines(cli)
+    assert len(batches) == 15
+    assert (batches[:5] == batches[5:10]) == (name == "overfit_batches")
 
 
 def test_epochs_given_after_steps_replace_them(fit: Fit) -> None:
@@ -134,8 +134,8 @@ def test_a_short_epoch_goes_on_where_it_was(fit: Fit, tmp_path: Path) -> None:
     fit("sft", "whole", **changes)
     middle = tmp_path / "whole" / "checkpoints" / "step=7"
     fit("sft", "resumed", "--ckpt_path", str(middle), **changes)
-    whole, resumed = (tiny_runs.metrics(tmp_path / name) for name in ("whole", "resumed"))
-    assert resumed == whole[7:]
+    uninterrupted, resumed = (tiny_runs.metrics(tmp_path / name) for name in ("whole", "resumed"))
+    assert resumed == uninterrupted[7:]
 
 
 def test_a_run_made_longer_goes_on_at_the_rate_of_the_longer_run(fit: Fit, tmp_path: Path) -> None:

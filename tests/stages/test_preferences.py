@@ -87,15 +87,15 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(
         fit("dpo", again, "--ckpt_path", str(begun), **more)
         resumed = tiny_runs.metrics(tmp_path / again)
         assert resumed == pytest.approx(losses[2:], rel=1e-6), again
-        for kept in (tmp_path / "cache").glob("*/reference-*.npz"):
-            kept.unlink()
+        for file in (tmp_path / "cache").glob("*/reference-*.npz"):
+            file.unlink()
 
 
 def test_the_same_rows_in_two_files(world: Path, tmp_path: Path, fit: Fit) -> None:
     shutil.copy(world / "dpo.jsonl", tmp_path)
     copied = {"data__init_args__val": str(tmp_path / "dpo.jsonl")}
-    made = fit("dpo", "run", **copied, model__init_args__reference="precomputed").model
-    assert len(made._precomputed) == 96
+    module = fit("dpo", "run", **copied, model__init_args__reference="precomputed").model
+    assert len(module._precomputed) == 96
 
 
 def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
@@ -117,16 +117,16 @@ def test_reference_logprobs_that_cannot_be_kept_are_used_all_the_same(
 
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the pairs of every forward pass of the reference from here on."""
-    seen: list[int] = []
+    pair_counts: list[int] = []
     plain = DPOModule.reference_logprobs
 
     def counted(self: DPOModule, batch: Any) -> Any:
         if not self._precomputed:
-            seen.append(batch.n_answers // 2)
+            pair_counts.append(batch.n_answers // 2)
         return plain(self, batch)
 
     monkeypatch.setattr(DPOModule, "reference_logprobs", counted)
-    return seen
+    return pair_counts
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -138,20 +138,20 @@ def test_reference_logprobs_are_computed_once(
         "model__init_args__lora": lora,
         "data__init_args__cache_dir": str(tmp_path / "cache"),
     }
-    seen = forwards(monkeypatch)
+    pair_counts = forwards(monkeypatch)
     fit("dpo", "first", **more)
-    assert sum(seen) == 58
+    assert sum(pair_counts) == 58
     fit("dpo", "second", **more)
-    assert sum(seen) == 58
+    assert sum(pair_counts) == 58
     assert tiny_runs.metrics(tmp_path / "first") == tiny_runs.metrics(tmp_path / "second")
     assert len(list((tmp_path / "cache").glob("*/reference-*.npz"))) == 2
     # Another start, or other rows, have other log-probs.
     fit("dpo", "third", **more, model__init_args__init_from=str(tmp_path / "first" / "hf"))
-    assert sum(seen) == 58 + 58
+    assert sum(pair_counts) == 58 + 58
     fit("dpo", "fourth", **more, data__init_args__data_limit=20)
-    assert sum(seen) == 58 + 58 + 20 + 10
+    assert sum(pair_counts) == 58 + 58 + 20 + 10
     fit("dpo", "fifth", **more, trainer__precision="bf16-mixed")
-    assert sum(seen) == 58 + 58 + 20 + 10 + 58
+    assert sum(pair_counts) == 58 + 58 + 20 + 10 + 58
 
 
 def test_no_flipped_bit_of_saved_logprobs_is_read(tmp_path: Path) -> None:
@@ -186,20 +186,20 @@ def test_damaged_reference_logprobs_are_never_used(
         "data__init_args__cache_dir": str(tmp_path / "cache"),
     }
     fit("dpo", "first", **more)
-    kept = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npz"))[0]
-    whole = kept.read_bytes()
+    file = sorted((tmp_path / "cache").glob("dpo-*/reference-*.npz"))[0]
+    content = file.read_bytes()
     if damage == "other rows":
-        np.savez(kept, scores=np.zeros((3, 2), np.float32))
+        np.savez(file, scores=np.zeros((3, 2), np.float32))
     elif damage == "code":
-        np.savez(kept, scores=np.array([[Trap(tmp_path / "trapped")] * 2] * 48))
+        np.savez(file, scores=np.array([[Trap(tmp_path / "trapped")] * 2] * 48))
     else:
-        kept.write_bytes(whole[:-9] if damage == "cut off" else b"")
-    seen = forwards(monkeypatch)
+        file.write_bytes(content[:-9] if damage == "cut off" else b"")
+    pair_counts = forwards(monkeypatch)
     fit("dpo", "second", **more)
-    assert sum(seen) == 48
-    assert kept.read_bytes() == whole
+    assert sum(pair_counts) == 48
+    assert file.read_bytes() == content
     assert not (tmp_path / "trapped").exists()
-    assert [p.name for p in kept.parent.iterdir() if p.name.startswith(("tmp", "."))] == []
+    assert [p.name for p in file.parent.iterdir() if p.name.startswith(("tmp", "."))] == []
 
 
 def test_a_share_of_a_file_draws_other_pairs_in_each_epoch(tmp_path: Path, fit: Fit) -> None:
@@ -258,8 +258,8 @@ def test_the_reference_stays_as_it_was(world: Path, fit: Fit) -> None:
     assert all(torch.equal(value, start[n]) for n, value in reference.hf.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
     assert not reference.training
-    own = {id(p) for p in module.parameters()}
-    assert not own & {id(p) for p in reference.parameters()}
+    parameter_ids = {id(p) for p in module.parameters()}
+    assert not parameter_ids & {id(p) for p in reference.parameters()}
     assert len(module.state_dict()) == len(module.lm.state_dict())
 
 
@@ -315,11 +315,11 @@ def test_a_start_that_is_gone_is_not_asked_for_without_a_reference(
         "model__init_args__init_from": str(tmp_path / "start"),
         "trainer__val_check_interval": 3,
     }
-    made = tiny_runs.config(world, "dpo", tmp_path / "run", **options)
-    run(tiny_runs.arguments("fit", made))
+    config = tiny_runs.config(world, "dpo", tmp_path / "run", **options)
+    run(tiny_runs.arguments("fit", config))
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     shutil.rmtree(tmp_path / "start")
-    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    measured = run(tiny_runs.arguments("validate", config)).trainer.callback_metrics
     assert float(measured["val/loss"]) == pytest.approx(final["val/loss"], rel=1e-3)
     assert DPOModule(init_from="start", loss="simpo", lora=Lora(r=4)).needs_base
     assert DPOModule(init_from="start", loss="nca").needs_base
@@ -341,10 +341,10 @@ def test_a_finished_run_is_measured_against_its_start(
     verb: str, lora: Any, world: Path, tmp_path: Path
 ) -> None:
     extra = {"model__init_args__lora": lora, "trainer__val_check_interval": 3}
-    made = tiny_runs.config(world, "dpo", tmp_path / "run", **extra)
-    run(tiny_runs.arguments("fit", made))
+    config = tiny_runs.config(world, "dpo", tmp_path / "run", **extra)
+    run(tiny_runs.arguments("fit", config))
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    measured = run(tiny_runs.arguments(verb, made)).trainer.callback_metrics
+    measured = run(tiny_runs.arguments(verb, config)).trainer.callback_metrics
     for name in ("val/loss", "val/rewards/margin", "val/rewards/accuracy"):
         assert float(measured[name]) == pytest.approx(final[name], rel=1e-3, abs=1e-5)
 

@@ -58,8 +58,8 @@ def header(recipe: Path) -> str:
 
 def commands(recipe: Path) -> list[list[str]]:
     """Return the command lines of a header, each without `minigpt`."""
-    found = re.findall(r"^(?:Run +)?minigpt (.+)$", header(recipe), re.MULTILINE)
-    return [shlex.split(command) for command in found]
+    command_lines = re.findall(r"^(?:Run +)?minigpt (.+)$", header(recipe), re.MULTILINE)
+    return [shlex.split(command) for command in command_lines]
 
 
 def training_files(config: dict[str, Any]) -> list[str]:
@@ -77,24 +77,24 @@ def test_the_header_says_what_a_run_takes(recipe: Path) -> None:
     fields = re.findall(r"^# ([A-Z]\w+)  ", recipe.read_text(encoding="utf-8"), re.MULTILINE)
     measured = recipe.stem in MEASURED
     assert fields == [*FIELDS, *(["Score"] if measured else [])]
-    said = header(recipe)
+    comment = header(recipe)
     for field in ("Time", "Memory"):
-        (text,) = re.findall(rf"^{field} +(.+)$", said, re.MULTILINE)
+        (text,) = re.findall(rf"^{field} +(.+)$", comment, re.MULTILINE)
         assert ("measured" if measured else "comput") in text or "estimate" in text
-    assert re.search(r"MIT|Apache-2\.0|CC|your own", said, re.IGNORECASE)
+    assert re.search(r"MIT|Apache-2\.0|CC|your own", comment, re.IGNORECASE)
     assert read(recipe)["run_dir"] == f"outputs/{recipe.stem}"
     assert not (CONFIGS / recipe.name).exists()  # the demo's run would be in the way
 
 
 def test_the_commands_of_the_header_exist(recipe: Path) -> None:
     config, lines = read(recipe), commands(recipe)
-    made = set()
-    for verb, *rest in lines:
+    fetched = set()
+    for verb, *options in lines:
         if verb == "data":
-            args = data_verbs.parser().parse_args(rest)
+            args = data_verbs.parser().parse_args(options)
             if args.action == "fetch":
                 assert args.name in CORPORA
-                made.add(f"data/public/{args.name}.jsonl")
+                fetched.add(f"data/public/{args.name}.jsonl")
     assert ["fit", "--config", f"configs/recipes/{recipe.name}"] in lines
     start = config["model"]["init_args"]
     if "tokenizer" in start:
@@ -102,7 +102,7 @@ def test_the_commands_of_the_header_exist(recipe: Path) -> None:
         assert line[line.index("--output_dir") + 1] == start["tokenizer"]
     for file in training_files(config):
         is_named = file in re.findall(r"[\w./]+", header(recipe))
-        assert file in made or (ROOT / file).is_file() or is_named
+        assert file in fetched or (ROOT / file).is_file() or is_named
     for other in re.findall(r"(?<![\w/])\w+\.yaml", header(recipe)):
         assert (CONFIGS / "recipes" / other).is_file()
 

@@ -30,8 +30,8 @@ from minigpt.model.pretrained import save_model
 @pytest.fixture(scope="module")
 def reward(world: Path) -> Path:
     """A finished run of a reward model, with checkpoints of steps 3 and 6."""
-    made = config(world, world / "reward")
-    run(tiny_runs.arguments("fit", made))
+    run_config = config(world, world / "reward")
+    run(tiny_runs.arguments("fit", run_config))
     return world / "reward"
 
 
@@ -133,8 +133,8 @@ def test_a_margin_raises_the_loss_of_its_pair(world: Path, tmp_path: Path) -> No
 
 
 def test_an_adapter_brings_its_score_head(world: Path, tmp_path: Path) -> None:
-    made = config(world, tmp_path / "run", model__init_args__lora={"r": 4, "dropout": 0.0})
-    run(tiny_runs.arguments("fit", made))
+    run_config = config(world, tmp_path / "run", model__init_args__lora={"r": 4, "dropout": 0.0})
+    run(tiny_runs.arguments("fit", run_config))
     scorer = RewardScorer.load(tmp_path / "run", "cpu")
     prompts, answers = texts(scorer, world)
     ours = scorer.scores(prompts, answers)
@@ -142,7 +142,7 @@ def test_an_adapter_brings_its_score_head(world: Path, tmp_path: Path) -> None:
     plain = AutoPeftModelForSequenceClassification.from_pretrained(hf, num_labels=1)
     assert ours == pytest.approx(transformers_scores(plain, hf, prompts, answers), abs=1e-5)
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    measured = run(tiny_runs.arguments("validate", run_config)).trainer.callback_metrics
     for name in ("val/loss", "val/rewards/margin", "val/accuracy_by_words"):
         assert float(measured[name]) == pytest.approx(final[name], rel=1e-3, abs=1e-5)
     with pytest.raises(ModelError, match="made for the task SEQ_CLS"):
@@ -153,8 +153,8 @@ def test_a_run_goes_on_as_if_nothing_had_happened(
     world: Path, reward: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(reward / "checkpoints" / "step=3", tmp_path / "run" / "checkpoints" / "step=3")
-    made = config(world, tmp_path / "run")
-    run(tiny_runs.arguments("fit", made, "--ckpt_path", "auto"))
+    run_config = config(world, tmp_path / "run")
+    run(tiny_runs.arguments("fit", run_config, "--ckpt_path", "auto"))
     again, before = (
         load_file(where / "hf" / "model.safetensors") for where in (tmp_path / "run", reward)
     )
@@ -201,8 +201,8 @@ def test_what_only_models_that_write_can_do_is_refused(
 ) -> None:
     monkeypatch.chdir(world)
     run_dir = world / "refused" if verb == "fit" else reward
-    made = config(world, run_dir, **changes)
-    assert main(tiny_runs.arguments(verb, made)) == 2
+    run_config = config(world, run_dir, **changes)
+    assert main(tiny_runs.arguments(verb, run_config)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
     assert not (reward / "predictions.jsonl").exists()

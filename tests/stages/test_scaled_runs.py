@@ -46,8 +46,8 @@ def test_a_scaled_run_measures_and_hands_on_its_scaling(
 ) -> None:
     fit(stage, trainer__val_check_interval=3, **SCALED)
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    made = tiny_runs.config(world, stage, tmp_path / "run", **SCALED)
-    measured = run(tiny_runs.arguments("validate", made)).trainer.callback_metrics
+    run_config = tiny_runs.config(world, stage, tmp_path / "run", **SCALED)
+    measured = run(tiny_runs.arguments("validate", run_config)).trainer.callback_metrics
     got = {name: float(value) for name, value in measured.items()}
     assert got == pytest.approx(final, rel=1e-3, abs=1e-4)
     config = load_config(tmp_path / "run")

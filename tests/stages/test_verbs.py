@@ -21,7 +21,7 @@ from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model
 from minigpt.runs.results import trained_on
 
-KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "hf/model.safetensors")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "hf/model.safetensors")
 STAGE = pytest.mark.parametrize("stage", tiny_runs.STAGES)
 SHORT = {"model__init_args__sampling": {"max_new_tokens": 4}}
 
@@ -52,15 +52,15 @@ def test_an_exam_of_the_demo_in_a_run_on_other_data(
     (tmp_path / "data" / "exam").mkdir(parents=True)
     for name in bundled:
         shutil.copy(world / f"{name}.jsonl", tmp_path / "data" / "exam")
-    made = finished(world, "sft", data__init_args__exam=[str(world / "exam.jsonl")])
-    run(tiny_runs.arguments("test", made))
+    config = finished(world, "sft", data__init_args__exam=[str(world / "exam.jsonl")])
+    run(tiny_runs.arguments("test", config))
     exam = json.loads((world / "sft" / "exam.json").read_text())
     assert exam["demo_families"] == expected
     assert exam_scores(exam).keys() == ({"exam/empty", "exam/odd"} if not expected else set())
     trained = [str(world / "sft.jsonl")]
     assert trained_on(world / "sft") == trained
     shutil.copy(trained[0], tmp_path / "data")
-    run(tiny_runs.arguments("test", made))
+    run(tiny_runs.arguments("test", config))
     exam = json.loads((world / "sft" / "exam.json").read_text())
     assert exam["demo_families"] == []
 
@@ -68,8 +68,8 @@ def test_an_exam_of_the_demo_in_a_run_on_other_data(
 @STAGE
 def test_test_writes_the_exam(stage: str, world: Path) -> None:
     exam = [str(world / "exam.jsonl")]
-    made = finished(world, stage, data__init_args__exam=exam)
-    scores = run(tiny_runs.arguments("test", made)).trainer.callback_metrics
+    config = finished(world, stage, data__init_args__exam=exam)
+    scores = run(tiny_runs.arguments("test", config)).trainer.callback_metrics
     written = json.loads((world / stage / "exam.json").read_text())
     assert written["scores"] == {name: float(score) for name, score in scores.items()}
     assert written["scores"].keys() == {"exam/empty", "exam/odd"}
@@ -88,9 +88,9 @@ def test_test_writes_the_exam(stage: str, world: Path) -> None:
 
 @STAGE
 def test_predict_completes_every_row_in_order(stage: str, world: Path, tmp_path: Path) -> None:
-    made = finished(world, stage, data__init_args__predict=str(world / "prompts.jsonl"))
+    config = finished(world, stage, data__init_args__predict=str(world / "prompts.jsonl"))
     target = tmp_path / "deep" / "out.jsonl"
-    run(tiny_runs.arguments("predict", made, "--predictions", str(target)))
+    run(tiny_runs.arguments("predict", config, "--predictions", str(target)))
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     asked = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "completion"} for row in rows] == asked
@@ -116,17 +116,17 @@ def test_a_users_message_opens_no_turn(
     messages = [{"role": "user", "content": tiny.FORGED}]
     tiny_runs.write_jsonl(file, [{"messages": messages, "answer": "yes"}])
     changes = {f"data__init_args__{option}": [str(file)] if option == "exam" else str(file)}
-    made = tiny_runs.config(world, "sft", run_dir, **SHORT, **changes)
+    config = tiny_runs.config(world, "sft", run_dir, **SHORT, **changes)
     more = ("--predictions", str(tmp_path / "out.jsonl")) if verb == "predict" else ()
-    run(tiny_runs.arguments(verb, made, *more))
+    run(tiny_runs.arguments(verb, config, *more))
     assert asked == [tiny.asked_as_text(Engine.load(run_dir).tokenizer, tiny.FORGED)]
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_verbs_on_a_missing_run_name_the_command(verb: str, world: Path, tmp_path: Path) -> None:
-    made = tiny_runs.config(world, "sft", tmp_path / "nothing")
+    config = tiny_runs.config(world, "sft", tmp_path / "nothing")
     with pytest.raises(ModelError, match="Train it with: minigpt fit"):
-        run(tiny_runs.arguments(verb, made))
+        run(tiny_runs.arguments(verb, config))
 
 
 def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
@@ -148,32 +148,34 @@ def test_a_used_run_directory_is_refused_and_overwritten_when_asked(
 
 def test_a_run_that_is_refused_overwrites_nothing(fit: Fit, tmp_path: Path) -> None:
     fit("sft")
-    kept = {name: (tmp_path / "run" / name).read_bytes() for name in KEPT}
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in RUN_FILES}
     schedule = {"model__init_args__schedule": {"warmup": 0.9, "decay": 0.9}}
     with pytest.raises(ConfigError, match="do not fit"):
         fit("sft", "run", "--overwrite", "true", **schedule)
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in KEPT} == kept
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in RUN_FILES} == before
 
 
 @STAGE
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
     stage: str, world: Path, tmp_path: Path
 ) -> None:
-    whole, cut = world / stage, tmp_path / stage
-    shutil.copytree(whole, cut)
+    uninterrupted, cut = world / stage, tmp_path / stage
+    shutil.copytree(uninterrupted, cut)
     shutil.rmtree(cut / "hf")
     for step in (4, 6):
         shutil.rmtree(cut / "checkpoints" / f"step={step}")
-    made = tiny_runs.config(world, stage, cut, **RUN)
-    run(tiny_runs.arguments("fit", made, "--ckpt_path", "auto"))
-    losses = tiny_runs.metrics(whole)
+    config = tiny_runs.config(world, stage, cut, **RUN)
+    run(tiny_runs.arguments("fit", config, "--ckpt_path", "auto"))
+    losses = tiny_runs.metrics(uninterrupted)
     assert len(losses) == 6
     assert tiny_runs.metrics(cut) == losses
-    expected = load_model(whole).state_dict()
+    expected = load_model(uninterrupted).state_dict()
     for name, value in load_model(cut).state_dict().items():
         assert torch.equal(value, expected[name]), name
-    seen = [json.loads((d / "summary.json").read_text())["tokens_seen"] for d in (whole, cut)]
-    assert seen[0] == seen[1]
+    tokens_seen = [
+        json.loads((d / "summary.json").read_text())["tokens_seen"] for d in (uninterrupted, cut)
+    ]
+    assert tokens_seen[0] == tokens_seen[1]
 
 
 def test_auto_without_a_checkpoint_starts_anew(tmp_path: Path, fit: Fit) -> None:

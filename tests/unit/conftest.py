@@ -42,7 +42,7 @@ def _one_thread() -> None:
 def minigpt(capsys: pytest.CaptureFixture[str]) -> Iterator[Minigpt]:
     """Run a command line in this process: `minigpt("fit", "--config", "sft.yaml")`."""
     root = logging.getLogger()
-    kept = root.handlers[:]
+    handlers = root.handlers[:]
 
     def run(*args: object) -> Outcome:
         root.handlers[:] = []  # so that the messages go to what stderr is now
@@ -50,7 +50,7 @@ def minigpt(capsys: pytest.CaptureFixture[str]) -> Iterator[Minigpt]:
         return Outcome(main([str(arg) for arg in args]), *capsys.readouterr())
 
     yield run
-    root.handlers[:] = kept
+    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, tokenizer and finished runs of three stages: `pretrain`, `sft` and `lora`."""
     root = tiny_runs.write_data(tmp_path_factory.mktemp("trained"))
     for stage in ("pretrain", "sft", "lora"):
-        made = tiny_runs.config(root, stage, root / stage)
-        assert main(tiny_runs.arguments("fit", made)) == 0
+        config = tiny_runs.config(root, stage, root / stage)
+        assert main(tiny_runs.arguments("fit", config)) == 0
     return root
 
 
@@ -68,8 +68,8 @@ def fit(trained: Path, tmp_path: Path, minigpt: Minigpt) -> Minigpt:
     """Fit a stage into `tmp_path / "run"`: `fit("sft", "--more", dotted__path=value)`."""
 
     def start(stage: str, *more: object, **changes: Any) -> Outcome:
-        made = tiny_runs.config(trained, stage, tmp_path / "run", **changes)
-        return minigpt(*tiny_runs.arguments("fit", made), *more)
+        config = tiny_runs.config(trained, stage, tmp_path / "run", **changes)
+        return minigpt(*tiny_runs.arguments("fit", config), *more)
 
     return start
 
@@ -78,19 +78,19 @@ def fit(trained: Path, tmp_path: Path, minigpt: Minigpt) -> Minigpt:
 def browser() -> Iterator[Browser]:
     """A browser without a window."""
     with sync_playwright() as playwright:
-        own, known = playwright.chromium.executable_path, map(shutil.which, BROWSERS)
-        found = own if Path(own).exists() else next(filter(None, known), None)
-        if found is None:
+        bundled, installed = playwright.chromium.executable_path, map(shutil.which, BROWSERS)
+        executable = bundled if Path(bundled).exists() else next(filter(None, installed), None)
+        if executable is None:
             pytest.skip("no browser: install one with `playwright install chromium`")
         root = hasattr(os, "geteuid") and os.geteuid() == 0
         flags = ["--no-sandbox"] if root else []
-        made = playwright.chromium.launch(
-            executable_path=found, args=flags, timeout=limit(60) * 1000
+        launched = playwright.chromium.launch(
+            executable_path=executable, args=flags, timeout=limit(60) * 1000
         )
-        made.new_context = patient(made.new_context)  # type: ignore[method-assign]
+        launched.new_context = patient(launched.new_context)  # type: ignore[method-assign]
         expect.set_options(timeout=limit(30) * 1000)
-        yield made
-        made.close()
+        yield launched
+        launched.close()
 
 
 def patient(opening: Callable[..., BrowserContext]) -> Callable[..., BrowserContext]:

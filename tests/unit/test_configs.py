@@ -45,8 +45,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
 
 
 def test_every_config_is_tested() -> None:
-    known = {f"{stage}.yaml" for stage in STAGES} | {"quick.yaml"}
-    assert {file.name for file in CONFIGS.glob("*.yaml")} == known
+    tested = {f"{stage}.yaml" for stage in STAGES} | {"quick.yaml"}
+    assert {file.name for file in CONFIGS.glob("*.yaml")} == tested
     assert [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()] == ["recipes"]
 
 
@@ -59,10 +59,10 @@ def test_the_first_line_names_the_demo_and_the_recipes(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_config(build: Build, stage: str) -> None:
-    made = build(CONFIGS / f"{stage}.yaml")
-    assert type(made.model).__name__.lower() == f"{stage}module"
-    assert str(made.run_dir) == f"outputs/{stage}"
-    data = made.datamodule
+    stage_cli = build(CONFIGS / f"{stage}.yaml")
+    assert type(stage_cli.model).__name__.lower() == f"{stage}module"
+    assert str(stage_cli.run_dir) == f"outputs/{stage}"
+    data = stage_cli.datamodule
     for file in (*data.train_weights, data.val, *data.exam):
         assert (ROOT / file).is_file()
 
@@ -109,8 +109,8 @@ def test_precision_of_each_combination(
 
 def test_fsdp_runs_fsdp2_here(build: Build) -> None:
     more = ("--trainer.accelerator=cpu", "--trainer.strategy=fsdp", "--trainer.devices=2")
-    made = build(CONFIGS / "sft.yaml", more=more)
-    assert isinstance(made.trainer.strategy, FSDP2)
+    stage_cli = build(CONFIGS / "sft.yaml", more=more)
+    assert isinstance(stage_cli.trainer.strategy, FSDP2)
 
 
 def _stub(

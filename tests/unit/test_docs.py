@@ -22,8 +22,8 @@ def slug(heading: str) -> str:
 def test_links_lead_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if "://" not in link:
-            place, _, part = link.partition("#")
-            target = document.parent / place if place else document
+            path, _, part = link.partition("#")
+            target = document.parent / path if path else document
             assert target.exists(), link
             headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M) if part else []
             assert not part or part in map(slug, headings), link

@@ -83,14 +83,14 @@ def test_the_rename_is_on_the_disk(
     put: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
-    seen: list[tuple[str, bool]] = []
+    synced: list[tuple[str, bool]] = []
 
     def noted(handle: int) -> None:
-        seen.append((os.readlink(f"/proc/self/fd/{handle}"), target.exists()))
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), target.exists()))
 
     monkeypatch.setattr(os, "fsync", noted)
     put(target)
-    assert seen[-1] == (str(tmp_path), True)
+    assert synced[-1] == (str(tmp_path), True)
 
 
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def unsigned(directory: Path) -> bool:
     return not any(child.name != LOCK or child.read_bytes() for child in children)
 
 
-WHOLE: dict[str, list[dict[str, str]]] = {
+COMPLETE_STATES: dict[str, list[dict[str, str]]] = {
     "directory": [
         {"b": "directory", "b/a": "old", "b/b": "old"},
         {"b": "directory", "b/a": "new", "b/b": "new"},
@@ -234,22 +234,22 @@ WHOLE: dict[str, list[dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("what", WHOLE)
+@pytest.mark.parametrize("what", COMPLETE_STATES)
 def test_a_kill_at_any_moment_loses_nothing_and_leaves_nothing(what: str, tmp_path: Path) -> None:
     """After the next start all is as before or as it was to be; killed between the renames, too."""
     command = [sys.executable, "-c", KILLED, what, str(tmp_path)]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    seen, aside = [], 0
+    trees, aside = [], 0
     for parent in sorted(tmp_path.iterdir(), key=lambda path: int(path.name)):
         aside += bool(list(parent.glob(f"{STAGING}*/{OLD}"))) and not (parent / "b").exists()
         clear_leftovers(parent)
         for left in parent.glob(f"{STAGING}*"):
             assert unsigned(left)
             shutil.rmtree(left)
-        seen.append(tree(parent))
-        assert seen[-1] in WHOLE[what], parent
-    assert seen[0] == WHOLE[what][0]
-    assert seen[-1] == WHOLE[what][1]
+        trees.append(tree(parent))
+        assert trees[-1] in COMPLETE_STATES[what], parent
+    assert trees[0] == COMPLETE_STATES[what][0]
+    assert trees[-1] == COMPLETE_STATES[what][1]
     assert aside >= (what == "directory")
 
 

@@ -53,13 +53,13 @@ def test_a_bar_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress.shown("counting [x]"), progress.shown("inner"):
         progress.step(1, 4)
     progress.step(2, 4)
-    seen = terminal.close()
-    assert "counting [x]" in plain(seen)
-    assert "25%" in seen
-    assert seen.index(HIDE) < seen.rindex(SHOW)
-    assert seen.endswith("\x1b[1A\x1b[2K")  # its line is wiped
-    assert "inner" not in seen
-    assert "50%" not in seen
+    output = terminal.close()
+    assert "counting [x]" in plain(output)
+    assert "25%" in output
+    assert output.index(HIDE) < output.rindex(SHOW)
+    assert output.endswith("\x1b[1A\x1b[2K")  # its line is wiped
+    assert "inner" not in output
+    assert "50%" not in output
 
 
 def test_an_interruption_leaves_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +68,8 @@ def test_an_interruption_leaves_the_terminal_as_it_was(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
     with progress.shown("again"):
         pass
-    seen = terminal.close()
-    assert seen.index(HIDE) < seen.index(SHOW) < seen.index("again")
+    output = terminal.close()
+    assert output.index(HIDE) < output.index(SHOW) < output.index("again")
 
 
 def test_what_prints_on_the_terminal_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,9 @@ def test_what_prints_on_the_terminal_has_no_bar(monkeypatch: pytest.MonkeyPatch)
     with progress.shown("to a terminal", printing=True):
         pass
     monkeypatch.undo()
-    seen = terminal.close()
-    assert "to a file" in seen
-    assert "to a terminal" not in seen
+    output = terminal.close()
+    assert "to a file" in output
+    assert "to a terminal" not in output
 
 
 VERBS = {
@@ -114,7 +114,7 @@ def test_verbs_show_a_bar_on_a_terminal_and_none_elsewhere(
     monkeypatch.chdir(tmp_path / "again")
     terminal = Terminal(monkeypatch)
     shown = minigpt(*args)
-    seen = plain(terminal.close())
+    output = plain(terminal.close())
     assert (shown.status, shown.out) == (0, piped.out)
-    assert what in seen
-    assert "100%" in seen or what == "exporting"
+    assert what in output
+    assert "100%" in output or what == "exporting"

@@ -93,9 +93,9 @@ def test_long_rows_are_cut_and_counted(fit: Minigpt, trained: Path, tmp_path: Pa
     before = fit("sft", "--overwrite=true", data__init_args__cache_dir=str(tmp_path / "stores"))
     after = fit("sft", "--overwrite=true", data__init_args__train=str(file))
     cut = r"rows\.jsonl: 49 rows, .* (\d+) rows cut to the maximum length"
-    whole = r"sft\.jsonl: 48 rows, .* (\d+) rows cut to the maximum length"
-    counts = [re.search(p, o.err) for p, o in ((whole, before), (cut, after))]
-    numbers = [int(found[1]) for found in counts if found]
+    uncut = r"sft\.jsonl: 48 rows, .* (\d+) rows cut to the maximum length"
+    counts = [re.search(p, o.err) for p, o in ((uncut, before), (cut, after))]
+    numbers = [int(match[1]) for match in counts if match]
     assert numbers[1] == numbers[0] + 1
 
 
@@ -119,14 +119,14 @@ def test_too_many_skipped_rows_stop_the_run(fit: Minigpt, trained: Path, tmp_pat
 # Models and tokenizers
 
 
-@pytest.mark.parametrize("place", ["outputs/pretrain", "./none", "/none/such"])
+@pytest.mark.parametrize("init_from", ["outputs/pretrain", "./none", "/none/such"])
 def test_missing_model(
-    fit: Minigpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+    fit: Minigpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init_from: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(
-        fit("sft", model__init_args__init_from=place),
-        f"no trained model in {place}",
+        fit("sft", model__init_args__init_from=init_from),
+        f"no trained model in {init_from}",
         "minigpt fit --config configs/pretrain.yaml",
     )
 
@@ -288,16 +288,16 @@ def test_a_pipe_as_config(minigpt: Minigpt, tmp_path: Path) -> None:
 
 @damage.counts
 def test_damaged_configs(minigpt: Minigpt, trained: Path, tmp_path: Path, count: int) -> None:
-    made = tiny_runs.config(trained, "sft", tmp_path / "run")
+    config = tiny_runs.config(trained, "sft", tmp_path / "run")
     file = tmp_path / "stage.yaml"
 
     def read(content: bytes) -> None:
         file.write_bytes(content)
         check_configs(["--config", str(file)])
 
-    text = yaml.safe_dump(made).encode()
+    text = yaml.safe_dump(config).encode()
     damage.assert_read_or_refused(
-        count, damage.damaged_bytes(text) | damage.damaged_json(made), read
+        count, damage.damaged_bytes(text) | damage.damaged_json(config), read
     )
 
 
@@ -330,9 +330,9 @@ def test_names_that_are_not_read_as_yaml(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     for name in ("null", "rows"):
         Path(name).touch()
-    given = ["fit", "--data.predict=null", "--model.init_from", "null", "--data.val=rows"]
-    given += ["--data.train=~", "--trainer.max_steps", "null"]
-    assert with_file_names(given) == [
+    args = ["fit", "--data.predict=null", "--model.init_from", "null", "--data.val=rows"]
+    args += ["--data.train=~", "--trainer.max_steps", "null"]
+    assert with_file_names(args) == [
         *("fit", "--data.predict=./null", "--model.init_from", "./null", "--data.val=rows"),
         *("--data.train=~", "--trainer.max_steps", "null"),
     ]
@@ -363,8 +363,8 @@ def test_no_config(minigpt: Minigpt, verb: str) -> None:
 
 
 def test_half_of_an_option(fit: Minigpt) -> None:
-    said = fit("pretrain", "--model.init_args.rope_scaling.factor", "2")
-    assert_refused(said, "model.rope_scaling: type must be given, too")
+    outcome = fit("pretrain", "--model.init_args.rope_scaling.factor", "2")
+    assert_refused(outcome, "model.rope_scaling: type must be given, too")
 
 
 BAD_NUMBERS = [
@@ -522,11 +522,11 @@ def test_a_run_is_made_anew_from_its_own_config(
     assert len(list((tmp_path / "run").glob("events*"))) == 1
 
 
-@pytest.mark.parametrize("place", ["file", "file/run"])
-def test_unwritable_run_directory(fit: Minigpt, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("run_dir", ["file", "file/run"])
+def test_unwritable_run_directory(fit: Minigpt, tmp_path: Path, run_dir: str) -> None:
     (tmp_path / "file").write_text("mine")
     assert_refused(
-        fit("sft", "--run_dir", tmp_path / place), f"Cannot write to {tmp_path / place}: "
+        fit("sft", "--run_dir", tmp_path / run_dir), f"Cannot write to {tmp_path / run_dir}: "
     )
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -72,9 +72,9 @@ def functions(files: list[Path]) -> Iterator[ast.FunctionDef]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_flow_one_way(file: Path) -> None:
-    own = (name.split(".") for name in imports(parsed(file)) if name.startswith("minigpt."))
+    internal = (name.split(".") for name in imports(parsed(file)) if name.startswith("minigpt."))
     part = part_of(file)
-    wrong = {name[1] for name in own} - ALLOWED.get(part, set()) - COMMON - {part}
+    wrong = {name[1] for name in internal} - ALLOWED.get(part, set()) - COMMON - {part}
     assert not wrong, f"{part} must not import {wrong}"
 
 

@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def predict(trained: Path, prompts: Path, out: Path) -> list[str]:
     sampling = {"max_new_tokens": 2}
-    made = tiny_runs.config(
+    config = tiny_runs.config(
         trained,
         "sft",
         trained / "sft",
         data__init_args__predict=str(prompts),
         model__init_args__sampling=sampling,
     )
-    return tiny_runs.arguments("predict", made, "--predictions", str(out))
+    return tiny_runs.arguments("predict", config, "--predictions", str(out))
 
 
 def examine(trained: Path, out: Path) -> list[str]:

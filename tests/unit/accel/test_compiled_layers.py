@@ -111,11 +111,11 @@ def test_a_layer_is_compiled_as_a_whole_around_the_kernel(pairs: bool) -> None:
 
 
 def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    lengths: list[int] = []
 
     def spy(plain: Any, **_: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen.extend([len(args[0][0])] if "plan" in kwargs else [])
+            lengths.extend([len(args[0][0])] if "plan" in kwargs else [])
             return plain(*args, **kwargs)
 
         return call
@@ -124,11 +124,11 @@ def test_short_batches_go_through_the_layers_as_they_are(monkeypatch: pytest.Mon
     lm = PackedLM(tiny.model("llama"))  # of two layers
     compile_model(lm, 256, 256, nullcontext)
     assert not torch._dynamo.config.optimize_ddp  # which would cut layers apart
-    seen.clear()
+    lengths.clear()
     full = tiny.batch([128])
     for batch in (full, tiny.batch([127]), full.without_targets(), tiny.batch([2] + [1] * 199)):
         lm(batch)
-    assert seen == [128, 128]
+    assert lengths == [128, 128]
 
 
 @pytest.mark.parametrize("tokens", [256, 1000, 4096, 98304])

@@ -66,16 +66,16 @@ def test_kernel_equals_an_explicit_mask(
         for n in (heads[0], heads[1], heads[1], heads[0])
     )
     halves = [x.detach().requires_grad_() for x in (q, k, v)]
-    wholes = [x.float().requires_grad_() for x in (q, k, v)]
+    floats = [x.float().requires_grad_() for x in (q, k, v)]
     plan = tiny.plan(shapes)
     got, _ = packed_attention(torch.nn.Module(), *halves, None, plan=plan, scaling=0.3)
     assert "minigpt_attention" in str(got.grad_fn.next_functions)
     expected = scaled_dot_product_attention(
-        *wholes, attn_mask=tiny.mask_of(shapes), scale=0.3, enable_gqa=True
+        *floats, attn_mask=tiny.mask_of(shapes), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     g = weights.transpose(1, 2)
     results = [got, *torch.autograd.grad(got, halves, g)]
-    truth = [expected, *torch.autograd.grad(expected, wholes, g.float())]
+    truth = [expected, *torch.autograd.grad(expected, floats, g.float())]
     for ours, theirs in zip(results, truth, strict=True):
         assert difference(ours, theirs) <= 0.006  # bf16 is right to 1 in 256
 

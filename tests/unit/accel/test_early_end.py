@@ -22,15 +22,15 @@ OTHER_LAYERS = [
 
 def lately(lm: PackedLM, batch: PackedBatch) -> tuple[torch.Tensor, int, int]:
     """Return answers' log-probs, and how many tokens pass the first and the last MLP."""
-    seen: list[int] = []
+    token_counts: list[int] = []
     hooks = [
-        layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
+        layer.mlp.register_forward_hook(lambda _, inputs, out: token_counts.append(out.shape[1]))
         for layer in lm.hf.base_model.layers
     ]
     scores = lm(batch, per_answer=True)
     for hook in hooks:
         hook.remove()
-    return scores, seen[0], seen[-1]
+    return scores, token_counts[0], token_counts[-1]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2", "mistral"])

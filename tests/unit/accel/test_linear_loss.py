@@ -41,12 +41,12 @@ CHANGED: dict[str, dict[str, Any]] = {
 )
 def test_layers_add_to_bf16_on_a_gpu(device: str, half: bool, dtype: torch.dtype) -> None:
     lm = PackedLM(tiny.model("qwen3")).to(device)
-    seen = []
+    dtypes = []
     layer = lm.hf.base_model.layers[-1]
-    layer.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    layer.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
     with torch.autocast(device, torch.bfloat16, enabled=half):
         lm(tiny.batch([5, 9]).to(device))
-    assert seen == [dtype]
+    assert dtypes == [dtype]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -19,29 +19,29 @@ def gathered(plan: AttentionPlan) -> list[list[list[int]]]:
 
 
 def test_the_longest_row_gives_the_results_of_a_shared_prompt() -> None:
-    made = plan((0, 2, 2, 1), (0, 2, 3, 2))
-    assert gathered(made) == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
-    assert row_groups(made).scatter.tolist() == [0, 1, 6, 2, 3]
+    attention_plan = plan((0, 2, 2, 1), (0, 2, 3, 2))
+    assert gathered(attention_plan) == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
+    assert row_groups(attention_plan).scatter.tolist() == [0, 1, 6, 2, 3]
 
 
 def test_rows_of_equal_length_keep_their_order() -> None:
-    made = plan((0, 0, 0, 2), (2, 0, 2, 2), (4, 0, 4, 2))
-    assert gathered(made) == [[[0, 1], [2, 3], [4, 5]]]
-    assert row_groups(made).scatter.tolist() == list(range(6))
+    attention_plan = plan((0, 0, 0, 2), (2, 0, 2, 2), (4, 0, 4, 2))
+    assert gathered(attention_plan) == [[[0, 1], [2, 3], [4, 5]]]
+    assert row_groups(attention_plan).scatter.tolist() == list(range(6))
 
 
 def test_rows_of_unlike_length_are_grouped_apart() -> None:
-    made = plan((0, 0, 0, 5), (5, 0, 5, 100), (105, 0, 105, 100), (205, 0, 205, 1))
-    gather, scatter = row_groups(made)
+    attention_plan = plan((0, 0, 0, 5), (5, 0, 5, 100), (105, 0, 105, 100), (205, 0, 205, 1))
+    gather, scatter = row_groups(attention_plan)
     assert [tuple(group.shape) for group in gather] == [(2, 100), (2, 5)]
     assert scatter[205] == 205
 
 
 def test_layers_share_the_groups_of_a_plan_and_no_other() -> None:
-    made = plan((0, 0, 0, 2))
-    assert row_groups(made) is row_groups(made)
-    assert row_groups(plan((0, 0, 0, 2))) is not row_groups(made)
-    assert row_groups(made.to("meta")).scatter.device.type == "meta"
+    attention_plan = plan((0, 0, 0, 2))
+    assert row_groups(attention_plan) is row_groups(attention_plan)
+    assert row_groups(plan((0, 0, 0, 2))) is not row_groups(attention_plan)
+    assert row_groups(attention_plan.to("meta")).scatter.device.type == "meta"
 
 
 @given(SHAPES)

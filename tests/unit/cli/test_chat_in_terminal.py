@@ -32,16 +32,16 @@ HELLO = "/help lists the commands, Ctrl-C stops an answer, /quit or Ctrl-D ends 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """What is sent to the engine; the answers are "one.", "two.", and so on."""
-    made: Sent = []
+    requests: Sent = []
 
     def stream(self: Engine, prompt: list[Message], sampling: Sampling) -> Iterator[Delta]:
         self.encode(prompt)
-        made.append((list(prompt), sampling))
-        yield Delta(1, ("one", "two", "three", "four")[len(made) - 1], [5, 6], [])
+        requests.append((list(prompt), sampling))
+        yield Delta(1, ("one", "two", "three", "four")[len(requests) - 1], [5, 6], [])
         yield Delta(1, ".", [7], [], "stop")
 
     monkeypatch.setattr(Engine, "stream", stream)
-    return made
+    return requests
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ class Terminal:
             command, stdin=side, stdout=side, stderr=side, preexec_fn=attach_terminal
         )
         os.close(side)
-        self.seen = ""
+        self.pending = ""
 
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
@@ -221,11 +221,11 @@ class Terminal:
     def expect(self, pattern: str) -> str:
         """Read until the pattern comes; the text after it stays for the next call."""
         end = time.monotonic() + limit(120)
-        while not (match := re.search(pattern, self.seen, re.DOTALL)):
+        while not (match := re.search(pattern, self.pending, re.DOTALL)):
             ready, _, _ = select.select([self.main], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{pattern!r} did not come; there is {self.seen[-500:]!r}"
-            self.seen += os.read(self.main, 65536).decode(errors="replace")
-        self.seen = self.seen[match.end() :]
+            assert ready, f"{pattern!r} did not come; there is {self.pending[-500:]!r}"
+            self.pending += os.read(self.main, 65536).decode(errors="replace")
+        self.pending = self.pending[match.end() :]
         return match.group()
 
     def listens(self) -> bool:

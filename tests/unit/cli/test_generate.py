@@ -34,17 +34,17 @@ class Call(NamedTuple):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The calls of the engine, with its real replies."""
-    made: list[Call] = []
+    recorded: list[Call] = []
     stream = Engine.stream
 
     def spy(self: Engine, prompt: Any, sampling: Sampling) -> Iterator[Delta]:
-        made.append(Call(self, prompt, sampling, []))
+        recorded.append(Call(self, prompt, sampling, []))
         for delta in stream(self, prompt, sampling):
-            made[-1].texts.append(delta.text)
+            recorded[-1].texts.append(delta.text)
             yield delta
 
     monkeypatch.setattr(Engine, "stream", spy)
-    return made
+    return recorded
 
 
 USER, SYSTEM = Message("user", "the cat"), Message("system", "a dog")

@@ -71,5 +71,5 @@ def test_validation_by_steps_and_by_batches_replace_each_other(tmp_path: Path) -
     ],
 )
 def test_several_files_behind_an_option_are_its_list(args: list[str], expected: list[str]) -> None:
-    rest = args[args.index("--x") :] if "--x" in args else []
-    assert with_file_names(["fit", *args]) == ["fit", *expected, *rest]
+    other_args = args[args.index("--x") :] if "--x" in args else []
+    assert with_file_names(["fit", *args]) == ["fit", *expected, *other_args]

@@ -45,29 +45,29 @@ def test_serving_until_a_signal_comes(
 ) -> None:
     monkeypatch.delenv("MINIGPT_API_KEY", raising=False)
     url = f"http://127.0.0.1:{free_port()}"
-    seen: dict[str, Any] = {}
+    observed: dict[str, Any] = {}
 
     def visit() -> None:
         try:
             ask()
         except BaseException:
-            if "stopped" not in seen:  # or the server would go on for ever
+            if "stopped" not in observed:  # or the server would go on for ever
                 os.kill(os.getpid(), getattr(signal, sent))
             raise
 
     def ask() -> None:
         body = {"model": "b", "prompt": "the", "max_tokens": 1000, "stream": True}
         with httpx.Client(base_url=url, timeout=limit(60)) as client:
-            seen["health"] = eventually(lambda: health(client))
+            observed["health"] = eventually(lambda: health(client))
             listed = client.get("/v1/models").json()["data"]
-            seen["models"] = {one["id"]: one["max_model_len"] for one in listed}
-            seen["long"] = client.post("/v1/completions", json=body | {"prompt": [5] * 1100})
+            observed["models"] = {one["id"]: one["max_model_len"] for one in listed}
+            observed["long"] = client.post("/v1/completions", json=body | {"prompt": [5] * 1100})
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                seen["stopped"] = True
+                observed["stopped"] = True
                 os.kill(os.getpid(), getattr(signal, sent))
-                seen["last"] = [line for line in lines if line][-1]
+                observed["last"] = [line for line in lines if line][-1]
 
     monkeypatch.setattr(network, "GRACE", limit(60))  # what was begun ends within it
     visitor = threading.Thread(target=visit)
@@ -79,11 +79,11 @@ def test_serving_until_a_signal_comes(
     assert outcome.status == status
     assert outcome.out == f"Serving a, b at {url} (Ctrl-C stops)\n"
     assert outcome.err == ("minigpt: interrupted\n" if status else "")
-    assert seen["health"] == {"status": "ok"}
-    assert seen["models"] == {"a": 1100, "b": 1100}
-    assert seen["long"].status_code == 400
-    assert seen["long"].json()["error"]["code"] == "context_length_exceeded"
-    assert seen["last"] == "data: [DONE]"  # what was begun went on to its end
+    assert observed["health"] == {"status": "ok"}
+    assert observed["models"] == {"a": 1100, "b": 1100}
+    assert observed["long"].status_code == 400
+    assert observed["long"].json()["error"]["code"] == "context_length_exceeded"
+    assert observed["last"] == "data: [DONE]"  # what was begun went on to its end
 
 
 def test_names() -> None:

@@ -18,8 +18,8 @@ def texts(tmp_path: Path) -> Path:
     return file
 
 
-def train(minigpt: Minigpt, file: Path, place: Path, *more: object) -> Any:
-    return minigpt("tokenizer", "train", "--data_file", file, "--output_dir", place, *more)
+def train(minigpt: Minigpt, file: Path, output_dir: Path, *more: object) -> Any:
+    return minigpt("tokenizer", "train", "--data_file", file, "--output_dir", output_dir, *more)
 
 
 def test_train(minigpt: Minigpt, texts: Path, tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_several_files_and_a_limit(minigpt: Minigpt, texts: Path, tmp_path: Path
     more.write_text('{"prompt": "zzzz zzzz zzzz", "completion": "zzzz"}\n' * 9)
     files = ("--data_file", texts, more)
     for name, limit in (("all", 12), ("first", 3)):
-        place = ("--output_dir", tmp_path / name)
-        assert minigpt("tokenizer", "train", *files, *place, "--data_limit", limit).status == 0
+        output = ("--output_dir", tmp_path / name)
+        assert minigpt("tokenizer", "train", *files, *output, "--data_limit", limit).status == 0
     merged = [AutoTokenizer.from_pretrained(tmp_path / n).get_vocab() for n in ("all", "first")]
     assert ["zzzz" in vocabulary for vocabulary in merged] == [True, False]
 
@@ -94,9 +94,9 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(texts.parent)
     before = texts.read_bytes()
-    given = {"--data_file": "texts.jsonl", "--output_dir": "tok", **options}
+    arguments = {"--data_file": "texts.jsonl", "--output_dir": "tok", **options}
     outcome = minigpt(
-        "tokenizer", "train", *(x for pair in given.items() for x in pair), *overwrite
+        "tokenizer", "train", *(x for pair in arguments.items() for x in pair), *overwrite
     )
     assert outcome.status == 2
     assert fragment in outcome.err.splitlines()[-1]
@@ -116,12 +116,12 @@ def test_missing_arguments(minigpt: Minigpt, args: tuple[str, ...]) -> None:
 def test_a_tokenizer_is_replaced_only_when_asked(
     minigpt: Minigpt, texts: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "tok"
-    assert train(minigpt, texts, place, "--vocab_size", 265).status == 0
-    outcome = train(minigpt, texts, place, "--vocab_size", 270)
+    output_dir = tmp_path / "tok"
+    assert train(minigpt, texts, output_dir, "--vocab_size", 265).status == 0
+    outcome = train(minigpt, texts, output_dir, "--vocab_size", 270)
     assert outcome.status == 2
     assert "already holds a tokenizer" in outcome.err
     assert "--overwrite" in outcome.err
-    assert len(AutoTokenizer.from_pretrained(place)) == 265
-    assert train(minigpt, texts, place, "--vocab_size", 270, "--overwrite").status == 0
-    assert len(AutoTokenizer.from_pretrained(place)) == 270
+    assert len(AutoTokenizer.from_pretrained(output_dir)) == 265
+    assert train(minigpt, texts, output_dir, "--vocab_size", 270, "--overwrite").status == 0
+    assert len(AutoTokenizer.from_pretrained(output_dir)) == 270

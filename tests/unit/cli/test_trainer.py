@@ -80,9 +80,9 @@ def test_each_verb_explains_itself(minigpt: Minigpt, verb: tuple[str, ...]) -> N
 
 
 def test_usage_of_fit_is_one_line(minigpt: Minigpt) -> None:
-    usage, _, rest = minigpt("fit", "--help").out.partition("\n\n")
+    usage, _, details = minigpt("fit", "--help").out.partition("\n\n")
     assert usage == "usage: minigpt fit --config FILE [--config OVERLAY] [options]"
-    assert "minigpt fit --model.help SFTModule" in rest
+    assert "minigpt fit --model.help SFTModule" in details
 
 
 # Interrupts

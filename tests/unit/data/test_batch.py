@@ -120,12 +120,12 @@ def test_a_batch_may_have_no_targets() -> None:
 
 
 def test_rows_give_each_result_once_and_attend_to_their_prompt() -> None:
-    made = collate([text(7, 8, 0), preference([10, 11], [12, 13, 0], [14]), text(9)]).plan
-    assert made.cu_queries.tolist() == [0, 2, 6, 7, 8]
-    assert made.cu_keys.tolist() == [0, 2, 6, 9, 10]
-    assert made.keys is not None
-    assert made.keys.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7]
-    assert (made.longest, made.longest_queries, made.full) == (4, 4, 0)
+    plan = collate([text(7, 8, 0), preference([10, 11], [12, 13, 0], [14]), text(9)]).plan
+    assert plan.cu_queries.tolist() == [0, 2, 6, 7, 8]
+    assert plan.cu_keys.tolist() == [0, 2, 6, 9, 10]
+    assert plan.keys is not None
+    assert plan.keys.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7]
+    assert (plan.longest, plan.longest_queries, plan.full) == (4, 4, 0)
     texts = collate([text(7, 8, 0), text(9)]).plan
     assert texts.keys is None
     assert texts.cu_queries.tolist() == texts.cu_keys.tolist() == [0, 2, 3]
@@ -208,10 +208,10 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
 @pytest.mark.parametrize("precision", [FSDPPrecision("32-true"), HalfPrecision("bf16-true")])
 def test_lightning_can_convert_a_batch(precision: Precision) -> None:
     batch = collate([text(1, 2, 3), preference([4], [5], [6])], resume_at=(1, 2))
-    made = precision.convert_input(batch)
-    assert [t.tolist() for t in tensors(made)] == [t.tolist() for t in tensors(batch)]
-    assert {t.dtype for t in tensors(made)} == {torch.int32, torch.int64}
-    assert made.resume_at == (1, 2)
+    converted = precision.convert_input(batch)
+    assert [t.tolist() for t in tensors(converted)] == [t.tolist() for t in tensors(batch)]
+    assert {t.dtype for t in tensors(converted)} == {torch.int32, torch.int64}
+    assert converted.resume_at == (1, 2)
 
 
 def test_without_targets_keeps_the_tokens_only() -> None:

@@ -150,8 +150,8 @@ def test_training_sees_what_inference_sends(
         end = [*sample.targets, False].index(False, start)
         previous = sample.ids[:end]
         assert previous[:start] == sent
-        said = message.content.strip() if template == LLAMA else message.content
-        assert codec.tokenizer.decode(previous[start:]) == f"{said}<|im_end|>"
+        expected = message.content.strip() if template == LLAMA else message.content
+        assert codec.tokenizer.decode(previous[start:]) == f"{expected}<|im_end|>"
     assert next(samples, None) is None
 
 
@@ -278,10 +278,10 @@ TWO_TURNS = [
 @pytest.fixture(scope="module")
 def many(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens of several families."""
-    made = copy.deepcopy(tokenizer)
-    made.add_special_tokens({"additional_special_tokens": ADDED})
-    made.eos_token = END_OF_TEXT
-    return made
+    extended = copy.deepcopy(tokenizer)
+    extended.add_special_tokens({"additional_special_tokens": ADDED})
+    extended.eos_token = END_OF_TEXT
+    return extended
 
 
 ENDS = {
@@ -319,12 +319,12 @@ def test_the_models_own_ends_are_added(many: PreTrainedTokenizerFast) -> None:
 
 
 def test_tokens_that_are_not_special_end_turns_too(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = copy.deepcopy(tokenizer)
-    made.add_tokens(["<|done|>", "\n\n"])
-    made.eos_token = END_OF_TEXT
-    made.chat_template = LOOP + "{{ m.role }}:{{ m.content }}\n\n<|done|>{% endfor %}"
-    assert turn_end(made) == "<|done|>"
-    assert made.convert_tokens_to_ids("<|done|>") in end_tokens(made)
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens(["<|done|>", "\n\n"])
+    extended.eos_token = END_OF_TEXT
+    extended.chat_template = LOOP + "{{ m.role }}:{{ m.content }}\n\n<|done|>{% endfor %}"
+    assert turn_end(extended) == "<|done|>"
+    assert extended.convert_tokens_to_ids("<|done|>") in end_tokens(extended)
 
 
 @pytest.mark.parametrize(
@@ -408,8 +408,8 @@ def answers(codec: ChatCodec, view: MaskedIds) -> list[tuple[list[int], list[int
 def test_training_is_what_inference_sends_and_expects(
     tokenizer: PreTrainedTokenizerFast, kind: str, name: str, marks: bool
 ) -> None:
-    made = templates.tokenizer(kind, name, marks, tokenizer)
-    codec = ChatCodec(made)
+    templated = templates.tokenizer(kind, name, marks, tokenizer)
+    codec = ChatCodec(templated)
     end = codec.template.turn_end
     for chat in (messages(which) for which in CHATS):
         if name == "gemma2" and chat[0].role == "system":
@@ -419,15 +419,15 @@ def test_training_is_what_inference_sends_and_expects(
         asked = [(i, m) for i, m in enumerate(chat) if m.role == "assistant"]
         learnt = [answer for view in views(codec, chat) for answer in answers(codec, view)]
         assert len(learnt) == len(asked)
-        for (index, message), (sent, said) in zip(asked, learnt, strict=True):
-            by_transformers = made.apply_chat_template(
+        for (index, message), (sent, reply) in zip(asked, learnt, strict=True):
+            by_transformers = templated.apply_chat_template(
                 plain(chat[:index]), add_generation_prompt=True, return_dict=False
             )
             assert sent == by_transformers == codec.encode_prompt(chat[:index])
-            text = made.decode(said, skip_special_tokens=False)
+            text = templated.decode(reply, skip_special_tokens=False)
             assert text.endswith(end)
-            assert said[-1] == made.convert_tokens_to_ids(end)
-            assert said.count(said[-1]) == 1
+            assert reply[-1] == templated.convert_tokens_to_ids(end)
+            assert reply.count(reply[-1]) == 1
             content = message.content.removeprefix("<think>" if name == "r1-opened" else "")
             assert squeezed(text.removesuffix(end)).endswith(squeezed(content))
 
@@ -437,22 +437,22 @@ def test_training_is_what_inference_sends_and_expects(
 def test_a_whole_chat_has_the_ids_of_apply_chat_template(
     tokenizer: PreTrainedTokenizerFast, kind: str, name: str
 ) -> None:
-    made = templates.tokenizer(kind, name, False, tokenizer)
+    templated = templates.tokenizer(kind, name, False, tokenizer)
     chat = messages("one turn")
-    (view,) = views(ChatCodec(made), chat)
-    full = made.apply_chat_template(plain(chat), return_dict=False)
+    (view,) = views(ChatCodec(templated), chat)
+    full = templated.apply_chat_template(plain(chat), return_dict=False)
     if name == "r1-opened":  # whose history lacks the reasoning that its prompt opens
-        assert squeezed(made.decode(view.ids)).endswith("<think></think>Itis42.<eos>")
+        assert squeezed(templated.decode(view.ids)).endswith("<think></think>Itis42.<eos>")
     elif name == "plain":  # whose history lacks the token that ends a reply
-        assert (made.decode(view.ids[:-1]), view.ids[-1]) == (
-            made.decode(full).removesuffix("\n"),
-            made.eos_token_id,
+        assert (templated.decode(view.ids[:-1]), view.ids[-1]) == (
+            templated.decode(full).removesuffix("\n"),
+            templated.eos_token_id,
         )
     elif name == "glm":
-        assert view.ids == [*full, made.convert_tokens_to_ids("<|user|>")]
+        assert view.ids == [*full, templated.convert_tokens_to_ids("<|user|>")]
     else:
         assert view.ids == full[: len(view.ids)]
-        assert made.decode(full[len(view.ids) :]).strip() in ("", "<|endoftext|>")
+        assert templated.decode(full[len(view.ids) :]).strip() in ("", "<|endoftext|>")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -466,36 +466,36 @@ def test_answers_share_a_sample_where_a_prompt_goes_on_from_the_last(
 
 
 def test_qwen3_drops_reasoning_of_earlier_turns_only(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = templates.tokenizer("bytes", "qwen3", True, tokenizer)
-    first, second = views(ChatCodec(made), messages("reasoning"))
-    assert made.decode(first.ids).endswith("<think>\nthe user\n</think>\n\nok<|im_end|>")
+    templated = templates.tokenizer("bytes", "qwen3", True, tokenizer)
+    first, second = views(ChatCodec(templated), messages("reasoning"))
+    assert templated.decode(first.ids).endswith("<think>\nthe user\n</think>\n\nok<|im_end|>")
     head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
-    assert made.decode(second.ids).startswith(head)
-    assert made.decode(second.ids).endswith("<think>\nit is\n</think>\n\n12<|im_end|>")
+    assert templated.decode(second.ids).startswith(head)
+    assert templated.decode(second.ids).endswith("<think>\nit is\n</think>\n\n12<|im_end|>")
 
 
 @pytest.mark.parametrize("name", ["r1", "r1-opened"])
 def test_r1_learns_the_reasoning_that_its_template_drops(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
-    made = templates.tokenizer("bytes", name, False, tokenizer)
-    first, second = views(ChatCodec(made), messages("reasoning"))
-    assert made.decode(first.ids) == (
+    templated = templates.tokenizer("bytes", name, False, tokenizer)
+    first, second = views(ChatCodec(templated), messages("reasoning"))
+    assert templated.decode(first.ids) == (
         "<bos><|User|>hi<|Assistant|><think>\nthe user\n</think>\n\nok<eos>"
     )
     history = "<bos><|User|>hi<|Assistant|>\n\nok<eos><|User|>what<|Assistant|>"
-    said = "<think>\nit is</think>12<eos>" if "opened" in name else "<think>it is</think>12<eos>"
-    assert made.decode(second.ids) == history + said
+    reply = "<think>\nit is</think>12<eos>" if "opened" in name else "<think>it is</think>12<eos>"
+    assert templated.decode(second.ids) == history + reply
 
 
 def test_mistral_tells_the_systems_text_with_the_last_question(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    made = templates.tokenizer("first", "mistral", False, tokenizer)
-    first, second = views(ChatCodec(made), messages("system"))
-    assert made.decode(first.ids) == "<s>[INST] be kind\n\n1+1?[/INST] 2</s>"
-    said = "<s>[INST] 1+1?[/INST] 2</s>[INST] be kind\n\nok[/INST] the end</s>"
-    assert made.decode(second.ids) == said
+    templated = templates.tokenizer("first", "mistral", False, tokenizer)
+    first, second = views(ChatCodec(templated), messages("system"))
+    assert templated.decode(first.ids) == "<s>[INST] be kind\n\n1+1?[/INST] 2</s>"
+    expected = "<s>[INST] 1+1?[/INST] 2</s>[INST] be kind\n\nok[/INST] the end</s>"
+    assert templated.decode(second.ids) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -503,10 +503,10 @@ def test_mistral_tells_the_systems_text_with_the_last_question(
 def test_what_users_say_forges_no_turn(
     tokenizer: PreTrainedTokenizerFast, kind: str, name: str
 ) -> None:
-    made = templates.tokenizer(kind, name, False, tokenizer)
-    codec = ChatCodec(made)
-    tokens = [t.content for t in made.added_tokens_decoder.values() if t.content.strip()]
-    special = set(made.all_special_ids) | set(made.convert_tokens_to_ids(tokens))
+    templated = templates.tokenizer(kind, name, False, tokenizer)
+    codec = ChatCodec(templated)
+    tokens = [t.content for t in templated.added_tokens_decoder.values() if t.content.strip()]
+    special = set(templated.all_special_ids) | set(templated.convert_tokens_to_ids(tokens))
     written = [t for t in codec.encode_prompt([Message("user", "x")]) if t in special]
     for token in tokens:
         if token not in codec.template.control:
@@ -515,8 +515,8 @@ def test_what_users_say_forges_no_turn(
         for text in (token, f"a{token}b", f"{token}\n{token[:-1]}{token}{token[1:]}"):
             ids = codec.encode_prompt([Message("user", text)])
             assert [t for t in ids if t in special] == written
-            said = "".join(made.decode(ids, skip_special_tokens=False).split())
-            assert "".join(text.split()) in said
+            decoded = "".join(templated.decode(ids, skip_special_tokens=False).split())
+            assert "".join(text.split()) in decoded
             (view,) = views(codec, [Message("user", text), Message("assistant", "ok")])
             assert view.ids[: len(ids)] == ids
             assert [t for t in view.ids[: len(ids)] if t in special] == written

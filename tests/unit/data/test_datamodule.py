@@ -40,11 +40,11 @@ def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Any:
         defaults = {"max_length": 64, "tokens_per_batch": 128, "val_share": 0.0}
         if not {"train", "val", "exam", "predict"} & set(options):
             options["train"] = str(write(TEXTS, "train.jsonl"))
-        made = kind(**{**defaults, "cache_dir": str(tmp_path / "cache"), **options})
-        made.trainer = stub_trainer(rank, world)
-        made.prepare_data()
-        made.setup(stage)
-        return made
+        datamodule = kind(**{**defaults, "cache_dir": str(tmp_path / "cache"), **options})
+        datamodule.trainer = stub_trainer(rank, world)
+        datamodule.prepare_data()
+        datamodule.setup(stage)
+        return datamodule
 
     return make
 
@@ -58,32 +58,34 @@ def lines(batches: Any) -> list[int]:
     return [line for batch in batches for _, line in batch.sources]
 
 
-def epoch(made: JSONLDataModule, held_out: bool) -> list[PackedBatch]:
+def epoch(datamodule: JSONLDataModule, held_out: bool) -> list[PackedBatch]:
     """Every micro-batch of an epoch, whatever process this is."""
     order, subsets = (
-        (made.val_order, made.val_subsets) if held_out else (made.order, made.train_subsets)
+        (datamodule.val_order, datamodule.val_subsets)
+        if held_out
+        else (datamodule.order, datamodule.train_subsets)
     )
     return [] if order is None else list(PackedDataset(order, subsets, 0, 0, 0, 1))
 
 
-def trained(made: JSONLDataModule, steps: int) -> Iterator[PackedBatch]:
+def trained(datamodule: JSONLDataModule, steps: int) -> Iterator[PackedBatch]:
     """Batches as a trainer takes them, through as many epochs as it needs."""
     while steps > 0:
-        for batch in islice(made.train_dataloader(), steps):
+        for batch in islice(datamodule.train_dataloader(), steps):
             steps -= 1
-            made.advance(batch.resume_at)
+            datamodule.advance(batch.resume_at)
             yield batch
 
 
 def test_an_epoch_holds_every_row_once(module: Any) -> None:
-    made = module()
-    first, second = (list(made.train_dataloader()) for _ in range(2))
+    datamodule = module()
+    first, second = (list(datamodule.train_dataloader()) for _ in range(2))
     assert sorted(lines(first)) == list(range(1, 24))
     assert [content(b) for b in first] == [content(b) for b in second]  # until advanced
-    assert len(first) == made.order.count() == 5
+    assert len(first) == datamodule.order.count() == 5
     assert all(batch.n_tokens <= 128 for batch in first)
     assert [batch.resume_at for batch in first] == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
-    assert lines(epoch(made, held_out=False)) == lines(first)
+    assert lines(epoch(datamodule, held_out=False)) == lines(first)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -127,9 +129,9 @@ def test_workers_read_the_same_batches(module: Any) -> None:
 def test_a_gpu_is_read_ahead_for(
     num_workers: int | None, on_gpu: bool, expected: int, module: Any
 ) -> None:
-    made = module(num_workers=num_workers)
-    made.on_gpu = on_gpu
-    assert made.worker_count == expected
+    datamodule = module(num_workers=num_workers)
+    datamodule.on_gpu = on_gpu
+    assert datamodule.worker_count == expected
 
 
 def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
@@ -137,29 +139,29 @@ def test_a_run_may_go_on_with_more_processes(module: Any) -> None:
     first = module()
     before = [content(batch) for batch in trained(first, 2)]
     ranks = [module(rank, 3) for rank in range(3)]
-    for made in ranks:
-        made.load_state_dict(first.state_dict())
-    rounds = list(zip(*(made.train_dataloader() for made in ranks), strict=True))
+    for datamodule in ranks:
+        datamodule.load_state_dict(first.state_dict())
+    rounds = list(zip(*(datamodule.train_dataloader() for datamodule in ranks), strict=True))
     assert before + [content(batch) for round_ in rounds for batch in round_] == expected_batches
 
 
 def test_the_position_is_of_plain_values_and_counts_what_was_trained(module: Any) -> None:
-    made = module(num_workers=2)
-    assert made.state_dict() == {"position": [0, 0]}
-    batches = iter(made.train_dataloader())
-    made.advance(next(batches).resume_at)
+    datamodule = module(num_workers=2)
+    assert datamodule.state_dict() == {"position": [0, 0]}
+    batches = iter(datamodule.train_dataloader())
+    datamodule.advance(next(batches).resume_at)
     next(batches)  # read, but not trained on
-    assert made.state_dict() == {"position": [0, 1]}
+    assert datamodule.state_dict() == {"position": [0, 1]}
     list(batches)
 
 
 def test_held_out_batches_start_anew_each_time(module: Any, write: Any) -> None:
     val = write([{"text": f"held {i}"} for i in range(9)], "val.jsonl")
-    made = module(train=str(write(TEXTS, "train.jsonl")), val=str(val))
-    list(trained(made, 3))
-    first, second = (list(made.val_dataloader()) for _ in range(2))
+    datamodule = module(train=str(write(TEXTS, "train.jsonl")), val=str(val))
+    list(trained(datamodule, 3))
+    first, second = (list(datamodule.val_dataloader()) for _ in range(2))
     assert sorted(lines(first)) == list(range(1, 10))
-    assert lines(first) == lines(second) == lines(epoch(made, held_out=True))
+    assert lines(first) == lines(second) == lines(epoch(datamodule, held_out=True))
     assert {path for batch in first for path, _ in batch.sources} == {str(val)}
     assert sorted(lines(module().train_dataloader())) == list(range(1, 24))
 
@@ -168,15 +170,15 @@ def test_held_out_batches_start_anew_each_time(module: Any, write: Any) -> None:
     ("share", "expected_rows"), [(0.1, 2), (0.05, 1), (0.25, 5), (0.4, 9), (0.5, 11), (0.9, 20)]
 )
 def test_a_share_of_rows_is_held_out(module: Any, share: float, expected_rows: int) -> None:
-    made = module(val_share=share, max_length=8, tokens_per_batch=64)  # rows of many samples
-    train, val = (set(lines(epoch(made, held_out=h))) for h in (False, True))
+    datamodule = module(val_share=share, max_length=8, tokens_per_batch=64)  # rows of many samples
+    train, val = (set(lines(epoch(datamodule, held_out=h))) for h in (False, True))
     assert (train & val, train | val) == (set(), set(range(1, 24)))
     assert len(val) == expected_rows
 
 
-def tokens_of_rows(made: JSONLDataModule) -> list[int]:
+def tokens_of_rows(datamodule: JSONLDataModule) -> list[int]:
     """How many tokens each of the 23 rows has."""
-    (subset,) = made.train_subsets
+    (subset,) = datamodule.train_subsets
     store = subset.store
     lengths = torch.tensor(store.lengths(torch.arange(len(store)).numpy()))
     return torch.bincount(torch.tensor(store.lines()) - 1, lengths).int().tolist()
@@ -186,11 +188,12 @@ def tokens_of_rows(made: JSONLDataModule) -> list[int]:
 def test_the_share_holds_out_a_bounded_number_of_tokens(module: Any, bound: int) -> None:
     options = {"val_share": 0.5, "max_length": 8, "tokens_per_batch": 64}
     unbounded = set(lines(epoch(module(**options, max_held_out_tokens=None), held_out=True)))
-    made = module(**options, max_held_out_tokens=bound)
-    train, val = (set(lines(epoch(made, held_out=h))) for h in (False, True))
+    datamodule = module(**options, max_held_out_tokens=bound)
+    train, val = (set(lines(epoch(datamodule, held_out=h))) for h in (False, True))
     assert (train & val, train | val) == (set(), set(range(1, 24)))
     assert val < unbounded
-    tokens, spent = tokens_of_rows(made), sum(batch.n_tokens for batch in epoch(made, True))
+    tokens = tokens_of_rows(datamodule)
+    spent = sum(batch.n_tokens for batch in epoch(datamodule, True))
     assert spent == sum(tokens[row - 1] for row in val)
     if bound == 1:
         assert len(val) == 1  # a row is the least
@@ -206,21 +209,21 @@ def test_a_validation_reads_a_bounded_number_of_tokens(module: Any, write: Any, 
     unbounded_tokens = sum(batch.n_tokens for batch in epoch(unbounded, held_out=True))
     bound = unbounded_tokens // 3
     options = {"train": names[0], "val": names, "max_val_tokens": bound}
-    made, again = module(**options), module(**options)
-    batches = epoch(made, held_out=True)
+    bounded, again = module(**options), module(**options)
+    batches = epoch(bounded, held_out=True)
     assert bound / 2 < sum(batch.n_tokens for batch in batches) <= bound
     assert [content(batch) for batch in batches] == [content(b) for b in epoch(again, True)]
     read = {source for batch in batches for source in batch.sources}
     assert len({file for file, _ in read}) == files  # rows of each file
-    assert made.all_held_out_tokens == unbounded_tokens
-    assert len(epoch(made, held_out=False)) == len(epoch(unbounded, held_out=False))
-    assert f"(max_val_tokens) of the {unbounded_tokens:,} held out" in made.held_out_source()
+    assert bounded.all_held_out_tokens == unbounded_tokens
+    assert len(epoch(bounded, held_out=False)) == len(epoch(unbounded, held_out=False))
+    assert f"(max_val_tokens) of the {unbounded_tokens:,} held out" in bounded.held_out_source()
     assert unbounded.held_out_source() == ""
 
 
 def test_the_plan_says_what_is_held_out(module: Any) -> None:
-    made = module(val_share=0.5, max_held_out_tokens=250, max_val_tokens=100)
-    text = made.held_out_source()
+    datamodule = module(val_share=0.5, max_held_out_tokens=250, max_val_tokens=100)
+    text = datamodule.held_out_source()
     assert " of the training data (val_share 0.5, at most 250 tokens: max_held_out_tokens)" in text
     assert text.startswith(" (max_val_tokens) of the ")
     assert module(val_share=0.5, max_held_out_tokens=None).held_out_source().endswith("share 0.5)")
@@ -248,9 +251,9 @@ def test_a_share_that_leaves_a_half_empty_is_refused(
 
 
 def test_nothing_is_held_out_without_a_share(module: Any) -> None:
-    made = module()
-    assert made.val_dataloader() == []
-    assert epoch(made, held_out=True) == []
+    datamodule = module()
+    assert datamodule.val_dataloader() == []
+    assert epoch(datamodule, held_out=True) == []
 
 
 @pytest.mark.parametrize(
@@ -274,8 +277,8 @@ def test_bad_settings_are_refused(
 def test_the_largest_sample_fits(module: Any, write: Any) -> None:
     row = {"prompt": "a", "chosen": "x" * 99, "rejected": "y" * 99}
     options = {"max_length": 32, "max_prompt_length": 4, "tokens_per_batch": 64}
-    made = module(kind=DPODataModule, train=str(write([row])), **options)
-    (batch,) = made.train_dataloader()
+    datamodule = module(kind=DPODataModule, train=str(write([row])), **options)
+    (batch,) = datamodule.train_dataloader()
     assert (batch.n_tokens, len(batch.labels), batch.n_answers) == (4 + 2 * 28, 56, 2)
 
 
@@ -296,17 +299,17 @@ def test_missing_files_are_data_errors(module: Any, which: str) -> None:
 def test_what_a_verb_lacks_is_said(
     module: Any, write: Any, loader: str, stage: str, options: dict[str, bool], problem: str
 ) -> None:
-    made = module(stage=stage, **dict.fromkeys(options, str(write(TEXTS))))
+    datamodule = module(stage=stage, **dict.fromkeys(options, str(write(TEXTS))))
     with pytest.raises(ConfigError, match=problem):
-        getattr(made, loader)()
+        getattr(datamodule, loader)()
 
 
 @pytest.mark.parametrize("kind", ["str", "list", "dict"])
 def test_files_are_mixed_by_weight(module: Any, write: Any, kind: str) -> None:
     paths = [str(write(TEXTS[:n], f"{n}.jsonl")) for n in (10, 4)]
     files = {"str": paths[0], "list": paths, "dict": {paths[0]: 0.5, paths[1]: 2}}[kind]
-    made = module(train=files)
-    drawn = [path for batch in made.train_dataloader() for path, _ in batch.sources]
+    datamodule = module(train=files)
+    drawn = [path for batch in datamodule.train_dataloader() for path, _ in batch.sources]
     counts = {"str": [10, 0], "list": [10, 4], "dict": [5, 8]}[kind]
     assert [drawn.count(path) for path in paths] == counts
 
@@ -327,8 +330,8 @@ def test_folders_and_patterns_are_files_with_the_weight_given(
 
 def test_columns_with_other_names(module: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("body\nsome text\nmore text\n")
-    made = module(train=str(tmp_path / "rows.csv"), columns={"body": "text"})
-    assert sorted(lines(made.train_dataloader())) == [2, 3]
+    datamodule = module(train=str(tmp_path / "rows.csv"), columns={"body": "text"})
+    assert sorted(lines(datamodule.train_dataloader())) == [2, 3]
     with pytest.raises(DataError, match="not a text row"):
         module(train=str(tmp_path / "rows.csv"))
 
@@ -356,8 +359,8 @@ def test_optimizer_steps(module: Any, world: int, accumulate: int, steps: int) -
 
 def test_stages_have_kinds_of_their_own(module: Any, write: Any) -> None:
     chat = {"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}
-    made = module(kind=SFTDataModule, train=str(write([chat, chat])))
-    (batch,) = made.train_dataloader()
+    datamodule = module(kind=SFTDataModule, train=str(write([chat, chat])))
+    (batch,) = datamodule.train_dataloader()
     assert batch.n_answers == 2
     assert 0 < len(batch.labels) < batch.n_tokens - 2
     with pytest.raises(DataError, match="not a preference row"):
@@ -371,27 +374,27 @@ def test_exams_and_prompts_are_dealt(module: Any, write: Any, world: int) -> Non
     items: list[object] = []
     numbers: list[int] = []
     for rank in range(world):
-        made = module(rank, world, stage="test", exam=exams, predict=str(prompts))
-        items += [row for batch in made.test_dataloader() for _, row in batch]
-        answers: list[Prompt] = [p for batch in made.predict_dataloader() for p in batch]
+        datamodule = module(rank, world, stage="test", exam=exams, predict=str(prompts))
+        items += [row for batch in datamodule.test_dataloader() for _, row in batch]
+        answers: list[Prompt] = [p for batch in datamodule.predict_dataloader() for p in batch]
         numbers += [prompt.number for prompt in answers]
-        assert made.transfer_batch_to_device(answers, "meta", 0) is answers
+        assert datamodule.transfer_batch_to_device(answers, "meta", 0) is answers
     assert sorted(items) == [0, 1, 2, 3, 4]
     assert sorted(numbers) == [0, 1]
 
 
 def test_held_out_batches_stand_in_for_an_exam(module: Any, write: Any) -> None:
-    made = module(stage="test", val=str(write(TEXTS)))
-    batches = list(made.test_dataloader())
+    datamodule = module(stage="test", val=str(write(TEXTS)))
+    batches = list(datamodule.test_dataloader())
     assert sorted(lines(batches)) == list(range(1, 24))
-    moved = made.transfer_batch_to_device(batches[0], torch.device("meta"), 0)
+    moved = datamodule.transfer_batch_to_device(batches[0], torch.device("meta"), 0)
     assert moved.input_ids.device.type == "meta"
 
 
 def test_a_late_start_reads_no_samples_before_it(module: Any) -> None:
-    made = module()
+    datamodule = module()
     read: list[int] = []
-    sample = made.train_subsets[0].sample
-    made.train_subsets[0].sample = lambda number: read.append(number) or sample(number)
-    dataset = PackedDataset(made.order, made.train_subsets, 0, 3, 0, 1)
+    sample = datamodule.train_subsets[0].sample
+    datamodule.train_subsets[0].sample = lambda number: read.append(number) or sample(number)
+    dataset = PackedDataset(datamodule.order, datamodule.train_subsets, 0, 3, 0, 1)
     assert len(lines(dataset)) == len(read) < 23

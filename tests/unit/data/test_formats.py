@@ -225,7 +225,7 @@ def bot(text: str) -> Message:
     return Message("assistant", text)
 
 
-def said(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+def dialogue(*turns: str, system: str | None = None) -> list[dict[str, str]]:
     """Rows of alternating user and assistant messages."""
     roles = ("user", "assistant") * len(turns)
     messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
@@ -248,14 +248,14 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
     ("text", {"text": "春眠", "id": 7}, Text("春眠")),
     ("text", {"text": " kept \n", "score": float("nan")}, Text(" kept \n")),
     # conversations
-    ("chat", {"messages": said("u", "a")}, Chat((U, A))),
-    ("chat", {"conversations": said("u", "a")}, Chat((U, A))),
-    ("chat", {"messages": said("u", "a", "v")}, Chat((U, A, user("v")))),
-    ("chat", {"messages": said("u", "a", system="s")}, Chat((system("s"), U, A))),
-    ("chat", {"messages": said("u", "a", system="")}, Chat((U, A))),
-    ("chat", {"system": "s", "messages": said("u", "a")}, Chat((system("s"), U, A))),
-    ("chat", {"system": "", "messages": said("u", "a", system="s")}, Chat((system("s"), U, A))),
-    ("chat", {"messages": None, "conversations": said("u", "a")}, Chat((U, A))),
+    ("chat", {"messages": dialogue("u", "a")}, Chat((U, A))),
+    ("chat", {"conversations": dialogue("u", "a")}, Chat((U, A))),
+    ("chat", {"messages": dialogue("u", "a", "v")}, Chat((U, A, user("v")))),
+    ("chat", {"messages": dialogue("u", "a", system="s")}, Chat((system("s"), U, A))),
+    ("chat", {"messages": dialogue("u", "a", system="")}, Chat((U, A))),
+    ("chat", {"system": "s", "messages": dialogue("u", "a")}, Chat((system("s"), U, A))),
+    ("chat", {"system": "", "messages": dialogue("u", "a", system="s")}, Chat((system("s"), U, A))),
+    ("chat", {"messages": None, "conversations": dialogue("u", "a")}, Chat((U, A))),
     (
         "chat",
         {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
@@ -273,7 +273,7 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
         Chat((system("s"), U, A)),
     ),
     # an SFT split of a preference set
-    ("chat", {"messages": said("u", "a"), "chosen": "a", "rejected": "b"}, Chat((U, A))),
+    ("chat", {"messages": dialogue("u", "a"), "chosen": "a", "rejected": "b"}, Chat((U, A))),
     # alpaca
     ("chat", {"instruction": "u", "input": "", "output": "a"}, Chat((U, A))),
     ("chat", {"instruction": "u", "output": "a", "history": []}, Chat((U, A))),
@@ -292,39 +292,51 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
     ),
     # prompt and completion
     ("chat", {"prompt": "u", "completion": "a"}, Chat((U, A))),
-    ("chat", {"prompt": said("u"), "completion": [answer("a")]}, Chat((U, A))),
-    ("chat", {"prompt": said("u"), "completion": "a", "system": "s"}, Chat((system("s"), U, A))),
+    ("chat", {"prompt": dialogue("u"), "completion": [answer("a")]}, Chat((U, A))),
+    (
+        "chat",
+        {"prompt": dialogue("u"), "completion": "a", "system": "s"},
+        Chat((system("s"), U, A)),
+    ),
     # preferences
-    ("preference", {"chosen": said("u", "a"), "rejected": said("u", "b")}, PAIR),
+    ("preference", {"chosen": dialogue("u", "a"), "rejected": dialogue("u", "b")}, PAIR),
     (
         "preference",
-        {"chosen": said("u", "a", "v", "x"), "rejected": said("u", "a", "v", "y")},
+        {"chosen": dialogue("u", "a", "v", "x"), "rejected": dialogue("u", "a", "v", "y")},
         Preference((U, A, user("v")), bot("x"), bot("y")),
     ),
     (
         "preference",  # split on messages, never on the characters that answers share
-        {"chosen": said("u", "yes"), "rejected": said("u", "yesterday")},
+        {"chosen": dialogue("u", "yes"), "rejected": dialogue("u", "yesterday")},
         Preference((U,), bot("yes"), bot("yesterday")),
     ),
     ("preference", {"prompt": "u", "chosen": "a", "rejected": "b"}, PAIR),
-    ("preference", {"prompt": said("u"), "chosen": answer("a"), "rejected": [answer("b")]}, PAIR),
-    ("preference", {"prompt": "u", "chosen": said("u", "a"), "rejected": said("u", "b")}, PAIR),
+    (
+        "preference",
+        {"prompt": dialogue("u"), "chosen": answer("a"), "rejected": [answer("b")]},
+        PAIR,
+    ),
+    (
+        "preference",
+        {"prompt": "u", "chosen": dialogue("u", "a"), "rejected": dialogue("u", "b")},
+        PAIR,
+    ),
     (
         "preference",  # the whole chosen chat comes along as 'messages'
         {
             "prompt": "u",
-            "messages": said("u", "a"),
-            "chosen": said("u", "a"),
-            "rejected": said("u", "b"),
+            "messages": dialogue("u", "a"),
+            "chosen": dialogue("u", "a"),
+            "rejected": dialogue("u", "b"),
         },
         PAIR,
     ),
     (
         "preference",
         {
-            "prompt": said("u", system="s"),
-            "chosen": said("u", "a", system="s"),
-            "rejected": said("u", "b"),
+            "prompt": dialogue("u", system="s"),
+            "chosen": dialogue("u", "a", system="s"),
+            "rejected": dialogue("u", "b"),
         },
         SYSTEM_PAIR,
     ),
@@ -338,7 +350,7 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
         },
         PAIR,
     ),
-    ("preference", {"messages": said("u"), "chosen": "a", "rejected": answer("b")}, PAIR),
+    ("preference", {"messages": dialogue("u"), "chosen": "a", "rejected": answer("b")}, PAIR),
     (
         "preference",
         {"instruction": "u", "input": "v", "chosen": "a", "rejected": "b"},
@@ -348,18 +360,22 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
     ("unpaired", {"prompt": "u", "completion": "a", "label": True}, Unpaired((U,), A, True)),
     (
         "unpaired",
-        {"prompt": said("u"), "completion": [answer("a")], "label": False},
+        {"prompt": dialogue("u"), "completion": [answer("a")], "label": False},
         Unpaired((U,), A, False),
     ),
-    ("unpaired", {"messages": said("u"), "completion": "a", "label": 1}, Unpaired((U,), A, True)),
     (
         "unpaired",
-        {"system": "s", "prompt": "u", "completion": said("u", "a"), "label": 0.0},
+        {"messages": dialogue("u"), "completion": "a", "label": 1},
+        Unpaired((U,), A, True),
+    ),
+    (
+        "unpaired",
+        {"system": "s", "prompt": "u", "completion": dialogue("u", "a"), "label": 0.0},
         Unpaired((system("s"), U), A, False),
     ),
     (
         "unpaired",
-        {"messages": said("u", "a", "v", "b"), "kto_tag": "True"},
+        {"messages": dialogue("u", "a", "v", "b"), "kto_tag": "True"},
         Unpaired((U, A, user("v")), bot("b"), True),
     ),
     (
@@ -391,7 +407,7 @@ GOOD: list[tuple[Kind, dict[str, object], Record]] = [
     ],
 )
 def test_an_answer_may_be_only_read(fields: dict[str, object], train: bool) -> None:
-    messages = said("u", "a", "v", "b")
+    messages = dialogue("u", "a", "v", "b")
     row = {"messages": [messages[0], {**messages[1], **fields}, *messages[2:]]}
     record = parse_row(row, "chat", SPECIAL)
     assert record == Chat((U, Message("assistant", "a", train), user("v"), bot("b")))
@@ -415,7 +431,7 @@ CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
             {"messages": [answer("a") | {"tool_calls": CALLS, "reasoning_content": "r"}]},
             {"tool_calls", "reasoning_content"},
         ),
-        ("chat", {"messages": said("u", "a"), "tools": CALLS}, {"tools"}),
+        ("chat", {"messages": dialogue("u", "a"), "tools": CALLS}, {"tools"}),
         ("chat", {"prompt": "u", "completion": "a", "label": False}, {"label"}),
         ("chat", {"messages": [answer("a") | {"weight": 0, "name": "n"}], "id": 1}, set()),
         ("chat", {"messages": [{"role": "user", "content": "q", "weight": 0}, answer("a")]}, set()),
@@ -442,9 +458,9 @@ def test_fields_that_training_does_not_use(kind: Kind, row: object, fields: set[
     ("row", "kind"),
     [
         (labelled(False), "unpaired"),
-        ({"messages": said("u", "a"), "kto_tag": True}, "unpaired"),
+        ({"messages": dialogue("u", "a"), "kto_tag": True}, "unpaired"),
         (labelled("spam"), "chat"),
-        ({"messages": said("u", "a"), "label": 1}, "chat"),
+        ({"messages": dialogue("u", "a"), "label": 1}, "chat"),
         ({"text": "t", "label": 1}, "text"),
         ({"chosen": "a", "rejected": "b", **labelled(1)}, "preference"),
     ],
@@ -466,7 +482,7 @@ def pair(chosen: object, rejected: object, **more: object) -> dict[str, object]:
     return {"chosen": chosen, "rejected": rejected, **more}
 
 
-UM, AM = said("u", "a")
+UM, AM = dialogue("u", "a")
 # kind, row, reason, field, a fragment of the message
 BAD: list[tuple[Kind, object, str, str | None, str]] = [
     ("text", ["text"], "wrong_type", None, "a JSON object, not a list"),
@@ -551,13 +567,13 @@ BAD: list[tuple[Kind, object, str, str | None, str]] = [
     ),
     (
         "chat",
-        {"system": "s", "messages": said("u", "a", system="s")},
+        {"system": "s", "messages": dialogue("u", "a", system="s")},
         "role_order",
         "messages[0].role",
         "One system message may come first",
     ),
     ("chat", chat(UM), "no_assistant", "messages[0].role", "no assistant message"),
-    ("chat", {"messages": said(system="s")}, "no_messages", "messages[0].role", "no messages"),
+    ("chat", {"messages": dialogue(system="s")}, "no_messages", "messages[0].role", "no messages"),
     ("chat", {"instruction": "", "output": "a"}, "empty", "instruction", "is empty"),
     ("chat", {"instruction": "u", "output": ""}, "empty", "output", "is empty"),
     ("chat", {"instruction": "u", "input": 3, "output": "a"}, "wrong_type", "input", "a number"),
@@ -600,21 +616,21 @@ BAD: list[tuple[Kind, object, str, str | None, str]] = [
     ("preference", pair([UM, AM], [UM, AM]), "same_answers", "rejected", "equals 'chosen'"),
     (
         "preference",
-        pair(said("u", "a"), said("v", "b")),
+        pair(dialogue("u", "a"), dialogue("v", "b")),
         "prompt_mismatch",
         "rejected",
         "exactly the messages of the prompt",
     ),
     (
         "preference",
-        pair(said("u", "a"), said("u", "b", "v", "c")),
+        pair(dialogue("u", "a"), dialogue("u", "b", "v", "c")),
         "prompt_mismatch",
         "rejected",
         "one answer",
     ),
     (
         "preference",
-        pair(said("x", "a"), said("u", "b"), prompt="u"),
+        pair(dialogue("x", "a"), dialogue("u", "b"), prompt="u"),
         "prompt_mismatch",
         "chosen",
         "one answer",
@@ -669,8 +685,8 @@ def test_bad_row(kind: Kind, row: object, reason: str, field: str | None, fragme
     [
         ({"prompt": "once"}, "once"),
         ({"prompt": "u", "system": "s"}, (system("s"), U)),
-        ({"prompt": said("u")}, (U,)),
-        ({"messages": said("u", "a", "v")}, (U, A, user("v"))),
+        ({"prompt": dialogue("u")}, (U,)),
+        ({"messages": dialogue("u", "a", "v")}, (U, A, user("v"))),
         ({"conversations": [{"from": "human", "value": "u"}], "system": "s"}, (system("s"), U)),
         ({"instruction": "u", "input": "v"}, (user("u\nv"),)),
         ({"instruction": "u", "output": "a"}, (U,)),
@@ -686,7 +702,7 @@ def test_good_prompt(row: object, expected: object) -> None:
         ("once", "wrong_type", None),
         ({"text": "t"}, "missing_key", None),
         ({"prompt": ""}, "empty", "prompt"),
-        ({"messages": said("u", "a")}, "prompt_end", "messages[1].role"),
+        ({"messages": dialogue("u", "a")}, "prompt_end", "messages[1].role"),
     ],
 )
 def test_bad_prompt(row: object, reason: str, field: str | None) -> None:

@@ -22,12 +22,12 @@ def lengths(index: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def order(*shares: tuple[int, int], seed: int | None = 0, buffer: int = 8192) -> PackedOrder:
-    made = [FileShare(size, count) for size, count in shares]
-    return PackedOrder([lengths] * len(shares), made, 20, seed, buffer)
+    file_shares = [FileShare(size, count) for size, count in shares]
+    return PackedOrder([lengths] * len(shares), file_shares, 20, seed, buffer)
 
 
-def drawn(made: PackedOrder, epoch: int = 0) -> Counter[tuple[int, int]]:
-    return Counter(sample for members in made.batches(epoch) for sample in members)
+def drawn(packed_order: PackedOrder, epoch: int = 0) -> Counter[tuple[int, int]]:
+    return Counter(sample for members in packed_order.batches(epoch) for sample in members)
 
 
 def times(part: int, size: int, count: int = 1) -> Counter[tuple[int, int]]:
@@ -78,9 +78,9 @@ def test_shuffle_spreads_neighbours() -> None:
 @pytest.mark.parametrize("buffer", [1, 7, 100, 8192])
 @pytest.mark.parametrize("seed", [0, 3, None])
 def test_an_epoch_holds_each_sample_once(seed: int | None, buffer: int) -> None:
-    made = order((50, 50), (1, 1), (33, 33), seed=seed, buffer=buffer)
+    packed_order = order((50, 50), (1, 1), (33, 33), seed=seed, buffer=buffer)
     expected = times(0, 50) + times(1, 1) + times(2, 33)
-    assert [drawn(made, epoch) for epoch in range(3)] == [expected] * 3
+    assert [drawn(packed_order, epoch) for epoch in range(3)] == [expected] * 3
 
 
 def test_batches_keep_the_budget() -> None:
@@ -101,14 +101,14 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_parts_are_mixed() -> None:
-    made = order((400, 400), (400, 400), buffer=64)
-    first = [part for members in islice(made.batches(0), 12) for part, _ in members]
+    packed_order = order((400, 400), (400, 400), buffer=64)
+    first = [part for members in islice(packed_order.batches(0), 12) for part, _ in members]
     assert 0.2 < np.mean(first) < 0.8
 
 
 def test_weights_repeat_and_thin_out() -> None:
-    made = order((20, 40), (20, 10), (20, 20), buffer=16)
-    first, second = drawn(made, 0), drawn(made, 1)
+    packed_order = order((20, 40), (20, 10), (20, 20), buffer=16)
+    first, second = drawn(packed_order, 0), drawn(packed_order, 1)
     for epoch in (first, second):
         assert epoch.total() == 70
         assert {k: n for k, n in epoch.items() if k[0] != 1} == times(0, 20, 2) + times(2, 20)
@@ -120,27 +120,27 @@ def test_weights_repeat_and_thin_out() -> None:
 
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (7, 5), (5, 12), (9, 1), (4, 0)])
 def test_no_sample_of_a_weighted_part_starves(size: int, count: int) -> None:
-    made = order((size, count), (3, 3))
-    seen: Counter[tuple[int, int]] = Counter()
+    packed_order = order((size, count), (3, 3))
+    totals: Counter[tuple[int, int]] = Counter()
     for epoch in range(size):  # `count` whole turns
-        now = drawn(made, epoch)
+        now = drawn(packed_order, epoch)
         assert now.total() == count + 3
-        seen += now
-        per_sample = [seen[0, sample] for sample in range(size)]
+        totals += now
+        per_sample = [totals[0, sample] for sample in range(size)]
         assert max(per_sample) - min(per_sample) <= 1
-    assert seen == times(0, size, count) + times(1, 3, size)
+    assert totals == times(0, size, count) + times(1, 3, size)
 
 
 def test_turns_of_a_half_part_differ() -> None:
-    made = order((40, 20))
-    halves = [set(drawn(made, epoch)) for epoch in range(4)]
+    packed_order = order((40, 20))
+    halves = [set(drawn(packed_order, epoch)) for epoch in range(4)]
     assert halves[0] | halves[1] == halves[2] | halves[3] == set(times(0, 40))
     assert halves[2] not in halves[:2]
 
 
 def test_without_a_seed_windows_keep_the_files_order() -> None:
-    made = order((40, 40), (40, 40), seed=None, buffer=16)
-    flat = [40 * part + sample for members in made.batches(0) for part, sample in members]
+    packed_order = order((40, 40), (40, 40), seed=None, buffer=16)
+    flat = [40 * part + sample for members in packed_order.batches(0) for part, sample in members]
     windows = [sorted(flat[start : start + 16]) for start in range(0, 80, 16)]
     assert windows == [list(range(start, start + 16)) for start in range(0, 80, 16)]
     assert flat != sorted(flat)  # inside a buffer, packing decides
@@ -153,26 +153,28 @@ def test_only_the_window_is_measured() -> None:
         asked.append(len(index))
         return lengths(index)
 
-    made = PackedOrder([measured], [FileShare(10**9, 10**9)], 20, 0, buffer=64)
-    next(made.batches(0))
+    packed_order = PackedOrder([measured], [FileShare(10**9, 10**9)], 20, 0, buffer=64)
+    next(packed_order.batches(0))
     assert asked == [64]
 
 
 def test_count() -> None:
-    made = order((100, 150), (10, 10), buffer=32)
-    assert [made.count(e) for e in (0, 1)] == [len(list(made.batches(e))) for e in (0, 1)]
+    packed_order = order((100, 150), (10, 10), buffer=32)
+    assert [packed_order.count(e) for e in (0, 1)] == [
+        len(list(packed_order.batches(e))) for e in (0, 1)
+    ]
     assert order().count() == 0
-    assert made.is_quick_to_count  # it was counted
+    assert packed_order.is_quick_to_count  # it was counted
     sizes = (100, 150), (10, 10)
     assert order(*sizes).is_quick_to_count
     assert not order(*sizes, buffer=32).is_quick_to_count
 
 
 def test_an_epoch_is_packed_once_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = order((30, 30))
-    counted = made.count(1)
+    packed_order = order((30, 30))
+    counted = packed_order.count(1)
     monkeypatch.setattr(PackedOrder, "batches", None)
-    assert made.count(1) == counted > 0
+    assert packed_order.count(1) == counted > 0
 
 
 CASES = st.integers(1, 200).flatmap(

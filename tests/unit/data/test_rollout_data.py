@@ -40,11 +40,11 @@ def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Make:
             "max_length": 40,
             "cache_dir": str(tmp_path / "cache"),
         }
-        made = GRPODataModule(**{**defaults, **options})
-        made.trainer = stub_trainer(rank, world, accumulate_grad_batches=accumulate)
-        made.prepare_data()
-        made.setup("fit")
-        return made
+        datamodule = GRPODataModule(**{**defaults, **options})
+        datamodule.trainer = stub_trainer(rank, world, accumulate_grad_batches=accumulate)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        return datamodule
 
     return make
 
@@ -54,36 +54,36 @@ def numbers(batch: PromptBatch) -> list[int]:
 
 
 def test_an_epoch_is_whole_rollouts_of_different_prompts(module: Make) -> None:
-    made = module(accumulate=2)
-    batches = list(made.train_dataloader())
+    datamodule = module(accumulate=2)
+    batches = list(datamodule.train_dataloader())
     taken = [number for batch in batches for number in numbers(batch)]
-    assert len(batches) == made.epoch_micro_batches() == 10  # 11 would not fill rollouts of 2
+    assert len(batches) == datamodule.epoch_micro_batches() == 10  # 11 would not fill rollouts of 2
     assert len(set(taken)) == len(taken) == 20
-    assert made.optimizer_steps(3, 2) == 15
+    assert datamodule.optimizer_steps(3, 2) == 15
     assert [batch.resume_at for batch in batches][-2:] == [(0, 9), (1, 0)]
     assert [len(batch.rollout) for batch in batches] == [2, 0] * 5
-    made.advance((1, 0))
-    following = [number for batch in made.train_dataloader() for number in numbers(batch)]
+    datamodule.advance((1, 0))
+    following = [number for batch in datamodule.train_dataloader() for number in numbers(batch)]
     assert following != taken
 
 
 def test_passes_repeat_the_micro_batches_of_a_rollout(module: Make) -> None:
-    made = module(minibatches=2, passes=3)
-    batches = list(made.train_dataloader())[:6]
+    datamodule = module(minibatches=2, passes=3)
+    batches = list(datamodule.train_dataloader())[:6]
     assert [batch.number for batch in batches] == list(range(6))
     assert [numbers(batch) for batch in batches[:2]] * 3 == [numbers(batch) for batch in batches]
     assert [bool(batch.rollout) for batch in batches] == [True] + [False] * 5
-    assert made.optimizer_steps(1, 1) == made.epoch_micro_batches() == 30
+    assert datamodule.optimizer_steps(1, 1) == datamodule.epoch_micro_batches() == 30
 
 
 @pytest.mark.parametrize("done", [1, 4, 6, 29])
 def test_it_goes_on_from_any_position(module: Make, done: int) -> None:
     options = {"minibatches": 2, "passes": 3}
-    whole = [(numbers(b), b.number, b.resume_at) for b in module(**options).train_dataloader()]
-    made = module(**options)
-    made.advance((0, done))
-    rest = [(numbers(b), b.number, b.resume_at) for b in made.train_dataloader()]
-    assert rest == whole[done:]
+    expected = [(numbers(b), b.number, b.resume_at) for b in module(**options).train_dataloader()]
+    datamodule = module(**options)
+    datamodule.advance((0, done))
+    resumed = [(numbers(b), b.number, b.resume_at) for b in datamodule.train_dataloader()]
+    assert resumed == expected[done:]
 
 
 def test_processes_share_the_micro_batches_of_one(module: Make) -> None:
@@ -98,7 +98,7 @@ def test_processes_share_the_micro_batches_of_one(module: Make) -> None:
 def test_held_out_prompts_are_dealt_and_bounded(module: Make, write: Any) -> None:
     val = str(write(ROWS[:9], "val.jsonl"))
     first, second = (module(rank, 2, val=val) for rank in range(2))
-    ((ours,), (others,)) = (list(made.val_dataloader()) for made in (first, second))
+    ((ours,), (others,)) = (list(datamodule.val_dataloader()) for datamodule in (first, second))
     assert sorted(numbers(ours) + numbers(others)) == list(range(23, 32))
     assert len(module(val=val, max_val_tokens=40).val_prompts) < 9
     shared = module(val_share=0.2)
@@ -110,25 +110,25 @@ def test_held_out_prompts_are_dealt_and_bounded(module: Make, write: Any) -> Non
 def test_columns_and_weights(module: Make, write: Any) -> None:
     rows = [{"ask": "the dog", "gold": "1"}, {"ask": "the cat", "gold": "2"}]
     path = str(write(rows, "named.jsonl"))
-    made = module(train={path: 3}, columns={"ask": "prompt", "gold": "answer"})
-    assert [p.fields["answer"] for p in made.train_prompts[0]] == ["1", "2"]
-    assert made.epoch_micro_batches() == 3
+    datamodule = module(train={path: 3}, columns={"ask": "prompt", "gold": "answer"})
+    assert [p.fields["answer"] for p in datamodule.train_prompts[0]] == ["1", "2"]
+    assert datamodule.epoch_micro_batches() == 3
 
 
 def test_the_replay_has_its_share_of_the_targets(module: Make, write: Any) -> None:
-    made = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
-    chosen = made.replay_samples(step=5, targets=90)
+    datamodule = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
+    chosen = datamodule.replay_samples(step=5, targets=90)
     targets = [targets_of(chat) for chat in chosen]
     assert sum(targets) >= 30 > sum(targets[:-1])
-    assert [c.source for c in made.replay_samples(5, 90)] == [c.source for c in chosen]
-    assert [c.source for c in made.replay_samples(6, 90)] != [c.source for c in chosen]
+    assert [c.source for c in datamodule.replay_samples(5, 90)] == [c.source for c in chosen]
+    assert [c.source for c in datamodule.replay_samples(6, 90)] != [c.source for c in chosen]
 
 
 def test_answers_lie_behind_their_prompt_and_chats_behind_them(module: Make, write: Any) -> None:
-    made = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
-    prompt = made.train_prompts[0][0]
+    datamodule = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
+    prompt = datamodule.train_prompts[0][0]
     group = answered(prompt, [[5, 6], [7]])
-    (chat,) = made.replay_samples(0, 1)
+    (chat,) = datamodule.replay_samples(0, 1)
     batch = collate_rollouts([group], [-1.0, -2.0, -3.0], [0.5, -0.5], [True, False], [chat])
     plain = collate([group, chat])
     assert batch.input_ids.equal(plain.input_ids)
@@ -178,13 +178,13 @@ def test_rows_are_refused_with_their_line(module: Make, write: Any) -> None:
 
 
 def test_held_out_prompts_are_no_exam(module: Make, write: Any) -> None:
-    made = module(val=str(write(ROWS, "val.jsonl")))
+    datamodule = module(val=str(write(ROWS, "val.jsonl")))
     with pytest.raises(ConfigError, match=r"set data\.init_args\.exam, .* minigpt validate"):
-        made.test_dataloader()
+        datamodule.test_dataloader()
 
 
 def test_few_rows_are_left_out_where_they_may_be(module: Make, write: Any) -> None:
     rows = [*ROWS, {"answer": "1"}, {"prompt": "the cat sat on the mat " * 20}]
     path = str(write(rows, "mixed.jsonl"))
-    made = module(train=path, on_bad_row="skip", max_bad_share=0.1, max_too_long_share=0.1)
-    assert len(made.train_prompts[0]) == 23
+    datamodule = module(train=path, on_bad_row="skip", max_bad_share=0.1, max_too_long_share=0.1)
+    assert len(datamodule.train_prompts[0]) == 23

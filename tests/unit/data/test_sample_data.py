@@ -223,8 +223,8 @@ def test_operands_of_the_exam_never_occur_in_training() -> None:
 def exercise(question: str) -> tuple[str, tuple[str, ...]]:
     """Tell a hard skill by the form of its operands, and return these."""
     if word := re.search("[A-D]{8}", question):
-        rest = question.replace(word[0], "")
-        return "count_letters", (word[0], *re.findall(r"\b[A-D]\b", rest))
+        remainder = question.replace(word[0], "")
+        return "count_letters", (word[0], *re.findall(r"\b[A-D]\b", remainder))
     numbers = tuple(re.findall(r"\d+", question))
     return "add_carry" if "+" in question else HARD[(0, 2)[len(numbers[0]) == 4]], numbers
 
@@ -276,13 +276,13 @@ def test_rows_for_reinforcement_have_an_answer_and_a_family() -> None:
 
 def test_no_two_files_share_operands_of_a_hard_skill() -> None:
     """Nor the digits in another order: that would give away a sorted code."""
-    seen: dict[tuple[str, ...], str] = {}
+    file_of_operands: dict[tuple[str, ...], str] = {}
     for name in HARD_FILES:
         for skill, (first, *others), _, _ in hard_exercises(name):
             longest = max(first, *others, key=len) if others else first
             codes = skill in ("reverse_digits", "sort_digits")
             key = (skill, "".join(sorted(first)) if codes else longest)
-            assert seen.setdefault(key, name) == name, (skill, first)
+            assert file_of_operands.setdefault(key, name) == name, (skill, first)
 
 
 def test_numbers_of_the_exam_with_carry_are_no_codes_in_training() -> None:
@@ -312,9 +312,9 @@ def test_never_asked_facts_are_told_in_pretraining_and_never_asked_about() -> No
     replies = corpus("sft", "sft_val", "dpo", "dpo_val")
     for fact in world.build_facts(1):
         for lang in ("en", "zh") if not fact.asked else ():
-            ways = [tell(fact, lang, form) for form in TELLINGS[lang][fact.attribute]]
-            assert sum(way in pretraining for way in ways) >= 3, fact
-            assert not any(way in replies for way in ways), fact
+            tellings = [tell(fact, lang, form) for form in TELLINGS[lang][fact.attribute]]
+            assert sum(telling in pretraining for telling in tellings) >= 3, fact
+            assert not any(telling in replies for telling in tellings), fact
             for form in questions.TRAIN[lang][fact.attribute] + questions.DEV[lang][fact.attribute]:
                 question = form.format(n=fact.person.name(lang))
                 assert not any(question in text for text in asked), question

@@ -35,7 +35,7 @@ from minigpt.errors import ConfigError, DataError
 TEXTS = ["the cat sat", "春眠不觉晓，处处闻啼鸟。", "42", "x" * 90]
 
 
-def said(*turns: str) -> dict[str, Any]:
+def chat_row(*turns: str) -> dict[str, Any]:
     roles = ("user", "assistant") * len(turns)
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
 
@@ -124,7 +124,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(
         before += row[1:]
     assert list(documents.values()) == [[start, *ids(bos, t), end] for t in TEXTS]
     assert store.meta["targets"] == sum(len(ids(bos, t)) + 1 for t in TEXTS)
-    chats = begun("chat", [said("u", "a")])
+    chats = begun("chat", [chat_row("u", "a")])
     assert start not in chats.tokens[:].tolist()  # a chat's comes from its template alone
     without = Opener(tmp_path, tokenizer)
     without("text", [{"text": t} for t in TEXTS], max_length=20)
@@ -132,7 +132,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(
 
 
 def test_chats_hold_tokens_and_targets(opened: Opener, tokenizer: PreTrainedTokenizerFast) -> None:
-    store = opened("chat", [said("u", "a"), said("u", "春\n", "v", "b")])
+    store = opened("chat", [chat_row("u", "a"), chat_row("u", "春\n", "v", "b")])
     codec = ChatCodec(tokenizer)
     first, second = (row[1] for row in runs(store))
     assert first == [*codec.encode_prompt(asked("u")), *ids(tokenizer, "a<|im_end|>")]
@@ -148,8 +148,8 @@ def test_an_answer_that_is_only_read_is_no_target(
     opened: Opener, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     turns = ("u", "wrong", "v", "right", "w", "a")
-    full = runs(opened("chat", [said(*turns)]))[0][1]
-    row = said(*turns)
+    full = runs(opened("chat", [chat_row(*turns)]))[0][1]
+    row = chat_row(*turns)
     row["messages"][1]["weight"] = 0
     row["messages"][5]["train"] = False
     store = opened("chat", [row])
@@ -162,9 +162,9 @@ def test_an_answer_that_is_only_read_is_no_target(
     for turn in row["messages"]:
         turn["weight"] = 0
     with pytest.raises(DataError, match="no answer is to be learnt") as caught:
-        opened("chat", [said("u", "a"), row])
+        opened("chat", [chat_row("u", "a"), row])
     assert (caught.value.reason, caught.value.line) == ("no_targets", 2)
-    store = opened("chat", [said("u", "a"), row], on_bad_row="skip", max_bad_share=0.5)
+    store = opened("chat", [chat_row("u", "a"), row], on_bad_row="skip", max_bad_share=0.5)
     assert (len(store), store.meta["skipped"]) == (1, {"no_targets": 1})
 
 
@@ -172,7 +172,7 @@ def test_an_answer_that_is_only_read_is_no_target(
 def test_a_cut_chat_gets_no_false_end_of_turn(
     opened: Opener, tokenizer: PreTrainedTokenizerFast, answer_tokens: int
 ) -> None:
-    rows = [said("u", "x" * 12)]
+    rows = [chat_row("u", "x" * 12)]
     answer = len(ids(tokenizer, "x" * 12 + "<|im_end|>"))
     full = runs(opened("chat", rows))[0][1]
     start = len(ChatCodec(tokenizer).encode_prompt(asked("u")))
@@ -194,7 +194,7 @@ def test_a_cut_chat_gets_no_false_end_of_turn(
 def test_rows_of_which_the_cut_leaves_nothing_are_left_out_and_counted(
     opened: Opener, caplog: pytest.LogCaptureFixture, policy: str
 ) -> None:
-    rows = [said("x" * 99, "a"), *[said("u", "a")] * 19]
+    rows = [chat_row("x" * 99, "a"), *[chat_row("u", "a")] * 19]
     limits = {"max_length": 40, "on_bad_row": policy}
     store = opened("chat", rows, **limits)
     assert store.lines().tolist() == list(range(2, 21))
@@ -215,7 +215,7 @@ def test_a_long_file_of_rows_that_are_too_long_is_refused_early(
     monkeypatch.setattr("minigpt.data.formats._CHECK_AFTER", 3)
     monkeypatch.setattr("minigpt.data.store.ROWS_AT_A_TIME", 2)
     with pytest.raises(DataError, match=r"of [3-6] rows, more than 5.0%"):
-        opened("chat", [said("x" * 99, "a")] * 50, max_length=40)
+        opened("chat", [chat_row("x" * 99, "a")] * 50, max_length=40)
 
 
 PROMPT, CHOSEN, REJECTED = "what is it", "yes it is", "no"
@@ -227,7 +227,7 @@ def pair_ids(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("room", "max_prompt", "prompt_tokens", "answer"),
+    ("slack", "max_prompt", "prompt_tokens", "answer"),
     [
         (0, None, None, None),  # fits exactly
         (-1, None, None, -1),  # the longer answer loses its end
@@ -238,18 +238,18 @@ def pair_ids(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 def test_a_preference_is_cut_at_the_prompts_start_and_the_answers_end(
     opened: Opener,
     tokenizer: PreTrainedTokenizerFast,
-    room: int,
+    slack: int,
     max_prompt: int | None,
     prompt_tokens: int | None,
     answer: int | None,
 ) -> None:
     prompt, chosen, rejected = pair_ids(tokenizer)
-    limit = len(prompt) + max(len(chosen), len(rejected)) + room
+    limit = len(prompt) + max(len(chosen), len(rejected)) + slack
     row = pair(PROMPT, CHOSEN, REJECTED)
     store = opened("preference", [row], max_length=limit, max_prompt_length=max_prompt)
     expected = [prompt[-prompt_tokens:] if prompt_tokens else prompt, chosen[:answer], rejected]
     assert runs(store) == [expected]
-    assert store.meta["cut"] == int(room < 0)
+    assert store.meta["cut"] == int(slack < 0)
     assert store.meta["targets"] == len(expected[1]) + len(expected[2])
     assert store.targets is None
 
@@ -303,12 +303,12 @@ def test_the_default_cache_is_the_environments(
 
 
 def test_whatever_decides_a_stores_content_names_it(opened: Opener, corpus_file: Path) -> None:
-    rows = [said("u", "a")]
+    rows = [chat_row("u", "a")]
     changed = copy.deepcopy(opened.tokenizer)
     changed.chat_template = "{{ bos_token }}" + changed.chat_template
     ended = copy.deepcopy(opened.tokenizer)
     ended.eos_token = "<|pad|>"
-    paths = [opened("chat", rows).path, opened("chat", [said("u", "b")]).path]
+    paths = [opened("chat", rows).path, opened("chat", [chat_row("u", "b")]).path]
     paths.append(opened("chat", rows, max_length=100).path)
     paths.append(opened("chat", rows, data_limit=1).path)
     paths.append(opened("chat", rows, on_bad_row="skip").path)
@@ -320,10 +320,10 @@ def test_whatever_decides_a_stores_content_names_it(opened: Opener, corpus_file:
 
 
 def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) -> None:
-    path = opened("chat", [said("u", "a")]).path
+    path = opened("chat", [chat_row("u", "a")]).path
     tokenizers.save(opened.tokenizer, tmp_path / "tok")
     opened.tokenizer = tokenizers.load(tmp_path / "tok")
-    assert opened("chat", [said("u", "a")]).path == path
+    assert opened("chat", [chat_row("u", "a")]).path == path
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) ->
     [
         ("text", {"text": "a<|im_end|>b"}, "2:text", "special_token"),
         ("text", {"text": "<|pad|>"}, "2:text", "special_token"),
-        ("chat", said("u", "<|endoftext|>"), r"2:messages\[1\]\.content", "special_token"),
+        ("chat", chat_row("u", "<|endoftext|>"), r"2:messages\[1\]\.content", "special_token"),
         ("preference", pair("u", "a<|im_start|>", "b"), "2:chosen", "special_token"),
         ("text", {"text": "\ud800"}, "2:text", "lone_surrogate"),
         ("text", {"txt": "a"}, "2", "missing_key"),
@@ -340,7 +340,11 @@ def test_a_reloaded_tokenizer_finds_the_store(opened: Opener, tmp_path: Path) ->
 def test_a_build_that_fails_names_the_row_and_leaves_nothing(
     opened: Opener, kind: Kind, row: object, location: str, reason: str
 ) -> None:
-    good = {"preference": pair("u", "a", "b"), "chat": said("u", "a"), "text": {"text": "a"}}[kind]
+    good = {
+        "preference": pair("u", "a", "b"),
+        "chat": chat_row("u", "a"),
+        "text": {"text": "a"},
+    }[kind]
     with pytest.raises(DataError, match=rf"rows\.jsonl:{location}: ") as caught:
         opened(kind, [good, row])
     assert (caught.value.line, caught.value.reason) == (2, reason)
@@ -379,19 +383,19 @@ def test_the_loser_of_a_race_takes_the_winners_store(opened: Opener) -> None:
 def test_a_damaged_store_is_built_again(
     name: str, damage: str, opened: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [said("hi", "yes"), said("春眠", "不觉 晓")]
-    made = opened("chat", rows)
-    before, file = runs(made), next(made.path.glob(f"{name}.*"))
+    rows = [chat_row("hi", "yes"), chat_row("春眠", "不觉 晓")]
+    store = opened("chat", rows)
+    before, file = runs(store), next(store.path.glob(f"{name}.*"))
     if damage == "missing":
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size - 2)
     again = opened("chat", rows)
-    assert again.path == made.path
+    assert again.path == store.path
     assert runs(again) == before
     assert again.targets is not None
-    assert opened.entries() == [made.path.name]
-    message = f"The token store {made.path} is damaged, or of an earlier version: built again."
+    assert opened.entries() == [store.path.name]
+    message = f"The token store {store.path} is damaged, or of an earlier version: built again."
     assert caplog.messages.count(message) == 1
     caplog.clear()
     opened("chat", rows)
@@ -415,13 +419,13 @@ def a_link(path: Path) -> None:
 def test_a_store_that_others_may_have_written_is_built_again(
     harm: Any, opened: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = opened("text", [{"text": "a"}])
-    written = (made.path / "tokens.bin").read_bytes()
-    (made.path / "tokens.bin").write_bytes(b"\1" * len(written))
-    harm(made.path)
+    store = opened("text", [{"text": "a"}])
+    written = (store.path / "tokens.bin").read_bytes()
+    (store.path / "tokens.bin").write_bytes(b"\1" * len(written))
+    harm(store.path)
     again = opened("text", [{"text": "a"}])
     assert (again.path / "tokens.bin").read_bytes() == written
-    expected = f"The token store {made.path} is another user's, or others may write to it"
+    expected = f"The token store {store.path} is another user's, or others may write to it"
     assert caplog.messages.count(f"{expected}: built again.") == 1
     caplog.clear()
     opened("text", [{"text": "a"}])
@@ -431,8 +435,8 @@ def test_a_store_that_others_may_have_written_is_built_again(
 def test_a_store_of_another_user_that_cannot_be_replaced_is_refused(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = opened("text", [{"text": "a"}])
-    monkeypatch.setattr(stores, "is_private", lambda path: path != made.path)
+    store = opened("text", [{"text": "a"}])
+    monkeypatch.setattr(stores, "is_private", lambda path: path != store.path)
     monkeypatch.setattr(stores, "remove_directory", lambda _: None)
     with pytest.raises(ConfigError, match=r"cannot be replaced.*MINIGPT_CACHE"):
         opened("text", [{"text": "a"}])
@@ -464,12 +468,12 @@ def test_two_processes_may_build_at_once(
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     publish = stores._publish
 
-    def together(*places: Any) -> None:
+    def together(*args: Any) -> None:
         """Rename when the other process is about to."""
         (tmp_path / "ready-here").touch()
         while not (tmp_path / "ready-there").exists() and other.poll() is None:
             time.sleep(0.002)
-        publish(*places)
+        publish(*args)
 
     monkeypatch.setattr(stores, "_publish", together)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -546,7 +550,7 @@ def test_rows_are_read_in_portions(opened: Opener, monkeypatch: pytest.MonkeyPat
 
 # Damage
 
-CHATS = [said("hi", "yes"), said("春眠", "不觉 晓"), said("a", "b", "c", "d")]
+CHATS = [chat_row("hi", "yes"), chat_row("春眠", "不觉 晓"), chat_row("a", "b", "c", "d")]
 
 
 def read_all(store: TokenStore) -> list[tuple[Any, ...]]:
@@ -584,17 +588,19 @@ def test_damage_is_told_at_its_first_touch_and_mended_by_the_next_start(
 ) -> None:
     """Each block is compared once in a run, and what lies in others does not matter."""
     monkeypatch.setattr(stores, "BLOCK", 16)
-    made = opened("chat", CHATS)
-    before, file = read_all(made), made.path / f"{name}.bin"
+    original = opened("chat", CHATS)
+    before, file = read_all(original), original.path / f"{name}.bin"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     store = opened("chat", CHATS)
     assert store.sample(0).ids.tolist() == before[0][1]
-    message = rf"rows.jsonl: its token store {made.path} is damaged: block \d+ of {name}.bin is not"
+    message = (
+        rf"rows.jsonl: its token store {original.path} is damaged: block \d+ of {name}.bin is not"
+    )
     with pytest.raises(DataError, match=f"{message}.* It is built again at the next start"):
         store.sample(2)
     assert read_all(opened("chat", CHATS)) == before
-    assert opened.entries() == [made.path.name]
+    assert opened.entries() == [original.path.name]
 
 
 @pytest.mark.parametrize("name", ["tokens", "samples", "targets"])

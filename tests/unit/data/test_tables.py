@@ -77,12 +77,12 @@ def test_another_delimiter_within_names_parts_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("a.docx", "a document (.docx)"), ("a.zip", "a ZIP archive")]
+    ("name", "description"), [("a.docx", "a document (.docx)"), ("a.zip", "a ZIP archive")]
 )
-def test_archives_are_named_for_what_they_are(name: str, said: str, tmp_path: Path) -> None:
+def test_archives_are_named_for_what_they_are(name: str, description: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b"PK\x03\x04" + bytes(60))
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(description)):
         list(scan_rows(path))
 
 
@@ -145,6 +145,6 @@ def test_the_one_reader_reads_them(name: str, data: str, kind: Kind, tmp_path: P
 
 def test_a_bad_row_of_a_table_comes_as_its_error(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\none\ntwo,three\nfour\n")
-    found = list(scan_rows(tmp_path / "rows.csv"))
-    assert [line for line, _ in found] == [2, 3, 4]
-    assert isinstance(found[1][1], DataError)
+    scanned = list(scan_rows(tmp_path / "rows.csv"))
+    assert [line for line, _ in scanned] == [2, 3, 4]
+    assert isinstance(scanned[1][1], DataError)

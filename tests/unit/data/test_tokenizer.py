@@ -73,8 +73,8 @@ def test_token_bytes_of_a_sentencepiece_vocabulary() -> None:
     vocabulary = {"<unk>": 0, "▁the": 1, "春": 2, "<0x0A>": 3, "▁": 4}
     bpe = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     bpe.decoder = tokenizers.decoders.ByteFallback()
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
-    assert tokenizers.token_bytes(made) == [0, 4, 3, 1, 1]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    assert tokenizers.token_bytes(tokenizer) == [0, 4, 3, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, text: str, expected: 
 
 
 def test_rows_of_every_kind_are_text(write) -> None:
-    said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
+    messages = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
     rows = [
         {"text": "one", "id": "x"},
-        {"messages": said, "source": "y"},
+        {"messages": messages, "source": "y"},
         {"prompt": "four", "chosen": "five", "rejected": "six"},
     ]
     texts = tokenizers.training_texts([write(rows)])
@@ -179,12 +179,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None) ->
 )
 def test_document_end(end_token: str, eos: str | None, expected: int | None) -> None:
     bpe = Tokenizer(models.WordLevel({"x": 0, end_token: 1}, unk_token="x"))
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos)
     if expected is None:
         with pytest.raises(TokenizerError, match="no end-of-text token"):
-            tokenizers.document_end(made)
+            tokenizers.document_end(tokenizer)
     else:
-        assert tokenizers.document_end(made) == expected
+        assert tokenizers.document_end(tokenizer) == expected
 
 
 def test_what_a_tokenizer_writes_before_a_text(tokenizer: PreTrainedTokenizerFast) -> None:

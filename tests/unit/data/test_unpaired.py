@@ -101,17 +101,17 @@ def module(write: Any, tmp_path: Path, stub_trainer: Any) -> Any:
         rank: int = 0, world: int = 1, rows: list[Any] = ROWS, **trainer: Any
     ) -> KTODataModule:
         file = str(write(rows, "train.jsonl"))
-        made = KTODataModule(
+        datamodule = KTODataModule(
             train=file,
             val=file,
             max_length=64,
             tokens_per_batch=160,
             cache_dir=str(tmp_path / "cache"),
         )
-        made.trainer = stub_trainer(rank, world, **{"accumulate_grad_batches": 3, **trainer})
-        made.prepare_data()
-        made.setup("fit")
-        return made
+        datamodule.trainer = stub_trainer(rank, world, **{"accumulate_grad_batches": 3, **trainer})
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        return datamodule
 
     return make
 
@@ -129,10 +129,10 @@ def windows(loader: Any) -> Iterator[list[UnpairedBatch]]:
 
 
 def test_completions_are_packed_apart(module: Any) -> None:
-    made = module()
-    for batch in batches(made.train_dataloader()):
+    datamodule = module()
+    for batch in batches(datamodule.train_dataloader()):
         lines = [line for _, line in batch.sources]
-        samples = [made.train_subsets[0].sample(line - 1) for line in lines]
+        samples = [datamodule.train_subsets[0].sample(line - 1) for line in lines]
         assert batch.desirable.tolist() == [sample.desirable for sample in samples]
         completions = [s.ids[s.prompt : s.prompt + s.answers[0]] for s in samples]
         other = [s.ids[s.prompt + s.answers[0] :] for s in samples]
@@ -143,18 +143,18 @@ def test_completions_are_packed_apart(module: Any) -> None:
 
 
 def test_a_window_is_an_optimizer_step(module: Any) -> None:
-    made = module()
+    datamodule = module()
     sizes = []
-    for group in windows(made.train_dataloader()):
+    for group in windows(datamodule.train_dataloader()):
         sizes.append(len(group))
         assert group[0].window is not None
         mismatched = group[0].window.mismatched
         assert all(a is b.mismatched for a, b in zip(mismatched, group, strict=True))
     assert len(sizes) > 2
     assert set(sizes[:-1]) == {3}
-    held_out = [len(group) for group in windows(made.val_dataloader())]
+    held_out = [len(group) for group in windows(datamodule.val_dataloader())]
     assert held_out == [sum(sizes)]
-    first = next(windows(made.train_dataloader()))[0]
+    first = next(windows(datamodule.train_dataloader()))[0]
     assert first.to("cpu").window is first.window
 
 
@@ -164,11 +164,11 @@ def test_only_what_is_validated_on_is_read(module: Any) -> None:
 
 
 def test_a_resumed_epoch_has_the_windows_of_the_whole_one(module: Any) -> None:
-    made = module()
-    whole = [[b.sources for b in group] for group in windows(made.train_dataloader())]
-    made.advance(batches(made.train_dataloader())[2].resume_at)
-    rest = [[b.sources for b in group] for group in windows(made.train_dataloader())]
-    assert rest == whole[1:]
+    datamodule = module()
+    expected = [[b.sources for b in group] for group in windows(datamodule.train_dataloader())]
+    datamodule.advance(batches(datamodule.train_dataloader())[2].resume_at)
+    resumed = [[b.sources for b in group] for group in windows(datamodule.train_dataloader())]
+    assert resumed == expected[1:]
 
 
 def test_fillers_have_nothing_for_the_baseline_either(module: Any) -> None:

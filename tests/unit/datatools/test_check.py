@@ -104,14 +104,16 @@ def test_fields_that_are_not_used_are_named_once_a_file(
     for row in rows[2:]:
         row["messages"][1] |= {"tool_calls": [{"type": "function"}], "weight": 1}
     path = write(rows)
-    said = f"{path}: its rows have tool_calls, tools, of which training makes no use"
+    message = f"{path}: its rows have tool_calls, tools, of which training makes no use"
     with caplog.at_level("WARNING"):
         open_store(path, "chat", tokenizers.load(tokenizer_dir), Limits(), tmp_path / "cache")
-    assert [record.message for record in caplog.records if "its rows" in record.message] == [said]
+    assert [record.message for record in caplog.records if "its rows" in record.message] == [
+        message
+    ]
     outcome = minigpt("data", "check", path)
     assert outcome.status == 0
     assert [t for t in outcome.out.splitlines() if "tool_calls" in t] == [
-        f"hint: {said}. Nothing needs to be done where the text alone is to be learnt. "
+        f"hint: {message}. Nothing needs to be done where the text alone is to be learnt. "
         "[unused_fields]"
     ]
 
@@ -322,9 +324,9 @@ def test_many_problems_are_counted_and_few_shown(write: Any, tmp_path: Path, min
 
 
 def test_the_bundled_data_have_no_errors(repo_root: Path, minigpt: Any) -> None:
-    found = sorted((repo_root / "data").glob("*.jsonl"))
-    prompts = [file for file in found if "grpo" in file.name]
-    others = [file for file in found if file not in prompts]
+    paths = sorted((repo_root / "data").glob("*.jsonl"))
+    prompts = [file for file in paths if "grpo" in file.name]
+    others = [file for file in paths if file not in prompts]
     exams = sorted((repo_root / "data" / "exam").glob("*.jsonl"))
     for files, more in ((others, []), (prompts, ["--kind", "prompt"])):
         outcome = minigpt("data", "check", *files, "--exam", *exams, *more)

@@ -23,11 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     )
 
 
-def logp(model: Engine, context: list[int], rest: list[int]) -> float:
+def logp(model: Engine, context: list[int], targets: list[int]) -> float:
     """Score one continuation with nothing but the model's forward."""
     with torch.no_grad():
-        logits = model.model(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
-    labels = torch.tensor(rest)[:, None]
+        logits = model.model(torch.tensor([context + targets])).logits[0, len(context) - 1 : -1]
+    labels = torch.tensor(targets)[:, None]
     return float(logits.float().log_softmax(-1).gather(1, labels).sum())
 
 

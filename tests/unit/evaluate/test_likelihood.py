@@ -42,11 +42,11 @@ def test_answers_that_cannot_share_the_angles_of_their_prompt(root: Path) -> Non
             list(likelihood.batches(scaled, samples))
 
 
-def plainly(model: Engine, context: list[int], rest: list[int]) -> tuple[float, bool]:
+def plainly(model: Engine, context: list[int], targets: list[int]) -> tuple[float, bool]:
     """Score one continuation with nothing but the model's forward."""
     with torch.no_grad():
-        logits = model.model(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
-    labels = torch.tensor(rest)
+        logits = model.model(torch.tensor([context + targets])).logits[0, len(context) - 1 : -1]
+    labels = torch.tensor(targets)
     logp = logits.float().log_softmax(-1).gather(1, labels[:, None]).sum()
     return float(logp), bool((logits.argmax(-1) == labels).all())
 
@@ -79,9 +79,9 @@ def test_a_token_across_the_border_belongs_to_the_continuation(root: Path) -> No
     ids = model.encode("the cat")
     assert continuation(model, "the", " cat") == (model.encode("the"), ids[1:])
     for cut in range(1, 7):
-        start, rest = continuation(model, "the cat"[:cut], "the cat"[cut:])
-        assert start + rest in (ids, model.encode("") + ids)
-        assert rest
+        start, targets = continuation(model, "the cat"[:cut], "the cat"[cut:])
+        assert start + targets in (ids, model.encode("") + ids)
+        assert targets
     assert continuation(model, "", "the cat") == (model.encode(""), ids)
 
 
@@ -114,11 +114,11 @@ def test_bos_stands_before_a_text_and_is_not_counted(root: Path, tmp_path: Path)
     assert continuation(model, "the", " cat") == (model.encode("the"), plain.encode(" cat"))
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"text": "the cat sat"}))
-    rest = [*plain.encode("the cat sat"), 0]
+    targets = [*plain.encode("the cat sat"), 0]
     scores = bits_per_byte(model, str(file), 512)
-    nats = -plainly(model, start, rest)[0]
-    assert scores["loss"].value == pytest.approx(nats / len(rest), rel=1e-5)
-    assert (scores["loss"].n, scores["bits_per_byte"].n) == (len(rest), len("the cat sat"))
+    nats = -plainly(model, start, targets)[0]
+    assert scores["loss"].value == pytest.approx(nats / len(targets), rel=1e-5)
+    assert (scores["loss"].n, scores["bits_per_byte"].n) == (len(targets), len("the cat sat"))
 
 
 def test_a_text_file_is_one_document_cut_into_windows(root: Path, tmp_path: Path) -> None:

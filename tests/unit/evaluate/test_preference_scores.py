@@ -56,9 +56,9 @@ def logp(logits: torch.Tensor, answer: torch.Tensor) -> float:
 
 def test_preferences_without_a_reference(tmp_path: Path, pairs: str) -> None:
     model = engine(tmp_path, 0)
-    made = answers(model)
-    margins = [logp(*chosen) - logp(*rejected) for chosen, rejected in made]
-    lengths = [(len(c[1]), len(r[1])) for c, r in made]
+    scored = answers(model)
+    margins = [logp(*chosen) - logp(*rejected) for chosen, rejected in scored]
+    lengths = [(len(c[1]), len(r[1])) for c, r in scored]
     scores = prefer(model, pairs, 512)
     assert scores["margin"].value == pytest.approx(sum(margins) / 3, abs=1e-4)
     assert scores["accuracy"].value == pytest.approx(sum(m > 0 for m in margins) / 3)

@@ -569,7 +569,7 @@ def test_llama_rows_in_transformers_order_would_be_found(
 
 def without(package: str) -> Callable[[str], Any]:
     find = importlib.util.find_spec
-    return lambda name, *rest: None if name == package else find(name, *rest)
+    return lambda name, *args: None if name == package else find(name, *args)
 
 
 def test_without_llamacpp_the_weights_are_checked(

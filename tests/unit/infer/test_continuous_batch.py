@@ -140,16 +140,16 @@ def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
 ) -> None:
     decoder = NativeDecoder(FusedWeights(endless("qwen3", tokenizer).model, torch.bfloat16))
     decoder.admit([[5, 9, 7]])
-    seen = []
+    enabled = []
 
     def fails(*args: Any, **kwargs: Any) -> None:
-        seen.append(torch.backends.mkldnn.enabled)
+        enabled.append(torch.backends.mkldnn.enabled)
         raise RuntimeError("a matmul failed")
 
     monkeypatch.setattr(decoder.weights, "forward", fails)
     with pytest.raises(RuntimeError, match="a matmul failed"):
         decoder.step([11])
-    assert [*seen, torch.backends.mkldnn.enabled] == [False, True]
+    assert [*enabled, torch.backends.mkldnn.enabled] == [False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])

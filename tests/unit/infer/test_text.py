@@ -85,11 +85,11 @@ def test_the_text_ends_before_the_first_stop_text(
     tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
 ) -> None:
     stream = TextStream(tokenizer, stop)
-    released, seen = [], ""
+    released, emitted = [], ""
     for token in tokenizer.encode(text, add_special_tokens=False):
         released.append(stream.add(token))
-        seen += released[-1]
-        assert not any(one in seen for one in stop)
+        emitted += released[-1]
+        assert not any(one in emitted for one in stop)
         if stream.stopped:
             break
     released.append(stream.end())

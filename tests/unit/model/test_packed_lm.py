@@ -211,7 +211,7 @@ CHANGED = {
 }
 
 
-def own_loss(model: PreTrainedModel, lengths: list[int]) -> torch.Tensor:
+def reported_loss(model: PreTrainedModel, lengths: list[int]) -> torch.Tensor:
     """The sum of the losses that the model itself reports for each text."""
     total = torch.zeros(())
     with use_attention(model, "sdpa"):
@@ -240,7 +240,7 @@ def test_the_loss_and_its_gradients_are_the_models_own(
     lengths = [20, 2, 11]
     model = tiny.model(family, **changes)
     lm = PackedLM(model)
-    expected, got = own_loss(model, lengths), lm(tiny.batch(lengths))
+    expected, got = reported_loss(model, lengths), lm(tiny.batch(lengths))
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     weights = [p for p in model.parameters() if p.requires_grad]
     truth = torch.autograd.grad(expected, weights)

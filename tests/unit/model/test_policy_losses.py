@@ -226,7 +226,7 @@ def test_micro_batches_add_up_to_the_whole_batch(kind: Any) -> None:
     losses = torch.arange(1.0, 10.0)
     answers = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 4])  # the fourth answer is empty
     included = torch.tensor([True, True, False, True, True])
-    whole = normalised(losses, answers, included, kind, 7)
+    full = normalised(losses, answers, included, kind, 7)
     none = torch.empty(0, requires_grad=True)
     empty = normalised(none, torch.empty(0).long(), torch.empty(0).bool(), kind, 7)
     empty[0].backward()  # processes with nothing to do take part in the backward pass
@@ -236,8 +236,8 @@ def test_micro_batches_add_up_to_the_whole_batch(kind: Any) -> None:
         normalised(losses[4:], answers[4:] - 2, included[2:], kind, 7),
     ]
     assert (empty[0].item(), empty[1].item()) == (0.0, 0)
-    assert sum(part[0].item() for part in parts) == pytest.approx(whole[0].item())
-    assert sum(part[1].item() for part in parts) == whole[1].item()
+    assert sum(part[0].item() for part in parts) == pytest.approx(full[0].item())
+    assert sum(part[1].item() for part in parts) == full[1].item()
 
 
 def test_what_is_excluded_has_no_gradient() -> None:
@@ -313,11 +313,11 @@ def test_losses_and_gradients_are_those_of_trl() -> None:
     new, old, ref = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator) * 0.5 - 2
     mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
     losses = [(*of_trl, beta, *clip) for of_trl, (_, _, beta, clip) in OF_TRL.items()]
-    given = {
+    inputs = {
         name: t.tolist() for name, t in zip(("new", "old", "ref"), (new, old, ref), strict=True)
     }
-    given |= {"mask": mask.tolist(), "weights": WEIGHTS, "longest": LONGEST, "losses": losses}
-    command = [sys.executable, "-W", "ignore", "-c", TRL, json.dumps(given)]
+    inputs |= {"mask": mask.tolist(), "weights": WEIGHTS, "longest": LONGEST, "losses": losses}
+    command = [sys.executable, "-W", "ignore", "-c", TRL, json.dumps(inputs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     theirs = json.loads(done.stdout.splitlines()[-1])

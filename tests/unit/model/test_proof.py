@@ -157,7 +157,7 @@ def test_what_no_way_decodes_is_refused_to_decode_alone(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     forward = TransformersDecoder._forward
-    monkeypatch.setattr(TransformersDecoder, "_forward", lambda *given: forward(*given) + 1)
+    monkeypatch.setattr(TransformersDecoder, "_forward", lambda *args: forward(*args) + 1)
     model = tiny.model("qwen3")
     assert require_conformance(model, training=True).packed
     with pytest.raises(ModelError, match=r"no mode of decoding gives what its own forward does"):

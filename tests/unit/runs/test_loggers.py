@@ -40,11 +40,11 @@ def rewound(directory: Path, lines: list[bytes], steps: int, validation_due: boo
 def test_damaged_lines_cost_no_other(
     tmp_path_factory: pytest.TempPathFactory, junk: list[list[bytes]], steps: int, cut: bytes
 ) -> None:
-    place = tmp_path_factory.mktemp("any")
+    directory = tmp_path_factory.mktemp("any")
     lines = [line for step in range(5) for line in (*junk[step], a_row(step))]
-    assert rewound(place, [*lines, cut], steps) == [json.loads(a_row(n)) for n in range(steps)]
-    copy = place / "metrics-damaged.jsonl"
-    damaged = any(line.strip() for some in junk for line in some)
+    assert rewound(directory, [*lines, cut], steps) == [json.loads(a_row(n)) for n in range(steps)]
+    copy = directory / "metrics-damaged.jsonl"
+    damaged = any(line.strip() for group in junk for line in group)
     assert copy.exists() == damaged
     if damaged:
         assert copy.read_bytes() == b"\n".join([*lines, cut])

@@ -160,13 +160,13 @@ def test_stop(opened: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ContinuousBatch, "step", slowly)
     choose(opened, "base")
     opened.locator("#max_tokens").evaluate("(node) => { node.value = node.max; }")  # time to stop
-    for way in ("button", "Escape"):
+    for control in ("button", "Escape"):
         ask(opened, LONG)
         expect(reply(opened, "base").locator(".said")).not_to_be_empty()
-        if way == "button":
+        if control == "button":
             opened.get_by_role("button", name="Stop").click()
         else:
-            opened.keyboard.press(way)
+            opened.keyboard.press(control)
         expect(reply(opened, "base")).to_contain_text("Stopped.")
         eventually(lambda: not served.worker.completions)
 

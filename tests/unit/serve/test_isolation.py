@@ -38,8 +38,8 @@ def ask(served: Served, body: dict[str, Any]) -> tuple[int, str]:
     answer = served.post(path, json=body | {"stream": True})
     events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     chunks = [json.loads(event) for event in events if event != "[DONE]"]
-    kept = [{name: chunk.get(name) for name in ("choices", "error")} for chunk in chunks]
-    return answer.status_code, json.dumps(kept)
+    compared = [{name: chunk.get(name) for name in ("choices", "error")} for chunk in chunks]
+    return answer.status_code, json.dumps(compared)
 
 
 def beside_honest(served: Served, body: dict[str, Any]) -> tuple[list[Any], tuple[int, str]]:

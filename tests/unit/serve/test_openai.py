@@ -68,8 +68,8 @@ def test_stream_ends_with_done(served: Served) -> None:
     body = CHAT | {"stream": True, "max_tokens": 3}
     answer = served.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    *events, done, rest = answer.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
+    *events, done, trailing = answer.text.split("\n\n")
+    assert (done, trailing) == ("data: [DONE]", "")
     assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events)
 
 

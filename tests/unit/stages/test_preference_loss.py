@@ -88,9 +88,9 @@ def test_each_name_has_a_loss_of_its_own(loss: str) -> None:
 
 def test_gamma_and_label_smoothing_reach_their_losses() -> None:
     reference = torch.tensor([-10.0, -11.0])
-    for given, gamma in ((None, GAMMA), (0.0, 0.0), (1.5, 1.5)):
-        made = options("simpo", gamma=given).pairs(POLICY, None, LENGTHS).losses
-        assert made.equal(simpo(POLICY, LENGTHS, 0.1, gamma).losses)
+    for configured, gamma in ((None, GAMMA), (0.0, 0.0), (1.5, 1.5)):
+        losses = options("simpo", gamma=configured).pairs(POLICY, None, LENGTHS).losses
+        assert losses.equal(simpo(POLICY, LENGTHS, 0.1, gamma).losses)
     for loss in SMOOTHED:
-        made = options(loss, label_smoothing=0.2).pairs(POLICY, reference, LENGTHS).losses
-        assert made.equal(dpo(POLICY, reference, LENGTHS, 0.1, loss, 0.2).losses)
+        losses = options(loss, label_smoothing=0.2).pairs(POLICY, reference, LENGTHS).losses
+        assert losses.equal(dpo(POLICY, reference, LENGTHS, 0.1, loss, 0.2).losses)
