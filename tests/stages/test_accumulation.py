@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import Fit
 
 from minigpt.cli.trainer import MiniGPTCLI
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("sgd")
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_model(run_dir).state_dict()
+    """The weights that a run has saved, those of an adapter merged."""
+    file = run_dir / "hf" / "model.safetensors"
+    return load_file(file) if file.is_file() else load_model(run_dir).state_dict()
 
 
 def micro_batches(cli: MiniGPTCLI, epoch: int) -> list[PackedBatch]:
@@ -81,7 +84,7 @@ def test_windows_equal_steps_written_out(
         assert torch.allclose(value, expected.hf.state_dict()[name], rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "kto", "lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "kto", "lora", "reward"])
 def test_one_large_batch_equals_many_small_ones(stage: str, tmp_path: Path, fit: Fit) -> None:
     """The whole file in a step: as one batch, and as a short window of small ones."""
     extra: dict[str, Any] = {"trainer__max_epochs": 2, "trainer__max_steps": -1}

@@ -14,7 +14,10 @@ from tiny_runs import Fit
 
 from minigpt.cli.trainer import MiniGPTCLI
 from minigpt.errors import ConfigError, DataError, TrainingError
+from minigpt.files import write_manifest
+from minigpt.model.restore import load_plain
 from minigpt.report.build import write_report
+from minigpt.runs.checkpoints import STATE
 from minigpt.stages.grpo import GRPOModule
 
 # Rewards by TRL's signature: answers that begin alike score by their first token.
@@ -104,6 +107,13 @@ def test_several_passes_have_ratios_and_resume_exactly(grpo: Any, tmp_path: Path
         uninterrupted.model.state_dict().values(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other)
+    state = load_plain(middle / STATE)  # the negative control: what it holds is learnt from
+    for batch in state["rollout"]:
+        batch["advantages"] *= 2
+    torch.save(state, middle / STATE)
+    write_manifest(middle)
+    grpo("low_ids", "changed", "--ckpt_path", str(middle), **changes)
+    assert metrics(tmp_path, "train/loss", "changed") != losses[-1:]
     other = grpo("low_ids", "other", data__init_args__seed=1, **changes)
     assert metrics(tmp_path, "train/loss", "other") != losses
     assert other.datamodule.position == uninterrupted.datamodule.position
