@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError, MiniGPTError
+from minigpt.infer.native import NativeDecoder
 from minigpt.infer.sampling import Sampler, Sampling, sample
 from minigpt.infer.text import Pieces, TextStream
 
 if TYPE_CHECKING:
     from minigpt.infer.engine import Engine
 
-PREFILL = 4096  # tokens of new prompts that one step takes; more would hold up the others
+PREFILL = 4096  # tokens of new prompts that one step reads; more would hold up the others
 
 Finish = Literal["stop", "length", "error"]
 NOT_FINITE = "The model's logits are not finite here: its weights are damaged, or it overflows."
@@ -119,14 +120,19 @@ class DecodingBatch(Generic[R]):
         engine: the model and its tokenizer; the model must stay in eval mode.
         slots: how many requests are decoded at once; the others wait. At least as many as answer
             one prompt.
+        prefill: tokens of new prompts that one step reads. A `NativeDecoder` reads a longer prompt
+            in several steps; the others read it in one, and `PREFILL` tokens in any case, since
+            those that begin apart are decoded apart.
     """
 
-    def __init__(self, engine: Engine, slots: int) -> None:
+    def __init__(self, engine: Engine, slots: int, prefill: int = PREFILL) -> None:
         self.engine = engine
         self.slots = slots
         self._decoder = engine.decoder()
+        self._prefill = prefill if self._decoder.joins else PREFILL
         self._rows: list[R] = []
         self._queue: deque[tuple[list[int], list[R]]] = deque()  # a prompt, its requests
+        self._read = 0  # tokens of the first prompt in the queue that have been read
 
     @property
     def idle(self) -> bool:
@@ -138,10 +144,10 @@ class DecodingBatch(Generic[R]):
         if requests:
             self._queue.append((prompt, list(requests)))
 
-    def _next_logits(self) -> Tensor:
+    def _next_logits(self) -> Tensor | None:
         """Read a token of each row, and the prompts whose turn it is; return logits [rows, V].
 
-        A prompt is read once, for all of its requests.
+        A prompt is read once, for all of its requests. None where there is no row yet.
         """
         outputs = []
         new = self._next_groups()
@@ -151,10 +157,15 @@ class DecodingBatch(Generic[R]):
             counts = [len(requests) for _, requests in new]
             outputs.append(self._decoder.admit([ids for ids, _ in new], counts))
             self._rows += [request for _, requests in new for request in requests]
+        if not outputs:
+            return None
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _next_groups(self) -> list[tuple[list[int], list[R]]]:
-        """Take the prompts off the queue that begin now, with their requests."""
+        """Take the prompts off the queue that begin now, with their requests.
+
+        Of a prompt that is too long for one step, the next piece is read.
+        """
         free = self.slots - len(self._rows)
         waiting = sum(len(requests) for _, requests in self._queue)
         if not self._decoder.joins and waiting > free < self.slots / 2:
@@ -162,10 +173,17 @@ class DecodingBatch(Generic[R]):
         new: list[tuple[list[int], list[R]]] = []
         tokens = 0
         while self._queue and len(self._queue[0][1]) <= free:
-            tokens += len(self._queue[0][0])
-            if new and tokens > PREFILL:
+            prompt = self._queue[0][0]
+            tokens += len(prompt) - self._read
+            if tokens > self._prefill and new:
+                break
+            if tokens > self._prefill and isinstance(self._decoder, NativeDecoder):
+                end = self._read + self._prefill
+                self._decoder.read(prompt[self._read : end])
+                self._read = end
                 break
             new.append(self._queue.popleft())
+            self._read = 0
             free -= len(new[-1][1])
         return new
 
@@ -203,10 +221,11 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
     Args:
         engine: the model and its tokenizer; the model must stay in eval mode.
         slots: how many requests are decoded at once; the others wait.
+        prefill: tokens of new prompts that one step reads.
     """
 
-    def __init__(self, engine: Engine, slots: int) -> None:
-        super().__init__(engine, slots)
+    def __init__(self, engine: Engine, slots: int, prefill: int = PREFILL) -> None:
+        super().__init__(engine, slots, prefill)
         self._pieces = Pieces(engine.tokenizer)
         self._count = 0
 
@@ -224,6 +243,10 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
 
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens when it has ended."""
+        begun = self._read > 0 and self._queue[0][1][0].number == number
+        if begun and isinstance(self._decoder, NativeDecoder):
+            self._decoder.forget()
+            self._read = 0
         self._queue = deque(g for g in self._queue if all(r.number != number for r in g[1]))
         for row, request in enumerate(self._rows):
             if request.number == number:
@@ -236,6 +259,8 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
         if self.idle:
             return []
         logits = self._next_logits()
+        if logits is None:
+            return []
         tokens = sample(logits, [request.sampler for request in self._rows])
         deltas = [
             self._delta(request, token, row)

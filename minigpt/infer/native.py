@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
@@ -257,13 +258,36 @@ class NativeDecoder:
         self.lengths: list[int] = []
         self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
         self.rotations = weights.rotations(0)
+        # By layer, [2, 1, K, L, D]: keys and values of the first L tokens of the next prompt.
+        self._begun: list[Tensor] = []
+
+    @torch.inference_mode()
+    def read(self, tokens: list[int]) -> None:
+        """Read the beginning of the prompt that is admitted next, or go on with it."""
+        start = self._begun[0].shape[3] if self._begun else 0
+        end = start + len(tokens)
+        if end > len(self.rotations):
+            self.rotations = self.weights.rotations(end)
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            before = self._begun[layer] if start else None
+            out, keys_values = _attend_causally(heads, self.weights.kv, before)
+            self._begun[layer : layer + 1] = [keys_values]
+            return out
+
+        ids = torch.tensor(tokens, device=self.rotations.device)
+        self.weights.forward(ids, self.rotations[start:end], attend, exact=True)
+
+    def forget(self) -> None:
+        """Forget what `read` has read."""
+        self._begun = []
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]], counts: Sequence[int] | None = None) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens.
 
         Args:
-            prompts: each is computed once.
+            prompts: each is computed once; the first one's beginning may have been by `read`.
             counts: how many rows each gets, one after the other; by default one.
         """
         first, device = len(self.lengths), self.rotations.device
@@ -271,22 +295,23 @@ class NativeDecoder:
         for prompt, count in zip(prompts, counts, strict=True):
             self.lengths += [len(prompt)] * count
         self._reserve()
-        ends = _borders(map(len, prompts))
+        begun, self._begun = self._begun, []
+        starts = [begun[0].shape[3] if begun else 0] + [0] * (len(prompts) - 1)
+        pieces = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        ends = _borders(map(len, pieces))
         spans = list(pairwise(ends))
         rows = list(pairwise(_borders(counts, first)))
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-        n_heads, n_kv = self.weights.heads, self.weights.kv
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
+        borders = zip(starts, map(len, prompts), strict=True)
+        positions = torch.cat([torch.arange(*border, device=device) for border in borders])
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             outs = []
             for (start, end), (row, next_row) in zip(spans, rows, strict=True):
-                prompt_heads = heads[start:end].transpose(0, 1)  # [H + 2K, L, D]
-                keys_values = prompt_heads[n_heads:].unflatten(0, (2, 1, -1))
-                self.caches[layer][:, row:next_row, :, : end - start] = keys_values
-                q, k, v = prompt_heads[None].split((n_heads, n_kv, n_kv), 1)
-                out = sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
-                outs.append(out[0].transpose(0, 1).flatten(1))
+                before = begun[layer] if begun and start == 0 else None
+                out, keys_values = _attend_causally(heads[start:end], self.weights.kv, before)
+                self.caches[layer][:, row:next_row, :, : keys_values.shape[3]] = keys_values
+                outs.append(out)
             return torch.cat(outs)
 
         out = self.weights.forward(tokens, self.rotations[positions], attend, exact=True)
@@ -384,6 +409,27 @@ class NativeDecoder:
 
 def _borders(sizes: Iterable[int], start: int = 0) -> list[int]:
     return list(accumulate(sizes, initial=start))
+
+
+def _attend_causally(heads: Tensor, kv: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the attention [T, H * D] of T tokens of a prompt, with all keys and values.
+
+    Args:
+        heads: [T, H + 2K, D], the queries scaled.
+        kv: K, how many heads have keys.
+        before: keys and values [2, 1, K, L, D] of the tokens before them.
+
+    Returns:
+        The attention, and keys and values [2, 1, K, L + T, D].
+    """
+    by_head = heads.transpose(0, 1)
+    keys_values = by_head[-2 * kv :].unflatten(0, (2, 1, -1))
+    if before is not None:
+        keys_values = torch.cat([before, keys_values], 3)
+    q, (k, v) = by_head[None, : -2 * kv], keys_values
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    out = sdpa(q, k, v, mask, enable_gqa=True, scale=1.0)
+    return out[0].transpose(0, 1).flatten(1), keys_values
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -44,8 +44,10 @@ class _RolloutBatch(DecodingBatch[_Rollout]):
     @torch.no_grad()
     def step(self) -> None:
         """Add a token to each active answer, and to those that get a slot."""
-        logits = self._next_logits().float().cpu()
-        tokens, logprobs = draw(logits, [rollout.sampler for rollout in self._rows])
+        logits = self._next_logits()
+        if logits is None:
+            return
+        tokens, logprobs = draw(logits.float().cpu(), [rollout.sampler for rollout in self._rows])
         if not logprobs.isfinite().all():
             raise ModelError(NOT_FINITE)
         drawn = zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)

@@ -21,6 +21,8 @@ from minigpt.serve.encoder import Encoder, EncodingError
 log = logging.getLogger(__name__)
 
 STOPPED = "The server was stopped."
+# Tokens of prompts that one step reads: all answers of the model wait for it, and so does a stop.
+PREFILL = {"cpu": 512, "cuda": 4096}
 Argument = TypeVar("Argument")
 
 
@@ -81,7 +83,7 @@ class Worker:
         self.engines = engines
         self.slots = slots
         self.capacity = slots + max_queue
-        self.batches = {name: ContinuousBatch(engine, slots) for name, engine in engines.items()}
+        self.batches = {name: self._batch(name) for name in engines}
         self.completions: set[Completion] = set()
         self.broken = False
         self.encoders = {name: Encoder(engine) for name, engine in engines.items()}
@@ -104,7 +106,7 @@ class Worker:
         """End all requests, those whose prompts are being encoded too, and take no more."""
         if not self._stopping.done():
             self._stopping.set_result(None)
-        self.fail(self.completions, STOPPED)
+        self.fail(self.completions, STOPPED, 503)
 
     def stop(self) -> None:
         """End the thread after its current step."""
@@ -181,11 +183,16 @@ class Worker:
             self.completions.discard(completion)
             self._commands.put((self._drop, completion))
 
-    def fail(self, completions: Iterable[Completion], reason: str) -> None:
+    def fail(self, completions: Iterable[Completion], reason: str, status: int = 500) -> None:
         """End requests with an error."""
         for completion in set(completions):
             self.cancel(completion)
-            completion.inbox.put_nowait(ServingError(reason))
+            completion.inbox.put_nowait(ServingError(reason, status))
+
+    def _batch(self, model: str) -> ContinuousBatch:
+        engine = self.engines[model]
+        prefill = PREFILL.get(engine.model.device.type, PREFILL["cpu"])
+        return ContinuousBatch(engine, self.slots, prefill)
 
     def _run(self) -> None:
         try:
@@ -222,7 +229,7 @@ class Worker:
             if isinstance(argument, Completion):
                 failed.add(argument)
             self._owners[model].clear()
-            self.batches[model] = ContinuousBatch(self.engines[model], self.slots)
+            self.batches[model] = self._batch(model)
             message = "The model failed on this request."
             self._loop.call_soon_threadsafe(self.fail, failed, message)
 

@@ -135,6 +135,53 @@ def test_steps_have_the_logits_of_the_model(
         assert float((logits - expected).abs().max()) < off * float(expected.abs().max())
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("family", NATIVE)
+@torch.no_grad()
+def test_prompts_read_in_pieces_have_the_logits_of_the_model(
+    family: str, dtype: torch.dtype, off: float, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = endless(family, tokenizer).model
+    prompt_ids = [list(range(5, 105)), [6, 5, 9]]  # more positions than a cache begins with
+    decoder = NativeDecoder(FusedWeights(model, dtype))
+    for start in (0, 30, 60):
+        decoder.read(prompt_ids[0][start : start + 30])
+    outputs = [decoder.admit(prompt_ids, [2, 1]), decoder.step([11] * 3)]
+    rows = [prompt_ids[0], *prompt_ids]
+    for logits, ids in zip(outputs, (rows, [[*row, 11] for row in rows]), strict=True):
+        expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
+        assert float((logits.float() - expected).abs().max()) < off * float(expected.abs().max())
+
+
+def test_long_prompts_hold_up_no_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = endless("qwen3", tokenizer, max_position_embeddings=256)
+    short, long, last = [5, 9, 7], list(range(5, 85)), list(range(50, 100))
+    alone = [ids_of(decode(engine, [ids], [Sampling(20)], 1)[0]) for ids in (short, long, last)]
+    batch = ContinuousBatch(engine, 4, prefill=16)
+    first = batch.add(short, Sampling(20))
+    batch.add(list(range(90, 190)), Sampling(20))
+    replies: dict[int, list[int]] = {first: [], batch.add(long, Sampling(20)): []}
+    steps = []
+    while not batch.idle:
+        if len(steps) == 3:  # in the midst of the second prompt
+            batch.cancel(2)
+            replies[batch.add(last, Sampling(20))] = []
+        steps.append(batch.step())
+        for delta in steps[-1]:
+            replies[delta.request] += delta.ids
+    assert list(replies.values()) == alone
+    assert [[delta.request for delta in step] for step in steps[:7]] == [[first]] * 7
+    assert [len(step) for step in steps].count(3) > 5  # they end up together
+
+
+def test_a_long_prompt_alone_is_read_in_several_steps(tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = ContinuousBatch(endless("llama", tokenizer), 1, prefill=16)
+    number = batch.add(list(range(5, 45)), Sampling(1))
+    assert [batch.step(), batch.step()] == [[], []]
+    assert [(delta.request, delta.finish) for delta in batch.step()] == [(number, "length")]
+    assert batch.idle
+
+
 def test_decoding_a_row_in_bf16_leaves_the_process_as_it_was(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
