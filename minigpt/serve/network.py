@@ -157,10 +157,19 @@ class Server(uvicorn.Server):
 
 
 def run(app: FastAPI, worker: Worker, listener: socket.socket) -> None:
-    """Serve until SIGTERM, and return; Ctrl-C raises KeyboardInterrupt."""
+    """Serve until SIGTERM or SIGHUP, and return; Ctrl-C raises KeyboardInterrupt.
+
+    SIGHUP means nothing where it is ignored, as under `nohup`.
+    """
+    server = Server(app, worker)
     # uvicorn sends itself the signal again once it has stopped: this time it means nothing.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(
+            signal.SIGHUP, lambda *_: server.handle_exit(signal.SIGTERM, None)
+        )
     try:
-        Server(app, worker).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -39,7 +39,7 @@ def health(client: httpx.Client) -> Any:
         return client.get("/health").json()
 
 
-@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
 def test_serving_until_a_signal_comes(
     minigpt: Minigpt, model: Path, monkeypatch: pytest.MonkeyPatch, sent: str, status: int
 ) -> None:
@@ -74,7 +74,11 @@ def test_serving_until_a_signal_comes(
     visitor.start()
     models = [f"a={model}", f"b={model.parent}"]
     options = ["--port", url.rpartition(":")[2], "--max_context", "1100"]
-    outcome = minigpt("serve", *models, *options)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under `nohup`
+    try:
+        outcome = minigpt("serve", *models, *options)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     visitor.join()
     assert outcome.status == status
     assert outcome.out == f"Serving a, b at {url} (Ctrl-C stops)\n"
@@ -84,6 +88,20 @@ def test_serving_until_a_signal_comes(
     assert observed["long"].status_code == 400
     assert observed["long"].json()["error"]["code"] == "context_length_exceeded"
     assert observed["last"] == "data: [DONE]"  # what was begun went on to its end
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        network.Server, "run", lambda *_, **__: seen.append(signal.getsignal(signal.SIGHUP))
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        nothing: Any = None
+        network.run(nothing, nothing, nothing)
+        assert [*seen, signal.getsignal(signal.SIGHUP)] == [signal.SIG_IGN] * 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_names() -> None:
