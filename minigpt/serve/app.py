@@ -110,17 +110,19 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
-        body = await self.bodies.read(request, ChatRequest)
+        deadline = self._deadline()
+        body = await self.bodies.read(request, ChatRequest, deadline)
         if self._engine(body.model).codec is None:
             reason = "has no chat template: continue text with /v1/completions instead."
             raise RefusedError(400, f"{body.model!r} {reason}", "no_chat_template", "model")
         messages = [message.record() for message in body.messages]
-        return await self._answer(body, request, [messages], "messages")
+        return await self._answer(body, request, [messages], "messages", deadline)
 
     async def text(self, request: Request) -> Response:
         """Continue texts."""
-        body = await self.bodies.read(request, TextRequest)
-        return await self._answer(body, request, body.prompts(), "prompt")
+        deadline = self._deadline()
+        body = await self.bodies.read(request, TextRequest, deadline)
+        return await self._answer(body, request, body.prompts(), "prompt", deadline)
 
     async def health(self) -> Response:
         """Say whether answers are being computed."""
@@ -135,6 +137,9 @@ class Endpoints:
     async def page(self) -> Response:
         """Return the web page."""
         return self.html
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self.timeout
 
     def _engine(self, name: str) -> Engine:
         if name not in self.worker.engines:
@@ -164,9 +169,13 @@ class Endpoints:
         return [await self._ids(model, prompt, param) for prompt in prompts]
 
     async def _answer(
-        self, body: CompletionRequest, request: Request, prompts: Sequence[Prompt], param: str
+        self,
+        body: CompletionRequest,
+        request: Request,
+        prompts: Sequence[Prompt],
+        param: str,
+        deadline: float,
     ) -> Response:
-        deadline = asyncio.get_running_loop().time() + self.timeout
         context = self._engine(body.model).context
         with self.worker.reserved(body.model, len(prompts) * body.n):
             async with asyncio.timeout_at(deadline):
@@ -234,12 +243,13 @@ class BodyReader:
     def __init__(self) -> None:
         self._long = asyncio.Lock()
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
+    async def read(self, request: Request, kind: type[Body], deadline: float) -> Body:
         """Return the body of a request, checked.
 
         Raises:
             RefusedError: for a body that is no JSON, or not what the API takes.
             ClientDisconnect: when the client leaves.
+            TimeoutError: when it is not the body's turn before the deadline, a time of the loop.
         """
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":  # pages elsewhere can send other types without asking
@@ -248,13 +258,18 @@ class BodyReader:
         content = await request.body()
         if len(content) <= LONG_BODY:
             return parse(content, kind)
-        await until_disconnect(request, self._long.acquire())
+        await until_disconnect(request, self._turn(deadline))
         started = time.perf_counter()
         try:
             return parse(content, kind)
         finally:
             pause = PAUSE * (time.perf_counter() - started)
             asyncio.get_running_loop().call_later(pause, self._long.release)
+
+    async def _turn(self, deadline: float) -> None:
+        # In the task that acquires, or the lock could stay with a request that has timed out.
+        async with asyncio.timeout_at(deadline):
+            await self._long.acquire()
 
 
 def parse(content: bytes, kind: type[Body]) -> Body:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,13 +16,15 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patience import eventually
+from patience import eventually, limit
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ANSWER, QUESTION, Served, running, slow_reading
 
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
-from minigpt.serve import middleware, network
+from minigpt.infer.native import NativeDecoder
+from minigpt.serve import app, middleware, network
+from minigpt.serve.worker import STOPPED
 
 CHAT: dict[str, Any] = {
     "model": "sft",
@@ -383,6 +386,18 @@ def test_time_limit_of_prompts_that_are_read(
         assert served.worker.load("base") == 0
 
 
+def test_time_limit_of_bodies_that_wait(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "PAUSE", 1e9)
+    long = json.dumps(LONG).encode() + b" " * app.LONG_BODY
+    headers = {"content-type": "application/json"}
+    with running(engines, timeout=0.3) as served:
+        served.post(TEXTS, content=long, headers=headers)  # after which long ones wait
+        answer = served.post(TEXTS, content=long, headers=headers)
+        assert (answer.status_code, error_of(answer)["code"]) == (504, "timeout")
+
+
 def test_time_limit(engines: dict[str, Engine]) -> None:
     with running(engines, timeout=0.3) as served:
         client = served.client
@@ -448,6 +463,34 @@ def test_answers_are_ended_when_the_server_stops(
         served.server.should_exit = True
         with pytest.raises(openai.APIError, match="The server was stopped"):
             list(stream)
+
+
+def test_a_long_prompt_is_read_no_further_when_the_server_stops(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    pieces: list[int] = []
+    read = NativeDecoder.read
+
+    def blocked(self: NativeDecoder, tokens: list[int]) -> None:
+        pieces.append(len(tokens))
+        begun.set()
+        go.wait(limit(60))
+        read(self, tokens)
+
+    monkeypatch.setattr(NativeDecoder, "read", blocked)
+    monkeypatch.setattr(network, "GRACE", 0.2)
+    with running(engines) as served, ThreadPoolExecutor(1) as clients:
+        served.server.config.timeout_graceful_shutdown = 600
+        body = LONG | {"prompt": [5] * 4000, "stream": False}
+        waiting = clients.submit(served.post, TEXTS, json=body)
+        assert begun.wait(limit(60))
+        served.server.should_exit = True
+        answer = waiting.result()
+        assert (answer.status_code, error_of(answer)["message"]) == (503, STOPPED)
+        go.set()
+        eventually(lambda: not served.worker.alive)
+    assert pieces == [512]
 
 
 def test_health_and_metrics(engines: dict[str, Engine]) -> None:
