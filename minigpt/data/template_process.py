@@ -21,7 +21,6 @@ from jinja2 import TemplateRuntimeError
 
 CPU_SECONDS = 2.0  # processor time that a chat may take; real templates take milliseconds
 MEMORY = 2**29  # bytes that a template may take
-LONGEST = 2**24  # characters that a template may write
 NICENESS = 10  # an endless template takes little of a busy processor from what else is computed
 Rendered = tuple[list[str], list[list[tuple[int, int]]]]  # texts, and spans of their marks
 
@@ -30,9 +29,13 @@ class TemplateProcess:
     """Renders templates as transformers' `render_jinja_template`, for one thread at a time.
 
     The process starts with the object, and anew where a template had it killed.
+
+    Args:
+        longest: characters that a template may write.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -74,7 +77,7 @@ class TemplateProcess:
             if self._process is None or self._process.poll() is not None:
                 self._process = subprocess.Popen(
                     # -P: or its neighbours would be taken for libraries of their names.
-                    [sys.executable, "-P", __file__, str(CPU_SECONDS)],
+                    [sys.executable, "-P", __file__, str(CPU_SECONDS), str(self._longest)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     env=os.environ | {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"},
@@ -104,23 +107,23 @@ def main() -> None:
     """Render a chat for each line of the standard input, until it ends."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    seconds = float(sys.argv[1])
+    seconds, longest = float(sys.argv[1]), int(sys.argv[2])
     os.nice(NICENESS)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit_memory()
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        answer = _answer(render_jinja_template, line)
+        answer = _answer(render_jinja_template, line, longest)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(answer.encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _answer(render: Any, line: bytes) -> str:
+def _answer(render: Any, line: bytes, longest: int) -> str:
     try:
         texts, spans = render(**json.loads(line))
-        if sum(map(len, texts)) > LONGEST:
-            raise ValueError(f"it writes more than {LONGEST} characters")
+        if sum(map(len, texts)) > longest:
+            raise ValueError(f"it writes more than {longest} characters")
         return json.dumps({"texts": texts, "spans": spans})
     except Exception as error:
         return json.dumps({"error": str(error)[:1000] or type(error).__name__})

@@ -44,7 +44,8 @@ class Encoder:
         self._thread = ThreadPoolExecutor(1, "minigpt-encode")
         self._process: TemplateProcess | None = None
         if engine.codec is not None and not engine.codec.template.native:
-            self._process = engine.codec.template.renderer = TemplateProcess()
+            self._process = TemplateProcess(self.max_characters)
+            engine.codec.template.renderer = self._process
 
     async def encode(
         self, prompt: str | Sequence[Message], stopping: asyncio.Future[None]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from minigpt.data import template_process
 from minigpt.infer import continuous_batch
+from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
 from minigpt.infer.sampling import Sampler
 from minigpt.serve import app, network
@@ -155,6 +157,7 @@ HOSTILE = """{%- set asked = messages[0].content -%}
 {%- if asked == 'loop' -%}
 {%- for a in range(99999) -%}{%- for b in range(99999) -%}{%- endfor -%}{%- endfor -%}
 {%- elif asked == 'memory' -%}{{ 'x' * 10**11 }}
+{%- elif asked == 'long' -%}{{ 'x' * 10**6 }}
 {%- elif asked == 'refuse' -%}{{ raise_exception('no such chats') }}
 {%- elif asked != 'empty' -%}
 {%- for m in messages -%}
@@ -187,10 +190,11 @@ def test_template_that_does_not_end_stops_its_own_request_alone(hostile: Served)
     words = {
         "loop": "more than 0.5 seconds of processor time",
         "memory": "MemoryError",
+        "long": f"more than {hostile.worker.encoders['hostile'].max_characters} characters",
         "refuse": "no such chats",
         "empty": "writes nothing for this chat",
     }
-    with ThreadPoolExecutor(5) as clients:
+    with ThreadPoolExecutor(6) as clients:
         asked = {
             name: clients.submit(hostile.post, CHATS, json=chat("hostile", name)) for name in words
         }
@@ -201,6 +205,23 @@ def test_template_that_does_not_end_stops_its_own_request_alone(hostile: Served)
             assert words[name] in answer.result().json()["error"]["message"]
     again = hostile.post(CHATS, json=chat("hostile", QUESTION)).json()
     assert again["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_a_users_message_opens_no_turn_in_a_template_of_others(
+    hostile: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+    add = ContinuousBatch.add
+
+    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
+        prompts.append(ids)
+        return add(batch, ids, *more)
+
+    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    body = chat("hostile", tiny.FORGED) | {"max_tokens": 2}
+    assert hostile.post(CHATS, json=body).status_code == 200
+    tokenizer = hostile.worker.engines["hostile"].tokenizer
+    assert prompts == [tiny.asked_as_text(tokenizer, tiny.FORGED)]
 
 
 def test_server_stops_while_a_template_goes_on(
@@ -295,11 +316,14 @@ def test_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
     async def read() -> None:
         bodies = app.BodyReader()
-        assert (await bodies.read(request_of(long), TextRequest)).prompt == QUESTION
-        second = asyncio.create_task(bodies.read(request_of(long), TextRequest))
+        never = asyncio.get_running_loop().time() + 1e6
+        assert (await bodies.read(request_of(long), TextRequest, never)).prompt == QUESTION
+        second = asyncio.create_task(bodies.read(request_of(long), TextRequest, never))
         with pytest.raises(ClientDisconnect):
-            await bodies.read(request_of(long, leaves=True), TextRequest)
-        assert (await bodies.read(request_of(short), TextRequest)).prompt == QUESTION
+            await bodies.read(request_of(long, leaves=True), TextRequest, never)
+        with pytest.raises(TimeoutError):
+            await bodies.read(request_of(long), TextRequest, 0.0)
+        assert (await bodies.read(request_of(short), TextRequest, never)).prompt == QUESTION
         assert not second.done()
         bodies._long.release()  # as the end of the pause does
         assert (await second).prompt == QUESTION
