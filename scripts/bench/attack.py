@@ -41,6 +41,18 @@ ENDLESS = (
     "{%- for m in messages -%}{{ m.role + ': ' + m.content + '\n' }}{%- endfor -%}"
 )
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
+GOALS = {  # figure of the result -> the most that it may be
+    "answers_changed": 0,
+    "first_token_ratio": 3.0,
+    "health_attacked_worst_s": 1.0,
+    "memory_growth_mb": 100.0,
+}
+
+
+class GoalsMissedError(MiniGPTError):
+    """What was measured is worse than it may be."""
+
+    exit_code = 1
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +60,8 @@ def main(arguments: list[str]) -> None:
     parser = CommandParser(
         prog="scripts/bench/attack.py",
         description="Ask for streams with and without four attackers: answers that change, time to "
-        "the first token, /health and the memory afterwards. Linux only.",
+        "the first token, /health and the memory afterwards. The status is 1 where a goal is "
+        "missed. Linux only.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--streams", type=positive, default=64, help="at the same time (64)")
@@ -58,9 +71,24 @@ def main(arguments: list[str]) -> None:
         "--settle", type=float, default=60, help="seconds until memory is read (60)"
     )
     parser.add_argument("--json", help="where to write the result")
+    parser.add_argument(
+        "--print_only", action="store_true", help="the status is 0 though a goal is missed"
+    )
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory, serving(Path(directory), args) as server:
-        publish(measure(args, *server), args.json)
+        result = measure(args, *server)
+    publish(result, args.json)
+    if (missed := missed_goals(result)) and not args.print_only:
+        raise GoalsMissedError(f"Goals missed: {'; '.join(missed)}.")
+
+
+def missed_goals(result: Result) -> list[str]:
+    """Return what a result says of each goal that it misses."""
+    return [
+        f"{name} is {result[name]:.3g}, and may be {most:g}"
+        for name, most in GOALS.items()
+        if not result[name] <= most  # nor is it met by what is not a number
+    ]
 
 
 def save_models(directory: Path) -> list[str]:
