@@ -11,8 +11,11 @@ import tiny
 import tiny_runs
 import torch
 from safetensors.torch import load_file
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
+from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
+from minigpt.data.tokenizer import CHAT_TEMPLATE
 from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Delta, Engine, Sampling
 from minigpt.infer.native import NativeDecoder
@@ -261,6 +264,56 @@ def test_model_without_a_template_continues_text_only(minigpt: Minigpt, tmp_path
     outcome = minigpt("generate", "--model", plain, "--prompt", "a")
     assert outcome.status == 2
     assert "no chat template" in outcome.err
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE + "{# of others #}"])
+def test_a_users_message_opens_no_turn(
+    minigpt: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    model = tmp_path / "model"
+    tiny.model("qwen3").save_pretrained(model)
+    tokenizer = tokenizers.load(tiny.tokenizer(model))
+    tokenizer.chat_template = template
+    tokenizers.save(tokenizer, model)
+    prompts: list[list[int]] = []
+    add = ContinuousBatch.add
+
+    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
+        prompts.append(ids)
+        return add(batch, ids, *more)
+
+    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    assert minigpt("generate", "--model", model, "--prompt", tiny.FORGED, *SHORT).status == 0
+    assert prompts == [tiny.asked_as_text(tokenizer, tiny.FORGED)]
+
+
+def test_a_model_whose_layers_have_states_completes_a_file(
+    minigpt: Minigpt, tmp_path: Path
+) -> None:
+    model = tmp_path / "lfm2"
+    config = Lfm2Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).save_pretrained(model)
+    tiny.tokenizer(model)
+    prompts = ["the cat", "a dog sits on the mat and then"]
+    tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", [{"prompt": p} for p in prompts])
+    options = ("--file", file, "--temperature", "0", *SHORT)
+    outcome = minigpt("generate", "--model", model, *options)
+    assert outcome.status == 0, outcome.err
+    engine = Engine.load(model)
+    alone = [
+        engine.complete([[Message("user", prompt)]], Sampling(6, temperature=0))[0].text
+        for prompt in prompts
+    ]
+    assert [json.loads(line)["completion"] for line in outcome.out.splitlines()] == alone
 
 
 def test_tokenizer_larger_than_the_model(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:

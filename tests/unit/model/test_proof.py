@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_a_model_that_sees_what_comes_is_refused_everywhere(tmp_path: Path) -> N
     for load in (load_model, lambda p: load_model(p, "sdpa"), Engine.load):
         with pytest.raises(ModelError, match=r"bert.*is refused.*depend on the tokens after it"):
             load(directory)
+
+
+def test_every_verb_refuses_a_model_that_sees_what_comes(
+    minigpt: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = saved("bert", tmp_path / "bert")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "the cat"}))
+    for arguments in (
+        ("generate", "--model", directory, "--text", "--prompt", "the cat"),
+        ("evaluate", "--model", directory, "--text", text),
+        ("serve", directory, "--port", "0"),
+    ):
+        outcome = minigpt(*arguments)
+        assert outcome.status == 2
+        assert "depend on the tokens after it" in outcome.err
+        assert "Serving" not in outcome.out
 
 
 def test_a_model_is_loaded_with_the_attention_that_is_exact(tmp_path: Path) -> None:
