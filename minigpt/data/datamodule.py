@@ -51,7 +51,7 @@ class ModelLimits(Protocol):
     def rows(self) -> int:
         """Return how many token ids the model embeds."""
 
-    def check_length(self, length: int, kind: Kind) -> None:
+    def check_length(self, length: int, shares_prompts: bool) -> None:
         """Refuse samples of so many tokens if the model does not read them."""
 
 
@@ -370,7 +370,7 @@ class JSONLDataModule(LightningDataModule):
             DataError: for a row with a token that the model cannot embed.
         """
         source = self.module.source
-        source.check_length(self.limits.max_length, self.kind)
+        source.check_length(self.limits.max_length, self.shares_prompts)
         rows = source.rows()
         for path in self._files():
             check_embedded(self._open(path), source.tokenizer, rows)

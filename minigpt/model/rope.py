@@ -68,7 +68,7 @@ def depends_on_length(model: PreTrainedModel) -> bool:
 
 
 def shared_limit(config: PreTrainedConfig) -> int:
-    """Return how long two answers and their shared prompt may be for their angles to be equal."""
+    """Return how long answers and their shared prompt may be for their angles to be equal."""
     text = config.get_text_config(decoder=True)
     rope = rope_parameters(config)
     if rope.get("rope_type") not in BY_LENGTH:
@@ -77,14 +77,17 @@ def shared_limit(config: PreTrainedConfig) -> int:
 
 
 def check_length(
-    config: PreTrainedConfig, length: int, kind: str, option: str = "data.init_args.max_length"
+    config: PreTrainedConfig,
+    length: int,
+    shares_prompts: bool = False,
+    option: str = "data.init_args.max_length",
 ) -> None:
     """Refuse a `max_length` beyond what a model reads.
 
     Args:
         config: the model's.
         length: of a sample, in tokens.
-        kind: of the records: text, chat, preference or unpaired.
+        shares_prompts: whether samples hold several answers to a prompt.
         option: where the length was set.
 
     Raises:
@@ -104,10 +107,10 @@ def check_length(
             f"{setting} {config.model_type} reads at most {limit} tokens, as its config says. Set "
             f"it to {limit}{stretch}."
         )
-    if kind == "preference" and length > (limit := shared_limit(config)):
+    if shares_prompts and length > (limit := shared_limit(config)):
         raise ConfigError(
             f"{setting} rotary angles of this kind ({rope_parameters(config)['rope_type']}) depend "
-            f"on a text's length above {limit} tokens, so that two answers cannot share their "
+            f"on a text's length above {limit} tokens, so that answers cannot share their "
             f"prompt. Set it to {limit}, or take rope_scaling of type yarn or linear."
         )
 

@@ -164,12 +164,12 @@ class ModelSource:
         model = find_model(self.init_from)
         return isinstance(model, Path) and (model / ADAPTER).is_file()
 
-    def check_length(self, length: int, kind: str) -> None:
+    def check_length(self, length: int, shares_prompts: bool) -> None:
         """Refuse samples that are longer than the model reads.
 
         Args:
             length: of samples in tokens, at most.
-            kind: of the records: text, chat, preference or unpaired.
+            shares_prompts: whether samples hold several answers to a prompt.
 
         Raises:
             ConfigError: for them.
@@ -177,7 +177,7 @@ class ModelSource:
         config = self.config()
         if self.rope_scaling is not None:
             scale_config(config, self.rope_scaling)
-        check_length(config, length, kind)
+        check_length(config, length, shares_prompts)
 
     @property
     def name(self) -> str:

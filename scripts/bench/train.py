@@ -141,7 +141,7 @@ def prepare(args: Namespace, directory: Path) -> Workload:
     _, _, kind, default_size = STAGES[args.stage]
     start = str(find_model(args.model) if args.model else new_model(args, directory / "start"))
     model = load_model(start)
-    check_length(model.config, args.max_length, kind, "--max-length")
+    check_length(model.config, args.max_length, kind == "preference", "--max-length")
     limits = Limits(args.max_length, data_limit=args.rows, on_bad_row="skip")
     tokenizer = tokenizers.load(start)
     store = open_store(args.data, kind, tokenizer, limits, directory / "cache")

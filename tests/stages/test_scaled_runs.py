@@ -17,6 +17,7 @@ from minigpt.errors import ConfigError
 from minigpt.infer.engine import Engine
 from minigpt.model.pretrained import load_config, save_model
 
+STAGES = (*tiny_runs.STAGES, "kto", "grpo", "reward")
 LONG: dict[str, Any] = {
     "data__init_args__max_length": 256,
     "data__init_args__tokens_per_batch": 512,
@@ -25,10 +26,29 @@ YARN = {"type": "yarn", "factor": 2.0}
 SCALED: dict[str, Any] = {**LONG, "model__init_args__rope_scaling": YARN}
 
 
-@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def long(stage: str) -> dict[str, Any]:
+    """Return the options of long samples; GRPO's batches are counted in prompts."""
+    if stage != "grpo":
+        return LONG
+    rewards = [{"kind": "length"}]
+    return {"data__init_args__max_length": 256, "model__init_args__rewards": rewards}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_longer_samples_than_the_model_reads_are_refused(stage: str, fit: Fit) -> None:
     with pytest.raises(ConfigError, match="max_length is 256, but qwen3 reads at most 128 tokens"):
-        fit(stage, **LONG)
+        fit(stage, **long(stage))
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "reward"])
+def test_answers_share_no_prompt_beyond_the_original_length_of_dynamic_angles(
+    stage: str, fit: Fit
+) -> None:
+    dynamic = {"type": "dynamic", "factor": 2.0}
+    with pytest.raises(
+        ConfigError, match=r"\(dynamic\) depend on a text's length above 128 tokens"
+    ):
+        fit(stage, model__init_args__rope_scaling=dynamic, **long(stage))
 
 
 def test_learned_positions_are_a_limit(world: Path, tmp_path: Path, fit: Fit) -> None:

@@ -52,7 +52,7 @@ def stub_trainer(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
             lightning_module=SimpleNamespace(
                 source=SimpleNamespace(
                     tokenizer=tokenizer,
-                    check_length=lambda length, kind: None,
+                    check_length=lambda length, shares_prompts: None,
                     rows=lambda: 1 << 20,
                 ),
                 load_exam=lambda path: list(iter_rows(path)),

@@ -172,18 +172,18 @@ def test_scalings_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_lengths_beyond_the_positions_are_refused() -> None:
     for config in (GPT2Config(n_positions=128), OPTConfig(max_position_embeddings=128)):
-        check_length(config, 128, "text")
+        check_length(config, 128)
         message = f"max_length is 129, but {config.model_type} reads at most 128 tokens"
         with pytest.raises(ConfigError, match=rf"{message}, as its config says\. Set it to 128\.$"):
-            check_length(config, 129, "text")
+            check_length(config, 129)
     with pytest.raises(ConfigError, match=r"rope_scaling, such as \{type: yarn, factor: 3\.0\}"):
-        check_length(Qwen3Config(max_position_embeddings=100), 201, "chat")
+        check_length(Qwen3Config(max_position_embeddings=100), 201)
 
 
 def test_answers_share_a_prompt_up_to_the_original_length_of_dynamic_angles() -> None:
     config = Qwen3Config(max_position_embeddings=LENGTH)
     scale_config(config, scaling("dynamic"))
-    check_length(config, 4 * LENGTH, "chat")
-    check_length(config, LENGTH, "preference")
+    check_length(config, 4 * LENGTH)
+    check_length(config, LENGTH, shares_prompts=True)
     with pytest.raises(ConfigError, match=r"\(dynamic\) depend on a text's length above 16"):
-        check_length(config, LENGTH + 1, "preference")
+        check_length(config, LENGTH + 1, shares_prompts=True)
