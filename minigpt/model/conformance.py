@@ -90,12 +90,24 @@ def require_conformance(model: PreTrainedModel, training: bool) -> Conformance:
     conformance = conformance_of(model.config)
     if conformance is None:
         conformance = _PROVEN[_digest(model.config)] = prove(model)
-    check_conformance(model.config, conformance, training)
+    _check(model.config, conformance, training)
     return conformance
 
 
-def check_conformance(config: PreTrainedConfig, conformance: Conformance, training: bool) -> None:
-    """Refuse, with a ModelError, a config whose kind cannot be computed exactly."""
+def check_kind(config: PreTrainedConfig, training: bool) -> None:
+    """Refuse, before any weights are read, a config whose kind cannot be computed exactly.
+
+    Where no tiny model of it can be built, `require_conformance` tries the model itself.
+
+    Raises:
+        ModelError: with what was found.
+    """
+    conformance = conformance_of(config)
+    if conformance is not None:
+        _check(config, conformance, training)
+
+
+def _check(config: PreTrainedConfig, conformance: Conformance, training: bool) -> None:
     if not (conformance.training if training else conformance.decoding_mode):
         problem = conformance.problem or "no mode of decoding gives what its own forward does"
         raise ModelError(_refusal(config, problem))

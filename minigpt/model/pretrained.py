@@ -24,11 +24,7 @@ from minigpt.data import tokenizer as tokenizers
 from minigpt.data.tokenizer import CODE
 from minigpt.errors import ModelError
 from minigpt.files import atomic_directory
-from minigpt.model.conformance import (
-    check_conformance,
-    conformance_of,
-    require_conformance,
-)
+from minigpt.model.conformance import check_kind, require_conformance
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
@@ -144,9 +140,7 @@ def _loaded(location: Path | str, attention: str, scores: bool) -> PreTrainedMod
     if is_reward_model(config):
         _check_reward_model(location, config, scores)
         kind = AutoModelForSequenceClassification
-    conformance = conformance_of(config)
-    if conformance is not None:
-        check_conformance(config, conformance, attention == PACKED)
+    check_kind(config, attention == PACKED)
     loaded: object = kind.from_pretrained(
         location,
         dtype=torch.float32,

@@ -50,7 +50,8 @@ class RopeScaling:
 def max_positions(config: PreTrainedConfig) -> int:
     """Return the longest sequence in tokens that a config allows; without a limit sys.maxsize."""
     text = config.get_text_config(decoder=True)
-    limit = next((value for name in LIMITS if (value := getattr(text, name, None))), sys.maxsize)
+    limits = (getattr(text, name, None) for name in LIMITS)
+    limit = next((value for value in limits if value and value > 0), sys.maxsize)  # XLNet's is -1
     rope = rope_parameters(config)
     if rope.get("rope_type") == "dynamic":  # for which transformers keeps the original length
         limit = int(limit * rope["factor"])

@@ -24,6 +24,7 @@ from minigpt.model.architecture import (
     fit_vocabulary,
     native_config,
 )
+from minigpt.model.conformance import check_kind
 from minigpt.model.lora import ADAPTER
 from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
 from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
@@ -109,13 +110,14 @@ class ModelSource:
 
         Raises:
             ConfigError: when sizes are given that the model of `init_from` does not have.
-            ModelError: when a reward model cannot be of its family.
+            ModelError: when its kind cannot be computed exactly, or no reward model be of it.
         """
         if self.init_from is None:
             assert self.architecture is not None
             with _refusing_sizes():
                 return native_config(self.architecture, self.tokenizer)
         config = load_config(self.init_from)
+        check_kind(config, training=True)
         if self.architecture is not None:
             check_sizes(self.architecture, config)
         if self.scores:

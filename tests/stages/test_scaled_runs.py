@@ -10,10 +10,11 @@ import pytest
 import tiny
 import tiny_runs
 from tiny_runs import Fit
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.engine import Engine
 from minigpt.model.pretrained import load_config, save_model
 
@@ -76,6 +77,18 @@ def test_a_scaled_run_measures_and_hands_on_its_scaling(
     assert engine.context == 256
     assert engine.model.config.rope_parameters == config.rope_parameters
     assert engine.tokenizer.model_max_length == 256
+
+
+def test_a_kind_that_is_not_exact_is_refused_before_its_length(
+    world: Path, tmp_path: Path, fit: Fit
+) -> None:
+    tokenizer = tokenizers.load(world / "tokenizer")
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48, "vocab_size": 400}
+    model = XLNetLMHeadModel(XLNetConfig(**sizes))
+    model.save_pretrained(tmp_path / "xlnet")
+    tokenizers.save(tokenizer, tmp_path / "xlnet")
+    with pytest.raises(ModelError, match=r"\(xlnet\) would be wrong: a token's logits depend on"):
+        fit("sft", model__init_args__init_from=str(tmp_path / "xlnet"))
 
 
 def test_sizes_beside_a_model_to_go_on_from(world: Path, fit: Fit) -> None:

@@ -10,7 +10,14 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+    XLNetConfig,
+)
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.errors import ConfigError
@@ -178,6 +185,10 @@ def test_lengths_beyond_the_positions_are_refused() -> None:
             check_length(config, 129)
     with pytest.raises(ConfigError, match=r"rope_scaling, such as \{type: yarn, factor: 3\.0\}"):
         check_length(Qwen3Config(max_position_embeddings=100), 201)
+
+
+def test_a_negative_length_is_no_limit() -> None:
+    check_length(XLNetConfig(), 10**6)
 
 
 def test_answers_share_a_prompt_up_to_the_original_length_of_dynamic_angles() -> None:
