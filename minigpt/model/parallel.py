@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    MixedPrecision,
     OptimStateKeyType,
     StateDictType,
     fully_shard,
@@ -115,6 +117,12 @@ class FSDP1(FSDPStrategy):
 
     It flattens the weights and gives each process a part of them.
     """
+
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        """The types of weights and sums; buffers stay fp32, as rotary frequencies must."""
+        config = super().mixed_precision_config
+        return None if config is None else replace(config, buffer_dtype=torch.float32)
 
     def setup(self, trainer: Trainer) -> None:
         """Note each weight's dimensions, which decide about its decay, before it is flattened."""

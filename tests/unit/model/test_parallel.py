@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from minigpt.errors import ConfigError
@@ -34,6 +36,17 @@ def test_lightnings_own_sharding_is_refused() -> None:
             check_strategy(strategy)
     for strategy in (FSDP1(), FSDP2(), DDPStrategy(), SimpleNamespace()):
         check_strategy(strategy)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA")
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)]
+)
+def test_fsdp1_leaves_rotary_frequencies_in_fp32(precision: Any, dtype: torch.dtype) -> None:
+    config = FSDP1(precision_plugin=FSDPPrecision(precision)).mixed_precision_config
+    assert config is not None
+    assert config.buffer_dtype == torch.float32
+    assert config.param_dtype == config.reduce_dtype == dtype
 
 
 def test_flattened_matrices_are_decayed(monkeypatch: pytest.MonkeyPatch) -> None:
