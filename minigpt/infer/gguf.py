@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from minigpt import progress
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
 ENDING = 10  # seconds in which its process ends, or else is ended
 CERTAIN = 1e4  # added to a logit, it leaves no other token a probability
-ADDED = (3, 4)  # gguf.TokenType of control tokens and of others that are added
+SPECIAL, ADDED = 3, 4  # gguf.TokenType of control tokens and of others that are added
 READS = 1 << 23  # of numbers and texts in a file's header: a vocabulary takes about a million
 EXACT = (0, 1)  # general.file_type of files in f32 and f16
 
@@ -415,16 +415,19 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return a GGUF file's chat template and the special tokens it names; it encodes no text."""
+    """Return a GGUF file's chat template and the tokens added to its words; it encodes no text."""
     tokens = fields.get("tokenizer.ggml.tokens", ())
     types = fields.get("tokenizer.ggml.token_type", ())
-    added = [text for text, kind in zip(tokens, types, strict=False) if kind in ADDED]
+    kinds = list(zip(tokens, types, strict=False))
+    control = [text for text, kind in kinds if kind == SPECIAL]
     special = {}
     for name in ("eos", "bos"):
         if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             special[f"{name}_token"] = tokens[index]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=added, **special
+        tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=control, **special
     )
+    others = [AddedToken(text, normalized=False) for text, kind in kinds if kind == ADDED]
+    tokenizer.add_tokens(others)  # which a message may hold, as it may not the special ones
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     return tokenizer

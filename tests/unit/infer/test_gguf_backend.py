@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import io
 import json
@@ -20,6 +21,7 @@ import tiny
 import tiny_runs
 import torch
 from patience import limit
+from tokenizers import AddedToken
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
@@ -75,6 +77,18 @@ def test_a_text_begins_with_bos_where_the_tokenizer_writes_it(
     chat = (Message("user", "the cat"),)
     assert llama.encode(chat) == engine.encode(chat)
     assert llama.complete(PROMPTS, LONG) == engine.complete(PROMPTS, LONG)
+
+
+def test_added_tokens_in_a_chat_are_read_as_the_engine_does(tokenizer: Any, tmp_path: Path) -> None:
+    """Text that spells a control token is text; one that spells another added token is that."""
+    words = copy.deepcopy(tokenizer)
+    words.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    engine = Engine(tiny.model("qwen3", seed=1), words)
+    llama = Gguf(written(engine, tmp_path / "tiny.gguf", "f32"))
+    for text in ("a <think> b", "<think>", tiny.FORGED):
+        chat = (Message("user", text),)
+        assert llama.encode(chat) == engine.encode(chat)
+        assert (words.convert_tokens_to_ids("<think>") in engine.encode(chat)) == ("<th" in text)
 
 
 @pytest.fixture(scope="module")
