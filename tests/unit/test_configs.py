@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 STAGES = ("pretrain", "sft", "dpo", "kto", "grpo", "lora", "reward")
 SIZES = {"26m": 26_879_488, "64m": 63_518_464, "125m": 125_062_144}  # with 6,400 tokens
+TRAINERS: dict[str, dict[str, Any]] = {  # what each config says of its trainer
+    file.relative_to(CONFIGS).as_posix(): yaml.safe_load(file.read_text("utf-8")).get("trainer", {})
+    for file in sorted(CONFIGS.rglob("*.yaml"))
+}
 HARDWARE: dict[str, dict[str, Any]] = {
     "any": {},
     "cpu": {"accelerator": "cpu"},
@@ -58,8 +62,10 @@ def test_the_first_line_names_the_demo_and_the_recipes(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_config(build: Build, stage: str) -> None:
+def test_stage_config(build: Build, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stub(monkeypatch, *MACHINES["cpu with bf16"])
     stage_cli = build(CONFIGS / f"{stage}.yaml")
+    assert stage_cli.trainer.precision == "bf16-mixed"  # left to the hardware
     assert type(stage_cli.model).__name__.lower() == f"{stage}module"
     assert str(stage_cli.run_dir) == f"outputs/{stage}"
     data = stage_cli.datamodule
@@ -99,10 +105,12 @@ def test_precision_of_each_combination(
     if hardware == "gpu" and MACHINES[machine][1] is None:
         return  # Lightning refuses it
     _stub(monkeypatch, *MACHINES[machine])
-    trainer = {"accelerator": "auto", "strategy": "auto", **HARDWARE[hardware]}
-    chosen = settings.choose_precision(None, trainer["accelerator"], trainer["strategy"])
     by_any, on_cpu, in_fsdp2 = LIKED[machine]
-    assert chosen == (on_cpu if hardware == "cpu" else by_any)
+    by_default = {"precision": None, "accelerator": "auto", "strategy": "auto"}
+    for name, trainer in TRAINERS.items():
+        made = {**by_default, **trainer, **HARDWARE[hardware]}
+        chosen = settings.choose_precision(*(made[option] for option in by_default))
+        assert chosen == (on_cpu if hardware == "cpu" else by_any), name
     as_class = Namespace(class_path="minigpt.model.parallel.FSDP2")
     assert settings.choose_precision(None, "auto", as_class) == in_fsdp2
 
