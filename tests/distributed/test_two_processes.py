@@ -249,6 +249,11 @@ def test_processes_share_the_computing_of_reference_logprobs(strategy: str, runs
         alone = tiny_runs.metrics(runs / "dpo-sgd-alone", f"train/{name}")
         together = tiny_runs.metrics(runs / f"dpo-sgd-{strategy}-precomputed", f"train/{name}")
         assert together == pytest.approx(alone, rel=1e-3, abs=1e-5), name
+    for name in ("val/loss", "val/rewards/margin"):
+        alone = tiny_runs.metrics(runs / "dpo-sgd-alone", name)
+        together = tiny_runs.metrics(runs / f"dpo-sgd-{strategy}-precomputed", name)
+        ends = [alone[0], alone[-1]]  # one process validates after every micro-batch
+        assert [together[0], together[-1]] == pytest.approx(ends, rel=1e-3, abs=1e-5), name
     assert len(list((runs / f"cache-{strategy}").glob("*/reference-*.npz"))) == 2
 
 
