@@ -9,7 +9,8 @@ usage: scripts/gpu_check.sh [--quick] [NUMBER ...]
 
 Runs the tests that need a GPU, then the benchmark of the 125m size; with numbers only those lines.
 
-  --quick   on a machine without a GPU: run what of each line a CPU can show, in small
+  --quick   on a machine without a GPU: run what of each line a CPU can show, in small, and name
+            the tests of each line that need a GPU, with the number of their cases
 
 The environment's PYTHON names the interpreter (.venv/bin/python).
 END
@@ -26,8 +27,8 @@ for argument in "$@"; do
 done
 PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=600 # seconds of all lines together
-LOG=$(mktemp) RESULTS=$(mktemp)
-trap 'rm -f "$LOG" "$RESULTS"' EXIT
+LOG=$(mktemp) RESULTS=$(mktemp) LEFT_OUT=$(mktemp)
+trap 'rm -f "$LOG" "$RESULTS" "$LEFT_OUT"' EXIT
 export OMP_NUM_THREADS=1
 if [[ ! $QUICK ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_check: PyTorch finds no GPU here; --quick runs what a CPU can show." >&2
@@ -43,12 +44,17 @@ figures() {
   }' "$LOG"
 }
 
+# Whether the line with this number is to be run.
+is_chosen() {
+  [[ ${#CHOSEN[@]} -eq 0 || " ${CHOSEN[*]} " == *" $NUMBER "* ]]
+}
+
 # line NAME COMMAND...: run a command as the next line of the table, in the time that is left.
 line() {
   local name=$1 start=$SECONDS result
   shift
   NUMBER=$((NUMBER + 1))
-  [[ ${#CHOSEN[@]} -eq 0 || " ${CHOSEN[*]} " == *" $NUMBER "* ]] || return 0
+  is_chosen || return 0
   if [[ $1 == cuda-only ]]; then
     result="skipped: CUDA only"
   elif [[ ! $QUICK && $SECONDS -ge $LIMIT ]]; then
@@ -77,6 +83,11 @@ tests() {
   else
     # shellcheck disable=SC2086  # several paths
     line "$1" "$PYTHON" -m pytest --no-header -W ignore -m "$marked" $chosen
+  fi
+  if [[ $QUICK ]] && is_chosen; then
+    # shellcheck disable=SC2086  # several paths
+    "$PYTHON" -m pytest --collect-only -q -W ignore -m gpu $2 | grep :: | sed 's/\[.*//' | uniq -c |
+      while read -r cases name; do echo "$NUMBER. $name ($cases)"; done >>"$LEFT_OUT"
   fi
 }
 
@@ -110,4 +121,8 @@ bench
 
 printf '\n| line | result | seconds |\n|---|---|---|\n'
 cat "$RESULTS"
+if [[ -s $LEFT_OUT ]]; then
+  printf '\nNot run, as they need CUDA (cases):\n'
+  cat "$LEFT_OUT"
+fi
 exit $STATUS

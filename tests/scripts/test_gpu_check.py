@@ -15,6 +15,7 @@ SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 STUB = """#!/bin/sh
 case "$*" in
   *is_available*) exit 1 ;;
+  *collect-only*test_fsdp1*) printf '%s\\n' "a.py::test_b[x]" "a.py::test_b[y]" a.py::test_c ;;
   *test_golden*) echo broken; exit 1 ;;
   *bench*) printf '%s\\n' "ratio        1.51x" "" "ratio       1.51" "gemm_peak_fraction  0.44" \\
     "ratio_trl  1.2" "useful_tokens_per_s  1,100" "mfu   0.4" "trl_peak_rss_mb 9"; exit 0 ;;
@@ -36,13 +37,15 @@ def check(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_table_has_every_line(tmp_path: Path) -> None:
     done = check(tmp_path, "--quick")
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
+    table, left_out = done.stdout.split("\n\nNot run, as they need CUDA (cases):\n")
+    rows = [line.split(" | ") for line in table.splitlines()[3:]]
     assert [int(re.findall(r"\d+", row[0])[0]) for row in rows] == [*range(1, 10)]
     assert [row[1] for row in rows if "passed" not in row[1]] == [
         "FAILED",
         "skipped: CUDA only",
         "ratio 1.51, gemm_peak_fraction 0.44, useful_tokens_per_s 1,100, mfu 0.4",
     ]
+    assert left_out.splitlines() == ["7. a.py::test_b (2)", "7. a.py::test_c (1)"]
     assert done.returncode == 1
     assert "broken" in done.stderr
 
@@ -79,3 +82,4 @@ def test_a_line_runs_tests_here() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| 7\. NCCL .* \| 1 passed, .* \| \d+ \|", done.stdout)
+    assert re.search(r"\n7\. .*::test_it_trains_as_one_process_and_goes_on \(2\)\n", done.stdout)
