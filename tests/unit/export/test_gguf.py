@@ -135,6 +135,26 @@ def test_llamacpp_computes_scaled_positions(
     assert metadata[f"{family}.context_length"] == 256
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_exports_of_a_run_carry_its_scaling(
+    kind: str, minigpt: Minigpt, fit: Minigpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "TEXTS", 10)
+    monkeypatch.setattr(check, "QUESTIONS", ["the cat sat on the mat and the dog sat " * 5])
+    scaling = {"type": kind, "factor": 2.0}
+    assert fit("lora", model__init_args__rope_scaling=scaling).status == 0
+    run, merged, file = (tmp_path / name for name in ("run", "merged", "out.gguf"))
+    assert minigpt("export", "hf", "--model", run, "--output_dir", merged).status == 0
+    config = json.loads((merged / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256
+    assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == kind
+    export(run, file, dtype="f32")
+    metadata = fields(file)
+    assert metadata["qwen3.rope.scaling.type"] == kind
+    assert metadata["qwen3.rope.scaling.factor"] == 2.0
+    assert metadata["qwen3.context_length"] == 256
+
+
 @pytest.fixture(scope="module")
 def chatting(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engine]:
     """An exported directory of a trained chat model, and the model."""
