@@ -56,6 +56,8 @@ def parser() -> CommandParser:
         kinds = (*KINDS, "prompt") if name == "check" else KINDS
         action.add_argument("--kind", choices=kinds, help="of the rows")
         action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
+        text = "file of a template, or name of one of the tokenizer's; by default as in training"
+        action.add_argument("--chat_template", help=text)
         action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
         add_columns(action)
         return action
@@ -265,11 +267,17 @@ def counted(count: int, noun: str) -> str:
 
 
 def tokenizer_of(args: argparse.Namespace) -> PreTrainedTokenizerFast | None:
-    """Load the tokenizer that `--tokenizer` names, with a chat template; None without it."""
+    """Load the tokenizer that `--tokenizer` names, with a chat template; None without it.
+
+    Raises:
+        ConfigError: for a chat template without a tokenizer.
+    """
     from minigpt.data import chat, tokenizer
 
     if args.tokenizer is None:
+        if args.chat_template is not None:
+            raise ConfigError("--chat_template needs --tokenizer, which encodes what it renders.")
         return None
-    loaded = tokenizer.load(args.tokenizer)
+    loaded = tokenizer.load(args.tokenizer, args.chat_template)
     chat.install_template(loaded)
     return loaded

@@ -218,7 +218,7 @@ def _choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str | None) -> 
         tokenizer.chat_template = read_text(Path(wanted), LARGEST_CONFIG)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.init_args.chat_template: {wanted} is neither a file that can be read "
+            f"chat_template: {wanted} is neither a file that can be read "
             f"({reason_of(error)}) nor the name of a template of the tokenizer, which has: "
             f"{', '.join(named) or 'none'}."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,32 @@ ROWS: dict[str, list[Any]] = {
     "chat": CHATS,
     "preference": [{"prompt": "问？", "chosen": "好答案 " * 20, "rejected": "坏"}],
 }
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+
+def test_another_chat_template(
+    write: Any, tokenizer_dir: Path, tmp_path: Path, minigpt: Any
+) -> None:
+    file, path = tmp_path / "colon.jinja", write(CHATS[:1])
+    file.write_text(TEMPLATE)
+    options = (path, "--tokenizer", tokenizer_dir, "--chat_template")
+    shown = minigpt("data", "show", *options, file).out
+    assert "user: 你好<b>" in shown
+    assert "user\\n" not in shown
+    tokens = int(re.findall(r"(\d+) tokens", shown)[0])
+    report = tmp_path / "stats.json"
+    assert minigpt("data", "stats", *options, file, "--json", report).status == 0
+    assert json.loads(report.read_text())["files"][0]["tokens"]["longest"] == tokens
+    long = minigpt("data", "check", *options, file, "--max_length", 3)
+    assert "1 row checked" in long.out
+    assert "colon is neither a file" in minigpt("data", "check", *options, "colon").err
+    without = minigpt("data", "check", path, "--chat_template", file)
+    assert "--chat_template needs --tokenizer" in without.err
 
 
 @pytest.mark.parametrize("kind", list(ROWS))
