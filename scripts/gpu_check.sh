@@ -86,7 +86,7 @@ tests() {
   fi
   if [[ $QUICK ]] && is_chosen; then
     # shellcheck disable=SC2086  # several paths
-    "$PYTHON" -m pytest --collect-only -q -W ignore -m gpu $2 | grep :: | sed 's/\[.*//' | uniq -c |
+    "$PYTHON" -m pytest --collect-only --no-header -W ignore -m gpu $2 | grep :: | sed 's/\[.*//' | uniq -c |
       while read -r cases name; do echo "$NUMBER. $name ($cases)"; done >>"$LEFT_OUT"
   fi
 }
