@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt.errors import ConfigError, RunExistsError
+from minigpt.model.restore import BEST_FILE, FOLDER
 
 # What a run writes; a new run removes these and nothing else. It writes config.yaml over.
 RUN_FILES = (
@@ -22,7 +23,15 @@ RUN_FILES = (
     "exam.json",
     "status.json",
 )
-PLAIN_FILES = ("metrics.jsonl", "status.json", "summary.json", "config.yaml", "hparams.yaml")
+PLAIN_FILES = (
+    "metrics.jsonl",
+    "metrics-damaged.jsonl",
+    "status.json",
+    "summary.json",
+    "config.yaml",
+    "hparams.yaml",
+    f"{FOLDER}/{BEST_FILE}",
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +59,18 @@ def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
 
 
 def make_way(run_dir: Path) -> None:
-    """Move aside what is no file, but has the name of one that a run writes."""
+    """Move aside what is no regular file, but has the name of one that a run writes.
+
+    A link, too, since some are written by libraries that follow it. But what metrics.jsonl leads to
+    is read first, and then replaced, by `JSONLLogger.rewind`.
+    """
     for name in PLAIN_FILES:
         path = run_dir / name
-        if os.path.lexists(path) and not path.is_file():
-            aside = Path(tempfile.mkdtemp(prefix="aside-", dir=run_dir)) / name
+        is_link = path.is_symlink() and name != "metrics.jsonl"
+        if os.path.lexists(path) and (is_link or not path.is_file()):
+            aside = Path(tempfile.mkdtemp(prefix="aside-", dir=run_dir)) / path.name
             path.rename(aside)
-            log.warning("%s is no file: it is moved to %s.", path, aside)
+            log.warning("%s is no regular file: it is moved to %s.", path, aside)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -48,10 +50,12 @@ def test_odd_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert odd.exists()
 
 
-@pytest.mark.parametrize("name", PLAIN_FILES)
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "file", "link to a file"])
-def test_what_is_no_file_is_moved_aside(name: str, kind: str, tmp_path: Path) -> None:
-    path, other = tmp_path / name, tmp_path / "other"
+KINDS = ["folder", "pipe", "link to nothing", "file", "link to a file"]
+
+
+def put(kind: str, path: Path, other: Path) -> None:
+    """Put something into the place of a file; a link leads to `other`."""
+    path.unlink(missing_ok=True)
     if kind == "folder":
         path.mkdir()
         (path / "inside").touch()
@@ -61,11 +65,45 @@ def test_what_is_no_file_is_moved_aside(name: str, kind: str, tmp_path: Path) ->
         path.touch()
     else:
         path.symlink_to(other)
-        if kind == "link to a file":
-            other.touch()
+
+
+@pytest.mark.parametrize("name", PLAIN_FILES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_moved_aside(name: str, kind: str, tmp_path: Path) -> None:
+    path, other = tmp_path / name, tmp_path / "other"
+    path.parent.mkdir(exist_ok=True)
+    if kind == "link to a file":
+        other.touch()
+    put(kind, path, other)
     make_way(tmp_path)
-    moved = [aside / name for aside in tmp_path.glob("aside-*")]
-    assert os.path.lexists(path) == ("file" in kind)
-    assert [os.path.lexists(one) for one in moved] == [] if "file" in kind else [True]
+    moved = [aside / path.name for aside in tmp_path.glob("aside-*")]
+    stays = kind == "file" or (kind == "link to a file" and name == "metrics.jsonl")
+    assert os.path.lexists(path) == stays
+    assert [os.path.lexists(one) for one in moved] == ([] if stays else [True])
     if kind == "folder":
         assert (moved[0] / "inside").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_and_follows_no_link(
+    kind: str, fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    saving = {"checkpoint": {"every": 1, "best": "val/loss"}}
+    assert fit("sft", trainer__max_steps=2, **saving).status == 0
+    elsewhere.mkdir()
+    if kind == "link to a file":
+        for name in PLAIN_FILES:
+            (elsewhere / Path(name).name).write_text("junk\n")
+    for name in PLAIN_FILES:
+        put(kind, run_dir / name, elsewhere / Path(name).name)
+    if kind in ("file", "link to a file"):
+        (run_dir / "metrics.jsonl").write_text("junk\n")
+    before = {path.name: path.read_text() for path in elsewhere.iterdir()}
+    outcome = fit("sft", "--ckpt_path", "auto", trainer__max_steps=3, **saving)
+    assert outcome.status == 0, outcome.err
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == before
+    for name in PLAIN_FILES:
+        path = run_dir / name
+        expected = name != "metrics-damaged.jsonl" or kind in ("file", "link to a file")
+        assert (path.is_file() and not path.is_symlink()) == expected, name
