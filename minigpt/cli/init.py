@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
-from minigpt.cli.options import CommandParser
+from minigpt.cli.options import CommandParser, writing
 from minigpt.data.bundled import FETCHED, FOLDERS, starter
 from minigpt.errors import ConfigError
+from minigpt.files import atomic_directory
 
 NEXT = """\
   minigpt tokenizer train --data_file data/pretrain.jsonl --output_dir outputs/tokenizer \\
@@ -26,15 +27,22 @@ def main(arguments: list[str]) -> None:
     for name in FOLDERS:
         if (directory / name).exists():
             raise ConfigError(f"{directory / name} exists and is left alone. Name another folder.")
-    try:
+    with ExitStack() as stack:  # so that both folders appear, or none
         for name in FOLDERS:
-            ignored = shutil.ignore_patterns(FETCHED)  # of a clone
-            shutil.copytree(source / name, directory / name, ignore=ignored)
-    except OSError as error:
-        raise ConfigError(f"Cannot write to {directory}: {error}. Name another folder.") from error
+            stack.enter_context(writing(directory / name))
+            copy(source / name, stack.enter_context(atomic_directory(directory / name)))
     print(f"{directory}/configs and {directory}/data are written. The demo:")
     print(f"  cd {directory}\n{NEXT}", end="")
     print("For your own data, begin with configs/recipes/hub_lora.yaml; its header says how.")
+
+
+def copy(folder: Path, target: Path) -> None:
+    """Copy a folder's files into one that is there; what was fetched into a clone is left out."""
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        if FETCHED not in place.parts and path.is_file():
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            (target / place).write_bytes(path.read_bytes())
 
 
 def parser() -> CommandParser:

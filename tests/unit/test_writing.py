@@ -71,11 +71,25 @@ WRITERS: dict[str, Callable[[Path, Path], list[Any]]] = {
     "model.gguf": lambda t, out: [
         *("export", "gguf", "--model", t / "sft", "--output", out, "--overwrite")
     ],
+    "data": lambda _, out: ["init", out.parent],
+    "converted.jsonl": lambda t, out: [*("data", "convert", t / "sft.jsonl", out)],
+    "adapter": lambda t, out: [
+        *("export", "hf", "--model", t / "lora", "--keep_adapter", "--output_dir", out)
+    ],
+    "ollama": lambda t, out: ["export", "gguf", "--model", t / "sft", "--output_dir", out],
     "exam.json": examine,
     "predicted.jsonl": lambda trained, out: predict(trained, trained / "prompts.jsonl", out),
 }
 NO_SOURCE = ("report.html", "model.gguf", "exam.json")  # which read no file that OUT could be
-NEW = ("fixed.jsonl", "tokenizer", "hf")  # which must not be there yet
+NEW = (
+    "fixed.jsonl",
+    "tokenizer",
+    "hf",
+    "data",
+    "converted.jsonl",
+    "adapter",
+    "ollama",
+)  # which must not be there yet
 PRINTED = {"check.json": "48 rows checked", "stats.json": "48", "evaluate.json": "bits_per_byte"}
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -201,6 +215,7 @@ def test_a_closed_output_is_refused_before_anything_is_computed(verb: str) -> No
         "minigpt generate --model $SFT --prompt a --max_new_tokens 2 > /dev/full",
         "minigpt data check $PROMPTS --kind chat > /dev/full",
         "minigpt --help > /dev/full",
+        "minigpt completion bash > /dev/full",
     ],
 )
 def test_a_full_disk_under_the_output_is_said(line: str, trained: Path) -> None:
