@@ -5,6 +5,7 @@
 | `VerbCLI` | `LightningCLI._parse_ckpt_path` | puts a checkpoint's old values over the config and the command line (Lightning #20801) |
 | `VerbCLI` | `LightningCLI._run_subcommand` | the only place between building the Trainer and preparing data, before which signals must be handled |
 | `FitLoop` | `_FitLoop.skip` | a run that was cut off after its last step gets no end, and no export (#19617) |
+| `RestoringConnector` | `Trainer._checkpoint_connector`, `_restore_modules_and_callbacks` | what a checkpoint holds is taken unchecked, and odd values raise anything |
 | `restart_at` | `_restarting`, `_batches_that_stepped` | resuming guesses from counters what was under way, takes the end of an epoch of unknown length for its middle, and validates at wrong times (#19549, #20277) |
 | `validate_now` | `_batches_that_stepped` | logs a validation outside the loop one step too late |
 | `validation_follows` | `_should_check_val_fx`, `_data_fetcher` | whether a validation comes before the next batch: a checkpoint must hold it |
@@ -20,7 +21,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
@@ -29,6 +31,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script as launcher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 
 class VerbCLI(LightningCLI):
@@ -59,6 +62,35 @@ class FitLoop(_FitLoop):
     def skip(self) -> bool:
         """Whether there is nothing to do, not even the export at the end."""
         return bool(self.trainer.limit_train_batches == 0)
+
+
+class RestoringConnector(_CheckpointConnector):
+    """Lightning's, which restores a checkpoint inside a guard.
+
+    Args:
+        trainer: which restores.
+        guard: is given the checkpoint's path.
+    """
+
+    def __init__(
+        self, trainer: Trainer, guard: Callable[[Path], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(trainer)
+        self._guard = guard
+
+    def _guarded(self, path: str | Path | None) -> AbstractContextManager[None]:
+        return nullcontext() if path is None else self._guard(Path(path))
+
+    def _restore_modules_and_callbacks(
+        self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
+    ) -> None:
+        with self._guarded(checkpoint_path):
+            super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
+
+    def restore_training_state(self) -> None:
+        """Restore loops, optimizers and schedules."""
+        with self._guarded(self.trainer.ckpt_path):
+            super().restore_training_state()
 
 
 def batches_started(trainer: Trainer) -> int:

@@ -44,7 +44,12 @@ from minigpt.cli.settings import (
 )
 from minigpt.data.datamodule import JSONLDataModule
 from minigpt.errors import ConfigError, MiniGPTError, ModelError, RunExistsError, chain
-from minigpt.lightning_internals import FitLoop, VerbCLI, observe_children
+from minigpt.lightning_internals import (
+    FitLoop,
+    RestoringConnector,
+    VerbCLI,
+    observe_children,
+)
 from minigpt.model.parallel import FSDP2, check_strategy, sharding
 from minigpt.runs.checkpoints import (
     AtomicCheckpointIO,
@@ -65,7 +70,7 @@ from minigpt.runs.results import (
     SampleText,
 )
 from minigpt.runs.resume import ExactResume, OneStart
-from minigpt.runs.status import RunStatus, as_user_error, misconfigured
+from minigpt.runs.status import RunStatus, as_user_error, misconfigured, restoring
 from minigpt.runs.stopping import Stopping, restored_signals
 from minigpt.stages.base import BaseModule
 
@@ -326,6 +331,7 @@ class MiniGPTCLI(VerbCLI):
         if not isinstance(trainer.strategy, FSDP2):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         FitLoop.put_in(trainer)
+        trainer._checkpoint_connector = RestoringConnector(trainer, restoring)
         self._settle_steps(trainer)
         return trainer
 

@@ -99,11 +99,11 @@ def load_plain(
         ModelError: when it holds more than plain values and tensors.
     """
     try:
-        state: dict[str, Any] = torch.load(
-            file, map_location=map_location, weights_only=True, mmap=mmap
-        )
+        state = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise refused(file.parent) from error
+    if not isinstance(state, dict):
+        raise refused(file.parent)
     return state
 
 

@@ -29,6 +29,7 @@ from minigpt.model.parallel import gathered
 from minigpt.model.pretrained import find_model
 from minigpt.runs.checkpoints import saved_state
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
+from minigpt.runs.status import restoring
 from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
@@ -133,10 +134,11 @@ class ExactResume(Callback):
         self.identity = run_identity(trainer, pl_module, self.options)
         check_alike(gathered([self.identity]))
         if self.checkpoint is not None:
-            saved = saved_state(Path(self.checkpoint)).get("run", {})
-            if "stage" in saved:
-                saved["stage"] = stage_name(saved["stage"])
-            self._compare(saved, self.identity)
+            with restoring(Path(self.checkpoint)):
+                saved = dict(saved_state(Path(self.checkpoint)).get("run", {}))
+                if "stage" in saved:
+                    saved["stage"] = stage_name(saved["stage"])
+                self._compare(saved, self.identity)
 
     def _compare(self, saved: dict[str, str], now: dict[str, str]) -> None:
         names = saved.keys() | now.keys()
@@ -204,10 +206,10 @@ class ExactResume(Callback):
         saved = checkpoint["boundary"]
         states, rank = saved["chance"], trainer.global_rank
         self.point = ResumePoint(
-            saved["batches"],
-            saved["validation_due"],
-            states[rank] if rank < len(states) else [],
-            saved.get("logged", {}),
+            int(saved["batches"]),
+            bool(saved["validation_due"]),
+            checked_states(states[rank] if rank < len(states) else []),
+            {name: float(value) for name, value in saved.get("logged", {}).items()},
         )
         self.resumed = True
 
@@ -218,7 +220,10 @@ class ExactResume(Callback):
         if not self.resumed:
             self._note(trainer, pl_module, False)
             return
-        self._restore_rates(trainer)
+        assert self.checkpoint is not None
+        with restoring(Path(self.checkpoint)):
+            check_moments(trainer)
+            self._restore_rates(trainer)
         self.step = trainer.global_step
         self.rng_states_to_restore = self.point.rng_states
         self._restore_logs(trainer)
@@ -246,17 +251,16 @@ class ExactResume(Callback):
                 logger.log_metrics(self.point.logged, steps - 1)
 
     def _restore_rates(self, trainer: Trainer) -> None:
-        """Put changed options in force, and the rate that the run's length gives this step.
+        """Put the config's options in force, and the rate that the run's length gives this step.
 
         A checkpoint holds the rate of the length that the run had then.
         """
         schedule = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, LambdaLR)
         groups = trainer.optimizers[0].param_groups
-        if {"optimizer", "schedule"}.intersection(self.changed):
-            schedule.base_lrs = [group["initial_lr"] for group in self.configured_groups]
-            for group, configured in zip(groups, self.configured_groups, strict=True):
-                group.update(configured)
+        schedule.base_lrs = [group["initial_lr"] for group in self.configured_groups]
+        for group, configured in zip(groups, self.configured_groups, strict=True):
+            group.update(configured)
         rates = zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, peak, factor in rates:
             group["lr"] = peak * factor(schedule.last_epoch)
@@ -284,6 +288,26 @@ def rng_states(device: torch.device) -> list[Tensor]:
     """Return the states of this process's generators."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def checked_states(states: list[Tensor]) -> list[Tensor]:
+    """Return the saved states of generators, CPU first; raise an error for what is none."""
+    if states:
+        torch.Generator().set_state(states[0])
+    return states
+
+
+def check_moments(trainer: Trainer) -> None:
+    """Check that what the optimizer remembers fits the weights, which PyTorch does not.
+
+    Raises:
+        ValueError: when it does not; a fused step would read beyond the memory of the moments.
+    """
+    for weight, state in trainer.optimizers[0].state.items():
+        shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+        for name, shape in shapes.items():
+            if shape != (torch.Size() if name == "step" else weight.shape):
+                raise ValueError(f"{name} of a weight with shape {list(weight.shape)} is odd")
 
 
 def restore_machine(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

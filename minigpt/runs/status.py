@@ -6,6 +6,8 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from minigpt.errors import (
     PREEMPTED,
     ConfigError,
     MiniGPTError,
+    ModelError,
     ProcessLost,
     Stopped,
     Terminated,
@@ -27,6 +30,7 @@ from minigpt.errors import (
 )
 from minigpt.files import unwritable, write_json
 from minigpt.machine import peak_memory
+from minigpt.reading import reason_of
 from minigpt.runs.claim import make_way
 from minigpt.stages.base import BaseModule
 
@@ -105,6 +109,28 @@ def as_user_error(
         return ProcessLost(LOST)
     files = (e.filename for e in chain(error) if isinstance(e, OSError) and e.filename)
     return unwritable(error, next(files, run_dir)) or error
+
+
+@contextmanager
+def restoring(checkpoint: Path) -> Iterator[None]:
+    """Refuse a checkpoint whose values a run cannot go on from, whatever they raise.
+
+    Errors that say something else, such as of a full memory, pass.
+
+    Raises:
+        ModelError: for such values.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (known := as_user_error(error, checkpoint)) is not error:
+            raise known from error
+        if isinstance(error, MiniGPTError):
+            raise
+        raise ModelError(
+            f"The checkpoint {checkpoint} cannot be loaded: {reason_of(error).rstrip('.')}. Use "
+            "another one, or start a new run."
+        ) from error
 
 
 def why_it_ended(trainer: Trainer, module: BaseModule) -> str:

@@ -26,6 +26,9 @@ PRIVATE = {
     ),
     "_Loop._restarting": lambda: Trainer(logger=False).fit_loop.__dict__["_restarting"],
     "_Loop.reset_restart_stage": lambda: _FitLoop.reset_restart_stage,
+    "_CheckpointConnector._restore_modules_and_callbacks": (
+        lambda: Trainer(logger=False)._checkpoint_connector._restore_modules_and_callbacks
+    ),
     "_launch_process_observer": lambda: launcher._launch_process_observer,
     "_ChildProcessObserver._terminate_all": (
         lambda: fabric_launcher._ChildProcessObserver._terminate_all

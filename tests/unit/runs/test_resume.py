@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from damage import assert_read_or_refused, odd, paths
+from hypothesis import strategies as st
+from tiny_runs import assert_refused
 
 from minigpt.errors import ConfigError
+from minigpt.files import MANIFEST, write_manifest
 from minigpt.runs.resume import ExactResume
 
 
@@ -14,3 +25,79 @@ def test_an_option_that_is_newer_than_the_checkpoint_may_be_left_out() -> None:
     assert compared.changed == []
     with pytest.raises(ConfigError, match=r"belongs to: gamma was None, is 1\.0\. Put it back"):
         compared._compare({"beta": "0.1"}, {"beta": "0.1", "gamma": "1.0"})
+
+
+# What a checkpoint with a right manifest holds
+
+ODD_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda state: [state],
+    "no optimizer": lambda state: {k: v for k, v in state.items() if k != "optimizer_states"},
+    "optimizer": lambda state: state | {"optimizer_states": "x"},
+    "loops": lambda state: state | {"loops": {"fit_loop": 5}},
+    "weights": lambda state: state | {"state_dict": {"a": 5}},
+    "run": lambda state: state | {"run": 5},
+    "chance": lambda state: state | {"boundary": state["boundary"] | {"chance": [[5]]}},
+    "moments": lambda state: _with_moment(state, torch.zeros(1)),
+    "moment": lambda state: _with_moment(state, "x"),
+}
+
+
+def _with_moment(state: dict[str, Any], value: object) -> dict[str, Any]:
+    state["optimizer_states"][0]["state"][0]["exp_avg"] = value
+    return state
+
+
+def save(state: object, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "hf", ignore_errors=True)
+    (checkpoint / MANIFEST).unlink()
+    torch.save(state, checkpoint / "state.pt")
+    write_manifest(checkpoint)
+
+
+@pytest.fixture
+def saved(fit: Callable[..., Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a run can go on from, and what it holds."""
+    assert fit("sft", trainer__max_steps=2).status == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step=2"
+    state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+    return checkpoint, state
+
+
+def test_a_checkpoint_that_holds_something_else_is_refused(
+    saved: tuple[Path, dict[str, Any]], fit: Callable[..., Any]
+) -> None:
+    checkpoint, state = saved
+    for change in ODD_STATES.values():
+        save(change(copy.deepcopy(state)), checkpoint)
+        outcome = fit("sft", "--ckpt_path", checkpoint, trainer__max_steps=3)
+        assert_refused(outcome, f"The checkpoint {checkpoint}")
+
+
+@st.composite
+def changed(draw: st.DrawFn, state: dict[str, Any]) -> dict[str, Any]:
+    """Replace or remove a value of a checkpoint."""
+    made = copy.deepcopy(state)
+    path = draw(st.sampled_from([path for path in paths(made) if path]))
+    parent: Any = made
+    for key in path[:-1]:
+        parent = parent[key]
+    if draw(st.integers(0, 3)) == 0:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = draw(odd)
+    return made
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.large)])
+def test_a_damaged_state_is_taken_or_refused(
+    saved: tuple[Path, dict[str, Any]], fit: Callable[..., Any], count: int
+) -> None:
+    checkpoint, state = saved
+
+    def read(state: dict[str, Any]) -> None:
+        save(state, checkpoint)
+        outcome = fit("sft", "--ckpt_path", checkpoint, trainer__max_steps=3)
+        if outcome.status != 0:
+            assert_refused(outcome)
+
+    assert_read_or_refused(count, changed(state), read)
