@@ -16,7 +16,7 @@ from minigpt.data.formats import iter_rows
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.restore import MODEL as EXPORTED
 from minigpt.model.restore import find_checkpoint, number
-from minigpt.reading import read_json, read_yaml, reason_of, refusing
+from minigpt.reading import read_json, read_text, read_yaml, reason_of, refusing
 
 # Names stand in a file's name, a shell command, Python and a Modelfile; licences in YAML.
 NAME = re.compile(r"\w[\w.+@ -]{0,99}")
@@ -184,7 +184,7 @@ def _summary(run: Path) -> list[object]:
 
 def _measured(run: Path, steps: int) -> list[object]:
     """Return the same of a checkpoint, as far as it is logged."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = read_text(run / "metrics.jsonl").splitlines()
     rows = [row for row in map(parse_line, lines) if row.get("step") in (0, steps - 1)]
     before = next((row["val/loss"] for row in rows if "val/loss" in row), None)
     at_step = {key: value for row in rows if row["step"] == steps - 1 for key, value in row.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,15 @@ def test_what_a_damaged_run_says_of_itself_is_refused(trained: Path, tmp_path: P
         (tmp_path / "sft/config.yaml").write_text(content)
         with pytest.raises(ConfigError, match="is damaged"):
             stages(tmp_path / "sft")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_metrics_that_never_end_are_refused(kind: str, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained / "sft", tmp_path / "sft")
+    (run / "metrics.jsonl").unlink()
+    if kind == "pipe":
+        os.mkfifo(run / "metrics.jsonl")
+    else:
+        (run / "metrics.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"damaged: metrics\.jsonl is no regular file"):
+        stages(run / "checkpoints" / "step=3")
