@@ -165,7 +165,8 @@ def fetch(
         files: other files of the same repository.
 
     Raises:
-        ConfigError: when the corpus is there already, or a file cannot be fetched.
+        ConfigError: when the corpus is there already, another process fetches it, or a file cannot
+            be fetched.
         DataError: when a file is not what the host's checksum or the format says.
     """
     corpus = CORPORA[name]
@@ -184,7 +185,7 @@ def fetch(
                 yield from corpus.convert(path)
 
     written = 0
-    with atomic_file(out) as partial:
+    with atomic_file(out, exclusive=True) as partial:  # downloads are appended to, too
         with partial.open("wb") as lines:
             for line in islice(_usable(converted(), corpus.kind, skipped), limit):
                 lines.write(line)

@@ -17,6 +17,7 @@ from patience import limit
 
 from minigpt import files
 from minigpt.datatools import fetch
+from minigpt.errors import ConfigError
 from minigpt.reading import limited_time
 
 CHATS = [
@@ -231,3 +232,13 @@ def test_a_story_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "stories").write_text("once more\n" * 200)
     with pytest.raises(fetch.DataError, match="a document of more than 1,000 bytes"):
         list(fetch._stories(tmp_path / "stories"))
+
+
+def test_a_second_process_is_refused(stub: Any, tmp_path: Path) -> None:
+    stub.files[MEDICAL] = jsonl(CHATS)
+    out = tmp_path / "minimind-medical.jsonl"
+    with files.atomic_file(out, exclusive=True) as partial:
+        with pytest.raises(ConfigError, match=f"Another process is writing {out}"):
+            fetch.fetch("minimind-medical", tmp_path, modelscope=True)
+        partial.touch()
+    assert not (tmp_path / ".downloads").exists()
