@@ -25,9 +25,27 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--output must end in .html, but is {output}.")
     for file in (output, output.with_suffix(".md")):
         check_distinct("--output", file, args.results)
+    check_own(output.with_suffix(".md"))
     with writing(output):
-        print(printable(write_report(args.runs, output, args.results)))
+        beginning = write_report(args.runs, output, args.results)
+    print(printable(beginning))
     print(f"written to {output} and {output.with_suffix('.md').name}")
+
+
+def check_own(markdown: Path) -> None:
+    """Refuse to replace a file beside the page, which nobody named, that is no report.
+
+    Raises:
+        ConfigError: for such a file.
+    """
+    if markdown.is_file():
+        with markdown.open("rb") as file:
+            if file.readline(100).strip() in (b"", b"# MiniGPT report"):
+                return
+        raise ConfigError(
+            f"{markdown} is no report, and would be replaced: the Markdown goes beside the page. "
+            "Give --output another name."
+        )
 
 
 def parser() -> CommandParser:

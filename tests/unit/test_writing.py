@@ -214,6 +214,7 @@ def test_a_closed_output_is_refused_before_anything_is_computed(verb: str) -> No
         "minigpt generate --model $SFT --file $PROMPTS --max_new_tokens 2 > /dev/full",
         "minigpt generate --model $SFT --prompt a --max_new_tokens 2 > /dev/full",
         "minigpt data check $PROMPTS --kind chat > /dev/full",
+        "minigpt report $SFT --output $PROMPTS.html > /dev/full",
         "minigpt --help > /dev/full",
         "minigpt completion bash > /dev/full",
     ],

@@ -140,6 +140,19 @@ def test_one_run_is_reported_in_its_directory(runs: Path, minigpt: Minigpt, tmp_
     assert (tmp_path / "run/report.md").is_file()
 
 
+def test_a_file_beside_the_page_that_is_no_report_stays(
+    runs: Path, minigpt: Minigpt, tmp_path: Path
+) -> None:
+    (notes := tmp_path / "notes.md").write_text("# Notes\n")
+    arguments = ("report", runs / "sft", "--output", tmp_path / "notes.html")
+    tiny_runs.assert_refused(minigpt(*arguments), f"{notes} is no report")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    assert notes.read_text() == "# Notes\n"
+    notes.unlink()
+    assert minigpt(*arguments).status == 0
+    assert minigpt(*arguments).status == 0  # the report's own is replaced
+
+
 def test_an_introduction_stands_before_the_runs(runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     beginning = write_report([runs / "sft"], output, introduce=lambda d: d.heading("First"))
