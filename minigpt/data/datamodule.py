@@ -39,6 +39,7 @@ LENGTHS_AT_A_TIME = 1 << 16  # samples whose lengths are looked at together
 LOOK_AHEAD = 8  # micro-batches whose sizes are looked at together
 MOST_WORKERS = 256  # processes that read ahead
 ITEMS_AT_A_TIME = 128  # prompts that are generated together
+STEP_TOLERANCE = 0.1  # share by which a step may differ from tokens_per_step without a warning
 
 
 class ModelLimits(Protocol):
@@ -484,13 +485,16 @@ class JSONLDataModule(LightningDataModule):
         """Return how many micro-batches each process accumulates to fill `tokens_per_step`.
 
         The step is rounded to the nearest multiple of what all processes compute at a time, which
-        is logged where it differs.
+        is logged where it differs; as a warning where it differs by more than `STEP_TOLERANCE`.
         """
         assert self.tokens_per_step is not None
         at_a_time = self.tokens_per_batch * processes
         count = max(1, round(self.tokens_per_step / at_a_time))
-        if count * at_a_time != self.tokens_per_step:
-            log.info(
+        difference = abs(count * at_a_time - self.tokens_per_step)
+        if difference:
+            is_far = difference > STEP_TOLERANCE * self.tokens_per_step
+            log.log(
+                logging.WARNING if is_far else logging.INFO,
                 "tokens_per_step: %s instead of %s, as %d micro-batches of %s on %s.",
                 f"{count * at_a_time:,}",
                 f"{self.tokens_per_step:,}",

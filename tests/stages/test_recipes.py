@@ -19,6 +19,7 @@ from minigpt.cli import trainer as cli
 from minigpt.data import tokenizer as tokenizers
 from minigpt.datatools.fetch import CORPORA
 from minigpt.model.pretrained import save_model
+from minigpt.runs.checkpoints import CheckpointOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -112,6 +113,38 @@ def test_nothing_of_the_demo_is_in_a_recipe_of_other_data(recipe: Path) -> None:
         demo = r"data/(?!public)\w|Mira|Tolan|米拉|outputs/(tokenizer|pretrain|sft)\b|\b2,?048 tok"
         assert not re.search(demo, recipe.read_text(encoding="utf-8"))
         assert "exam" not in read(recipe)["data"]["init_args"]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_steps_are_the_same_on_several_devices(devices: int, recipe: Path) -> None:
+    data = read(recipe)["data"]["init_args"]
+    if "tokens_per_step" in data:
+        at_a_time = devices * data["tokens_per_batch"]
+        most = re.search(r"steps are longer on more than (\d) devices", header(recipe))
+        is_exact = data["tokens_per_step"] % at_a_time == 0
+        assert is_exact == (most is None or devices <= int(most[1]))
+
+
+def steps_of_the_header(recipe: Path) -> int | None:
+    """Return the optimizer steps of a run on the data that the header names, where it does."""
+    config, said = read(recipe), header(recipe)
+    if "max_steps" in config["trainer"]:
+        return int(config["trainer"]["max_steps"])
+    if rows := re.search(r"for ([\d,]+) rows of (\d+) tokens", said):
+        tokens = int(rows[1].replace(",", "")) * int(rows[2])
+    elif millions := re.search(r"(\d+)M tokens", said):
+        tokens = int(millions[1]) * 1_000_000
+    else:
+        return None
+    epochs: int = config["trainer"]["max_epochs"]
+    return epochs * tokens // int(config["data"]["init_args"]["tokens_per_step"])
+
+
+def test_a_checkpoint_is_saved_before_the_end(recipe: Path) -> None:
+    if not recipe.stem.startswith("security"):  # whose runs take minutes
+        steps = steps_of_the_header(recipe)
+        every = read(recipe).get("checkpoint", {}).get("every", CheckpointOptions().every)
+        assert steps is None or 2 * every < steps
 
 
 @pytest.fixture(scope="module")
