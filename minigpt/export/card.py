@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 
 import yaml
 
-from minigpt.data.formats import iter_rows
+from minigpt.data.formats import expand_files, iter_rows
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.restore import MODEL as EXPORTED
 from minigpt.model.restore import find_checkpoint, number
 from minigpt.reading import read_json, read_text, read_yaml, reason_of, refusing
+
+log = logging.getLogger(__name__)
 
 # Names stand in a file's name, a shell command, Python and a Modelfile; licences in YAML.
 NAME = re.compile(r"\w[\w.+@ -]{0,99}")
@@ -106,7 +109,16 @@ class Card:
     def _results(self) -> Iterator[tuple[str, object]]:
         run = Path(self.model)
         if (run / "exam.json").is_file():
-            yield "Exam", exam_scores(read_object(run / "exam.json"))
+            exam, step = read_object(run / "exam.json"), exported_step(run)
+            if exam.get("step") in (None, step):  # earlier versions did not write it
+                yield "Exam", exam_scores(exam)
+            else:
+                log.warning(
+                    "exam.json is of step %s, the model of step %s: the card leaves it out. "
+                    "`minigpt test` asks the exam again.",
+                    exam["step"],
+                    step,
+                )
         for file in self.results:
             yield f"Results: {Path(file).stem}", read_object(Path(file))
 
@@ -126,6 +138,14 @@ def read_object(file: Path) -> dict[str, Any]:
             f"{file} cannot be read as JSON: {reason_of(error)}. Give results as --json writes "
             "them."
         ) from error
+
+
+def exported_step(run: Path) -> object:
+    """Return after how many optimizer steps a run's exported weights are; None if unknown."""
+    if not (run / "summary.json").is_file():
+        return None
+    exported = read_object(run / "summary.json").get("exported")
+    return exported.get("step") if isinstance(exported, dict) else None
 
 
 def exam_scores(exam: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +188,18 @@ def stages(run: Path) -> list[list[object]]:
 def _data(config: dict[str, Any]) -> str:
     train = config["data"]["init_args"].get("train")
     files = [train] if isinstance(train, str) else train or []
-    return ", ".join(f"{Path(file).name} ({rows_of(Path(file))})" for file in files)
+    return ", ".join(f"{Path(name).name} ({_rows_of_all(name)})" for name in files)
+
+
+def _rows_of_all(name: str) -> str:
+    """Return how many rows a data file has, or all files of a folder or pattern."""
+    try:
+        files = expand_files([name])
+    except ConfigError:
+        return "not found any more"
+    if files == [name]:
+        return rows_of(Path(name))
+    return f"{len(files)} files, {rows_of(*map(Path, files))}"
 
 
 def _summary(run: Path) -> list[object]:
@@ -201,14 +232,14 @@ def parse_line(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
 
 
-def rows_of(file: Path) -> str:
-    """Return how many rows a data file has now, or why it cannot be counted."""
-    if not file.is_file():
+def rows_of(*files: Path) -> str:
+    """Return how many rows data files have now, or why they cannot be counted."""
+    if not all(file.is_file() for file in files):
         return "not found any more"
-    if (size := file.stat().st_size / 1e6) > COUNTED_MB:
+    if (size := sum(file.stat().st_size for file in files) / 1e6) > COUNTED_MB:
         return f"{size:.0f} MB"
     try:
-        return f"{sum(1 for _ in iter_rows(file))} rows"
+        return f"{sum(1 for file in files for _ in iter_rows(file))} rows"
     except DataError:
         return "not readable any more"
 

@@ -197,6 +197,10 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
     """Add the exams of `minigpt test`, each family with its interval."""
     exams: dict[str, dict[str, Score]] = {}
     for run in runs:
+        steps = lookup(run.exam, "step", int), lookup(run.summary, "exported step", int)
+        if steps[0] not in (None, steps[1]):
+            run.gaps.append(f"exam.json is of step {steps[0]}, the model of step {steps[1]}")
+            continue
         replies = run.exam.get("replies")
         families: dict[str, list[bool]] = {}
         for reply in replies if isinstance(replies, list) else []:

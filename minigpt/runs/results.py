@@ -35,7 +35,7 @@ from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
 from minigpt.model.lora import MODEL_FILES
 from minigpt.model.parallel import gathered, is_sharded
-from minigpt.model.restore import BEST_FILE
+from minigpt.model.restore import BEST_FILE, NAME, number
 from minigpt.reading import read_json
 from minigpt.runs.checkpoints import Checkpoints
 from minigpt.runs.progress import Throughput
@@ -225,7 +225,8 @@ class RunRecorder(Callback):
                 "in exam.json, and stay out of model cards and reports.",
                 ", ".join(demo),
             )
-        exam = {"scores": scores, "replies": replies, "demo_families": demo}
+        step = tested_step(self.run_dir, trainer.ckpt_path)
+        exam = {"step": step, "scores": scores, "replies": replies, "demo_families": demo}
         write_json(self.run_dir / "exam.json", exam)
 
     def _demo_families(self, module: BaseModule) -> list[str]:
@@ -234,6 +235,22 @@ class RunRecorder(Callback):
             return []
         files = [file for file in module.data.exam if is_bundled(file)]
         return sorted({item.family for file in files for item in module.load_exam(file)})
+
+
+def tested_step(run_dir: Path, checkpoint: object) -> int | None:
+    """Return after how many optimizer steps the weights are that a test reads, if that is known.
+
+    Args:
+        run_dir: whose exported model is read.
+        checkpoint: that is read instead, if any.
+    """
+    if checkpoint:
+        path = Path(str(checkpoint))
+        return number(path) if NAME.fullmatch(path.name) else None
+    try:
+        return int(read_json(run_dir / "summary.json")["exported"]["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def trained_on(run_dir: Path) -> list[str]:

@@ -81,6 +81,7 @@ def test_test_writes_the_exam(stage: str, world: Path) -> None:
         "odd-1",
         "odd-2",
     ]
+    assert written["step"] == json.loads((world / stage / "summary.json").read_text())["steps"]
     right = [r["right"] for r in written["replies"] if r["family"] == "empty"]
     assert written["scores"]["exam/empty"] == sum(right) / 2
     assert all(r.keys() >= {"answer", "reply"} for r in written["replies"])

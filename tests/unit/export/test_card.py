@@ -57,6 +57,18 @@ def test_exams_of_the_demo_are_left_out_in_a_run_on_other_data(tmp_path: Path) -
     assert "skills" not in text
 
 
+def test_an_exam_of_other_weights_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = {"exported": {"weights": "last", "step": 6}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for step in (6, 3):
+        (tmp_path / "exam.json").write_text(json.dumps({"step": step, "scores": {"exam/law": 1.0}}))
+        Card("x", str(tmp_path)).write(tmp_path, {"limit": 0.1})
+        assert ("exam/law" in (tmp_path / "README.md").read_text()) == (step == 6)
+    assert "exam.json is of step 3, the model of step 6" in caplog.text
+
+
 def test_results_are_read_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     for name, message in (("list.json", "no JSON object"), ("none.json", "cannot be read")):
@@ -87,6 +99,22 @@ def test_data_that_has_gone_or_is_large(
     assert [row[1] for row in stages(tmp_path / "sft" / "hf")] == [f"{data}(48 rows)"]
     monkeypatch.setattr(card, "COUNTED_MB", 0)
     assert stages(tmp_path / "sft")[0][1].endswith("sft.jsonl (0 MB)")
+
+
+def test_data_of_a_folder_and_of_a_pattern(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(trained / "sft.jsonl", tmp_path / "texts" / f"{name}.jsonl")
+    file = tmp_path / "sft" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    names = [tmp_path / "texts", tmp_path / "texts" / "*.jsonl", tmp_path / "none" / "*.jsonl"]
+    config["data"]["init_args"]["train"] = list(map(str, names))
+    config["model"]["init_args"]["init_from"] = None
+    file.write_text(yaml.safe_dump(config))
+    counted = "2 files, 96 rows"
+    data = f"texts ({counted}), *.jsonl ({counted}), *.jsonl (not found any more)"
+    assert stages(tmp_path / "sft")[0][1] == data
 
 
 def test_tables() -> None:

@@ -63,6 +63,16 @@ def test_exams_of_the_demo_are_left_out_in_a_run_on_other_data(tmp_path: Path) -
     assert "skills is an exam of the demo, and the run has other data." in text
 
 
+def test_an_exam_of_other_weights_is_left_out(tmp_path: Path) -> None:
+    exam = {"step": 3, "replies": [{"family": "law", "right": True}]}
+    (tmp_path / "exam.json").write_text(json.dumps(exam))
+    (tmp_path / "summary.json").write_text(json.dumps({"exported": {"step": 6}}))
+    write_report([tmp_path], tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    assert "| law" not in text
+    assert "exam.json is of step 3, the model of step 6" in text
+
+
 def test_the_report_of_several_runs(runs: Path, minigpt: Minigpt, tmp_path: Path) -> None:
     output = tmp_path / "out/report.html"
     run_dirs = (runs / "pretrain", runs / "again", runs / "sft")
