@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.cli.options import CommandParser, check_distinct, positive, writing
+from minigpt.cli.options import CommandParser, add_columns, check_distinct, positive, writing
 from minigpt.data.formats import expand_files
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
@@ -62,10 +62,6 @@ def parser() -> CommandParser:
         add_columns(action)
         return action
 
-    def add_columns(action: argparse.ArgumentParser) -> None:
-        text = "new names of keys: OLD=NEW"
-        action.add_argument("--columns", type=renaming, nargs="+", default=[], help=text)
-
     add = reader("check", check, "find problems; exit status 2 when there are errors").add_argument
     add("--val", nargs="+", default=[], help="validation files, which must not overlap")
     add("--exam", nargs="+", default=[], help="exam files, which must not leak")
@@ -104,14 +100,6 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {text!r}")
     return value
-
-
-def renaming(text: str) -> tuple[str, str]:
-    """Read OLD=NEW."""
-    old, separator, new = text.partition("=")
-    if not (old and separator and new):
-        raise argparse.ArgumentTypeError(f"must be OLD=NEW, but is {text!r}")
-    return old, new
 
 
 def columns(args: argparse.Namespace) -> dict[str, str]:

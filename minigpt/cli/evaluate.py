@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minigpt.evaluate.scores import Results
 
 KINDS = {
-    "text": "bits per byte of {text} rows or a .txt file",
+    "text": "bits per byte of {text} rows or a .txt file; files, folders, patterns",
     "choices": "multiple choice: {prompt | messages, choices, answer} rows",
     "pairs": "minimal pairs: {good, bad} rows",
     "exam": "exams: {messages, answer} rows; the model must reply",
@@ -120,6 +120,7 @@ def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
     if args.lm_eval:  # before anything reads them
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
+    from minigpt.data.formats import expand_files
     from minigpt.evaluate.suite import Settings, prepare, prepare_ranking
     from minigpt.infer.engine import Engine
     from minigpt.progress import shown
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
     quiet()
     sampling = sampling_of(args)
     settings = Settings(args.reference, args.beta, args.max_length, sampling, args.reward_model)
-    files = {kind: getattr(args, kind) for kind in KINDS}
+    files = {kind: expand_files(getattr(args, kind)) for kind in KINDS}
     tests = prepare(files, settings) if args.model else {}
     ranking = prepare_ranking(files, settings) if args.reward_model else {}
     for model in args.model:

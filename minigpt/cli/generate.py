@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     """Parse the command line, load the model and print the reply as it comes."""
     args = parser().parse_args(argv)
     check_best_of(args)
-    if args.file and {".jsonl", ".json"} & set(Path(args.file).suffixes):
-        return complete_rows(args)
+    if args.file and (files := files_of_rows(args.file)):
+        return complete_rows(args, files)
     prompt = args.prompt if args.prompt is not None else read_prompt(args.file)
     if not prompt:
         raise ConfigError("The prompt is empty. Give --prompt, or text on standard input.")
@@ -67,8 +67,9 @@ def parser() -> CommandParser:
     source.add_argument("--prompt", help="by default the text on standard input")
     source.add_argument(
         "--file",
-        help="a text that is the prompt, or a .jsonl of prompts and chats: then each row "
-        "is printed with its completion",
+        help="a text that is the prompt, or prompts and chats as .jsonl, .json, .csv, .tsv, .xlsx, "
+        "Parquet or Arrow, or a folder or pattern of such: then each row is printed with its "
+        "completion",
     )
     top.add_argument("--system", help="system message of the chat")
     top.add_argument("--text", action="store_true", help="continue text instead of chatting")
@@ -127,6 +128,15 @@ def replies_of(
     return best_of(scorer, engine, prompts, sampling, args.best_of)
 
 
+def files_of_rows(name: str) -> list[str]:
+    """Return the files that a name stands for; none when it is a text that is one prompt."""
+    from minigpt.data.formats import READABLE, expand_files, suffix_of
+
+    files = expand_files([name])
+    is_prompt = files == [name] and suffix_of(Path(name)) not in {*READABLE} - {".txt"}
+    return [] if is_prompt else files
+
+
 def read_prompt(file: str | None) -> str:
     """Return the text of a file, or of standard input.
 
@@ -157,12 +167,13 @@ def engine_prompt(
     return content
 
 
-def complete_rows(args: argparse.Namespace) -> None:
-    """Complete the prompts of a JSONL and print its rows with the completions, in their order."""
+def complete_rows(args: argparse.Namespace, files: Sequence[str]) -> None:
+    """Complete the prompts of files and print their rows with the completions, in their order."""
     from minigpt.data.formats import completed, load_prompts
     from minigpt.progress import shown
 
-    prompts, sampling = load_prompts(args.file), sampling_of(args)
+    prompts = [prompt for file in files for prompt in load_prompts(file)]
+    sampling = sampling_of(args)
     engine = load_engine(args)
     chats = [engine_prompt(args, prompt.content) for prompt in prompts]
     replies = replies_of(args, engine, chats, sampling)

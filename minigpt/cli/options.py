@@ -218,3 +218,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated.*")
     disable_progress_bar()
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add `--columns`, pairs of an old and a new name."""
+    text = "new names of keys: OLD=NEW"
+    parser.add_argument("--columns", type=renaming, nargs="+", default=[], help=text)
+
+
+def renaming(text: str) -> tuple[str, str]:
+    """Read OLD=NEW."""
+    old, separator, new = text.partition("=")
+    if not (old and separator and new):
+        raise argparse.ArgumentTypeError(f"must be OLD=NEW, but is {text!r}")
+    return old, new

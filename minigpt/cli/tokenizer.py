@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from minigpt.cli.options import CommandParser, check_output, positive, writing
+from minigpt.cli.options import CommandParser, add_columns, check_output, positive, writing
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import expand_files
 from minigpt.files import atomic_directory, clear_leftovers
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         args.vocab_size,
         args.data_limit,
         args.overwrite,
+        dict(args.columns),
     )
 
 
@@ -56,6 +57,7 @@ def parser() -> CommandParser:
     train.add_argument("--output_dir", required=True, help="where to save it")
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens in all (6400)")
     train.add_argument("--data_limit", type=positive, help="use only the first rows")
+    add_columns(train)
     train.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return top
 
@@ -66,8 +68,17 @@ def train_to(
     vocab_size: int,
     limit: int | None = None,
     overwrite: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> float:
     """Train a tokenizer, save it, and return its characters per token on the text.
+
+    Args:
+        directory: where it is saved.
+        files: of data, of any form.
+        vocab_size: tokens in all.
+        limit: use only the first rows.
+        overwrite: replace a tokenizer that is there.
+        columns: the rows' keys that have other names here.
 
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
@@ -81,22 +92,25 @@ def train_to(
 
         def texts() -> Iterator[str]:
             with shown("reading texts"):
-                yield from tokenizers.training_texts(files, limit)
+                yield from tokenizers.training_texts(files, limit, columns)
             merging.enter_context(shown("merging tokens"))
 
         tokenizer = tokenizers.train_on(texts(), vocab_size)
     with writing(directory), atomic_directory(directory) as partial:
         tokenizers.save(tokenizer, partial)
     rows = MEASURED if limit is None else min(limit, MEASURED)
-    ratio = characters_per_token(tokenizer, files, rows)
+    ratio = characters_per_token(tokenizer, files, rows, columns)
     log.info("%d tokens, %.2f characters per token: %s", len(tokenizer), ratio, directory)
     return ratio
 
 
 def characters_per_token(
-    tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int = MEASURED
+    tokenizer: PreTrainedTokenizerFast,
+    files: list[str],
+    rows: int = MEASURED,
+    columns: Mapping[str, str] | None = None,
 ) -> float:
     """Return how many characters a token stands for, over the first rows."""
-    texts = list(tokenizers.training_texts(files, rows))
+    texts = list(tokenizers.training_texts(files, rows, columns))
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return sum(map(len, texts)) / max(1, sum(len(e.ids) for e in encoded))

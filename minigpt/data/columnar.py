@@ -6,7 +6,8 @@ A small file may stand for any number of rows and bytes, so that both are bounde
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,22 @@ SHEET_ROWS = 1 << 20  # as many as Excel has
 _OPEN_SHEETS = (".xlsx", ".xlsm")
 
 
-def reader_of(path: Path, beginning: bytes) -> Callable[[Path], Rows] | None:
-    """Return what reads a file that begins like this; None for text and for other files."""
+def reader_of(
+    path: Path, beginning: bytes, columns: Mapping[str, str]
+) -> Callable[[Path], Rows] | None:
+    """Return what reads a file that begins like this; None for text and for other files.
+
+    Args:
+        path: of the file.
+        beginning: its first bytes.
+        columns: see `minigpt.data.tables.table_rows`.
+    """
     if beginning.startswith(b"PAR1"):
         return _parquet_rows
     if beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return _arrow_rows
     if beginning.startswith(b"PK\x03\x04") and path.suffix.lower() in _OPEN_SHEETS:
-        return _spreadsheet_rows
+        return partial(_spreadsheet_rows, columns=columns)
     return None
 
 
@@ -109,7 +118,7 @@ def _too_large(problem: str, line: int | None = None) -> DataError:
     return DataError(problem, line=line, remedy=remedy, reason="row_size")
 
 
-def _spreadsheet_rows(path: Path) -> Rows:
+def _spreadsheet_rows(path: Path, columns: Mapping[str, str]) -> Rows:
     """Yield the rows of the first sheet, whose first row names the columns."""
     import openpyxl
 
@@ -126,7 +135,7 @@ def _spreadsheet_rows(path: Path) -> Rows:
         for number, cells in enumerate(rows, 2):
             pairs = zip(names, cells, strict=False)
             texts = ((name, str(cell)) for name, cell in pairs if name and cell is not None)
-            if row := table_row(texts, number):
+            if row := table_row(texts, number, columns):
                 yield number, row
     finally:
         book.close()

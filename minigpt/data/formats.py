@@ -42,9 +42,11 @@ from minigpt.data.tables import (
     not_utf8,
     refuse_foreign,
     table_rows,
+    text_of_line,
     text_rows,
 )
 from minigpt.errors import ConfigError, DataError
+from minigpt.reading import LARGEST_FILE
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -309,7 +311,11 @@ def read_records(
             `bad` does not let a row pass.
     """
     good = 0
-    rows = ((path, *item) for path in map(Path, paths) for item in scan_rows(path, bad.notes[path]))
+    rows = (
+        (path, *item)
+        for path in map(Path, paths)
+        for item in scan_rows(path, bad.notes[path], columns)
+    )
     for source, line, row in rows:
         if limit is not None and good >= limit:
             break
@@ -422,7 +428,7 @@ def load_prompts(
     """
     bad = bad or BadRows()
     prompts: list[Prompt] = []
-    for line, row in islice(scan_rows(Path(path), bad.notes[Path(path)]), limit):
+    for line, row in islice(scan_rows(Path(path), bad.notes[Path(path)], columns), limit):
         bad.seen += 1
         try:
             content = parse_prompt(renamed(row, columns))
@@ -472,7 +478,7 @@ def _is_labelled(row: _Row) -> bool:
 
 def guess_kind(path: Path, columns: Mapping[str, str] | None = None) -> Kind:
     """Tell a file's kind by its first object; "chat" is the default."""
-    rows = (renamed(row, columns) for _, row in islice(scan_rows(path), _PEEKED))
+    rows = (renamed(row, columns) for _, row in islice(scan_rows(path, columns=columns), _PEEKED))
     return kind_of(next((row for row in rows if isinstance(row, dict)), None))
 
 
@@ -794,36 +800,70 @@ def _answer(turns: Sequence[_Turn], prompt: tuple[Message, ...]) -> Message:
     return answer
 
 
-def iter_rows(path: str | Path) -> Iterator[tuple[int, object]]:
+def iter_rows(
+    path: str | Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, object]]:
     """Stream the decoded rows of a file with their 1-based line, or item of a JSON array.
+
+    Args:
+        path: of the file.
+        columns: see `scan_rows`.
 
     Raises:
         DataError: the file or a line of it cannot be read, or it holds no rows.
     """
-    for line, row in scan_rows(Path(path)):
+    for line, row in scan_rows(Path(path), columns=columns):
         if isinstance(row, DataError):
             raise row.at(path, line)
         yield line, row
 
 
-def scan_rows(path: Path, notes: Notes | None = None) -> Iterator[tuple[int, object]]:
+def scan_rows(
+    path: Path, notes: Notes | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, object]]:
     """Stream rows; a line that is not JSON comes as its error, so that others may follow.
 
     Args:
         path: of the file.
         notes: gets what was changed in its text so that it could be read.
+        columns: the names that keys get later (`renamed`), which say which cells of a table hold
+            JSON.
 
     Raises:
         DataError: the file cannot be read, or it holds no rows.
     """
+    with _explained(path), _opened(path) as stream:
+        rows = _rows_of(path, stream, {} if notes is None else notes, columns or {})
+        first = next(rows, None)
+        if first is None:
+            raise _error("no_rows", None, "the file holds no rows")
+        yield first
+        yield from rows
+
+
+def whole_text(path: Path) -> str:
+    """Return the text of a plain text file in any of the encodings that rows may have.
+
+    Raises:
+        DataError: when it cannot be read, or has more than `LARGEST_FILE` bytes.
+    """
+    lines: list[str] = []
+    size = 0
+    with _explained(path), open_data(path) as stream:
+        for number, line in enumerate(lines_of(stream), 1):
+            size += len(line)
+            if size > LARGEST_FILE:  # compressed files may be small and unpack to any size
+                problem = f"the text has more than {LARGEST_FILE:,} bytes"
+                raise _error("row_size", None, problem, "Cut it into several files.")
+            lines.append(text_of_line(line, number))
+    return "".join(lines)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into a DataError that names it."""
     try:
-        with _opened(path) as stream:
-            rows = _rows_of(path, stream, {} if notes is None else notes)
-            first = next(rows, None)
-            if first is None:
-                raise _error("no_rows", None, "the file holds no rows")
-            yield first
-            yield from rows
+        yield
     except DataError as error:
         raise error.at(path, error.line) from None
     except (*DAMAGED, OSError) as error:
@@ -904,11 +944,11 @@ class _WatchedFile(io.FileIO):
 
 
 def _rows_of(
-    path: Path, stream: io.BufferedReader[Any], notes: Notes
+    path: Path, stream: io.BufferedReader[Any], notes: Notes, columns: Mapping[str, str]
 ) -> Iterator[tuple[int, object]]:
     if not begins_as_json(stream):
         is_plain = isinstance(stream.raw, _WatchedFile)
-        if is_plain and (read := reader_of(path, stream.peek(8))):
+        if is_plain and (read := reader_of(path, stream.peek(8), columns)):
             return columnar_rows(path, read)
         refuse_foreign(path, stream.peek(32)[:32])
     text = io.BufferedReader(_Utf8(notes, _blocks(stream)), _BUFFER)
@@ -916,7 +956,7 @@ def _rows_of(
     if suffix == ".txt":
         return text_rows(path, lines_of(text))
     if suffix in DELIMITERS:
-        return table_rows(lines_of(text), DELIMITERS[suffix])
+        return table_rows(lines_of(text), DELIMITERS[suffix], columns)
     return _rows(text)
 
 

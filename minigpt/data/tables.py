@@ -10,7 +10,7 @@ import json
 import logging
 import lzma
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import chain, count, pairwise
 from pathlib import PurePath
@@ -154,7 +154,7 @@ def text_rows(path: PurePath, lines: Iterable[bytes]) -> Iterator[tuple[int, dic
     Raises:
         DataError: for a line that is not UTF-8.
     """
-    numbered = enumerate(map(_decoded, lines, count(1)), 1)
+    numbered = enumerate(map(text_of_line, lines, count(1)), 1)
     looked_at: list[tuple[int, str]] = []
     size = 0
     for number, line in numbered:
@@ -196,7 +196,8 @@ def _log_documents(path: PurePath, document: str) -> None:
     log.info("%s: a document is %s.", path, document)
 
 
-def _decoded(line: bytes, number: int) -> str:
+def text_of_line(line: bytes, number: int) -> str:
+    """Decode a line, or raise a DataError that names it by its number."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -213,7 +214,9 @@ def not_utf8(byte: int, line: int) -> DataError:
     )
 
 
-def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, object]]:
+def table_rows(
+    lines: Iterable[bytes], delimiter: str, columns: Mapping[str, str]
+) -> Iterator[tuple[int, object]]:
     """Yield the rows of a CSV or TSV file with their first line's number; empty cells are left out.
 
     Its first line names the columns. A row that does not fit comes as its error.
@@ -221,12 +224,13 @@ def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, ob
     Args:
         lines: of the file, with their ends.
         delimiter: between two cells, unless the first line lacks it and has another.
+        columns: names that decide instead of the table's own which cells hold JSON.
 
     Raises:
         DataError: when there are no names, or the file is not UTF-8.
     """
     csv.field_size_limit(LARGEST_CELL)
-    texts = map(_decoded, lines, count(1))
+    texts = map(text_of_line, lines, count(1))
     first = next(texts, "")
     if delimiter not in first:
         delimiter = next((other for other in OTHER_DELIMITERS if other in first), delimiter)
@@ -244,16 +248,18 @@ def table_rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, ob
                 problem = f"{len(cells)} cells stand under {len(names)} columns"
                 yield line, _bad_table(problem, line)
             elif cells:
-                yield line, table_row(zip(names, cells, strict=False), line)
+                yield line, table_row(zip(names, cells, strict=False), line, columns)
     except csv.Error as error:
         raise _bad_table(str(error), reader.line_num) from None
 
 
-def table_row(cells: Iterable[tuple[str, str]], line: int) -> dict[str, object] | DataError:
+def table_row(
+    cells: Iterable[tuple[str, str]], line: int, columns: Mapping[str, str]
+) -> dict[str, object] | DataError:
     """Return the row of a table's cells, each with its column; its error where one is no JSON."""
     row: dict[str, object] = {}
     for name, cell in cells:
-        if name in NESTED and cell.lstrip().startswith(("[", "{")):
+        if columns.get(name, name) in NESTED and cell.lstrip().startswith(("[", "{")):
             try:
                 row[name] = json.loads(cell)
             except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,13 +62,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def training_texts(files: Sequence[str | Path], limit: int | None = None) -> Iterator[str]:
-    """Yield the texts of JSONL files of any kind of row; at most `limit` rows in all.
+def training_texts(
+    files: Sequence[str | Path],
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Yield the texts of data files of any kind of row; at most `limit` rows in all.
+
+    Args:
+        files: of any form.
+        limit: rows.
+        columns: the rows' keys that have other names here.
 
     Raises:
         DataError: for a file or row that cannot be read.
     """
-    for record, _ in read_records(files, None, BadRows(), limit):
+    for record, _ in read_records(files, None, BadRows(), limit, columns=columns):
         yield from texts_of(record)
 
 

@@ -355,7 +355,7 @@ class Checker:
         dropped = set(self.findings.dropped.get(str(path), ()))
         mended = set(self.mended_lines[path])
         try:
-            for line, row in _raw_rows(path):
+            for line, row in _raw_rows(path, self.columns):
                 if line not in dropped:
                     yield _line(row, line in mended)
         except (*DAMAGED, OSError) as error:
@@ -549,10 +549,10 @@ def _without_control(value: object) -> object:
     return value
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _raw_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[tuple[int, object]]:
     """Yield each row as the bytes of its line, or decoded where the file is no JSONL."""
     if not _is_jsonl(path):
-        yield from scan_rows(path)
+        yield from scan_rows(path, columns=columns)
         return
     with open_data(path) as stream:
         yield from ((i, line) for i, line in enumerate(lines_of(stream), 1) if line.strip())

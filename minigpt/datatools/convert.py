@@ -25,7 +25,7 @@ def convert(sources: Sequence[Path], out: Path, columns: Mapping[str, str]) -> i
     count = 0
     with atomic_file(out) as partial, partial.open("wb") as file:
         for source in sources:
-            for _, row in iter_rows(source):
+            for _, row in iter_rows(source, columns):
                 try:
                     file.write(to_line(renamed(row, columns)))
                 except (ValueError, RecursionError) as error:

@@ -79,7 +79,7 @@ def _records(
     path: Path, kind: Kind, start: int, special: Sequence[str], columns: Mapping[str, str] | None
 ) -> Iterator[tuple[Record, Source]]:
     """Read the rows from a line on, whatever stands before it."""
-    for line, row in scan_rows(path):
+    for line, row in scan_rows(path, columns=columns):
         if line >= start:
             try:
                 yield parse_row(renamed(row, columns), kind, special), Source(path, line)

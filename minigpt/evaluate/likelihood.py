@@ -17,7 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.formats import BadRows, Kind, Record, Source, parse_row, read_records
+from minigpt.data.formats import (
+    BadRows,
+    Kind,
+    Record,
+    Source,
+    parse_row,
+    read_records,
+    suffix_of,
+    whole_text,
+)
 from minigpt.data.store import Encoder, Limits
 from minigpt.data.tokenizer import check_ids, special_texts, token_bytes
 from minigpt.errors import DataError
@@ -27,7 +36,6 @@ from minigpt.model.conformance import require_conformance
 from minigpt.model.losses import sum_by
 from minigpt.model.packed_lm import target_logits, token_logprobs, use_attention
 from minigpt.model.rope import max_positions, shared_limit
-from minigpt.reading import read_text, reason_of
 
 TOKENS = 4096  # of a packed batch, at most
 LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
@@ -155,22 +163,18 @@ def score(
 
 
 def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:
-    """Read texts: rows with ``text``, or a ``.txt`` file as one text.
+    """Read texts: rows with ``text``, or a ``.txt`` file, also compressed, as one text.
 
     Raises:
         DataError: for a file or row that cannot be read.
     """
-    if not path.endswith(".txt"):
+    if suffix_of(Path(path)) != ".txt":
         yield from read_records([path], "text", BadRows(), special_tokens=special)
         return
     try:
-        text = read_text(Path(path))
-        yield parse_row({"text": text}, "text", special), Source(Path(path), 1)
-    except (OSError, ValueError) as error:
-        problem = f"cannot be read: {reason_of(error)}"
-        raise DataError(problem, path=path, reason="unreadable") from None
+        yield parse_row({"text": whole_text(Path(path))}, "text", special), Source(Path(path), 1)
     except DataError as error:
-        raise error.at(path, 1) from None
+        raise error.at(path, error.line or 1) from None
 
 
 def samples(

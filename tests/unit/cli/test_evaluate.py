@@ -63,6 +63,19 @@ def values(path: Path, model: Path | str) -> dict[str, dict[str, float]]:
     return {t: {name: one["value"] for name, one in scores.items()} for t, scores in tests.items()}
 
 
+def test_folders_and_patterns(minigpt: Minigpt, trained: Path, files: Path) -> None:
+    (files / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (files / "texts" / name).write_text("the cat sat on the mat")
+    for given in ("texts", "texts/*.txt"):
+        text = ("--text", given, "--json", "scores.json")
+        assert minigpt("evaluate", "--model", trained / "sft", *text).status == 0
+        assert set(values(files / "scores.json", trained / "sft")) == {
+            "text texts/a.txt",
+            "text texts/b.txt",
+        }
+
+
 def test_two_models_on_everything(minigpt: Minigpt, trained: Path, files: Path) -> None:
     models = (trained / "pretrain", trained / "sft")
     outcome = minigpt(

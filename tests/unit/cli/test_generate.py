@@ -132,6 +132,19 @@ def test_a_file_of_rows_is_completed_row_by_row(
     assert [row["completion"] for row in rows_out] == [reply.text for reply in replies]
 
 
+def test_prompts_of_tables(minigpt: Minigpt, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "a.csv").write_text("prompt,id\nthe cat,1\n")
+    (folder / "b.tsv").write_text("prompt\tid\na dog\t2\n")
+    for given, ids in ((folder / "a.csv", "1"), (folder, "12"), (f"{folder}/*.tsv", "2")):
+        outcome = minigpt("generate", "--model", trained / "sft", "--file", given, *SHORT)
+        assert outcome.status == 0
+        rows = [json.loads(line) for line in outcome.out.splitlines()]
+        assert [row["id"] for row in rows] == list(ids)
+        assert all("completion" in row for row in rows)
+
+
 def test_rows_are_printed_as_they_are_done(
     minigpt: Minigpt, monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path
 ) -> None:

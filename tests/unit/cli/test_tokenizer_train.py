@@ -47,6 +47,14 @@ def test_several_files_and_a_limit(minigpt: Minigpt, texts: Path, tmp_path: Path
     assert ["zzzz" in vocabulary for vocabulary in merged] == [True, False]
 
 
+def test_keys_of_other_names(minigpt: Minigpt, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"ask": "zzzz zzzz zzzz", "reply": "zzzz"}\n' * 9)
+    columns = ("--columns", "ask=question", "reply=answer")
+    assert train(minigpt, file, tmp_path / "tok", *columns).status == 0
+    assert "zzzz" in AutoTokenizer.from_pretrained(tmp_path / "tok").get_vocab()
+
+
 def test_small_text_is_said(minigpt: Minigpt, texts: Path, tmp_path: Path) -> None:
     outcome = train(minigpt, texts, tmp_path / "tok")
     assert outcome.status == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import subprocess
@@ -59,12 +60,16 @@ def test_the_tools_read_the_rows(name: str, tmp_path: Path, minigpt: Any) -> Non
 
 def test_a_sheet_may_hold_messages_and_other_names(tmp_path: Path) -> None:
     messages = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    spreadsheet(tmp_path / "a.xlsx", [{"chat": messages}])
-    good = read_records([tmp_path / "a.xlsx"], "chat", BadRows(), columns={"chat": "messages"})
-    with pytest.raises(DataError, match="must be a list of messages, not a string"):
-        list(good)
-    spreadsheet(tmp_path / "b.xlsx", [{"messages": messages}])
-    assert len(list(read_records([tmp_path / "b.xlsx"], "chat", BadRows()))) == 1
+    other = {"chat": "messages", "history": "note"}
+    cells = [messages, "[so"]
+    for names, columns in ((("messages", "note"), {}), (("chat", "history"), other)):
+        row = dict(zip(names, cells, strict=True))
+        spreadsheet(tmp_path / "a.xlsx", [row])
+        with (tmp_path / "a.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([row.keys(), row.values()])
+        for name in ("a.xlsx", "a.csv"):
+            (read,) = read_records([tmp_path / name], "chat", BadRows(), columns=columns)
+            assert read[0].messages[1].content == "b"
 
 
 def test_a_folder_holds_them(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_text_that_is_not_utf8() -> None:
 
 
 def rows(data: str, delimiter: str = ",") -> list[tuple[int, Any]]:
-    return list(table_rows(io.BytesIO(data.encode()), delimiter))
+    return list(table_rows(io.BytesIO(data.encode()), delimiter, {}))
 
 
 def test_rows_of_a_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from minigpt.data.formats import Text
 from minigpt.data.tokenizer import load
 from minigpt.errors import DataError
 from minigpt.evaluate import likelihood
@@ -119,6 +121,17 @@ def test_bos_stands_before_a_text_and_is_not_counted(root: Path, tmp_path: Path)
     nats = -plainly(model, start, targets)[0]
     assert scores["loss"].value == pytest.approx(nats / len(targets), rel=1e-5)
     assert (scores["loss"].n, scores["bits_per_byte"].n) == (len(targets), len("the cat sat"))
+
+
+def test_a_text_file_in_another_encoding_or_compressed(tmp_path: Path) -> None:
+    chinese = "从前有一座山，山里有一座庙。\n\n庙里有我们的故事。\n"
+    for name, content in (
+        ("a.txt", chinese.encode("gbk")),
+        ("b.txt.gz", gzip.compress(chinese.encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        ((record, _),) = likelihood.documents(str(tmp_path / name))
+        assert record == Text(chinese)
 
 
 def test_a_text_file_is_one_document_cut_into_windows(root: Path, tmp_path: Path) -> None:
