@@ -22,6 +22,7 @@ import lzma
 import math
 import os
 import re
+import shlex
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,13 +60,19 @@ ROLES |= {"human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
 # The key of the prompt and, where the messages do not hold it already, that of the answer.
 _CHAT_KEYS = {"messages": "", "conversations": "", "instruction": "output", "prompt": "completion"}
-_CHAT_KEYS |= {"question": "answer", "问": "答"}
+QUESTIONS = {"question": "answer", "问": "答", "问题": "回答", "提问": "回复"}
+_CHAT_KEYS |= QUESTIONS
 # 'prompt' comes first: preference sets often carry the whole chosen chat as 'messages' as well.
-_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "问")
+_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", *QUESTIONS)
+_SYSTEM_KEYS = ("system", "system_prompt")
+# What keys with other names are offered to become.
+_NAMES = {"text": ("text",), "chat": ("question", "answer"), "prompt": ("prompt",)}
+_NAMES |= {"preference": ("prompt", "chosen", "rejected")}
+_NAMES |= {"unpaired": ("prompt", "completion", "label")}
 _ACCEPTED = {
     "text": "{text}",
     "chat": "{messages} or {conversations}, {instruction, input, output}, {prompt, completion}, "
-    "{question, answer}",
+    "{question, answer}, {问题, 回答}",
     "preference": "{chosen, rejected} as whole conversations, or as answers together with "
     "{prompt}, {messages}, {conversations} or {instruction, input}",
     "unpaired": "{prompt, completion, label}, {messages, completion, label}, and chats with a "
@@ -394,14 +401,15 @@ def parse_row(row: object, kind: Kind, special_tokens: Sequence[str] = ()) -> Re
 def parse_prompt(row: object) -> tuple[Message, ...] | str:
     """Turn a decoded JSON row into messages to answer, or a string to complete.
 
-    A string comes from ``{"prompt": str}`` alone; next to a ``"system"`` it is a user message.
+    A string comes from ``{"prompt": str}`` alone; next to a ``"system"`` (or ``"system_prompt"``)
+    it is a user message.
 
     Raises:
         DataError: the row does not fit; it names the field, and the caller adds file and line.
     """
     parser = _RowParser()
     row = _object(row)
-    if isinstance(row.get("prompt"), str) and not row.get("system"):
+    if isinstance(row.get("prompt"), str) and _system_key(row) is None:
         return parser.text(row["prompt"], "prompt", "user")
     key = _prompt_key(row)
     if key is None:
@@ -584,13 +592,13 @@ class _RowParser:
     def opening(self, row: _Row, key: str | None) -> list[_Turn]:
         """Read the row's own system message, if it has one, and what is under `key`."""
         turns: list[_Turn] = []
-        if row.get("system"):
-            system = self.text(row["system"], "system", "system")
+        if system_key := _system_key(row):
+            system = self.text(row[system_key], system_key, "system")
             if system.strip():
                 turns.append(("system", Message("system", system)))
         if key == "instruction":
             return turns + self.alpaca(row)
-        role = "user" if key in ("prompt", "question", "问") else ""
+        role = "user" if key == "prompt" or key in QUESTIONS else ""
         return turns + self.turns(row[key], key, role) if key else turns
 
     def alpaca(self, row: _Row) -> list[_Turn]:
@@ -763,13 +771,41 @@ def _prompt_key(row: _Row) -> str | None:
     return next((key for key in _PROMPT_KEYS if row.get(key) is not None), None)
 
 
+def _system_key(row: _Row) -> str | None:
+    return next((key for key in _SYSTEM_KEYS if row.get(key)), None)
+
+
 def _missing(row: _Row, kind: str) -> DataError:
     likely = next((rows for key, rows in _LOOKS_LIKE.items() if key in row), kind)
     hint = "" if likely.startswith(kind) else f"This looks like {likely}. "
-    remedy = f"{hint}Accepted are {_ACCEPTED[kind]}. Keys with other names: see columns."
+    remedy = f"{hint}Accepted are {_ACCEPTED[kind]}. {_renaming(row, kind)}"
     article = "an" if kind == "unpaired" else "a"
     problem = f"not {article} {kind} row: its keys are {list(row)!r:.200}"
     return _error("missing_key", None, problem, remedy)
+
+
+def _renaming(row: _Row, kind: str) -> str:
+    """Return the options by which the keys of a row get the names of its kind, as far as guessed.
+
+    Keys without a meaning here take the names that are missing, in their order.
+    """
+    key = _prompt_key(row)
+    names = (key, _CHAT_KEYS[key] or key) if key and kind == "chat" else _NAMES[kind]
+    missing = [name for name in names if name not in row]
+    if key and "prompt" in missing:
+        missing.remove("prompt")
+    used = {*_PROMPT_KEYS, *_CHAT_KEYS.values(), *_SYSTEM_KEYS, *_NAMES[kind], *_ROW_FIELDS, "id"}
+    own = [name for name in row if name not in used and "=" not in name and len(name) < 40]
+    if not missing or len(own) < len(missing):
+        return "Keys with other names: see columns."
+    pairs = list(zip(own, missing, strict=False))
+    options = " ".join(shlex.quote(f"{old}={new}") for old, new in pairs)
+    plain = [old if re.fullmatch(r"[^\W\d]\w*", old) else json.dumps(old) for old, _ in pairs]
+    listed = ", ".join(f"{old}: {new}" for old, (_, new) in zip(plain, pairs, strict=True))
+    return (
+        f"Keys with other names: --columns {options} in data verbs, "
+        f"--data.init_args.columns {shlex.quote(f'{{{listed}}}')} in training, if these are meant."
+    )
 
 
 def _messages(turns: Sequence[_Turn], *, prompt: bool) -> tuple[Message, ...]:

@@ -25,7 +25,7 @@ from minigpt.data.datamodule import Files, JSONLDataModule, PackedDataLoader
 from minigpt.data.formats import BadRows, BatchKind, Kind, Prompt, load_prompts, renamed
 from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
 from minigpt.data.prompts import PromptCodec
-from minigpt.data.store import TokenStore, warn_of_rows
+from minigpt.data.store import TokenStore, notes_of_rows, warn_of_rows
 from minigpt.data.tokenizer import check_ids
 from minigpt.errors import ConfigError, DataError
 
@@ -365,7 +365,7 @@ class GRPODataModule(JSONLDataModule):
             self._count += 1
         bad.check(bad.seen)
         bad.check_too_long(bad.seen)
-        warn_of_rows(Path(path), bad)
+        warn_of_rows(Path(path), tuple(notes_of_rows(Path(path), bad)))
         if not prompts:
             raise DataError("no prompt can be used", path=path, reason="no_rows")
         return prompts

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -51,6 +52,7 @@ from minigpt.data.formats import (
     changes,
     hash_reads,
     read_records,
+    scan_rows,
     suffix_of,
     unused_problem,
 )
@@ -71,7 +73,7 @@ from minigpt.files import digest as file_digest
 
 log = logging.getLogger(__name__)
 
-FORMAT = 8
+FORMAT = 9
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer; an unpaired row has the
@@ -355,12 +357,16 @@ def open_store(
     root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
     content = _content(source)
     path = root / f"{source.stem}-{_digest(content, suffix_of(source), kind, tokenizer, limits)}"
-    if (store := _opened(path, source)) is not None:
-        return store
-    if path.exists():
-        log.warning("%s: built again.", _problem(path))
-    _build(source, content, kind, tokenizer, limits, path)
-    return TokenStore(path, source)
+    store = _opened(path, source)
+    if store is None:
+        if path.exists():
+            log.warning("%s: built again.", _problem(path))
+        _build(source, content, kind, tokenizer, limits, path)
+        store = TokenStore(path, source)
+    elif suffix_of(source) == ".txt":
+        next(scan_rows(source))  # says what a document is, as building did
+    warn_of_rows(source, tuple(store.meta["notes"]))
+    return store
 
 
 def _problem(path: Path) -> str:
@@ -511,13 +517,14 @@ def _build(
             "cut": encoder.cut,
             "skipped": dict(bad.counts),
             "too_long": bad.too_long,
+            "notes": notes_of_rows(source, bad),
         }
         write_json(partial / "meta.json", meta)
         write_sums(partial)
         make_private(partial)
         sync(partial)
         _publish(partial, path)
-    _report(source, meta, bad)
+    _report(source, meta)
 
 
 @contextmanager
@@ -547,7 +554,7 @@ def _publish(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
+def _report(source: Path, meta: dict[str, Any]) -> None:
     log.info(
         "%s: %d rows, %d samples, %d tokens, %d targets, %d rows cut to the maximum length",
         source,
@@ -557,20 +564,25 @@ def _report(source: Path, meta: dict[str, Any], bad: BadRows) -> None:
         meta["targets"],
         meta["cut"],
     )
-    warn_of_rows(source, bad)
 
 
-def warn_of_rows(source: Path, bad: BadRows) -> None:
-    """Log which rows of a file were left out, or changed so that they could be read."""
-    if summary := bad.summary():
-        log.warning("%s: %s", source, summary)
+def notes_of_rows(source: Path, bad: BadRows) -> list[str]:
+    """Return which rows of a file were left out, or changed so that they could be read."""
+    notes = [bad.summary()] if bad.counts else []
     if first := bad.first_too_long:
         lines = f"{bad.too_long} of {bad.seen} rows, the first in line {first.line}"
-        log.warning("%s: left out, because %s: %s", source, first.problem, lines)
-    for _, _, change in changes(bad.notes[source]):
-        log.warning("%s: %s", source, change)
+        notes.append(f"left out, because {first.problem}: {lines}")
+    notes += [change for _, _, change in changes(bad.notes[source])]
     if bad.unused:
-        log.warning("%s: %s", source, unused_problem(bad.unused))
+        notes.append(unused_problem(bad.unused))
+    return notes
+
+
+@cache
+def warn_of_rows(source: Path, notes: tuple[str, ...]) -> None:
+    """Log the notes on a file's rows, once in a process, which opens a store more than once."""
+    for note in notes:
+        log.warning("%s: %s", source, note)
 
 
 def with_mismatched(

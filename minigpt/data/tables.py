@@ -164,7 +164,7 @@ def text_rows(path: PurePath, lines: Iterable[bytes]) -> Iterator[tuple[int, dic
             break
     texts = [bool(line.strip()) for _, line in looked_at]
     by_blocks = any(not a and b for a, b in pairwise(texts))
-    _log_documents(path, "what lies between blank lines" if by_blocks else "a line")
+    log_documents(path, "what lies between blank lines" if by_blocks else "a line")
     block: list[str] = []
     start = 1
     size = 0
@@ -192,7 +192,8 @@ def _too_long(line: int) -> DataError:
 
 
 @cache
-def _log_documents(path: PurePath, document: str) -> None:
+def log_documents(path: PurePath, document: str) -> None:
+    """Log what a document of a plain text is, once in a process."""
     log.info("%s: a document is %s.", path, document)
 
 

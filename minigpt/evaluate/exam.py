@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minigpt.data.formats import Message, Text, iter_rows, parse_prompt, parse_row
+from minigpt.data.formats import QUESTIONS, Message, Text, iter_rows, parse_prompt, parse_row
 from minigpt.errors import DataError
 
 if TYPE_CHECKING:  # `minigpt data check` reads exams without torch
@@ -87,7 +87,7 @@ def _question(row: dict[str, Any], kind: ItemKind) -> Item:
         raise _error("choices", "must be a list of at least two strings")
     if len(set(choices)) < len(choices):
         raise _error("choices", "holds the same choice twice")
-    answer = row.get("answer", row.get("答"))
+    answer = next((row[key] for key in QUESTIONS.values() if key in row), None)
     if choices:
         answer = _choice_of(answer, choices)
     if not isinstance(answer, str):

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt.data.formats import (
+    QUESTIONS,
     BadRows,
     Chat,
     Kind,
@@ -191,7 +192,36 @@ def test_keys_that_have_other_names(tmp_path: Path) -> None:
     assert load_prompts(path, columns)[0].row == {"ask": "Hi?", "reply": "Hello."}
 
 
-@pytest.mark.parametrize(("ask", "reply"), [("question", "answer"), ("问", "答")])
+@pytest.mark.parametrize(
+    ("row", "kind", "options"),
+    [
+        (
+            {"id": 1, "用户": "a", "客服": "b"},
+            "chat",
+            "--columns '用户=question' '客服=answer' in data verbs, "
+            "--data.init_args.columns '{用户: question, 客服: answer}' in training",
+        ),
+        ({"prompt": "a", "the reply": "b"}, "chat", "--columns 'the reply=completion' in"),
+        ({"prompt": "a", "good": "b", "bad": "c"}, "preference", "good=chosen bad=rejected in"),
+        ({"body": "a"}, "text", "--data.init_args.columns '{body: text}' in training"),
+        ({"foo": "a"}, "chat", "see columns."),
+        ({"messages": None, "foo=bar": "a"}, "text", "see columns."),
+    ],
+)
+def test_the_refusal_offers_to_rename_the_keys(row: Any, kind: Kind, options: str) -> None:
+    with pytest.raises(DataError) as refused:
+        parse_row(row, kind)
+    assert options in str(refused.value)
+
+
+def test_a_system_prompt_is_the_system_message() -> None:
+    row = {"system_prompt": "Be kind.", "prompt": "a"}
+    asked = (system("Be kind."), user("a"))
+    assert parse_row({**row, "completion": "b"}, "chat") == Chat((*asked, bot("b")))
+    assert parse_prompt(row) == asked
+
+
+@pytest.mark.parametrize(("ask", "reply"), QUESTIONS.items())
 def test_questions_and_answers(ask: str, reply: str) -> None:
     row = {"system": "Be kind.", ask: "Hi?", reply: "Hello."}
     assert parse_row(row, "chat") == Chat((system("Be kind."), user("Hi?"), bot("Hello.")))

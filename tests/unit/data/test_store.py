@@ -25,11 +25,12 @@ from patience import limit
 from transformers import PreTrainedTokenizerFast
 
 from minigpt.data import store as stores
+from minigpt.data import tables
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.batch import collate
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import BadRows, Kind, Message, Source, Text
-from minigpt.data.store import Encoder, Limits, TokenStore, open_store
+from minigpt.data.store import Encoder, Limits, TokenStore, open_store, warn_of_rows
 from minigpt.errors import ConfigError, DataError
 
 TEXTS = ["the cat sat", "春眠不觉晓，处处闻啼鸟。", "42", "x" * 90]
@@ -68,6 +69,30 @@ def opened(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Opener:
     return Opener(tmp_path, tokenizer)
 
 
+def test_a_store_that_is_there_says_what_was_said_of_its_rows(
+    opened: Opener, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a", "completion": "b"} for _ in range(30)]
+    rows[3]["tools"] = "some"
+    rows[4] = {"prompt": "the cat " * 40, "completion": "b"}
+    text = tmp_path / "a.txt"
+    text.write_bytes("从前有一座山，山里有一座庙。\n".encode("gbk"))
+    said = []
+    for _ in range(2):  # as two processes would
+        caplog.clear()
+        warn_of_rows.cache_clear()
+        tables.log_documents.cache_clear()
+        with caplog.at_level("INFO"):
+            opened("chat", rows, max_length=30)
+            open_store(text, "text", opened.tokenizer, Limits(), opened.cache)
+        messages = [record.getMessage() for record in caplog.records]
+        said.append([message for message in messages if "samples, " not in message])
+    assert said[0] == said[1]
+    for part in ("left out, because", "tools, of which", "read as GB18030"):
+        assert part in caplog.text
+    assert f"{text}: a document is a line." in caplog.text
+
+
 def runs(store: TokenStore) -> list[list[list[int]]]:
     """Prompt and both answers of each sample, of which the second may be empty."""
     samples = []
@@ -93,7 +118,7 @@ def test_texts_are_tokenised_as_they_are(
     tokens = sum(map(len, expected))
     counts = {"rows": 4, "samples": 4, "tokens": tokens, "targets": tokens - 4, "cut": 0}
     counts["highest_id"] = max(map(max, expected))
-    assert store.meta == {"dtype": "uint16", **counts, "skipped": {}, "too_long": 0}
+    assert store.meta == {"dtype": "uint16", **counts, "skipped": {}, "too_long": 0, "notes": []}
 
 
 @settings(max_examples=40)

@@ -90,13 +90,14 @@ def test_items_of_an_exam(tmp_path: Path) -> None:
         {"prompt": "q", "answer": "a"},
         {"question": "q", "answer": "a"},
         {"问": "q", "答": "a"},
+        {"问题": "q", "回答": "a"},
     ]
     write_jsonl(path := tmp_path / "colours.jsonl", rows)
     assert load_items(path, "exam") == [
         Item("7", "f", MESSAGES, "a", ("a", "b"), ()),
         Item("2", "colours", MESSAGES, "a", (), ("x",)),
         Item("3", "colours", MESSAGES, "b", ("a", "b"), ()),
-        *(Item(str(line), "colours", MESSAGES, "a") for line in (4, 5, 6)),
+        *(Item(str(line), "colours", MESSAGES, "a") for line in (4, 5, 6, 7)),
     ]
 
 
