@@ -39,6 +39,7 @@ from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
     DELIMITERS,
+    LOOKED_AT_BYTES,
     decompressed,
     not_utf8,
     refuse_foreign,
@@ -986,13 +987,18 @@ def _rows_of(
         is_plain = isinstance(stream.raw, _WatchedFile)
         if is_plain and (read := reader_of(path, stream.peek(8), columns)):
             return columnar_rows(path, read)
-        refuse_foreign(path, stream.peek(32)[:32])
+        refuse_foreign(path, stream.peek(LOOKED_AT_BYTES)[:LOOKED_AT_BYTES])
     text = io.BufferedReader(_Utf8(notes, _blocks(stream)), _BUFFER)
     suffix = suffix_of(path)
     if suffix == ".txt":
         return text_rows(path, lines_of(text))
     if suffix in DELIMITERS:
         return table_rows(lines_of(text), DELIMITERS[suffix], columns)
+    if suffix not in READABLE and text.peek().lstrip()[:1] not in (b"{", b"[", b""):
+        remedy = "Rename it to .txt, or give its rows as JSONL."
+        raise _error(
+            "foreign", None, "the file is plain text, by a name that does not say so", remedy
+        )
     return _rows(text)
 
 
@@ -1016,7 +1022,7 @@ def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """
     with _opened(path) as stream:
         if not begins_as_json(stream):
-            refuse_foreign(path, stream.peek(32)[:32])
+            refuse_foreign(path, stream.peek(LOOKED_AT_BYTES)[:LOOKED_AT_BYTES])
         yield io.BufferedReader(_Utf8({}, _blocks(stream)), _BUFFER)
 
 

@@ -49,7 +49,19 @@ SIGNATURES = {
     b"Rar!\x1a\x07": "a RAR archive",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
+    b"\x04\x22M\x18": "compressed by lz4",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04\x95": "a pickle",
+    b"\x80\x05\x95": "a pickle",
+    b"ID3\x02": "an audio file",
+    b"ID3\x03": "an audio file",
+    b"ID3\x04": "an audio file",
+    b"\xff\xfb": "an audio file",
 }
+# The same by what stands further on: where, and what.
+LATER_SIGNATURES = {(4, b'\0\0\0\0{"'): "a safetensors model", (257, b"ustar"): "a tar archive"}
+LOOKED_AT_BYTES = 512  # of a file's beginning
 OFFICE = (".docx", ".pptx", ".odt", ".odp", ".ods", ".epub")  # archives inside
 COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
@@ -130,6 +142,8 @@ class _ZstdFile(io.RawIOBase):
 def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     """Refuse, with a DataError, a file of a kind that has no rows, by its first bytes."""
     name = next((n for sign, n in SIGNATURES.items() if beginning.startswith(sign)), None)
+    later = LATER_SIGNATURES.items()
+    name = name or next((n for (at, sign), n in later if beginning.startswith(sign, at)), None)
     if name is None:
         return
     remedy = "Give the text in it as JSONL, CSV or plain text."

@@ -1031,3 +1031,22 @@ def test_a_completion_outlives_a_row_that_json_cannot_hold() -> None:
     )
     row["again"] = row
     assert json.loads(completed(row, "眠")) == {"completion": "眠"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.md", b"# Title\n\nSome text.\n", r"is plain text.*Rename it to \.txt"),
+        ("notes", "从前有一座山".encode("gbk"), "is plain text"),
+        ("a.jsonl", b"\0" * 4 + b"\0" * 253 + b"ustar", "is a tar archive"),
+        ("a.jsonl", b"\x40\1\0\0\0\0\0\0" + b'{"w"', "is a safetensors model"),
+        ("a.jsonl", b"\x80\x04\x95abc", "is a pickle"),
+        ("a.jsonl", b"\x04\x22M\x18abc", "is compressed by lz4"),
+        ("a.mp3", b"ID3\x03abc", "is an audio file"),
+    ],
+)
+def test_a_file_that_is_no_data_is_named(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=said):
+        list(iter_rows(write(tmp_path / name, content)))
