@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,6 +49,11 @@ ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CAUSAL_LM = "CAUSAL_LM"  # how peft calls what their adapters are for
 # Settings of peft by which an adapter is more than an update of the base's weights.
 NO_PLAIN_LORA = ("layer_replication", "alora_invocation_tokens")
+# Classes of linear layers whose output is not that of their weight alone, by their names.
+OWN_OUTPUT = re.compile(r"Router$|GroupedLinear$")
+ROUTER = re.compile(r"Router|MoE\w*Gate$")  # classes whose linear layers choose experts
+# Layers of a Mamba block whose weights go into its fused kernels.
+READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Lora:
         r: rank of the update.
         alpha: scale of the update, divided by r.
         dropout: on the adapter's input.
-        target_modules: names of layers; by default all linear layers except the head.
+        target_modules: last names of linear layers; by default those of `default_targets`.
         rslora: scale by alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023,
             arXiv:2312.03732).
         dora: learn the length of each of W's rows apart (Liu et al. 2024, arXiv:2402.09353).
@@ -79,15 +87,40 @@ class Lora:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the last names of all linear layers (Conv1D too), the head excluded."""
+    """Return the last names of the linear layers (Conv1D too) that LoRA can be put on.
+
+    The head is none of them, nor is a name that a layer of another kind bears, too, for peft finds
+    layers by their last names.
+    """
     head = getattr(model, "score", None) or model.get_output_embeddings()
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-        }
-    )
+    linear: set[str] = set()
+    others: set[str] = set()
+    for path, layer in model.named_modules():
+        of_its_own = OWN_OUTPUT.search(type(layer).__name__)
+        fits = isinstance(layer, nn.Linear | Conv1D) and layer is not head and not of_its_own
+        (linear if fits else others).add(path.rpartition(".")[2])
+    return sorted(linear - others)
+
+
+def default_targets(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the layers that LoRA is put on where none are chosen.
+
+    They are the linear ones but for those of routers, those whose weights Mamba's kernels read
+    past an adapter, and names that peft takes for the stacked experts of a mixture.
+    """
+    left_out = set()
+    for path, layer in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        block = model.get_submodule(parent)
+        mamba = hasattr(block, "A_log") and hasattr(block, "D")
+        if isinstance(layer, nn.Linear) and (
+            ROUTER.search(type(block).__name__) or (mamba and name in READ_BY_KERNELS)
+        ):
+            left_out.add(name)
+    names = set(linear_layers(model)) - left_out
+    config = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(config, model, conversions=None)
+    return sorted(names & set(config.target_modules or ()))
 
 
 def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
@@ -99,16 +132,10 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         base: written into the adapter as the model it belongs to.
 
     Raises:
-        ConfigError: for unknown target modules, or the head and embedding as targets
-            (merging would change the tied weight, and the logits with it).
+        ConfigError: for unknown target modules, for the head and embedding as targets
+            (merging would change the tied weight, and the logits with it), and for what peft
+            cannot put on this kind of model.
     """
-    layers = linear_layers(model)
-    targets = options.target_modules or layers
-    if unknown := sorted(set(targets) - set(layers)):
-        raise ConfigError(
-            f"LoRA cannot be put on {', '.join(unknown)}: it goes on linear layers other than "
-            f"the head and the embedding. This model has: {', '.join(layers)}."
-        )
     model.config._name_or_path = base
     config = LoraConfig(
         r=options.r,
@@ -116,15 +143,41 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        target_modules=targets,
+        target_modules=_targets(model, options),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type=TASK if is_score_model(model) else CAUSAL_LM,  # peft trains the score head, too
     )
-    adapted = cast(PeftModel, get_peft_model(model, config))
+    adapted = _fresh(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base
     digest = weights_digest(Path(base)) if Path(base).is_dir() else None
     adapted.base_digest = digest  # type: ignore[assignment]
     return adapted
+
+
+def _targets(model: PreTrainedModel, options: Lora) -> list[str]:
+    if options.target_modules is None:
+        return default_targets(model)
+    layers = linear_layers(model)
+    if unknown := sorted(set(options.target_modules) - set(layers)):
+        raise ConfigError(
+            f"LoRA cannot be put on {', '.join(unknown)}: it goes on plain linear layers other "
+            f"than the head and the embedding. This model has: {', '.join(layers)}."
+        )
+    return options.target_modules
+
+
+def _fresh(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    names = ", ".join(sorted(config.target_modules or ()))
+    others = ", ".join(default_targets(model))
+    try:
+        return cast(PeftModel, get_peft_model(model, config))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"LoRA cannot be put on {names or 'any layer'} of a {model.config.model_type} model: "
+            f"{reason_of(error)}. Choose lora.target_modules from those it is put on by default "
+            f"({others}), or, to adapt stacked experts, set lora.dropout to 0 and leave out "
+            "lora.dora."
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> PeftModel:
@@ -288,31 +341,49 @@ def _take_rows(model: PreTrainedModel, directory: Path, base: Path | str) -> Non
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Return the base model with the adapter's update added to its weights.
 
-    A head that the adapter made another matrix than the embedding is no longer tied to it.
+    Where layers shared a weight that is no longer the same for all (the embedding and the head, or
+    Zamba's blocks), none share theirs any more, and the config says so.
 
     Raises:
         ModelError: for adapters that have no place in the weights.
     """
-    base = cast(PreTrainedModel, adapted.get_base_model())
-    head = base.get_output_embeddings()
-    adapted_ends = isinstance(base.get_input_embeddings(), LoraLayer) or isinstance(head, LoraLayer)
-    if base.config.tie_word_embeddings and adapted_ends:
-        # Or else the update of one would be added to both.
-        if isinstance(head, LoraLayer):
-            head = LoraLayer.get_base_layer(head)
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    _copy_shared_weights(cast(PreTrainedModel, adapted.get_base_model()))
     try:
         merge_and_unload = cast(Callable[[], PreTrainedModel], adapted.merge_and_unload)
         merged = merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         what = reason_of(error)
         raise ModelError(f"This adapter cannot be merged into its base: {what}") from error
-    head = merged.get_output_embeddings()
-    if head is not None and head.weight is not merged.get_input_embeddings().weight:
-        merged.config.tie_word_embeddings = False
-        merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    _untie(merged)
     # peft froze it, and the next stage may train it
     return merged.requires_grad_(True)
+
+
+def _copy_shared_weights(base: PreTrainedModel) -> None:
+    """Give adapted layers weights of their own, or else an update is added to all that share it."""
+    uses = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
+    for module in base.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer = module.get_base_layer()
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if uses[id(weight)] > 1:
+                setattr(layer, name, nn.Parameter(weight.detach().clone()))
+
+
+def _untie(merged: PreTrainedModel) -> None:
+    """Make weights that its kind ties others' copies, unless all of them still are one."""
+    ties = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    weights = dict(merged.named_parameters(remove_duplicate=False))
+    if all(weights.get(one) is weights.get(other) for one, other in ties.items()):
+        return
+    merged.config.tie_word_embeddings = False  # nor does resizing tie them again
+    for name, other in ties.items():
+        if name in weights and weights[name] is weights.get(other):
+            layer, _, last = name.rpartition(".")
+            copy = nn.Parameter(weights[name].detach().clone())
+            setattr(merged.get_submodule(layer), last, copy)
+    merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def save_adapter(

@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "norms saved": {"target_modules": ["Q"], "modules_to_save": ["N"]},
     "embedding": {"target_modules": ["Q", "E"]},
+    "embedding, head saved": {"target_modules": ["Q", "E"], "modules_to_save": ["lm_head"]},
     "head": {"target_modules": ["Q", "lm_head"]},
     "embedding and head": {"target_modules": ["Q", "E", "lm_head"]},
     "embedding, tied": {"target_modules": ["Q", "E"], "ensure_weight_tying": True},
