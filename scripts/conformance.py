@@ -22,7 +22,8 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from minigpt.data.batch import collate
+from minigpt.data.batch import Sample, collate
+from minigpt.errors import ConfigError, ModelError
 from minigpt.model import conformance, shrink
 from minigpt.model.cached import (
     EXPLICIT_POSITIONS,
@@ -32,6 +33,7 @@ from minigpt.model.cached import (
     TransformersDecoder,
 )
 from minigpt.model.conformance import Conformance
+from minigpt.model.lora import Lora, add_adapter, merge
 from minigpt.model.packed_lm import PackedLM, forward_rows, use_attention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
 }
+EQUAL = "equal"
 PACKED, ROWS = "equal, packed", "equal, one sample a row"
 REFUSED, NOT_BUILT, WRONG = "refused", "cannot be built tiny", "WRONG"
 MODES = {
@@ -70,12 +73,14 @@ own eager attention on the sample alone. Types that are not exact packed read ea
 of its own, which takes more time. The same proof runs for the config of each model before it is
 used, and decides there. *Decoding* continues texts together, in the fastest mode whose logits are
 those of each text read at once: prompts of all lengths padded in one cache, those of one length in
-a cache, or without a cache, where all of the text is computed for each new token.
+a cache, or without a cache, where all of the text is computed for each new token. *LoRA*, with its
+default options, trains a step: equal where the logits with the adapter are those of the model that
+it is merged into; refused where it cannot be put on the type, or merged.
 
 {counts}
 
-| type | training and evaluation | decoding | why |
-|---|---|---|---|
+| type | training and evaluation | decoding | LoRA | why |
+|---|---|---|---|---|
 """
 
 
@@ -88,12 +93,15 @@ class Row:
         result: one of the words above.
         decoding: the fastest mode that is equal; empty where nothing was tried.
         why: what keeps it from being packed, or from being computed.
+        lora: whether an adapter trains and merges, or why it is refused; empty where the type is
+            not trained.
     """
 
     kind: str
     result: str
     decoding: str = ""
     why: str = ""
+    lora: str = ""
 
 
 def config_of(kind: str) -> PreTrainedConfig:
@@ -146,6 +154,32 @@ def decoding_differs(model: PreTrainedModel, proof: Conformance) -> bool:
     return not conformance.close(result, torch.stack(expected))
 
 
+def adapt(model: PreTrainedModel) -> str:
+    """Return the table's word for a model's LoRA, after a step and merging; changes the model."""
+    samples = conformance._samples(model)
+    lm = PackedLM(model)
+    try:
+        adapted = add_adapter(model, Lora(), model.config.model_type)
+        trained = [weight for weight in lm.parameters() if weight.requires_grad]
+        lm.train()(collate(samples)).backward()
+        torch.optim.AdamW(trained, lr=0.02).step()
+        lm.eval()
+        beside = _logits(model, samples)
+        with adapted.disable_adapter():
+            moved = not conformance.close(beside, _logits(model, samples))
+        same = conformance.close(_logits(merge(adapted), samples), beside)
+    except (ConfigError, ModelError) as error:
+        return f"{REFUSED}: {error}"
+    return EQUAL if moved and same else WRONG
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, samples: list[Sample]) -> torch.Tensor:
+    with use_attention(model, "eager"):
+        rows = [torch.tensor(sample.ids.tolist())[None] for sample in samples]
+        return torch.cat([forward_rows(model, row)[0] for row in rows])
+
+
 def examine(kind: str) -> Row:
     """Return a type's line."""
     with shrink.quiet():
@@ -164,7 +198,8 @@ def examine(kind: str) -> Row:
             return Row(kind, REFUSED, decoding, proof.problem)
         if losses_differ(model):
             return Row(kind, WRONG, decoding)
-        return Row(kind, PACKED if proof.packed else ROWS, decoding, proof.problem)
+        result = PACKED if proof.packed else ROWS
+        return Row(kind, result, decoding, proof.problem, adapt(model))
 
 
 def _work(kind: str, to: Connection) -> None:
@@ -205,11 +240,15 @@ def page(table: list[Row]) -> str:
     """Return docs/models.md."""
     counts = Counter(row.result for row in table)
     shown = [f"**{counts[name]}** {name}" for name in (PACKED, ROWS, REFUSED, NOT_BUILT, WRONG)]
+    adapted = sum(row.lora == EQUAL for row in table)
     head = HEAD.format(
-        version=transformers.__version__, counts=f"{len(table)} types: {', '.join(shown)}."
+        version=transformers.__version__,
+        counts=f"{len(table)} types: {', '.join(shown)}. LoRA: **{adapted}** equal.",
     )
     lines = [
-        f"| {row.kind} | {row.result} | {_cell(row.decoding)} | {_cell(row.why)} |" for row in table
+        f"| {row.kind} | {row.result} | {_cell(row.decoding)} | {_cell(row.lora)} "
+        f"| {_cell(row.why)} |"
+        for row in table
     ]
     return head + "\n".join(lines) + "\n"
 
@@ -230,10 +269,10 @@ def main(argv: list[str] | None = None) -> int:
         args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs, args.seconds
     ):
         table.append(row)
-        print(row.kind, row.result, row.decoding, row.why, sep=" | ", flush=True)
+        print(row.kind, row.result, row.decoding, row.lora, row.why, sep=" | ", flush=True)
     if not args.types:
         PAGE.write_text(page(table), encoding="utf-8")
-    return int(any(row.result == WRONG for row in table))
+    return int(any(WRONG in (row.result, row.lora) for row in table))
 
 
 if __name__ == "__main__":

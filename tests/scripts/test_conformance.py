@@ -12,6 +12,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minigpt.model.conformance import Conformance
+from minigpt.model.lora import Lora
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "conformance.py"))
@@ -40,6 +41,7 @@ DOZEN = {
 def test_a_dozen_types_are_equal(kind: str) -> None:
     row = SCRIPT["examine"](kind)
     assert (row.result, row.decoding) == DOZEN[kind], row.why
+    assert row.lora == "equal"
 
 
 @torch.no_grad()
@@ -50,20 +52,32 @@ def test_what_is_decoded_otherwise_than_alone_shows() -> None:
     assert SCRIPT["decoding_differs"](model, Conformance("", "eager", "padded"))
 
 
+def test_an_adapter_that_is_refused_or_merged_wrongly_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = SCRIPT["adapt"].__globals__
+    model = SCRIPT["small_model"](SCRIPT["config_of"]("qwen2"))
+    monkeypatch.setitem(names, "Lora", lambda: Lora(target_modules=["router"]))
+    assert SCRIPT["adapt"](model).startswith("refused: LoRA cannot be put on router")
+    monkeypatch.setitem(names, "Lora", Lora)
+    monkeypatch.setitem(names, "merge", lambda adapted: adapted.unload())
+    assert SCRIPT["adapt"](model) == SCRIPT["WRONG"]
+
+
 def test_what_hangs_or_dies_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(kind: str, to: Any) -> None:
         if kind == "dies":
             raise SystemExit(3)
         if kind == "hangs":
             time.sleep(600)
-        to.send((kind, PACKED, "equal"))
+        to.send((kind, PACKED, "equal", "", "refused: why"))
 
     monkeypatch.setitem(SCRIPT["rows"].__globals__, "_work", work)
     table = list(SCRIPT["rows"](["dies", "hangs", "works"], 2, 5))
     assert [row.why for row in table] == ["its process died", "no answer in 5 s", ""]
     text = SCRIPT["page"](table)
     assert "3 types: **1** equal, packed, **0** equal, one sample a row" in text
-    assert "| works | equal, packed | equal |  |" in text
+    assert "| works | equal, packed | equal | refused: why |  |" in text
 
 
 @pytest.mark.large
@@ -72,5 +86,5 @@ def test_no_type_is_wrong() -> None:
     kinds = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     table = list(SCRIPT["rows"](kinds, 2, 300))
     assert [row.kind for row in table] == kinds
-    assert not [row for row in table if row.result == SCRIPT["WRONG"]]
+    assert not [row for row in table if SCRIPT["WRONG"] in (row.result, row.lora)]
     (ROOT / "docs" / "models.md").write_text(SCRIPT["page"](table), encoding="utf-8")
