@@ -124,7 +124,7 @@ class Card:
 
 
 TRAINING = (
-    *("stage", "data", "steps", "tokens seen", "held-out loss before", "after"),
+    *("stage", "data", "steps", "tokens seen", "held out, before", "after"),
     *("weights", "ended by"),
 )
 
@@ -207,20 +207,28 @@ def _summary(run: Path) -> list[object]:
     summary = read_object(run / "summary.json")
     exported = summary.get("exported", {})  # which earlier versions did not write
     after = exported.get("held_out", summary.get("final", {}))
-    losses = [values.get("val/loss") for values in (summary.get("before", {}), after)]
+    measured = [held_out(values) for values in (summary.get("before", {}), after)]
     weights = f"{exported['weights']}, step {exported['step']}" if exported else None
     totals = [summary.get("steps"), summary.get("tokens_seen")]
-    return [*totals, *losses, weights, summary.get("ended")]
+    return [*totals, *measured, weights, summary.get("ended")]
 
 
 def _measured(run: Path, steps: int) -> list[object]:
     """Return the same of a checkpoint, as far as it is logged."""
     lines = read_text(run / "metrics.jsonl").splitlines()
     rows = [row for row in map(parse_line, lines) if row.get("step") in (0, steps - 1)]
-    before = next((row["val/loss"] for row in rows if "val/loss" in row), None)
+    before = next(filter(None, map(held_out, rows)), None)
     at_step = {key: value for row in rows if row["step"] == steps - 1 for key, value in row.items()}
-    tokens, after = at_step.get("tokens_seen"), at_step.get("val/loss")
+    tokens, after = at_step.get("tokens_seen"), held_out(at_step)
     return [steps, tokens, before, after, f"checkpoint, step {steps}", None]
+
+
+def held_out(metrics: dict[str, Any]) -> str | None:
+    """Return what a stage's validation is judged by: its loss, or GRPO's share of right answers."""
+    for name, label in (("val/loss", "loss"), ("val/accuracy", "accuracy")):
+        if name in metrics:
+            return f"{label} {metrics[name]:.4g}"
+    return None
 
 
 def parse_line(line: str) -> dict[str, Any]:

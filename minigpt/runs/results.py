@@ -193,9 +193,10 @@ class RunRecorder(Callback):
         write_json(self.run_dir / "summary.json", summary)
         message = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
         message += f" (ended by {summary['ended']})"
-        if "val/loss" in self.final:
-            before = self.before.get("val/loss", math.nan)
-            message += f"; held-out loss {before:.3f} → {self.final['val/loss']:.3f}"
+        for name in ("loss", "accuracy"):
+            if (after := self.final.get(f"val/{name}")) is not None:
+                before = self.before.get(f"val/{name}", math.nan)
+                message += f"; held-out {name} {before:.3f} → {after:.3f}"
         weights = f"{exported['weights']}, step {exported_step}"
         log.info("%s. The model (%s) is in %s", message, weights, self.run_dir / "hf")
 

@@ -128,11 +128,26 @@ def test_a_spreadsheet_that_unpacks_to_too_much_is_refused(
 def test_rows_that_are_far_larger_than_their_file_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(columnar, "LARGEST_ROWS", 1 << 20)
+    monkeypatch.setattr(columnar, "LARGEST_ROWS", 1 << 18)
     parquet(tmp_path / "rows.parquet", [{"text": "x" * 50_000}] * 500, compression="zstd")
     assert (tmp_path / "rows.parquet").stat().st_size < 100_000
-    with pytest.raises(DataError, match=r"rows.parquet:1: 64 rows have 3,2.* bytes"):
+    with pytest.raises(DataError, match=r"rows.parquet:1: 8 rows have 4.* bytes"):
         list(iter_rows(tmp_path / "rows.parquet"))
+
+
+def test_one_value_that_stands_for_many_rows_takes_little_memory(tmp_path: Path) -> None:
+    """A dictionary holds a value once, and each row that names it takes it whole."""
+    parquet(tmp_path / "rows.parquet", [{"text": "x" * 1_000_000}] * 200, compression="zstd")
+    code = (
+        "import sys, pyarrow; from pathlib import Path; from minigpt.data.formats import iter_rows\n"
+        "rows = sum(1 for _ in iter_rows(Path(sys.argv[1])))\n"
+        "print(rows, pyarrow.default_memory_pool().max_memory())"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "rows.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, most = map(int, done.stdout.split())
+    assert rows == 201
+    assert most < 32_000_000
 
 
 def test_a_sheet_whose_rows_have_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from minigpt.errors import ConfigError
 from minigpt.export import card
-from minigpt.export.card import Card, flat, stages, table
+from minigpt.export.card import Card, flat, held_out, stages, table
 
 Minigpt = Callable[..., Any]
 
@@ -36,7 +36,7 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert head["license"] == "apache-2.0"
     assert head["library_name"] == "transformers"
     assert "# Mini\n" in text
-    row = f"| sft | sft.jsonl (48 rows) | 3 | {summary['tokens_seen']} | 5.123 | 2 |"
+    row = f"| sft | sft.jsonl (48 rows) | 3 | {summary['tokens_seen']} | loss 5.123 | loss 2 |"
     row += " last, step 3 | max_steps |"
     assert row in text
     assert text.index("| pretrain | pretrain.jsonl (48 rows) | 3 |") < text.index(row)
@@ -46,6 +46,12 @@ def test_the_card_of_a_run(minigpt: Minigpt, trained: Path, tmp_path: Path) -> N
     assert "| texts_with_equal_ids | 3000 of 3000 |" in text
     assert str(tmp_path) not in text
     assert str(trained) not in text
+
+
+def test_what_validation_is_judged_by() -> None:
+    assert held_out({"val/accuracy": 0.25, "val/reward": 0.5}) == "accuracy 0.25"
+    assert held_out({"val/accuracy": 0.25, "val/loss": 1.5}) == "loss 1.5"
+    assert held_out({"reward": 0.5}) is None
 
 
 def test_exams_of_the_demo_are_left_out_in_a_run_on_other_data(tmp_path: Path) -> None:
