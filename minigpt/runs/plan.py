@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 from minigpt.data.bundled import is_bundled
 from minigpt.model.architecture import count_parameters
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MANY_EPOCHS = 20
 LONG = 1e14  # operations: some minutes on a CPU
-STEPS_TIMED = 20  # before the time to the end is logged
+STEPS_TIMED, SECONDS_TIMED = 20, 60  # the time to the end is logged after either
 FORWARD_SHARE = 1 / 3  # of a training step's computation: the backward pass costs two forwards
 
 
@@ -34,18 +34,19 @@ class Plan:
         parameters: of the model; `trainable` of them are trained.
         vocabulary: tokens.
         from_random: whether the weights begin at random.
-        hardware: device, number of processes and precision in words.
+        device: what computes, such as "cpu".
         fast_precision: what the hardware multiplies fast.
         precision: what the run trains in.
-        step_tokens: tokens of an optimizer step, at most.
+        micro_batch_tokens: tokens of a micro-batch, at most.
         accumulate: micro-batches of a process in a step.
+        processes: that compute micro-batches side by side.
         steps: optimizer steps.
         epoch_tokens: tokens of an epoch.
         epoch_steps: optimizer steps of an epoch.
         rates: optimizer, peak rates and schedule in words.
         held_out_tokens: of one validation; 0 for none.
         held_out_source: what they are a part of, in words.
-        validations: how many, between the first step and the last.
+        validations: how many, those before the first step and of the last weights included.
         validated_every: how often in words.
         checkpoint_every: optimizer steps between two checkpoints.
         retention: which of them stay, in words.
@@ -59,11 +60,12 @@ class Plan:
     trainable: int
     vocabulary: int
     from_random: bool
-    hardware: str
+    device: str
     fast_precision: str
     precision: str
-    step_tokens: int
+    micro_batch_tokens: int
     accumulate: int
+    processes: int
     steps: int
     epoch_tokens: int
     epoch_steps: int
@@ -89,19 +91,25 @@ class Plan:
         """How often the run reads each token."""
         return self.steps / self.epoch_steps
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step, at most."""
+        return self.micro_batch_tokens * self.accumulate * self.processes
+
     def lines(self) -> Iterator[str]:
         """Yield the plan, a topic a line."""
         epochs = f"{self.epochs:.3g} epoch" + ("s" if self.epochs != 1 else "")
-        micro_batches = f"{self.accumulate} micro-batch" + ("es" if self.accumulate > 1 else "")
+        processes = f"{self.processes} process" + ("es" if self.processes > 1 else "")
         trained = "all" if self.trainable == self.parameters else f"{self.trainable:,}"
         yield (
             f"Model: {self.parameters:,} parameters, {trained} of them trained; "
             f"{self.vocabulary:,} tokens in the vocabulary"
         )
-        yield f"Hardware: {self.hardware}, {self.precision}"
+        yield f"Hardware: {self.device}, {processes}, {self.precision}"
         yield (
             f"Length: {self.steps:,} steps of up to {self.step_tokens:,} tokens "
-            f"({micro_batches} a process), {self.tokens:,} tokens in all, "
+            f"({self.micro_batch_tokens:,} a micro-batch x {self.accumulate} accumulated x "
+            f"{processes}), {self.tokens:,} tokens in all, "
             f"{epochs}, {self.tokens / self.parameters:.2g} tokens a parameter"
         )
         yield f"Rates: {self.rates}"
@@ -161,8 +169,9 @@ class Plan:
             )
         if self.validations * self.held_out_tokens * FORWARD_SHARE > self.tokens:
             yield (
-                "Validation takes longer than training. Lower data.max_val_tokens, or raise "
-                "validate.every."
+                "Validation takes longer than training: it reads "
+                f"{self.validations * self.held_out_tokens:,} tokens in all. Lower "
+                "data.max_val_tokens, or raise validate.every."
             )
 
 
@@ -177,8 +186,10 @@ class RunPlan(Callback):
     def __init__(self, checkpoints: Checkpoints, fast_precision: str) -> None:
         self.checkpoints = checkpoints
         self.fast_precision = fast_precision
+        self.step = 0  # of those that are done
+        self.timed_from = 0  # step after which the clock was started
         self.started = 0.0
-        self.timed_at = 0  # step after which the time to the end is logged
+        self.is_timed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it, on the first process."""
@@ -192,25 +203,30 @@ class RunPlan(Callback):
             log.warning("%s", line)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.started = time.monotonic()
-        self.timed_at = trainer.global_step + STEPS_TIMED
+        """Note where the run begins."""
+        self.step = trainer.global_step
+        self.timed_from = self.step + 1  # the first step is slower: it compiles and allocates
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log the time to the end, once, after some steps; validations between them count."""
         assert isinstance(pl_module, BaseModule)
-        step = trainer.global_step
-        if step < self.timed_at or not trainer.is_global_zero:
+        is_step, self.step = trainer.global_step > self.step, trainer.global_step
+        if not is_step or self.is_timed or not trainer.is_global_zero:
             return
-        self.timed_at = sys.maxsize
-        seconds, left = time.monotonic() - self.started, pl_module.total_steps() - step
-        if left > 0:
-            log.info(
-                "%d steps took %s: about %s to the end.",
-                STEPS_TIMED,
-                duration(seconds),
-                duration(seconds / STEPS_TIMED * left),
-            )
+        if self.step == self.timed_from:
+            self.started = time.monotonic()
+            return
+        steps, seconds = self.step - self.timed_from, time.monotonic() - self.started
+        left = pl_module.total_steps() - self.step
+        if (steps < STEPS_TIMED and seconds < SECONDS_TIMED) or left <= 0:
+            return
+        self.is_timed = True
+        took = f"{steps} step{'s' if steps > 1 else ''} took {duration(seconds)}"
+        allowed = seconds_allowed(trainer)
+        if allowed < seconds / steps * left:
+            log.info("%s: trainer.max_time ends the run in about %s.", took, duration(allowed))
+        else:
+            log.info("%s: about %s to the end.", took, duration(seconds / steps * left))
 
     def plan(self, trainer: Trainer, module: BaseModule) -> Plan:
         """Return the run's numbers."""
@@ -218,18 +234,18 @@ class RunPlan(Callback):
         accumulate = trainer.accumulate_grad_batches
         steps = module.total_steps()
         parameters, trainable = count_parameters(module.model)
-        processes = f"{trainer.world_size} processes" if trainer.world_size > 1 else "1 process"
         rates = f"{options.name} {options.lr:g}"
         if options.name == "muon":
             rates += f", adamw {options.adamw_lr:g} beside it"
-        step_tokens = data.tokens_per_batch * accumulate * trainer.world_size
         epoch_steps = max(1, -(-data.epoch_micro_batches() // (accumulate * trainer.world_size)))
         interval = trainer.val_check_interval  # in micro-batches, or 1.0 for an epoch
         if isinstance(interval, int):
-            validations = steps * accumulate // interval
+            between = steps * accumulate / interval
             validated_every = f"every {interval / accumulate:g} steps"
+            if accumulate > 1:
+                validated_every += f" ({interval:,} micro-batches of a process)"
         else:
-            validations = steps // epoch_steps
+            between = steps / epoch_steps
             validated_every = "at the end of each epoch"
         is_demo = all(map(is_bundled, data.train_weights)) and parameters <= MOST_PARAMETERS
         of_demo = demo_files([*data.train_weights, *data.val_files, *data.exam])
@@ -243,18 +259,19 @@ class RunPlan(Callback):
             trainable=trainable,
             vocabulary=len(module.tokenizer),
             from_random=module.start.init_from is None,
-            hardware=f"{trainer.strategy.root_device.type}, {processes}",
+            device=trainer.strategy.root_device.type,
             fast_precision=self.fast_precision,
             precision=str(trainer.precision),
-            step_tokens=step_tokens,
+            micro_batch_tokens=data.tokens_per_batch,
             accumulate=accumulate,
+            processes=trainer.world_size,
             steps=steps,
             epoch_tokens=data.epoch_tokens(),
             epoch_steps=epoch_steps,
             rates=f"{rates}, {module.schedule_options.name}",
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
             held_out_source=data.held_out_source(),
-            validations=validations,
+            validations=(trainer.num_sanity_val_steps == math.inf) + math.ceil(between),
             validated_every=validated_every,
             checkpoint_every=saving.every,
             retention=retention,
@@ -263,6 +280,13 @@ class RunPlan(Callback):
             demo_files=() if is_demo else of_demo,
             demo_prompts=() if is_demo else demo_prompts(module.sample_prompts),
         )
+
+
+def seconds_allowed(trainer: Trainer) -> float:
+    """Return the seconds that trainer.max_time leaves to a run; infinity without it."""
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    left = [timer.time_remaining() for timer in timers]
+    return min((seconds for seconds in left if seconds is not None), default=math.inf)
 
 
 def duration(seconds: float) -> str:

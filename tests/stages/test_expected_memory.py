@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -136,6 +137,30 @@ def test_the_plan_says_the_memory_and_the_time(
     assert "Memory: about " in caplog.text
     assert caplog.text.count("2 steps took ") == 1
     assert " to the end." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "changes", "logged"),
+    [
+        (1, {}, None),  # neither 20 steps nor a minute
+        (70, {}, "1 step took 70 s: about 3.5 min to the end."),
+        (70, {"trainer__max_time": {"seconds": 90}}, "1 step took 70 s: trainer.max_time ends the"),
+    ],
+)
+def test_the_time_is_told_after_a_minute(
+    seconds: int,
+    changes: dict[str, Any],
+    logged: str | None,
+    fit: Fit,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock starts behind the first step, and goes on by some seconds a step."""
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=count(0, seconds).__next__))
+    with caplog.at_level("INFO"):
+        fit("sft", trainer__max_steps=5, **changes)
+    assert (" took " in caplog.text) == (logged is not None)
+    assert logged is None or logged in caplog.text
 
 
 @pytest.mark.parametrize(

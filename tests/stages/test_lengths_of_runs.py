@@ -209,13 +209,25 @@ def test_a_run_says_what_it_will_do(fit: Fit, caplog: pytest.LogCaptureFixture) 
     assert (data.epoch_tokens(), data.held_out_tokens()) == (6 * 64, 2 * 64)
     for line in (
         "Hardware: cpu, 1 process, 32-true",
-        "Length: 3 steps of up to 128 tokens (2 micro-batches a process), 384 tokens in all, "
-        "1 epoch, ",
+        "Length: 3 steps of up to 128 tokens (64 a micro-batch x 2 accumulated x 1 process), "
+        "384 tokens in all, 1 epoch, ",
         "Rates: adamw 0.01, wsd",
-        "Validation: 128 tokens, every 1 steps",
+        "Validation: 128 tokens, every 1 steps (2 micro-batches of a process)",
         "Checkpoints: at the end alone",
     ):
         assert line in caplog.text
+
+
+@pytest.mark.parametrize(("before", "validations"), [(-1, 3), (0, 2)])
+def test_the_plan_counts_the_first_and_the_last_validation(
+    before: int, validations: int, fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three steps are validated before the first, after the second and after the last."""
+    changes = {"trainer__limit_train_batches": 3, "trainer__num_sanity_val_steps": before}
+    changes |= {"trainer__max_steps": 3, "trainer__val_check_interval": 2}
+    cli = fit("sft", data__init_args__tokens_per_batch=64, **changes)
+    read = validations * cli.datamodule.held_out_tokens()
+    assert f"it reads {read:,} tokens in all" in caplog.text
 
 
 def test_epochs_of_the_plan_are_those_of_the_run(

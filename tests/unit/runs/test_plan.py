@@ -12,11 +12,12 @@ PLAN = Plan(
     trainable=1_000,
     vocabulary=320,
     from_random=True,
-    hardware="cpu, 1 process",
+    device="cpu",
     fast_precision="bf16-mixed",
     precision="bf16-mixed",
-    step_tokens=512,
+    micro_batch_tokens=256,
     accumulate=2,
+    processes=1,
     steps=100,
     epoch_tokens=25_600,
     epoch_steps=50,
@@ -35,8 +36,8 @@ def test_the_plan_says_what_the_run_does() -> None:
     assert list(PLAN.lines()) == [
         "Model: 1,000 parameters, all of them trained; 320 tokens in the vocabulary",
         "Hardware: cpu, 1 process, bf16-mixed",
-        "Length: 100 steps of up to 512 tokens (2 micro-batches a process), 51,200 tokens in "
-        "all, 2 epochs, 51 tokens a parameter",
+        "Length: 100 steps of up to 512 tokens (256 a micro-batch x 2 accumulated x "
+        "1 process), 51,200 tokens in all, 2 epochs, 51 tokens a parameter",
         "Rates: adamw 0.001, wsd",
         "Validation: 300 tokens of the training data, every 10 steps",
         "Checkpoints: every 50 steps, the last 2 are kept; hf/ will hold the last",
@@ -50,6 +51,12 @@ def test_the_plan_says_what_the_run_does() -> None:
         ({"trainable": 10}, "Model: 1,000 parameters, 10 of them trained; 320 tokens"),
         ({"held_out_tokens": 0}, "Validation: none"),
         ({"checkpoint_every": 100}, "Checkpoints: at the end alone"),
+        ({"processes": 4}, "Hardware: cpu, 4 processes, bf16-mixed"),
+        (
+            {"processes": 4},
+            "Length: 100 steps of up to 2,048 tokens (256 a micro-batch x 2 accumulated x "
+            "4 processes)",
+        ),
         ({"memory": "about 1 GB"}, "Memory: about 1 GB"),
     ],
 )
