@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
 from minigpt.errors import ConfigError, chain
@@ -28,6 +29,10 @@ _UNKNOWN = (
     re.compile(r"Option '([\w.]+)' is not accepted"),
     re.compile(r"unrecognized arguments: --([\w.]+)"),
 )
+_NO_CLASS = (
+    re.compile(r"Expected a dot import path string: (\S+)"),
+    re.compile(r"Problem with given class_path '([\w.]+)':\s+module '[\w.]+' has no attribute"),
+)
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 # Options that take names of files, which may look like other YAML: null, 5, or #c, a comment.
 _FILES = re.compile(
@@ -35,14 +40,32 @@ _FILES = re.compile(
     r"|model\.(init_args\.)?(init_from|tokenizer|chat_template))"
 )
 _LISTS = (".train", ".val", ".exam")
-_NONE = "Expected a <class 'NoneType'>"
+# Lines of a complaint that say how jsonargparse looks for values.
+_INTERNALS = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Subclass types expect",
+    "a class path (str)",
+    "a dict with",
+)
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
 _CLASSES = {
     "model": "The stages are PretrainModule, SFTModule, DPOModule, KTOModule, GRPOModule, "
     "RewardModule and LoRAModule.",
     "data": "There are PretrainDataModule, SFTDataModule (for LoRA, too), DPODataModule (for "
     "reward models, too), KTODataModule and GRPODataModule.",
+    "trainer.logger": "Lightning's loggers have short names, such as CSVLogger; others are named "
+    "by their path: package.module.Class.",
+    "trainer.callbacks": "Lightning's callbacks have short names, such as EarlyStopping; others "
+    "are named by their path: package.module.Class.",
 }
+_SHORT_NAMES = (
+    *({*loggers.__all__, *callbacks.__all__} - {"Logger", "Callback"}),  # these two are bases
+    *re.findall(r"\w+Module\b", _CLASSES["model"] + _CLASSES["data"]),
+)
 # Two ways to say one thing, of which the one given last counts.
 ALTERNATIVES = (
     ("trainer.max_steps", "trainer.max_epochs"),
@@ -61,12 +84,16 @@ class OptionError(ConfigError):
         problem: what is wrong, in words.
         key: dotted path of the option, without `init_args`; "" for none.
         options: names that might have been meant.
+        unknown: the name that is none of them; by default the last of `key`.
     """
 
-    def __init__(self, problem: str, key: str = "", options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, problem: str, key: str = "", options: Sequence[str] = (), unknown: str = ""
+    ) -> None:
         self.problem = problem
         self.key = key
         self.options = options
+        self.unknown = (unknown or key).rpartition(".")[2]
         super().__init__(f"{key}: {problem}" if key else problem)
 
 
@@ -99,11 +126,14 @@ def as_option_error(message: str, ex: BaseException | None, options: Sequence[st
         key, problem = match[1], message[match.end() :]
     if inner is not None:
         path = f"{key}.{inner.key}".strip(".")
-        return OptionError(inner.problem, path, inner.options)
+        return OptionError(inner.problem, path, inner.options, inner.unknown)
     for pattern in _UNKNOWN:
         if match := pattern.search(problem):
             name = ".".join(match.groups())
             return OptionError("there is no such option", f"{key}.{name}".strip("."), options)
+    for pattern in _NO_CLASS:
+        if match := pattern.search(problem):
+            return OptionError(f"there is no class {match[1]}", key, _SHORT_NAMES, match[1])
     if match := _NO_MODULE.search(problem):
         package = match[1].partition(".")[0]
         text = f"the package {package} is not installed: pip install it, or leave the class out"
@@ -121,16 +151,14 @@ def in_words(problem: str) -> str:
     problem, *value = problem.partition("Given value: ")[::2]
     problem = problem.partition("Given value type")[0]
     lines = [line.strip().removeprefix("- ") for line in problem.splitlines()]
-    skip = ("Does not validate", "Subtypes:", "Errors:", _NONE)
-    lines = [line for line in lines if line and not line.startswith(skip)]
+    lines = [line for line in lines if line and not line.startswith(_INTERNALS)]
     if all(line.startswith("Expected a ") for line in lines):
         lines[1:] = [line.removeprefix("Expected a ") for line in lines[1:]]
     text = " or ".join(lines)
     text = re.sub(r"<class '([\w.]+)'>", lambda m: _TYPES.get(m[1], m[1].split(".")[-1]), text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
     text = text.replace("Expected a ", "must be ").replace(". Got value: ", ", but is ")
-    is_complete = "but is" in text or "there is no" in text or not value[0]
+    is_complete = "but is" in text or not value[0]
     return text if is_complete else f"{text}, but is {value[0]:.60}"
 
 
@@ -141,9 +169,8 @@ def explained(error: OptionError, args: Sequence[str]) -> ConfigError:
         error: of the parser.
         args: the command line.
     """
-    last = error.key.rpartition(".")[2]
-    names = sorted({name.rpartition(".")[2] for name in error.options})
-    close = difflib.get_close_matches(last, names, 1, 0.78)
+    names = sorted({name.rpartition(".")[2] for name in error.options} - {error.unknown})
+    close = difflib.get_close_matches(error.unknown, names, 1, 0.78)
     remedy = f"Did you mean {close[0]}? " if close else ""
     location = locate(error.key, args) if error.key else ""
     remedy += _CLASSES.get(error.key) or _REMEDY[bool(error.options)]
@@ -208,23 +235,34 @@ def replaced_options(args: Sequence[str]) -> dict[str, str]:
 
 
 def _given_options(args: Sequence[str]) -> Iterator[dict[str, object]]:
-    """Yield which of the `ALTERNATIVES` each config file, and then the command line, gives."""
+    """Yield what each config file, and then the command line, gives in `ALTERNATIVES`' sections."""
     keys = [key for alternatives in ALTERNATIVES for key in alternatives]
+    sections = {key.partition(".")[0] for key in keys}
     for file in config_files(args):
         config = read_yaml(file)
-        sections = {key: config.get(key.partition(".")[0]) for key in keys}
         yield {
-            key: section.get(key.partition(".")[2])
-            for key, section in sections.items()
-            if isinstance(section, dict)
+            f"{name}.{key}": value
+            for name in sections
+            if isinstance(section := config.get(name), dict)
+            for key, value in section.items()
         }
     options: dict[str, object] = {}
     for index, arg in enumerate(args):
         option, given, value = arg.partition("=")
-        if (key := option.removeprefix("--")) in keys:
-            text = value if given else "".join(args[index + 1 : index + 2])
+        key, text = option.removeprefix("--"), value if given else "".join(args[index + 1 :][:1])
+        if key in keys:
             options[key] = None if text in ("", "null", "-1") else text
+        elif key in sections and isinstance(tree := _tree(text), dict):  # {max_epochs: 3}
+            options |= {f"{key}.{name}": below for name, below in tree.items()}
     yield options
+
+
+def _tree(text: str) -> object:
+    """Return the YAML of an option, or of the file that it names, None where there is none."""
+    try:
+        return read_yaml(Path(text)) if Path(text).is_file() else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):  # which the parser will refuse
+        return None
 
 
 def check_configs(args: Sequence[str]) -> None:

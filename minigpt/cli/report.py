@@ -19,8 +19,9 @@ def main(arguments: list[str]) -> None:
     """Parse the command line and write the page."""
     args = parser().parse_args(arguments)
     from minigpt.report.build import write_report
+    from minigpt.report.runs import run_directory
 
-    output = Path(args.output or Path(args.runs[0]) / "report.html")
+    output = Path(args.output or run_directory(args.runs[0]) / "report.html")
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, but is {output}.")
     for file in (output, output.with_suffix(".md")):

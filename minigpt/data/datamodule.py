@@ -223,7 +223,7 @@ class JSONLDataModule(LightningDataModule):
             pattern such as `texts/*.jsonl` stands for all data files that it holds.
         val: held-out files. Without them, `val_share` of the training rows are held out.
         val_share: share of rows to hold out when `val` is not given; 0 for none.
-        exam: files of exam items, for `minigpt test`.
+        exam: exam items for `minigpt test`: file, list of files, folder or pattern, as in `train`.
         predict: JSONL of prompts or chats, for `minigpt predict`.
         max_length: tokens of a sample.
         tokens_per_batch: tokens of a micro-batch, all samples together.
@@ -254,7 +254,7 @@ class JSONLDataModule(LightningDataModule):
         train: Files = None,
         val: Files = None,
         val_share: float = 0.1,
-        exam: list[str] | None = None,
+        exam: str | list[str] | None = None,
         predict: str | None = None,
         max_length: int = 512,
         tokens_per_batch: int = 8192,
@@ -277,7 +277,7 @@ class JSONLDataModule(LightningDataModule):
         self.train_weights = _weights(train)
         self.val_files = list(_weights(val))
         self.val_share = val_share
-        self.exam = exam or []
+        self.exam = list(_weights(exam))
         self.predict = predict
         self.columns = columns or {}
         self.limits = Limits(

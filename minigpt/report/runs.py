@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from minigpt.errors import ConfigError
+from minigpt.model.restore import names_checkpoint
 from minigpt.reading import read_json, read_text, read_yaml, reason_of
 
 Value = TypeVar("Value")
@@ -81,13 +82,19 @@ def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None
     return value if isinstance(value, kind) else None
 
 
+def run_directory(path: str | Path) -> Path:
+    """Return the run directory that a path names itself, or by one of its checkpoints."""
+    folder = Path(path)
+    return folder.parent.parent if names_checkpoint(folder.absolute()) else folder
+
+
 def read_run(path: str | Path) -> Run:
-    """Read a run directory.
+    """Read a run directory, also by the path of one of its checkpoints.
 
     Raises:
         ConfigError: when it holds no run at all.
     """
-    folder = Path(path)
+    folder = run_directory(path)
     if not any((folder / name).is_file() for name in RUN_FILES):
         raise ConfigError(
             f"There is no run in {folder}: it has none of {', '.join(RUN_FILES)}. Name a directory "

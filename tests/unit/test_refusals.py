@@ -189,8 +189,16 @@ def test_damaged_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
         ({"data__init_args__max_len": 9}, "data.init_args.max_len", "mean max_length?"),
         ({"trainer__max_step": 9}, "trainer.max_step", "mean max_steps?"),
         ({"rundir": "x"}, "rundir", "mean run_dir?"),
-        ({"model__class_path": "SFTModul"}, "model", "no class SFTModul. The stages are"),
-        ({"data__class_path": "SFTModule"}, "data", "no class SFTModule. There are PretrainData"),
+        (
+            {"model__class_path": "SFTModul"},
+            "model",
+            "no class SFTModul. Did you mean SFTModule? The stages are",
+        ),
+        (
+            {"data__class_path": "SFTModule"},
+            "data",
+            "no class SFTModule. Did you mean SFTDataModule? There are PretrainData",
+        ),
         ({"trainer__max_steps": "many"}, "trainer.max_steps", "a whole number, but is many"),
         (
             {"model__init_args__optimizer__lr": "fast"},

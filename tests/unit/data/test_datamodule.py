@@ -326,6 +326,8 @@ def test_folders_and_patterns_are_files_with_the_weight_given(
     assert len(lines(weighted.train_dataloader())) == 10
     with pytest.raises(ConfigError, match="there is no data file"):
         module(train=f"{folder}/*.csv")
+    several = [module(exam=exam).exam for exam in (str(folder), f"{folder}/*.txt", [str(folder)])]
+    assert several[0] == several[1] == several[2] == list(module(train=str(folder)).train_weights)
 
 
 def test_columns_with_other_names(module: Any, tmp_path: Path) -> None:

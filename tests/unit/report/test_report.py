@@ -163,6 +163,12 @@ def test_a_file_beside_the_page_that_is_no_report_stays(
     assert minigpt(*arguments).status == 0  # the report's own is replaced
 
 
+def test_a_checkpoint_stands_for_its_run(runs: Path, minigpt: Minigpt) -> None:
+    outcome = minigpt("report", str(runs / "sft" / "checkpoints" / "last"))
+    assert outcome.status == 0
+    assert f"written to {runs / 'sft' / 'report.html'}" in outcome.out
+
+
 def test_an_introduction_stands_before_the_runs(runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     beginning = write_report([runs / "sft"], output, introduce=lambda d: d.heading("First"))
