@@ -39,6 +39,7 @@ from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
     DELIMITERS,
+    LARGEST_ROW,
     LOOKED_AT_BYTES,
     decompressed,
     not_utf8,
@@ -122,7 +123,6 @@ _REMEDIES = {
     "weight": "An answer is learnt (weight 1, train true) or only read (weight 0, train false).",
     "wrong_type": "Write it as that, or leave the row out.",
 }
-LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
 LARGEST_MARGIN = 1e6  # of a preference
 _CHECK_AFTER = 1000  # rows: the share of bad ones among fewer says little about a file
 READABLE = (".jsonl", ".json", ".txt", ".csv", ".tsv", *COLUMNAR)

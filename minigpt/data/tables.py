@@ -30,7 +30,8 @@ _COMPRESSION = re.compile(  # by the first bytes of a file
 _BUFFER = 1 << 17  # bytes decompressed at a time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = ";\t,"  # spreadsheets write these where a comma marks decimals
-LARGEST_CELL = 1 << 25  # characters
+LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another kind, or a bomb
+LARGEST_CELL = LARGEST_ROW  # characters
 LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
 # Cells of these columns hold JSON: a table has no lists.
 _CHATS = ("chosen", "conversations", "history", "messages", "rejected")

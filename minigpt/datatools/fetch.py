@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt import progress
-from minigpt.data.formats import LARGEST_ROW, Kind, iter_rows, lines_of, open_data, parse_row
+from minigpt.data.formats import Kind, iter_rows, lines_of, open_data, parse_row
+from minigpt.data.tables import LARGEST_ROW
 from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import atomic_file, follow_no_link, is_disk_error, write_json

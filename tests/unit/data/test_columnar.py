@@ -24,6 +24,13 @@ from minigpt.data.store import Limits, open_store
 from minigpt.errors import DataError
 
 ROWS = [{"question": f"{number}?", "answer": f"春{number}"} for number in range(200)]
+SHEET, STRINGS = "xl/worksheets/sheet1.xml", "xl/sharedStrings.xml"
+MAIN = b'"http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+STRINGS_TYPE = (
+    b'<Override PartName="/xl/sharedStrings.xml" ContentType="application/'
+    b'vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"/>'
+)
+INLINE = b'<row><c t="inlineStr"><is><t>%s</t></is></c></row>'
 FORMS: dict[str, Callable[[Path, Any], None]] = {
     "rows.parquet": partial(parquet, row_group_size=70),
     "rows.arrow": arrow,
@@ -102,6 +109,23 @@ def test_what_is_compressed_around_is_named(tmp_path: Path) -> None:
         list(iter_rows(packed))
 
 
+def fill(path: Path, part: str, content: bytes) -> None:
+    """Put something at the end of a part of a spreadsheet, inside its outermost element.
+
+    openpyxl writes no table of strings, but reads one that is among the types.
+    """
+    with zipfile.ZipFile(path) as sound:
+        parts = {name: sound.read(name) for name in sound.namelist()}
+    head, end, tail = parts.get(part, b"<sst xmlns=%b></sst>" % MAIN).rpartition(b"</")
+    parts[part] = head + content + end + tail
+    if part == STRINGS:
+        types = parts["[Content_Types].xml"]
+        parts["[Content_Types].xml"] = types.replace(b"</Types>", STRINGS_TYPE + b"</Types>")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+
+
 @pytest.mark.parametrize(
     "part", ["xl/sharedStrings.xml", "xl/styles.xml", "xl/worksheets/sheet1.xml"]
 )
@@ -113,16 +137,64 @@ def test_a_spreadsheet_that_unpacks_to_too_much_is_refused(
     path = tmp_path / "rows.xlsx"
     spreadsheet(path, ROWS[:1])
     assert list(iter_rows(path))
-    with zipfile.ZipFile(path) as sound:
-        parts = {name: sound.read(name) for name in sound.namelist()}
-    head, _, tail = parts.get(part, b"<sst></sst>").rpartition(b"</")
-    parts[part] = head + b" " * 2_000_000 + b"</" + tail
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in parts.items():
-            archive.writestr(name, content)
+    fill(path, part, b" " * 2_000_000)
     assert path.stat().st_size < 20_000
     with pytest.raises(DataError, match=f"{part} unpacks to 2,00.* bytes, more than 100,000"):
         list(iter_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "reason"),
+    [
+        (SHEET, b"<sheetData>" + INLINE % (b"x" * 200_000) + b"</sheetData>", "has more than 50,0"),
+        (SHEET, b"<sheetData><row>" + b"<c/>" * 9000 + b"</row></sheetData>", "2,000 elements"),
+        (SHEET, b"<sheetData>" + b"<row/>" * 9000 + b"</sheetData>", "7,000 elements"),
+        (SHEET, b"<sheetData>" + (INLINE % b"x" + b" " * 900) * 200 + b"</sheetData>", "outside"),
+        (STRINGS, b"<si><t>a</t></si>" * 4000, "7,000 elements"),
+    ],
+    ids=["cell", "cells", "rows", "space", "strings"],
+)
+def test_a_spreadsheet_of_which_too_much_would_be_kept_is_refused(
+    part: str, content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.xlsx"
+    spreadsheet(path, ROWS[:1])
+    fill(path, part, content)
+    for name, limit in [("LARGEST_FILE", 100_000), ("LARGEST_ROW", 50_000)]:
+        monkeypatch.setattr(columnar, name, limit)
+    for name, limit in [("ROW_ELEMENTS", 2000), ("PART_ELEMENTS", 7000)]:
+        monkeypatch.setattr(columnar, name, limit)
+    monkeypatch.setattr(columnar._Archive, "__init__", zipfile.ZipFile.__init__)
+    with pytest.raises(DataError, match=reason):
+        list(iter_rows(path))
+
+
+def test_the_strings_of_a_spreadsheet_may_not_take_all_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "SECONDS", 0.05)
+    spreadsheet(tmp_path / "rows.xlsx", ROWS[:1])
+    fill(tmp_path / "rows.xlsx", STRINGS, b"<si><t>a</t></si>" * 50_000)
+    with pytest.raises(DataError, match=r"after 0\.05 seconds of computing it is not done"):
+        list(iter_rows(tmp_path / "rows.xlsx"))
+
+
+def test_the_cells_of_a_row_may_share_one_string(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "LARGEST_ROW", 10_000)
+    path = tmp_path / "rows.xlsx"
+    spreadsheet(path, [dict.fromkeys("abcdef")])
+    fill(path, STRINGS, b"<si><t>" + b"x" * 3000 + b"</t></si>")
+    fill(path, SHEET, b"<sheetData><row>" + b'<c t="s"><v>0</v></c>' * 6 + b"</row></sheetData>")
+    with pytest.raises(DataError, match=r"rows.xlsx:3: the row has more than 10,000 characters"):
+        list(iter_rows(path))
+
+
+def test_a_spreadsheet_with_entities_is_refused(tmp_path: Path) -> None:
+    part = columnar._Part(io.BytesIO(b'<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'))
+    with pytest.raises(DataError, match="declares entities"):
+        part.read()
 
 
 def test_rows_that_are_far_larger_than_their_file_are_refused(
