@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Rows = Iterator[tuple[int, object]]
 
-ROWS_AT_A_TIME = 64
+ROWS_AT_A_TIME = 8  # a Parquet dictionary gives each row a value as large as the file says
 LARGEST_ROWS = 256 * MEGABYTE  # of so many rows together
 LARGEST_SHEET = 16 * LARGEST_FILE  # bytes of a sheet's XML, of which little is held at a time
 SHEET_ROWS = 1 << 20  # as many as Excel has

@@ -211,7 +211,8 @@ def test_one_value_that_stands_for_many_rows_takes_little_memory(tmp_path: Path)
     """A dictionary holds a value once, and each row that names it takes it whole."""
     parquet(tmp_path / "rows.parquet", [{"text": "x" * 1_000_000}] * 200, compression="zstd")
     code = (
-        "import sys, pyarrow; from pathlib import Path; from minigpt.data.formats import iter_rows\n"
+        "import sys, pyarrow; from pathlib import Path\n"
+        "from minigpt.data.formats import iter_rows\n"
         "rows = sum(1 for _ in iter_rows(Path(sys.argv[1])))\n"
         "print(rows, pyarrow.default_memory_pool().max_memory())"
     )
@@ -256,7 +257,7 @@ def test_a_large_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     rows, grown = map(int, done.stdout.split())
     assert (rows, done.returncode) == (40_000, 0)
-    assert grown < 30
+    assert grown < 40
 
 
 @damage.counts
