@@ -89,6 +89,14 @@ def guarded(args: list[str]) -> int:
             return interrupted()
         if stop.code not in (0, None):
             raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        say(  # tokenizers is written in Rust, and its panics are no `Exception`
+            f"The tokenizer cannot read a text: {error}. Its tokenizer.json may be damaged, or "
+            "hold a pattern that takes too long: take it from its source again."
+        )
+        return MiniGPTError.exit_code
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import threading
 import time
@@ -149,6 +150,26 @@ def limited_time(seconds: float) -> Iterator[None]:
         _ends.pop()
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def limited_memory(size: int) -> Iterator[None]:
+    """Let what is inside take at most so many bytes more than the process has; then MemoryError.
+
+    Only where the system counts them (Linux), and in the main thread, as `limited_time`.
+    """
+    sizes = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not sizes.exists():
+        yield
+        return
+    now = int(sizes.read_text(encoding="ascii").split()[5]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bounds = [bound for bound in (now + size, soft, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _end_when_over(_: int, __: FrameType | None) -> None:

@@ -37,7 +37,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from minigpt.data.formats import Kind, Message
 from minigpt.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, TURN_START, special_texts
 from minigpt.errors import DataError, TokenizerError
-from minigpt.reading import MEGABYTE, TimeUpError, limited_time, reason_of, refusing
+from minigpt.reading import MEGABYTE, TimeUpError, limited_memory, limited_time, reason_of, refusing
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ ANSWER = "\ud801"
 OPTION = "model.init_args.chat_template"
 REMEDY = f"Leave it out (on_bad_row: skip does, in training), or train with another {OPTION}."
 RENDER_SECONDS = 20  # of computing; templates take milliseconds
+RENDER_MEMORY = 512 * MEGABYTE  # that a template may take
 # Characters of a rendered chat, beside `LONGEST_RATIO` times its own: a template is a program, and
 # may write without end.
 LONGEST, LONGEST_RATIO = 16 * MEGABYTE, 8
@@ -507,7 +508,7 @@ class ChatTemplate:
         self, chat: list[dict[str, str]], ask: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            with limited_time(RENDER_SECONDS):
+            with limited_time(RENDER_SECONDS), limited_memory(RENDER_MEMORY):
                 rendered = self.renderer(
                     conversations=[chat],
                     chat_template=self.source,
@@ -515,7 +516,7 @@ class ChatTemplate:
                     add_generation_prompt=ask,
                     **self._variables,
                 )
-        except TimeUpError as error:
+        except (TimeUpError, MemoryError) as error:
             raise _endless() from error
         except TemplateSyntaxError as error:
             raise TokenizerError(
@@ -559,8 +560,8 @@ def _single(template: object) -> str:
 
 def _endless() -> TokenizerError:
     return TokenizerError(
-        f"The chat template does not end: a chat takes more than {RENDER_SECONDS} seconds or "
-        f"{LONGEST:,} characters. Set {OPTION} to another."
+        f"The chat template does not end: a chat takes more than {RENDER_SECONDS} seconds, "
+        f"{RENDER_MEMORY // MEGABYTE} MB or {LONGEST:,} characters. Set {OPTION} to another."
     )
 
 
@@ -644,9 +645,9 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
         return TURN_END
     for chat in (_PROBE_CHAT, [*_PROBE_CHAT, _PROBE_CHAT[0]]):
         try:
-            with limited_time(RENDER_SECONDS):
+            with limited_time(RENDER_SECONDS), limited_memory(RENDER_MEMORY):
                 text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        except TimeUpError as error:
+        except (TimeUpError, MemoryError) as error:
             raise _endless() from error
         except Exception:  # a template is a program
             return None

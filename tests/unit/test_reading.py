@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ from minigpt.reading import (
     NotReadableError,
     TimeUpError,
     check_directory,
+    limited_memory,
     limited_time,
     may_be_hub_id,
     read_bytes,
@@ -187,3 +189,12 @@ def test_the_hub_is_not_asked_for_paths(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     assert may_be_hub_id(name) is expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux counts what is taken")
+def test_memory_is_limited_inside_alone() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(MemoryError), limited_memory(1 << 26):
+        bytearray(1 << 28)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert len(bytearray(1 << 28)) == 1 << 28

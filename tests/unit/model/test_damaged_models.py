@@ -15,6 +15,7 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
+from minigpt.__main__ import main
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
 from minigpt.errors import MiniGPTError, ModelError
@@ -87,7 +88,7 @@ TEMPLATES = (
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with all of its files, the template among them in the tokenizer's config."""
+    """A model with all of its files, the chat template among them."""
     root = tmp_path_factory.mktemp("sound")
     tokenizer = tokenizers.load(tiny.tokenizer(root / "tokenizer"))
     model = tiny.model("qwen3")
@@ -144,6 +145,40 @@ def test_a_template_that_never_ends_is_refused(
         use(model)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux counts what is taken")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 4000000000 }}",
+        "{% set ns = namespace(text='aaaa') %}{% for i in range(40) %}"
+        "{% set ns.text = ns.text ~ ns.text %}{% endfor %}{{ ns.text }}",
+    ],
+)
+def test_a_template_that_takes_all_memory_is_refused(
+    template: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.data.chat.RENDER_MEMORY", 1 << 26)
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(MiniGPTError, match="template does not end: a chat takes more than 20 sec"):
+        use(model)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(a|aa)+$", "(x+x+)+y"])
+def test_a_pattern_of_exponential_time_ends(
+    pattern: str, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library that searches gives up after so many steps, and its panic is no traceback."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    change(model / "tokenizer.json", "pre_tokenizer", split | {"invert": False})
+    prompt = ("--text", "--max_new_tokens", "1", "--prompt", "a" * 60 + "!")
+    status = main(["generate", "--model", str(model), *prompt])
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    if status:
+        assert status == 2
+        assert "minigpt: The tokenizer cannot read a text: Onig: Regex search error" in err
+
+
 @damage.counts
 def test_damaged_models(model: Path, sound: Path, count: int) -> None:
     undamaged = {name: (sound / "model" / name).read_bytes() for name in SMALL_FILES}
@@ -153,6 +188,8 @@ def test_damaged_models(model: Path, sound: Path, count: int) -> None:
         for name, content in undamaged.items()
     ]
     large_files = [("model.safetensors", weights), ("tokenizer.json", undamaged["tokenizer.json"])]
+    template = "chat_template.jinja"
+    large_files.append((template, (sound / "model" / template).read_bytes()))
     damaged += [
         damage.damaged_bytes(content, 2000).map(lambda new, name=name: (name, new))
         for name, content in large_files
