@@ -131,6 +131,7 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BUFFER = 1 << 17  # bytes read at a time
 _ENDS = (b'"', b" ", b",")
+LARGEST_BLANK = 1 << 28  # bytes in a row without text, of which a few packed ones make hours
 _PEEKED = 100  # rows that are looked at to guess a file's kind
 
 _Row = Mapping[str, object]
@@ -1039,6 +1040,7 @@ class _Utf8(io.RawIOBase):
         self._mender: Mender | None = None  # of a file that is not plain UTF-8
         self._blocks = blocks
         self._data = memoryview(b"")  # is to be read next
+        self._blank = 0  # bytes read since the last that a row could hold
         self._line = 1
         self._begins_line = True
 
@@ -1051,6 +1053,10 @@ class _Utf8(io.RawIOBase):
             if not block:
                 return 0
             data = self._mended(block)
+            self._blank = 0 if data.strip() else self._blank + len(block)
+            if self._blank > LARGEST_BLANK:
+                problem = f"{LARGEST_BLANK:,} bytes and more hold no row"
+                raise DataError(problem, line=self._line, remedy=_REMEDIES["no_rows"])
             self._line += data.count(b"\n")
             self._begins_line = data.endswith(b"\n") if data else self._begins_line
             self._data = memoryview(data)

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigpt.data import formats
 from minigpt.data.formats import (
     QUESTIONS,
     BadRows,
@@ -969,6 +970,20 @@ def test_what_has_no_end_is_refused_in_bounded_memory(
     assert "bytes" in problem or "no rows" in problem, problem
     assert problem.startswith(f"{file}")
     assert int(peak_megabytes) < 500
+
+
+@pytest.mark.parametrize("blank", [b"\0", b"\n", b" "])
+def test_what_holds_no_row_is_not_read_for_hours(
+    blank: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "LARGEST_BLANK", 4 * MEGABYTE)
+    file = tmp_path / "a.jsonl.bz2"
+    row = b'{"text": "one"}\n'
+    file.write_bytes(bz2.compress(row + blank * (3 * MEGABYTE) + b"\n" + row))
+    assert len(list(iter_rows(file))) == 2
+    file.write_bytes(bz2.compress(row + blank * (8 * MEGABYTE)))
+    with pytest.raises(DataError, match=r"a\.jsonl\.bz2.*4,194,304 bytes and more hold no row"):
+        list(iter_rows(file))
 
 
 @damage.counts
