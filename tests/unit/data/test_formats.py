@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -1007,7 +1008,13 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
     named = [("rows", damaged), ("rows.txt", damage.damaged_bytes(b"one\n\ntwo\nthree\n"))]
     named += [("rows.csv", damage.damaged_bytes(table))]
     named += [("rows.tsv", damage.damaged_bytes(table.replace(b",", b"\t")))]
-    for name, pack in (("rows.xz", lzma.compress), ("rows.bz2", bz2.compress)):
+    packers: list[tuple[str, Callable[[bytes], bytes]]] = [
+        ("rows.xz", lzma.compress),
+        ("rows.bz2", bz2.compress),
+    ]
+    with suppress(ImportError):
+        packers.append(("rows.zst", import_module("zstandard").compress))
+    for name, pack in packers:
         named += [(name, damage.damaged_bytes(pack(lines)))]
     examples = [one.map(lambda data, name=name: (name, data)) for name, one in named]
 
