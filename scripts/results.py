@@ -11,6 +11,7 @@ poems: a tokenizer and a model from random weights, by configs/recipes/poems.yam
 sft, lora: a chat model (a local directory) trained on chats, a tenth of them held out.
 pairs, dpo: the model answers questions that ask for a form (scripts/measures/formats.py). Of its
 answers to a question, one that has the form is better than one that has not; DPO learns from that.
+grpo: the model answers the same questions and is rewarded for replies of the form asked for.
 *-plain: scripts/bench/baseline.py, plain transformers and peft, for the same minutes.
 base: what the chat model does before that.
 """
@@ -63,6 +64,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], float]] = {
     "sft": ("hub_sft", {"lr": 1e-4}, 1e-4),
     "lora": ("hub_lora", {"lr": 1e-3}, 1e-3),
     "dpo": ("chat_dpo", {"lr": 5e-6}, 5e-6),
+    "grpo": ("../grpo", {"name": "adamw", "lr": 1e-5}, 0.0),
 }
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "lora": "chat", "dpo": "preference"}
 STEP_TOKENS = 2048
@@ -90,6 +92,7 @@ class Work:
             "lora-plain": lambda: self.chat_arm_plain("lora"),
             "dpo": lambda: self.chat_arm("dpo"),
             "dpo-plain": lambda: self.chat_arm_plain("dpo"),
+            "grpo": self.grpo_arm,
         }
 
     def run(self, names: Sequence[str]) -> None:
@@ -187,6 +190,41 @@ class Work:
         record = self.plain_loop(name, stage, start, (files[0], files[1]), self.args.minutes)
         return record | self.measure_chat(self.directory / name)
 
+    def grpo_arm(self) -> Record:
+        """Let the chat model answer questions, reward the forms that are asked for, measure it."""
+        prompts = formats.pair_prompts()
+        for name, held_out in (("grpo.jsonl", False), ("grpo_val.jsonl", True)):
+            rows = [
+                {"messages": [{"role": "user", "content": prompt.text}], "form": prompt.form}
+                for prompt in prompts
+                if prompt.held_out == held_out
+            ]
+            write_rows(self.directory / name, rows)
+        reward = f"{ROOT / 'scripts' / 'measures' / 'formats.py'}:obeys"
+        train, val = (str(self.directory / name) for name in ("grpo.jsonl", "grpo_val.jsonl"))
+        changes: Record = {
+            "model": {
+                "init_args": {
+                    "init_from": str(Path(self.args.model).resolve()),
+                    "rewards": [{"kind": "function", "function": reward}],
+                    "optimizer": STAGES["grpo"][1],
+                }
+            },
+            "data": {
+                "init_args": {
+                    "train": train,
+                    "val": val,
+                    "exam": [],
+                    "replay": {str(self.files("sft")[0]): 0.2},
+                    "prompts_per_batch": 8,
+                    "max_completion_length": formats.LONGEST_REPLY,
+                    "max_length": LONGEST,
+                }
+            },
+        }
+        record = self.fit("grpo", "grpo", self.args.minutes, changes)
+        return record | self.measure_chat(self.directory / "grpo" / "hf")
+
     def files(self, stage: str) -> tuple[Path, Path]:
         """Return the training and the held-out rows of a stage; chats are split at first."""
         if stage == "dpo":
@@ -269,7 +307,8 @@ class Work:
 
     def fit(self, name: str, stage: str, minutes: float, changes: Record) -> Record:
         """Run a recipe for so many minutes: as many steps as a short run before says."""
-        compiled = {"model": {"init_args": {"compile_layers": minutes > COMPILED}}}
+        compiles = minutes > COMPILED and stage != "grpo"  # whose micro-batches are of any size
+        compiled = {"model": {"init_args": {"compile_layers": compiles}}}
         changes = merged(changes, compiled)
         probe = PROBE_STEPS.get(stage, 3)
         trainer = {"limit_val_batches": 0.0, "num_sanity_val_steps": 0}
@@ -305,7 +344,7 @@ class Work:
             },
             changes,
         )
-        if stage != "pretrain":
+        if stage not in ("pretrain", "grpo"):
             rates = {"optimizer": STAGES[stage][1]}
             step = {"tokens_per_batch": STEP_TOKENS, "tokens_per_step": STEP_TOKENS}
             overlay = merged(overlay, {"model": {"init_args": rates}, "data": {"init_args": step}})
@@ -381,10 +420,13 @@ def answer(
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return minutes since the first row, and the held-out loss, from rows of metrics.jsonl."""
+    """Return minutes since the first row, and the held-out loss, from rows of metrics.jsonl.
+
+    GRPO has the share of held-out prompts that are answered right instead.
+    """
     first = rows[0]["time"] if rows else 0.0
-    points = [row for row in rows if "val/loss" in row]
-    return [((row["time"] - first) / 60, row["val/loss"]) for row in points]
+    name = "val/loss" if any("val/loss" in row for row in rows) else "val/accuracy"
+    return [((row["time"] - first) / 60, row[name]) for row in rows if name in row]
 
 
 def split_poem(text: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ CHAT_ARMS = {
     "lora-plain": "LoRA, plain",
     "dpo": "DPO",
     "dpo-plain": "DPO, plain",
+    "grpo": "GRPO",
 }
 COST = {
     "minutes": "minutes",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 FENCE = re.compile(r"^```(?:json)?\n(.*)\n```$", re.DOTALL)
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+LONGEST_REPLY = 64  # tokens of a reply that is rewarded
 WORD = re.compile(r"[\w'-]+")
 
 
@@ -212,6 +213,19 @@ def pair_prompts(seed: int = 0) -> list[Prompt]:
     ]
     random.Random(seed).shuffle(prompts)
     return prompts
+
+
+def obeys(
+    completions: Sequence[Sequence[dict[str, str]]],
+    completion_ids: Sequence[Sequence[int]],
+    form: Sequence[str],
+    **_: object,
+) -> list[float]:
+    """Reward replies that have the form asked for and end before `LONGEST_REPLY` tokens."""
+    return [
+        float(FORMS[name].check(messages[-1]["content"]) and len(ids) < LONGEST_REPLY)
+        for messages, ids, name in zip(completions, completion_ids, form, strict=True)
+    ]
 
 
 def pairs(prompt: Prompt, replies: Sequence[str], limit: int = 2) -> list[dict[str, str]]:

@@ -149,6 +149,17 @@ def test_pairs_of_better_and_worse_answers(formats: Any) -> None:
     assert formats.pairs(prompt, ["Egg", "Milk"]) == []
 
 
+def test_replies_are_rewarded_that_have_the_form_and_end(formats: Any) -> None:
+    replies = ["yes", "yes and no", "yes", '{"a": 1}']
+    rewards = formats.obeys(
+        completions=[[{"role": "assistant", "content": reply}] for reply in replies],
+        completion_ids=[[1, 2], [1, 2], [1] * formats.LONGEST_REPLY, [1]],
+        form=["one word", "one word", "one word", "JSON"],
+        prompts=[],
+    )
+    assert rewards == [1.0, 0.0, 0.0, 1.0]
+
+
 def test_shares_of_followed_forms(formats: Any) -> None:
     prompts = [formats.Prompt(form, "") for form in ("JSON", "JSON", "capitals", "capitals")]
     shares = formats.following(prompts, ["{}", "x", "EGG", "A"])
