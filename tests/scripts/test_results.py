@@ -230,6 +230,7 @@ def test_each_stage_has_a_recipe(results: Any, tmp_path: Path) -> None:
         "sft": "SFTModule",
         "lora": "LoRAModule",
         "dpo": "DPOModule",
+        "grpo": "GRPOModule",
     }
 
 
