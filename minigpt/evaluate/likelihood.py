@@ -171,10 +171,11 @@ def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, 
     if suffix_of(Path(path)) != ".txt":
         yield from read_records([path], "text", BadRows(), special_tokens=special)
         return
+    text = whole_text(Path(path))
     try:
-        yield parse_row({"text": whole_text(Path(path))}, "text", special), Source(Path(path), 1)
+        yield parse_row({"text": text}, "text", special), Source(Path(path), 1)
     except DataError as error:
-        raise error.at(path, error.line or 1) from None
+        raise error.at(path, 1) from None
 
 
 def samples(

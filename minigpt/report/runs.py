@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from minigpt.errors import ConfigError
-from minigpt.model.restore import names_checkpoint
 from minigpt.reading import read_json, read_text, read_yaml, reason_of
 
 Value = TypeVar("Value")
@@ -85,7 +84,7 @@ def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None
 def run_directory(path: str | Path) -> Path:
     """Return the run directory that a path names itself, or by one of its checkpoints."""
     folder = Path(path)
-    return folder.parent.parent if names_checkpoint(folder.absolute()) else folder
+    return run.parent if (run := folder.absolute().parent).name == "checkpoints" else folder
 
 
 def read_run(path: str | Path) -> Run:

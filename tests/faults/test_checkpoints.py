@@ -178,7 +178,7 @@ def test_damaged_small_files_do_not_keep_a_run_from_going_on(start: Start, tmp_p
     assert f"Resuming from {run_dir}/checkpoints/step=6" in run.output
     for named in (f"{manifest.parent} is damaged", odd, f"{metrics}: 4 damaged lines are left out"):
         assert str(named) in run.output
-    assert f"{run_dir}/status.json is no file" in run.output
+    assert f"{run_dir}/status.json is no regular file" in run.output
     assert status(run_dir)["state"] == "finished"
     assert rows(run_dir) == rows(tmp_path / "whole")
     assert odd.exists()

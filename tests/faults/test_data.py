@@ -452,7 +452,7 @@ def packed_once(store: TokenStore) -> None:
     assert all(store.lengths(np.array([i for _, i in b])).sum() <= 70 for b in batches)
 
 
-@pytest.mark.parametrize("files", [200, pytest.param(1000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("files", [400, pytest.param(1000, marks=pytest.mark.faults)])
 def test_any_file_is_read_exactly_or_refused_with_a_place(
     files: int, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -460,7 +460,7 @@ def test_any_file_is_read_exactly_or_refused_with_a_place(
 
     @settings(
         max_examples=files,
-        derandomize=files == 200,
+        derandomize=files == 400,
     )
     @given(st.sampled_from([*FIT]).flatmap(file_of))
     def any_file(case: tuple[bytes, Kind]) -> None:

@@ -181,7 +181,11 @@ def test_the_best_checkpoint_stays(exported: str, fit: Fit, tmp_path: Path) -> N
     assert summary["exported"]["weights"] == name
     assert summary["exported"]["step"] == step
     ((*_, after, weights, ended),) = stages(run_dir)[-1:]
-    assert (after, weights, ended) == (measured[step], f"{name}, step {step}", "max_steps")
+    assert (after, weights, ended) == (
+        f"loss {measured[step]:.4g}",
+        f"{name}, step {step}",
+        "max_steps",
+    )
 
 
 def test_a_run_that_goes_on_keeps_the_same_best(fit: Fit, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Minigpt
 
 from minigpt.cli.completion import SHELLS, choices_of, options_of
 from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
+
+Minigpt = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
