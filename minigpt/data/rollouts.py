@@ -488,11 +488,12 @@ class GRPODataModule(JSONLDataModule):
         ):
             needed = share / share_of_answers * targets
             random = np.random.default_rng([self.seed, step, file])
-            for index in random.permutation(len(store)).tolist():
-                if needed <= 0:
-                    break
-                chosen.append(store.sample(index))
-                needed -= targets_of(chosen[-1])
+            while needed > 0:  # each chat once before any comes again
+                for index in random.permutation(len(store)).tolist():
+                    chosen.append(store.sample(index))
+                    needed -= targets_of(chosen[-1])
+                    if needed <= 0:
+                        break
         return chosen
 
     def fingerprint(self) -> str:

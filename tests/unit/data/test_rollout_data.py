@@ -122,6 +122,10 @@ def test_the_replay_has_its_share_of_the_targets(module: Make, write: Any) -> No
     assert sum(targets) >= 30 > sum(targets[:-1])
     assert [c.source for c in datamodule.replay_samples(5, 90)] == [c.source for c in chosen]
     assert [c.source for c in datamodule.replay_samples(6, 90)] != [c.source for c in chosen]
+    again = datamodule.replay_samples(5, 9000)  # more than the file has
+    assert sum(map(targets_of, again)) >= 3000 > sum(map(targets_of, again[:-1]))
+    first = {chat.source for chat in again[: len(CHATS)]}
+    assert len(first) == len(CHATS)
 
 
 def test_answers_lie_behind_their_prompt_and_chats_behind_them(module: Make, write: Any) -> None:
