@@ -797,10 +797,14 @@ def _renaming(row: _Row, kind: str) -> str:
     if key and "prompt" in missing:
         missing.remove("prompt")
     used = {*_PROMPT_KEYS, *_CHAT_KEYS.values(), *_SYSTEM_KEYS, *_NAMES[kind], *_ROW_FIELDS, "id"}
-    own = [name for name in row if name not in used and "=" not in name and len(name) < 40]
-    if not missing or len(own) < len(missing):
+    others = [
+        name
+        for name in row
+        if name not in used and "=" not in name and len(name) < 40 and name.isprintable()
+    ]
+    if not missing or len(others) < len(missing):
         return "Keys with other names: see columns."
-    pairs = list(zip(own, missing, strict=False))
+    pairs = list(zip(others, missing, strict=False))
     options = " ".join(shlex.quote(f"{old}={new}") for old, new in pairs)
     plain = [old if re.fullmatch(r"[^\W\d]\w*", old) else json.dumps(old) for old, _ in pairs]
     listed = ", ".join(f"{old}: {new}" for old, (_, new) in zip(plain, pairs, strict=True))
