@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
-from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, Terminated
+from minigpt.errors import INTERRUPTED, PREEMPTED, MiniGPTError, Terminated, is_panic
 from minigpt.machine import check_environment
 from minigpt.terminal import PrintableFormatter, printable
 
@@ -90,9 +90,9 @@ def guarded(args: list[str]) -> int:
         if stop.code not in (0, None):
             raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
-        say(  # tokenizers is written in Rust, and its panics are no `Exception`
+        say(
             f"The tokenizer cannot read a text: {error}. Its tokenizer.json may be damaged, or "
             "hold a pattern that takes too long: take it from its source again."
         )

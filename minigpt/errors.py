@@ -127,3 +127,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library written in Rust, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from minigpt.errors import MiniGPTError, chain
+from minigpt.errors import MiniGPTError, chain, is_panic
 
 MEGABYTE = 1 << 20
 LARGEST_FILE = 256 * MEGABYTE  # of files beside weights, of which tokenizers are the largest
@@ -75,7 +75,7 @@ def refusing(
     except (Exception, TimeUpError) as error:
         raise kind(_paragraph(what, verb, reason_of(error), remedy)) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of libraries in Rust
+        if not is_panic(error):
             raise
         raise kind(_paragraph(what, verb, reason_of(error), remedy)) from error
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minigpt.cli.options import CommandParser
+from minigpt.cli.schema import config_schema, forms_of
 from minigpt.cli.verbs import COMMANDS, TRAINER_VERBS
 from minigpt.errors import ConfigError
 
@@ -56,8 +57,6 @@ def shell_script(shell: str) -> str:
 
 def parser_of_all_verbs() -> argparse.ArgumentParser:
     """Return one parser of all verbs, which describes them and reads nothing."""
-    from minigpt.cli.schema import config_schema
-
     top = argparse.ArgumentParser("minigpt")
     verbs = top.add_subparsers(dest="verb")
     options = list(options_of(config_schema()))
@@ -90,12 +89,6 @@ def options_of(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield from nested or [(f"{prefix}{name}", option)]
 
     yield from dict(walk(schema, "")).items()  # the forms of a class share names
-
-
-def forms_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the forms that a value may have."""
-    forms: list[dict[str, Any]] = schema.get("anyOf", [schema])
-    return forms
 
 
 def choices_of(schema: dict[str, Any]) -> list[str] | None:

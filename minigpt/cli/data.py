@@ -102,11 +102,6 @@ def share(text: str) -> float:
     return value
 
 
-def columns(args: argparse.Namespace) -> dict[str, str]:
-    """Return the names that `--columns` gives to keys."""
-    return dict(args.columns)
-
-
 def check(args: argparse.Namespace) -> None:
     """Print the problems of files, and write a mended copy if asked to.
 
@@ -125,7 +120,14 @@ def check(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(args)
     with shown("reading what must not leak"):
         checker = Checker(
-            findings, args.kind, val, exam, tokenizer, args.max_length, args.near, columns(args)
+            findings,
+            args.kind,
+            val,
+            exam,
+            tokenizer,
+            args.max_length,
+            args.near,
+            dict(args.columns),
         )
     for file in files:
         with shown(f"checking {file}"):
@@ -169,7 +171,7 @@ def stats(args: argparse.Namespace) -> None:
                 args.max_length,
                 args.tokens_per_batch,
                 sample,
-                columns(args),
+                dict(args.columns),
             )
         reports.append(report)
         print(printable(terminal(report)), end="\n\n")
@@ -203,7 +205,7 @@ def show(args: argparse.Namespace) -> None:
             args.max_length,
             args.start,
             args.rows,
-            columns(args),
+            dict(args.columns),
         ):
             segments.append(segment)
             console.print(f"── {printable(segment.heading)}", style="bold")
@@ -223,7 +225,7 @@ def convert(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists and is left alone. Name a new file.")
     with writing(out), shown(f"writing {out}"):
-        rows = convert(list(map(Path, expand_files(args.files))), out, columns(args))
+        rows = convert(list(map(Path, expand_files(args.files))), out, dict(args.columns))
     print(f"{out}: {counted(rows, 'row')}")
 
 

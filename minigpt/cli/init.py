@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> None:
 def copy(folder: Path, target: Path) -> None:
     """Copy a folder's files into one that is there; what was fetched into a clone is left out."""
     for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder)
-        if FETCHED not in place.parts and path.is_file():
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            (target / place).write_bytes(path.read_bytes())
+        relative = path.relative_to(folder)
+        if FETCHED not in relative.parts and path.is_file():
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            (target / relative).write_bytes(path.read_bytes())
 
 
 def parser() -> CommandParser:

@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--output must end in .html, but is {output}.")
     for file in (output, output.with_suffix(".md")):
         check_distinct("--output", file, args.results)
-    check_own(output.with_suffix(".md"))
+    check_markdown(output.with_suffix(".md"))
     with writing(output):
         beginning = write_report(args.runs, output, args.results)
     print(printable(beginning))
     print(f"written to {output} and {output.with_suffix('.md').name}")
 
 
-def check_own(markdown: Path) -> None:
+def check_markdown(markdown: Path) -> None:
     """Refuse to replace a file beside the page, which nobody named, that is no report.
 
     Raises:

@@ -87,13 +87,13 @@ def _any_class(forms: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of an option that two classes have by one name, each with its values."""
-    forms = _forms(one)
-    forms += [form for form in _forms(other) if form not in forms]
+    forms = forms_of(one)
+    forms += [form for form in forms_of(other) if form not in forms]
     texts = {key: value for key, value in one.items() if key in TEXTS}
     return texts | {"anyOf": forms} if len(forms) > 1 else one
 
 
-def _forms(option: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the forms that an option's value may have."""
+def forms_of(option: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas of the forms that an option's value may have."""
     values = {key: value for key, value in option.items() if key not in TEXTS}
     return list(option.get("anyOf", [values]))

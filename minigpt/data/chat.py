@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, takewhile
 from typing import Any, NamedTuple, cast
 
@@ -508,7 +509,7 @@ class ChatTemplate:
         self, chat: list[dict[str, str]], ask: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            with limited_time(RENDER_SECONDS), limited_memory(RENDER_MEMORY):
+            with _bounded():
                 rendered = self.renderer(
                     conversations=[chat],
                     chat_template=self.source,
@@ -516,8 +517,8 @@ class ChatTemplate:
                     add_generation_prompt=ask,
                     **self._variables,
                 )
-        except (TimeUpError, MemoryError) as error:
-            raise _endless() from error
+        except TokenizerError:
+            raise
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"The chat template is no valid Jinja: {error.message} in its line "
@@ -556,6 +557,16 @@ def _single(template: object) -> str:
             f"model that went through one of them, or set {OPTION} to the file of one."
         )
     return str(template)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Refuse a template that takes too much time or memory in here."""
+    try:
+        with limited_time(RENDER_SECONDS), limited_memory(RENDER_MEMORY):
+            yield
+    except (TimeUpError, MemoryError) as error:
+        raise _endless() from error
 
 
 def _endless() -> TokenizerError:
@@ -645,10 +656,10 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
         return TURN_END
     for chat in (_PROBE_CHAT, [*_PROBE_CHAT, _PROBE_CHAT[0]]):
         try:
-            with limited_time(RENDER_SECONDS), limited_memory(RENDER_MEMORY):
+            with _bounded():
                 text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        except (TimeUpError, MemoryError) as error:
-            raise _endless() from error
+        except TokenizerError:
+            raise
         except Exception:  # a template is a program
             return None
         _, answer, tail = text.partition(PROBE_ANSWER)

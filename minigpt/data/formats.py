@@ -1057,7 +1057,8 @@ class _Utf8(io.RawIOBase):
             if not block:
                 return 0
             data = self._mended(block)
-            self._blank = 0 if data.strip() else self._blank + len(block)
+            is_blank = not data or data.isspace()
+            self._blank = self._blank + len(block) if is_blank else 0
             if self._blank > LARGEST_BLANK:
                 problem = f"{LARGEST_BLANK:,} bytes and more hold no row"
                 raise DataError(problem, line=self._line, remedy=_REMEDIES["no_rows"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from minigpt.errors import ConfigError, MiniGPTError
+from minigpt.errors import ConfigError, MiniGPTError, is_panic
 from minigpt.infer.native import NativeDecoder
 from minigpt.infer.sampling import Sampler, Sampling, sample
 from minigpt.infer.text import Pieces, TextStream
@@ -69,11 +69,8 @@ class Delta:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error says that a computation failed, and not that a process is to stop.
-
-    A panic of `tokenizers`, which is written in Rust, is no `Exception`.
-    """
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    """Whether an error says that a computation failed, and not that a process is to stop."""
+    return isinstance(error, Exception) or is_panic(error)
 
 
 def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
@@ -129,7 +126,9 @@ class DecodingBatch(Generic[R]):
         self.engine = engine
         self.slots = slots
         self._decoder = engine.decoder()
-        self._prefill = prefill if self._decoder.joins else PREFILL
+        # The decoder, if it reads a prompt in pieces.
+        self._piecewise = self._decoder if isinstance(self._decoder, NativeDecoder) else None
+        self._prefill = PREFILL if self._piecewise is None else prefill
         self._rows: list[R] = []
         self._queue: deque[tuple[list[int], list[R]]] = deque()  # a prompt, its requests
         self._read = 0  # tokens of the first prompt in the queue that have been read
@@ -177,9 +176,9 @@ class DecodingBatch(Generic[R]):
             tokens += len(prompt) - self._read
             if tokens > self._prefill and new:
                 break
-            if tokens > self._prefill and isinstance(self._decoder, NativeDecoder):
+            if tokens > self._prefill and self._piecewise is not None:
                 end = self._read + self._prefill
-                self._decoder.read(prompt[self._read : end])
+                self._piecewise.read(prompt[self._read : end])
                 self._read = end
                 break
             new.append(self._queue.popleft())
@@ -243,9 +242,8 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
 
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens when it has ended."""
-        begun = self._read > 0 and self._queue[0][1][0].number == number
-        if begun and isinstance(self._decoder, NativeDecoder):
-            self._decoder.forget()
+        if self._piecewise is not None and self._read and self._queue[0][1][0].number == number:
+            self._piecewise.forget()
             self._read = 0
         self._queue = deque(g for g in self._queue if all(r.number != number for r in g[1]))
         for row, request in enumerate(self._rows):

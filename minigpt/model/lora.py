@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -136,6 +136,9 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
             (merging would change the tied weight, and the logits with it), and for what peft
             cannot put on this kind of model.
     """
+    defaults = default_targets(model)
+    if options.target_modules is not None:
+        _check_targets(model, options.target_modules)
     model.config._name_or_path = base
     config = LoraConfig(
         r=options.r,
@@ -143,40 +146,36 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        target_modules=_targets(model, options),
+        target_modules=options.target_modules or defaults,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type=TASK if is_score_model(model) else CAUSAL_LM,  # peft trains the score head, too
     )
-    adapted = _fresh(model, config)
+    adapted = _fresh(model, config, defaults)
     adapted.peft_config["default"].base_model_name_or_path = base
     digest = weights_digest(Path(base)) if Path(base).is_dir() else None
     adapted.base_digest = digest  # type: ignore[assignment]
     return adapted
 
 
-def _targets(model: PreTrainedModel, options: Lora) -> list[str]:
-    if options.target_modules is None:
-        return default_targets(model)
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     layers = linear_layers(model)
-    if unknown := sorted(set(options.target_modules) - set(layers)):
+    if unknown := sorted(set(targets) - set(layers)):
         raise ConfigError(
             f"LoRA cannot be put on {', '.join(unknown)}: it goes on plain linear layers other "
             f"than the head and the embedding. This model has: {', '.join(layers)}."
         )
-    return options.target_modules
 
 
-def _fresh(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def _fresh(model: PreTrainedModel, config: LoraConfig, defaults: Sequence[str]) -> PeftModel:
     names = ", ".join(sorted(config.target_modules or ()))
-    others = ", ".join(default_targets(model))
     try:
         return cast(PeftModel, get_peft_model(model, config))
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"LoRA cannot be put on {names or 'any layer'} of a {model.config.model_type} model: "
             f"{reason_of(error)}. Choose lora.target_modules from those it is put on by default "
-            f"({others}), or, to adapt stacked experts, set lora.dropout to 0 and leave out "
-            "lora.dora."
+            f"({', '.join(defaults)}), or, to adapt stacked experts, set lora.dropout to 0 and "
+            "leave out lora.dora."
         ) from error
 
 

@@ -123,8 +123,8 @@ def restoring(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (known := as_user_error(error, checkpoint)) is not error:
-            raise known from error
+        if (user_error := as_user_error(error, checkpoint)) is not error:
+            raise user_error from error
         if isinstance(error, MiniGPTError):
             raise
         raise ModelError(
