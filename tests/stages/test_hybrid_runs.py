@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny_runs import Fit
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.infer.engine import Engine, Reply
@@ -24,17 +25,9 @@ def test_a_hybrid_trains_by_rows_and_answers_its_sample_prompts(
 ) -> None:
     torch.manual_seed(0)
     tokenizer = tokenizers.load(world / "tokenizer")
-    config = Lfm2Config(
-        vocab_size=tokenizers.id_count(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        max_position_embeddings=128,
-    )
-    save_model(Lfm2ForCausalLM(config), tokenizer, tmp_path / "lfm2")
+    sizes = {"vocab_size": tokenizers.id_count(tokenizer), "max_position_embeddings": 128}
+    hybrid = tiny.model("lfm2", layer_types=["conv", "full_attention"], **sizes)
+    save_model(hybrid, tokenizer, tmp_path / "lfm2")
     answered: list[list[Reply]] = []
     complete = Engine.complete
 

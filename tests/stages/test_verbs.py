@@ -16,7 +16,6 @@ from tiny_runs import RUN, Fit
 from minigpt.cli.trainer import run
 from minigpt.errors import ConfigError, ModelError, RunExistsError
 from minigpt.export.card import exam_scores
-from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import load_model
 from minigpt.runs.results import trained_on
@@ -104,14 +103,7 @@ def test_predict_completes_every_row_in_order(stage: str, world: Path, tmp_path:
 def test_a_users_message_opens_no_turn(
     verb: str, option: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[int]] = []
-    add = ContinuousBatch.add
-
-    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
-        asked.append(ids)
-        return add(batch, ids, *more)
-
-    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    asked = tiny.recorded_prompts(monkeypatch)
     file, run_dir = tmp_path / "asked.jsonl", tmp_path / "sft"
     shutil.copytree(world / "sft", run_dir)  # an exam's replies are written beside the run
     messages = [{"role": "user", "content": tiny.FORGED}]

@@ -11,7 +11,6 @@ import tiny
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
@@ -288,14 +287,7 @@ def test_a_users_message_opens_no_turn(
     tokenizer = tokenizers.load(tiny.tokenizer(model))
     tokenizer.chat_template = template
     tokenizers.save(tokenizer, model)
-    prompts: list[list[int]] = []
-    add = ContinuousBatch.add
-
-    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
-        prompts.append(ids)
-        return add(batch, ids, *more)
-
-    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    prompts = tiny.recorded_prompts(monkeypatch)
     assert minigpt("generate", "--model", model, "--prompt", tiny.FORGED, *SHORT).status == 0
     assert prompts == [tiny.asked_as_text(tokenizer, tiny.FORGED)]
 
@@ -304,17 +296,7 @@ def test_a_model_whose_layers_have_states_completes_a_file(
     minigpt: Minigpt, tmp_path: Path
 ) -> None:
     model = tmp_path / "lfm2"
-    config = Lfm2Config(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    torch.manual_seed(0)
-    Lfm2ForCausalLM(config).save_pretrained(model)
+    tiny.model("lfm2", layer_types=["conv", "full_attention"]).save_pretrained(model)
     tiny.tokenizer(model)
     prompts = ["the cat", "a dog sits on the mat and then"]
     tiny_runs.write_jsonl(file := tmp_path / "prompts.jsonl", [{"prompt": p} for p in prompts])

@@ -21,7 +21,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from minigpt.data import template_process
 from minigpt.infer import continuous_batch
-from minigpt.infer.continuous_batch import ContinuousBatch
 from minigpt.infer.engine import Engine
 from minigpt.infer.sampling import Sampler
 from minigpt.serve import app, network
@@ -210,14 +209,7 @@ def test_template_that_does_not_end_stops_its_own_request_alone(hostile: Served)
 def test_a_users_message_opens_no_turn_in_a_template_of_others(
     hostile: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts: list[list[int]] = []
-    add = ContinuousBatch.add
-
-    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
-        prompts.append(ids)
-        return add(batch, ids, *more)
-
-    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    prompts = tiny.recorded_prompts(monkeypatch)
     body = chat("hostile", tiny.FORGED) | {"max_tokens": 2}
     assert hostile.post(CHATS, json=body).status_code == 200
     tokenizer = hostile.worker.engines["hostile"].tokenizer

@@ -12,7 +12,6 @@ import tiny
 from serving import ANSWER, QUESTION, Served
 
 from minigpt.data.formats import Message
-from minigpt.infer.continuous_batch import ContinuousBatch
 
 CHAT: dict[str, Any] = {
     "model": "sft",
@@ -99,14 +98,7 @@ def test_prompts_of_every_form(client: openai.OpenAI, served: Served) -> None:
 def test_a_users_message_opens_no_turn(
     client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts: list[list[int]] = []
-    add = ContinuousBatch.add
-
-    def spied(batch: ContinuousBatch, ids: list[int], *more: Any) -> int:
-        prompts.append(ids)
-        return add(batch, ids, *more)
-
-    monkeypatch.setattr(ContinuousBatch, "add", spied)
+    prompts = tiny.recorded_prompts(monkeypatch)
     message = {"role": "user", "content": tiny.FORGED}
     for stream in (False, True):
         reply = client.chat.completions.create(

@@ -240,6 +240,8 @@ def test_client_that_leaves_before_a_whole_answer(served: Served) -> None:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         eventually(lambda: served.worker.load("base") == 3)
     eventually(lambda: served.worker.load("base") == 0)
+    eventually(lambda: served.worker.batches["base"].idle)
+    assert served.worker.completions == set()
 
 
 def test_body_that_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
