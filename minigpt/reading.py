@@ -158,11 +158,10 @@ def limited_memory(size: int) -> Iterator[None]:
 
     Only where the system counts them (Linux), and in the main thread, as `limited_time`.
     """
-    sizes = Path("/proc/self/statm")
-    if threading.current_thread() is not threading.main_thread() or not sizes.exists():
+    now = _data_size()
+    if threading.current_thread() is not threading.main_thread() or now is None:
         yield
         return
-    now = int(sizes.read_text(encoding="ascii").split()[5]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bounds = [bound for bound in (now + size, soft, hard) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
@@ -170,6 +169,15 @@ def limited_memory(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _data_size() -> int | None:
+    """Return the bytes that RLIMIT_DATA counts, in some microseconds; None but on Linux."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except FileNotFoundError:
+        return None
 
 
 def _end_when_over(_: int, __: FrameType | None) -> None:
