@@ -219,7 +219,7 @@ def test_rollouts_are_those_of_one_process(runs: Path) -> None:
         alone = tiny_runs.metrics(runs / "grpo-alone", name)
         together = tiny_runs.metrics(runs / "grpo-ddp", name)
         assert len(together) == 5
-        assert together == pytest.approx(alone, rel=1e-5, abs=1e-5), name
+        assert together == pytest.approx(alone, rel=1e-5, abs=1e-6), name
     for name in ("val/reward", "val/pass_at_1", "val/cut_off"):
         values = (tiny_runs.metrics(runs / f"grpo-{run}", name) for run in ("alone", "ddp"))
         assert next(values) == pytest.approx(next(values)), name
