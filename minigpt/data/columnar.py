@@ -16,7 +16,15 @@ from xml.parsers import expat
 
 from minigpt.data.tables import LARGEST_ROW, table_row
 from minigpt.errors import DataError
-from minigpt.reading import LARGEST_FILE, MEGABYTE, SECONDS, TimeUpError, limited_time, reason_of
+from minigpt.reading import (
+    LARGEST_FILE,
+    MEGABYTE,
+    SECONDS,
+    TimeUpError,
+    limited_memory,
+    limited_time,
+    reason_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,6 +34,7 @@ Rows = Iterator[tuple[int, object]]
 
 ROWS_AT_A_TIME = 8  # a Parquet dictionary gives each row a value as large as the file says
 LARGEST_ROWS = 256 * MEGABYTE  # of so many rows together
+LARGEST_BATCH = 1024 * MEGABYTE  # that a batch of Arrow or a page of Parquet unpacks to
 LARGEST_SHEET = 16 * LARGEST_FILE  # bytes of a sheet's XML, of which little is held at a time
 SHEET_ROWS = 1 << 20  # as many as Excel has
 ROW_ELEMENTS = 8 << 14  # of XML: Excel has 16,384 columns, and a cell holds its value or its text
@@ -108,7 +117,7 @@ def _rows(batches: Iterator[pyarrow.RecordBatch]) -> Rows:
         pyarrow.ArrowInvalid: when values would be read outside of the batch.
     """
     number = 0
-    for batch in batches:
+    for batch in _decoded(batches):
         batch.validate(full=True)
         for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
             part = batch.slice(start, ROWS_AT_A_TIME)
@@ -117,6 +126,19 @@ def _rows(batches: Iterator[pyarrow.RecordBatch]) -> Rows:
             for row in part.to_pylist():
                 number += 1
                 yield number, {name: value for name, value in row.items() if value is not None}
+
+
+def _decoded(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield batches that are decoded in bounded memory: some kilobytes may unpack to gigabytes."""
+    while True:
+        try:
+            with limited_memory(LARGEST_BATCH):
+                batch = next(batches, None)
+        except MemoryError:
+            raise _too_large(f"a part of it unpacks to more than {LARGEST_BATCH:,} bytes") from None
+        if batch is None:
+            return
+        yield batch
 
 
 def _too_large(problem: str, line: int | None = None) -> DataError:

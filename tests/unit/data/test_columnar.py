@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -205,6 +206,35 @@ def test_rows_that_are_far_larger_than_their_file_are_refused(
     assert (tmp_path / "rows.parquet").stat().st_size < 100_000
     with pytest.raises(DataError, match=r"rows.parquet:1: 8 rows have 4.* bytes"):
         list(iter_rows(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux")
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_what_unpacks_to_more_than_the_memory_is_refused(name: str, tmp_path: Path) -> None:
+    """In a process of its own, without Arrow's pool: memory that was free before does not count."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as files
+
+    table = pyarrow.table({"text": ["x" * (200 << 20)]})
+    path = tmp_path / name
+    if name == "rows.parquet":
+        files.write_table(table, path, compression="zstd", use_dictionary=False)
+    else:
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        with pyarrow.ipc.new_file(path, table.schema, options=options) as writer:
+            writer.write_table(table)
+    assert path.stat().st_size < 1_000_000
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from minigpt.data import columnar; from minigpt.data.formats import iter_rows\n"
+        "columnar.LARGEST_BATCH = 64 << 20\n"
+        "list(iter_rows(Path(sys.argv[1])))\n"
+    )
+    command = [sys.executable, "-c", code, path]
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    problem = f"DataError: {path}: a part of it unpacks to more than 67,108,864 bytes"
+    assert problem in done.stderr
 
 
 def test_one_value_that_stands_for_many_rows_takes_little_memory(tmp_path: Path) -> None:
