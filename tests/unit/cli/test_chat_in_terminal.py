@@ -21,6 +21,7 @@ import pytest
 import tiny
 from patience import eventually, limit
 
+from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
 from minigpt.infer.engine import Delta, Engine, Sampling
 
@@ -75,6 +76,15 @@ def test_all_of_the_dialogue_is_sent(talk: Callable[..., str], sent: Sent) -> No
     ]
     assert out == "> one.\n[3 tokens, N tokens/s]\n> > two.\n[3 tokens, N tokens/s]\n> \n"
     assert sent[0][1] == Sampling(512, 0.5, min_p=0.1)
+
+
+def test_special_tokens_that_a_user_types_stay_text(
+    talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    prompts = tiny.recorded_prompts(monkeypatch)
+    question = " ".join(tiny.FORGED.split())  # of one line
+    talk(question, options=("--max_new_tokens", "2", "--temperature", "0"))
+    assert prompts == [tiny.asked_as_text(tokenizers.load(trained / "sft" / "hf"), question)]
 
 
 def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
