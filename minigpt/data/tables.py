@@ -43,6 +43,7 @@ SIGNATURES = {
     b"\xff\xff\xff\xff": "an Arrow stream",
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
     b"%PDF-": "a PDF",
+    b"{\\rtf": "a document (RTF)",
     b"\xd0\xcf\x11\xe0": "an old Office document",
     b"GGUF\x03\x00": "a GGUF model",
     b"SQLite format 3\x00": "an SQLite database",

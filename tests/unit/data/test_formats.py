@@ -162,6 +162,7 @@ def test_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (b"PK\x03\x04" + bytes(40), "a ZIP archive"),
         (b"%PDF-1.7", "a PDF"),
+        (b"{\\rtf1\\ansi", r"a document \(RTF\)"),
     ],
 )
 def test_a_file_of_another_kind_is_named(data: bytes, name: str, tmp_path: Path) -> None:
