@@ -163,7 +163,7 @@ def _spreadsheet_rows(path: Path, columns: Mapping[str, str]) -> Rows:
                 yield number, row
 
 
-def _first_sheet(path: Path, archive: _Archive) -> Iterator[tuple[Any, ...]]:
+def _first_sheet(path: Path, archive: _Archive) -> Iterator[tuple[object, ...]]:
     """Return the rows of the first sheet, as the values of their cells."""
     from openpyxl.reader.excel import ExcelReader
 
@@ -174,7 +174,7 @@ def _first_sheet(path: Path, archive: _Archive) -> Iterator[tuple[Any, ...]]:
         reader.read()
     sheet = reader.wb.worksheets[0]
     sheet.reset_dimensions()  # which may be stated as anything
-    return cast(Iterator[tuple[Any, ...]], sheet.iter_rows(values_only=True))
+    return cast(Iterator[tuple[object, ...]], sheet.iter_rows(values_only=True))
 
 
 class _Archive(zipfile.ZipFile):

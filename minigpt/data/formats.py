@@ -986,7 +986,7 @@ class _WatchedFile(io.FileIO):
 
 
 def _rows_of(
-    path: Path, stream: io.BufferedReader[Any], notes: Notes, columns: Mapping[str, str]
+    path: Path, stream: io.BufferedReader, notes: Notes, columns: Mapping[str, str]
 ) -> Iterator[tuple[int, object]]:
     if not begins_as_json(stream):
         is_plain = isinstance(stream.raw, _WatchedFile)
@@ -1008,9 +1008,10 @@ def _rows_of(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file, which is decompressed by what it begins with."""
-    with io.BufferedReader(_WatchedFile(path), _BUFFER) as raw:
+    raw: io.BufferedReader = io.BufferedReader(_WatchedFile(path), _BUFFER)
+    with raw:
         if begins_as_json(raw):
             yield raw
         else:
@@ -1019,7 +1020,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
 
 
 @contextmanager
-def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
+def open_data(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file, which is decompressed by what it begins with, as lines in UTF-8.
 
     Raises:
@@ -1108,7 +1109,7 @@ def _is_sound(block: bytes) -> bool:
         return False
 
 
-def begins_as_json(stream: io.BufferedReader[Any]) -> bool:
+def begins_as_json(stream: io.BufferedReader) -> bool:
     """Whether a file is JSON by its first byte, which no compressed or foreign file has."""
     return stream.peek(1)[:1] in (b"{", b"[")
 

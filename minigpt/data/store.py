@@ -177,7 +177,7 @@ class StoredArray:
         self.size = os.fstat(self.handle).st_size
         self.verified = bytearray(len(sums))  # which blocks are: 0 or 1
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Let worker processes that are not forked open the file again."""
         return type(self), (self.file, self.source, self.dtype, self.sums)
 

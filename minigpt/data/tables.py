@@ -68,7 +68,7 @@ OFFICE = (".docx", ".pptx", ".odt", ".odp", ".ods", ".epub")  # archives inside
 COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
 
-def decompressed(raw: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
+def decompressed(raw: io.BufferedReader) -> io.BufferedReader[Any]:
     """Return a stream of a file's bytes, decompressed by what it begins with.
 
     Raises:
@@ -98,7 +98,7 @@ class _ZstdFile(io.RawIOBase):
         EOFError: on reading, when the file is damaged or cut off.
     """
 
-    def __init__(self, raw: io.BufferedReader[Any]) -> None:
+    def __init__(self, raw: io.BufferedReader) -> None:
         try:
             import zstandard
         except ImportError:

@@ -51,7 +51,7 @@ class FunctionReward(Scorer):
         self.function = load_function(path)
         self.name = getattr(self.function, "__name__", type(self.function).__name__)
 
-    def check_fields(self, fields: Mapping[str, Any]) -> None:
+    def check_fields(self, fields: Mapping[str, object]) -> None:
         """Check that a row has the fields that the function has arguments without defaults for."""
         for name in required_arguments(self.function):
             if name not in fields:

@@ -49,7 +49,7 @@ class Rollout:
     completion: str
     completion_ids: list[int]
     ended: bool
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     source: tuple[str | Path, int]
 
 
@@ -75,7 +75,7 @@ class Scorer(ABC):
 
     name: str
 
-    def check_fields(self, fields: Mapping[str, Any]) -> None:  # noqa: B027  (most need none)
+    def check_fields(self, fields: Mapping[str, object]) -> None:  # noqa: B027  (most need none)
         """Check that a row has what the reward needs.
 
         Raises:
@@ -116,7 +116,7 @@ class Exact(Rule):
     def __init__(self, field: str) -> None:
         self.name, self.field = "exact", field
 
-    def check_fields(self, fields: Mapping[str, Any]) -> None:
+    def check_fields(self, fields: Mapping[str, object]) -> None:
         """Check that the field is a string, a number or null."""
         expected_text(fields, self.field)
 
@@ -139,7 +139,7 @@ class Numeric(Rule):
     def __init__(self, field: str) -> None:
         self.name, self.field = "numeric", field
 
-    def check_fields(self, fields: Mapping[str, Any]) -> None:
+    def check_fields(self, fields: Mapping[str, object]) -> None:
         """Check that the field is null, a number, or a string that holds one."""
         expected = expected_text(fields, self.field)
         if expected is not None and last_number(expected) is None:
@@ -168,7 +168,7 @@ class Regex(Rule):
     def __init__(self, pattern: str, field: str | None) -> None:
         self.name, self.pattern, self.field = "regex", re.compile(pattern), field
 
-    def check_fields(self, fields: Mapping[str, Any]) -> None:
+    def check_fields(self, fields: Mapping[str, object]) -> None:
         """Check that the field, if one is compared, is a string, a number or null."""
         if self.field is not None:
             expected_text(fields, self.field)
@@ -253,7 +253,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-def expected_text(fields: Mapping[str, Any], name: str) -> str | None:
+def expected_text(fields: Mapping[str, object], name: str) -> str | None:
     """Return a field's text without white space around it; None for null.
 
     Raises:

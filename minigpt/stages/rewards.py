@@ -164,7 +164,7 @@ class Rewards:
             for i, name in enumerate(names)
         ]
 
-    def check_fields(self, fields: Mapping[str, Any], path: str | Path, line: int) -> None:
+    def check_fields(self, fields: Mapping[str, object], path: str | Path, line: int) -> None:
         """Check that a row has the fields that the rewards need.
 
         Raises:
