@@ -46,18 +46,18 @@ def main(argv: list[str] | None = None) -> int:
     reads the output any more, as after ``| head``.
     """
     args = sys.argv[1:] if argv is None else argv
-    is_closed = not open_streams()
-    if is_closed and args and args[0] in PRINTING:
+    has_output = open_streams()
+    if not has_output and args and args[0] in PRINTING:
         say(f"standard output is closed, and minigpt {args[0]} prints to it. Give it a file.")
         return MiniGPTError.exit_code
     try:
-        return guarded(args)
+        return run_verb(args)
     finally:  # here, where no error's traceback holds the model any more
         if (parallel := sys.modules.get("minigpt.model.parallel")) is not None:
             parallel.leave_group()
 
 
-def guarded(args: list[str]) -> int:
+def run_verb(args: list[str]) -> int:
     """Run a verb; print MiniGPT's own errors as one paragraph."""
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(PrintableFormatter("%(message)s"))
@@ -67,18 +67,18 @@ def guarded(args: list[str]) -> int:
     logging.getLogger("minigpt").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
         check_environment()
-        with ended_whole():
+        with raising_on_signals():
             dispatch(*args)
         sys.stdout.flush()
     except MiniGPTError as error:
         say(str(error))
-        end_output()
+        flush_output()
         return error.exit_code
     except BrokenPipeError as error:
-        return unread(error)
+        return reader_left(error)
     except OSError as error:
         output = "a file" if args and args[0] in (*TRAINER_VERBS, "serve") else "standard output"
-        return unwritten(error, output)
+        return write_refused(error, output)
     except KeyboardInterrupt:
         return interrupted()
     except Terminated as stop:
@@ -119,10 +119,10 @@ def dispatch(verb: str = "--help", *rest: str) -> None:
 
 
 @contextmanager
-def ended_whole() -> Iterator[None]:
-    """Let signals unwind what runs, so that it ends its own processes and leaves no half files.
+def raising_on_signals() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM and SIGHUP, so that `finally` ends processes and removes files.
 
-    These are SIGTERM, and SIGHUP unless it is ignored, as under `nohup`.
+    SIGHUP stays ignored where it is, as under `nohup`.
     """
 
     def leave(number: int, _: Any) -> None:
@@ -151,14 +151,14 @@ def say(message: str) -> None:
 
 
 def open_streams() -> bool:
-    """Open the standard streams that the shell closed; return whether there was an output.
+    """Open the standard streams that the shell closed; return whether standard output was open.
 
-    Else the next file that is opened would get the number of one, and what libraries print.
+    Otherwise the next file that is opened would get a stream's number, and what libraries print.
     """
     was_open = sys.stdout is not None
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)  # mostly that number, the lowest free one
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number: mostly `number`
             stream = os.fdopen(handle, "w" if number else "r", encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks does not end a verb
@@ -166,22 +166,22 @@ def open_streams() -> bool:
     return was_open
 
 
-def unread(error: BrokenPipeError) -> int:
-    """Return the exit status when it was the reader of the output who left, else raise."""
+def reader_left(error: BrokenPipeError) -> int:
+    """Return the exit status if the reader of standard output has left; else raise the error."""
     output = select.poll()
-    output.register(1, 0)  # of errors it tells unasked
+    output.register(1, 0)  # no events: poll reports errors in any case
     if not any(events & select.POLLERR for _, events in output.poll(0)):
         raise error
     drop_output()
     return 141
 
 
-def unwritten(error: OSError, output: str) -> int:
-    """Say that the system refused to write, and return the exit status; raise any other error.
+def write_refused(error: OSError, output: str) -> int:
+    """Print that the system refused to write, and return the exit status; raise any other error.
 
     Args:
-        error: names the file, unless it was open already.
-        output: what was open and is written to.
+        error: has the file's name, unless the file was open already.
+        output: what the verb writes to, for an error without a name.
     """
     from minigpt.files import system_reason
 
@@ -195,18 +195,18 @@ def unwritten(error: OSError, output: str) -> int:
     return MiniGPTError.exit_code
 
 
-def end_output() -> None:
-    """Write what has been printed before an error."""
+def flush_output() -> None:
+    """Flush what was printed before an error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         drop_output()
     except OSError as error:
-        unwritten(error, "standard output")
+        write_refused(error, "standard output")
 
 
 def drop_output() -> None:
-    """Let what Python still flushes at its end go nowhere."""
+    """Point standard output at the null device, so that Python's flush at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

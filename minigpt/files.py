@@ -36,9 +36,9 @@ ACCESS_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EE
 
 
 def cache_dir() -> Path:
-    """Where what can be made again lies: `$MINIGPT_CACHE`, or `~/.cache/minigpt`.
+    """Return the directory of what can be made again: `$MINIGPT_CACHE`, or `~/.cache/minigpt`.
 
-    In a directory of another user, each user has one of their own.
+    Where that belongs to another user, it is a directory in it for this user alone.
     """
     root = Path(os.environ.get("MINIGPT_CACHE") or Path.home() / ".cache" / "minigpt")
     user = os.geteuid()
@@ -81,23 +81,23 @@ def staging(target: Path, exclusive: bool = False) -> Iterator[Path]:
     clear_leftovers(target.parent)
     directory = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
     try:
-        lock = _sign(directory, target.name)
+        lock = _lock_staging(directory, target.name)
     except OSError:
         directory.rmdir()
         raise
     try:
         if exclusive:
-            directory = _take_name(directory, target)
+            directory = _rename_exclusively(directory, target)
         yield directory
     finally:
         try:
-            _dissolve(directory, target)
+            _remove_staging(directory, target)
         finally:
             os.close(lock)
 
 
-def _take_name(directory: Path, target: Path) -> Path:
-    """Rename a private directory as only one that works on a target can be named."""
+def _rename_exclusively(directory: Path, target: Path) -> Path:
+    """Give a private directory the one name for its target, which no second process can take."""
     path = target.with_name(STAGING + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16])
     try:
         return directory.rename(path)
@@ -110,11 +110,12 @@ def _take_name(directory: Path, target: Path) -> Path:
         ) from error
 
 
-def _sign(directory: Path, name: str) -> int:
+def _lock_staging(directory: Path, name: str) -> int:
     """Lock a private directory; return the lock's file handle.
 
-    What makes it ours is written once the lock is held. Where the file system has no locks, it is
-    not: nobody could tell that this process lives.
+    The signature, by which later processes may remove the directory, is written once the lock is
+    held. Where the file system has no locks it is not written: nobody could tell that this process
+    lives.
     """
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -133,18 +134,18 @@ def _sign(directory: Path, name: str) -> int:
 def clear_leftovers(parent: Path) -> None:
     """Remove what killed processes of this user left in a directory.
 
-    Only what `staging` made, and no living process holds the lock of. What such a process had moved
-    aside, and not replaced yet, is put back.
+    These are directories that `staging` made and no living process has locked. What such a process
+    had moved aside, and not replaced yet, is put back.
     """
     for directory in parent.glob(f"{STAGING}*"):
-        with _taken_over(directory) as name:
+        with _abandoned(directory) as name:
             if name is not None:
-                _dissolve(directory, parent / name)
+                _remove_staging(directory, parent / name)
 
 
 @contextmanager
-def _taken_over(directory: Path) -> Iterator[str | None]:
-    """Hold the lock of a dead process's private directory; yield the name of what it made.
+def _abandoned(directory: Path) -> Iterator[str | None]:
+    """Hold the lock of a dead process's private directory; yield its target's name.
 
     Yields None for any other directory.
     """
@@ -155,12 +156,12 @@ def _taken_over(directory: Path) -> Iterator[str | None]:
         yield None
         return
     try:
-        yield _dead_name(directory, handle)
+        yield _abandoned_target(directory, handle)
     finally:
         os.close(handle)
 
 
-def _dead_name(directory: Path, handle: int) -> str | None:
+def _abandoned_target(directory: Path, handle: int) -> str | None:
     try:
         made, lock = directory.lstat(), os.fstat(handle)
         ours = made.st_uid == lock.st_uid == os.geteuid()
@@ -176,13 +177,14 @@ def _dead_name(directory: Path, handle: int) -> str | None:
     return name if text.startswith(SIGNATURE) and name == Path(name).name else None
 
 
-def _dissolve(directory: Path, target: Path) -> None:
+def _remove_staging(directory: Path, target: Path) -> None:
     """Remove a private directory; what was moved aside for a target that is missing goes back."""
     old = directory / OLD
     try:
         if os.path.lexists(old):
-            back = not os.path.lexists(target)
-            old.rename(target if back else directory / REMOVED)  # of which soon a part is gone
+            is_replaced = os.path.lexists(target)
+            # Renamed before it is removed: what a kill leaves of it must not be put back.
+            old.rename(directory / REMOVED if is_replaced else target)
     except OSError as error:
         log.warning("%s is kept in %s: %s", target, old, error.strerror)
         return
@@ -205,7 +207,7 @@ class atomic_directory:  # noqa: N801  (used like a function)
     Args:
         directory: what is made.
         replaced: patterns of the names that such a directory holds; what has another name in the
-            one that is replaced was put there by others, and is taken over. None replaces all.
+            one that is replaced was put there by others, and is kept. None replaces all.
 
     Raises:
         ConfigError: when another process is writing the same directory.
@@ -234,8 +236,8 @@ def others_in(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return [path for path in paths if not any(fnmatch(path.name, each) for each in patterns)]
 
 
-def _take_over(directory: Path, new: Path, replaced: Sequence[str]) -> None:
-    """Have what others put into a directory in the new one as well."""
+def _keep_others(directory: Path, new: Path, replaced: Sequence[str]) -> None:
+    """Link or copy what others put into a directory into the new one."""
     for path in others_in(directory, (*replaced, f"{STAGING}*")):
         target = new / path.name
         if os.path.lexists(target):
@@ -254,11 +256,11 @@ def _link(path: str | Path, target: str | Path) -> None:
 
 
 def _publish(new: Path, directory: Path, replaced: Sequence[str] | None) -> None:
-    """Rename a finished directory to its final path; what was there is moved aside."""
+    """Rename a finished directory to its final path; move aside what was there."""
     for path in new.rglob("*"):
         sync(path)
     if replaced is not None:
-        _take_over(directory, new, replaced)
+        _keep_others(directory, new, replaced)
     sync(new)
     if os.path.lexists(directory):
         if not directory.is_dir():
@@ -294,7 +296,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def unlisted(directory: Path) -> list[str]:
-    """Name what is in a directory and is not, or is no longer, what its manifest lists."""
+    """Return the names in a directory that its manifest does not list, or lists otherwise."""
     try:
         listed = _read_manifest(directory / MANIFEST)
     except (OSError, ValueError, RecursionError):
@@ -303,7 +305,7 @@ def unlisted(directory: Path) -> list[str]:
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.is_dir() and not path.is_symlink():
-            unchanged = any(path.iterdir())  # what is in it counts
+            unchanged = any(path.iterdir())  # its files are looked at themselves
         elif name == MANIFEST:
             unchanged = bool(listed)
         else:
@@ -485,7 +487,7 @@ def is_stream(path: Path) -> bool:
 
 
 def follow_no_link(path: str, flags: int) -> int:
-    """Open a file as `open` does, whose `opener` this is, but raise an OSError for a link."""
+    """Open a file as the `opener` of `open`; raises an OSError for a link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

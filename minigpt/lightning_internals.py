@@ -52,7 +52,7 @@ class FitLoop(_FitLoop):
     """Lightning's loop, which also ends a run that was cut off after its last step."""
 
     @classmethod
-    def put_in(cls, trainer: Trainer) -> None:
+    def install(cls, trainer: Trainer) -> None:
         """Let a trainer use this loop."""
         old = trainer.fit_loop
         trainer.fit_loop = cls(trainer, old.min_epochs, old.max_epochs)
@@ -65,11 +65,11 @@ class FitLoop(_FitLoop):
 
 
 class RestoringConnector(_CheckpointConnector):
-    """Lightning's, which restores a checkpoint inside a guard.
+    """Lightning's connector, which restores a checkpoint inside a guard.
 
     Args:
-        trainer: which restores.
-        guard: is given the checkpoint's path.
+        trainer: whose connector this is.
+        guard: returns the context for the checkpoint's path.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RestoringConnector(_CheckpointConnector):
 
 
 def batches_started(trainer: Trainer) -> int:
-    """Return the micro-batches of this process so far."""
+    """Return how many micro-batches this process has begun."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
@@ -141,32 +141,32 @@ def purge_after(logger: TensorBoardLogger, steps: int) -> None:
 
 
 class _Observer(_ChildProcessObserver):
-    """Ends this process's children, and itself, when one of them has failed."""
+    """Ends this process's children, and this process, when one of them has died."""
 
     def __init__(
-        self, children: list[subprocess.Popen[bytes]], exit_code_after_loss: Callable[[], int]
+        self, children: list[subprocess.Popen[bytes]], exit_code_after_death: Callable[[], int]
     ) -> None:
         super().__init__(os.getpid(), children)
-        self._exit_code_after_loss = exit_code_after_loss
+        self._exit_code_after_death = exit_code_after_death
 
     def _terminate_all(self) -> None:
-        exit_code = self._exit_code_after_loss()
+        exit_code = self._exit_code_after_death()
         for process in self._child_processes:
             process.kill()
         os._exit(exit_code)
 
 
-def observe_children(exit_code_after_loss: Callable[[], int], until: ExitStack) -> None:
+def observe_children(exit_code_after_death: Callable[[], int], until: ExitStack) -> None:
     """Observe the processes that Lightning's launcher starts.
 
     Args:
-        exit_code_after_loss: called in a thread when a process has failed, before the others are
+        exit_code_after_death: called in a thread when a process has died, before the others are
             killed; returns the exit status of this process.
-        until: Lightning's own observer is put back when it closes.
+        until: when it closes, Lightning's own observer is put back.
     """
     name = "_launch_process_observer"
     until.callback(setattr, launcher, name, getattr(launcher, name))
-    setattr(launcher, name, lambda children: _Observer(children, exit_code_after_loss).start())
+    setattr(launcher, name, lambda children: _Observer(children, exit_code_after_death).start())
 
 
 class AllProcessesStrategy(ModelParallelStrategy):

@@ -216,7 +216,7 @@ class MiniGPTCLI(VerbCLI):
             if first := is_first_process():
                 self.until_end.enter_context(locked(self.run_dir))
             self.status = RunStatus(self.run_dir, first)
-            observe_children(self.status.after_loss, self.until_end)
+            observe_children(self.status.exit_code_after_death, self.until_end)
             check_numbers(config)
             check_weights(config.trainer.precision)
         self._settle_start(config)
@@ -330,7 +330,7 @@ class MiniGPTCLI(VerbCLI):
         check_strategy(trainer.strategy)
         if not isinstance(trainer.strategy, FSDP2):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        FitLoop.put_in(trainer)
+        FitLoop.install(trainer)
         trainer._checkpoint_connector = RestoringConnector(trainer, restoring)
         self._settle_steps(trainer)
         return trainer

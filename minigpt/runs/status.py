@@ -47,7 +47,7 @@ LOST = (
     "Another process of this run has died or does not answer; its own output says why. "
     "Go on from the last checkpoint with --ckpt_path auto."
 )
-GRACE_SECONDS = 10  # in which the first process may end by itself when another has failed
+GRACE_SECONDS = 10  # in which the first process may end by itself when another has died
 
 
 def stopped(number: int, step: int | None) -> Stopped:
@@ -157,7 +157,7 @@ class RunStatus(Callback):
 
     Args:
         run_dir: where it is written.
-        first: whether this process writes it.
+        first: whether this is the first process, which alone writes it.
     """
 
     def __init__(self, run_dir: Path, first: bool) -> None:
@@ -168,7 +168,7 @@ class RunStatus(Callback):
 
     def _write(self, state: str, exit_code: int | None, reason: str = "") -> None:
         if self.first:
-            step = self.trainer and self.trainer.global_step
+            step = None if self.trainer is None else self.trainer.global_step
             status = {"state": state, "exit_code": exit_code, "step": step}
             try:
                 write_json(self.path, {**status, "time": round(time.time()), "reason": reason})
@@ -176,14 +176,14 @@ class RunStatus(Callback):
                 log.warning("%s could not be written: %s", self.path, error.strerror)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run is under way."""
+        """Write that the run is under way."""
         self.trainer = trainer
         if self.first:
             make_way(self.path.parent)
         self._write("running", None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run is finished: the model is exported."""
+        """Write that the run is finished: the model is exported."""
         assert isinstance(pl_module, BaseModule)
         self._write("finished", 0, why_it_ended(trainer, pl_module))
         self.exit_code = 0
@@ -191,22 +191,23 @@ class RunStatus(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, error: BaseException
     ) -> None:
-        """The run ended otherwise."""
+        """Write what ended the run."""
         assert isinstance(pl_module, BaseModule)
         self.end(as_user_error(error, self.path.parent, pl_module.data))
 
     def end(self, error: BaseException) -> None:
-        """Write what ended the run, unless that is written."""
+        """Write what ended the run, unless that is written already."""
         if self.exit_code:
             return
         self.exit_code = code = error.exit_code if isinstance(error, MiniGPTError) else 1
         states = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
         self._write(states.get(code, "failed"), code, str(error))
 
-    def after_loss(self) -> int:
-        """Return the exit status of a run of which another process has failed.
+    def exit_code_after_death(self) -> int:
+        """Return the exit status of a run of which another process has died.
 
-        Called in a thread; the run mostly notices by itself, which ends the thread too.
+        Called in a thread. Most runs notice by themselves and end within `GRACE_SECONDS`, and this
+        thread with them.
         """
         time.sleep(GRACE_SECONDS)
         if self.exit_code is None:

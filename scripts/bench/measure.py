@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from minigpt.__main__ import ended_whole
+from minigpt.__main__ import raising_on_signals
 from minigpt.cli.options import writing
 from minigpt.errors import INTERRUPTED, ConfigError, MiniGPTError
 from minigpt.files import write_json
@@ -61,7 +61,7 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minigpt").setLevel(logging.INFO)
     try:
-        with ended_whole():
+        with raising_on_signals():
             main(sys.argv[1:] if arguments is None else arguments)
     except MiniGPTError as error:
         print(f"bench: {error}", file=sys.stderr)
