@@ -13,7 +13,8 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = 6  # then the dashes change
 MAX_POINTS = 300  # of a line; more only make the file larger
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 230, 62, 12, 38
+WIDTH, HEIGHT = 440, 230  # of a line chart, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 38  # its margins
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c1d21; --soft: #5d6068;
@@ -144,7 +145,7 @@ def line_chart(
         x_label: what x is, in its unit.
         y_label: what y is, in its unit.
     """
-    lines = {name: _drawn(points) for name, points in series.items()}
+    lines = {name: _thinned(points) for name, points in series.items()}
     all_points = [point for points in lines.values() for point in points]
     if not all_points:
         return _figure(title, '<p class="soft">No points.</p>')
@@ -152,14 +153,14 @@ def line_chart(
     ys = _range([y for _, y in all_points])
 
     def pixels(x: float, y: float) -> tuple[float, float]:
-        across = (x - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - 14)
+        across = (x - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - RIGHT)
         up = (y - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
     marks = []
     for y in ticks(*ys):
         top = pixels(xs[0], y)[1]
-        marks.append(f'<path d="M{LEFT} {top}H{WIDTH - 14}" stroke="var(--line)"/>')
+        marks.append(f'<path d="M{LEFT} {top}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
         marks.append(_text(LEFT - 6, top + 4, tick_label(y), "end"))
     for x in ticks(*xs):
         marks.append(_text(pixels(x, ys[0])[0], HEIGHT - BOTTOM + 16, tick_label(x), "middle"))
@@ -173,19 +174,22 @@ def line_chart(
     return _figure(title, (_legend(list(lines)) if len(lines) > 1 else "") + drawing, unit)
 
 
-def _drawn(points: Points) -> list[tuple[float, float]]:
+def _thinned(points: Points) -> list[tuple[float, float]]:
+    """Return the finite points, every n-th one and the last of more than `MAX_POINTS`."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     step = -(-len(finite) // MAX_POINTS) or 1
     return finite[::step] + (finite[-1:] if (len(finite) - 1) % step else [])
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis: 0 if the values come near it, else with a margin below."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return (0.0 if 0 <= low < high / 4 else low - margin), high + margin
 
 
 def _line(points: Sequence[tuple[float, ...]], index: int, name: str, x_label: str) -> str:
+    """Return a line, and dots that show their numbers; points are (left, top, x, y)."""
     colour = f"var(--c{index % COLOURS})"
     dash = ' stroke-dasharray="5 3"' if index >= COLOURS else ""
     path = "L".join(f"{left} {top}" for left, top, *_ in points)

@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from minigpt.data.formats import watch_reads
 from minigpt.terminal import printable
 
-_open: list[Callable[[float, float], None]] = []
+_bars: list[Callable[[float, float], None]] = []  # sets the bar that is shown; at most one
 
 
 @contextmanager
 def shown(what: str, printing: bool = False) -> Iterator[None]:
     """Show a bar while the work inside lasts, and leave no trace of it.
 
-    Reading data files moves it by itself; other work calls `step`.
+    Reading data files moves it by itself; other work calls `report`.
 
     Args:
         what: the work, in words.
         printing: whether the work prints as it goes; on a terminal that is progress enough.
     """
-    if _open or not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
+    if _bars or not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
         yield
         return
     from rich.console import Console
@@ -45,15 +45,15 @@ def shown(what: str, printing: bool = False) -> Iterator[None]:
         redirect_stderr=False,
     ) as bar:
         task = bar.add_task(printable(what), total=None)
-        _open.append(lambda done, total: bar.update(task, completed=done, total=total))
+        _bars.append(lambda done, total: bar.update(task, completed=done, total=total))
         try:
-            with watch_reads(step):
+            with watch_reads(report):
                 yield
         finally:
-            _open.pop()
+            _bars.pop()
 
 
-def step(done: float, total: float) -> None:
-    """Say how much of the work is done; nothing happens where no bar is shown."""
-    if _open:
-        _open[-1](done, total)
+def report(done: float, total: float) -> None:
+    """Show how much of the work is done; nothing happens where no bar is shown."""
+    if _bars:
+        _bars[-1](done, total)

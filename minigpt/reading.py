@@ -27,7 +27,7 @@ LARGEST_FILE = 256 * MEGABYTE  # of files beside weights, of which tokenizers ar
 LARGEST_CONFIG = MEGABYTE  # of YAML files and templates, which are written by hand
 LARGEST_TREE = 100_000  # values of a YAML file, when each alias is written out
 SECONDS = 120  # of computing by one thread: a hundred times what the slowest honest file takes
-REASON = 300  # characters of a reason, at most
+LONGEST_REASON = 300  # characters
 # Exceptions whose text alone, such as "'weights'", says little.
 UNCLEAR = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
@@ -36,7 +36,7 @@ _OFFLINE = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsE
 _OFFLINE |= {"LocalEntryNotFoundError", "ReadTimeout", "ProxyError", "SSLError"}
 _GATED = {"GatedRepoError"}
 
-_ends: list[tuple[float, float]] = []  # of the limits that hold now: the time, and the seconds
+_limits: list[tuple[float, float]] = []  # in force: the thread's time at their end, and seconds
 
 
 class TimeUpError(BaseException):
@@ -58,14 +58,14 @@ def refusing(
     """Turn whatever is raised while something from elsewhere is read into one paragraph.
 
     Args:
-        what: is read, to begin a sentence, such as "The model at outputs/sft".
-        kind: of the error. MiniGPT's own errors pass.
+        what: what is read, as the beginning of a sentence, such as "The model at outputs/sft".
+        kind: class of the error. MiniGPT's own errors pass.
         remedy: what the user can do about it.
         seconds: that the main thread may compute.
-        verb: what it says of `what`.
+        verb: how the sentence goes on.
 
     Raises:
-        MiniGPTError: of that kind.
+        MiniGPTError: of that class.
     """
     try:
         with limited_time(seconds):
@@ -85,7 +85,7 @@ def _paragraph(what: str, verb: str, reason: str, remedy: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what is wrong in one line, of `REASON` characters at most."""
+    """Return what is wrong in one line, of `LONGEST_REASON` characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else ""
     if first.endswith(":") and len(lines) > 1:
@@ -98,11 +98,11 @@ def reason_of(error: BaseException) -> str:
         first = error.strerror
     elif not first or isinstance(error, UNCLEAR):
         first = f"{type(error).__name__}: {first}".rstrip(": ")
-    return first if len(first) <= REASON else first[: REASON - 1] + "…"
+    return first if len(first) <= LONGEST_REASON else first[: LONGEST_REASON - 1] + "…"
 
 
 def may_be_hub_id(source: str | Path) -> bool:
-    """Whether the hub is to be asked for a model: not for paths, such as of runs (outputs/NAME)."""
+    """Whether a model may be one on the hub: paths, also of runs that are gone, are not."""
     name = str(source)
     if not _HUB_ID.fullmatch(name) or name.startswith((".", "outputs/")):
         return False
@@ -112,7 +112,7 @@ def may_be_hub_id(source: str | Path) -> bool:
 def hub_problem(error: BaseException) -> str:
     """Return why the hub did not give a file, in a sentence with what to do; "" for other errors.
 
-    Goes by the names of the errors, since the hub's client and its parts have several for this.
+    Goes by the names of the errors: the hub's client and the libraries below have several classes.
     """
     names = {type(each).__name__ for each in chain(error)}
     if names & _OFFLINE or "couldn't connect to" in str(error):
@@ -128,13 +128,13 @@ def hub_problem(error: BaseException) -> str:
 
 @contextmanager
 def limited_time(seconds: float) -> Iterator[None]:
-    """End what is inside once the main thread has computed for so long.
+    """Raise an error inside once the main thread has computed for so many seconds.
 
     Waiting, and what other threads or processes compute, does not count, so that a busy machine
     changes nothing. In threads other than the main one there is no limit.
 
     Raises:
-        TimeUpError: then.
+        TimeUpError: when they are over.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,18 +143,18 @@ def limited_time(seconds: float) -> Iterator[None]:
     signal.siginterrupt(signal.SIGVTALRM, False)  # no system call of a library fails by it
     interval = min(1.0, seconds)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, interval, interval)
-    _ends.append((time.thread_time() + seconds, seconds))
+    _limits.append((time.thread_time() + seconds, seconds))
     try:
         yield
     finally:
-        _ends.pop()
+        _limits.pop()
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, before)
 
 
 @contextmanager
 def limited_memory(size: int) -> Iterator[None]:
-    """Let what is inside take at most so many bytes more than the process has; then MemoryError.
+    """Raise a MemoryError inside once the process takes so many bytes more than it has now.
 
     Only where the system counts them (Linux), and in the main thread, as `limited_time`.
     """
@@ -181,7 +181,7 @@ def _data_size() -> int | None:
 
 
 def _end_when_over(_: int, __: FrameType | None) -> None:
-    for end, seconds in _ends:
+    for end, seconds in _limits:
         if time.thread_time() > end:
             raise TimeUpError(f"after {seconds:g} seconds of computing it is not done")
 
@@ -242,19 +242,20 @@ def check_yaml(path: Path) -> str:
 
     text = read_text(path, LARGEST_CONFIG)
     tree = yaml.compose(text, yaml.SafeLoader)
-    if tree is not None and _size(tree, {}) > LARGEST_TREE:
+    if tree is not None and _tree_size(tree, {}) > LARGEST_TREE:
         raise NotReadableError(f"{path.name} holds more than {LARGEST_TREE:,} values")
     return text
 
 
-def _size(node: Any, sizes: dict[int, int]) -> int:
+def _tree_size(node: Any, sizes: dict[int, int]) -> int:
     """Return how many values a YAML node stands for, with each alias written out."""
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = LARGEST_TREE  # of a node inside itself
-    below = node.value if isinstance(node.value, list) else []
-    items = [item for entry in below for item in (entry if isinstance(entry, tuple) else (entry,))]
-    sizes[id(node)] = 1 + sum(_size(item, sizes) for item in items)
+    sizes[id(node)] = LARGEST_TREE  # so that a node inside itself is too large
+    items = node.value if isinstance(node.value, list) else []
+    if items and isinstance(items[0], tuple):  # of a mapping
+        items = [item for key_and_value in items for item in key_and_value]
+    sizes[id(node)] = 1 + sum(_tree_size(item, sizes) for item in items)
     return sizes[id(node)]
 
 

@@ -58,7 +58,7 @@ from minigpt.runs.checkpoints import (
     newest_checkpoint,
     verify,
 )
-from minigpt.runs.claim import claim, leftovers, locked
+from minigpt.runs.claim import locked, stale_files, stale_run
 from minigpt.runs.loggers import JSONLLogger, RunTensorBoard
 from minigpt.runs.plan import RunPlan
 from minigpt.runs.progress import StepProgress, Throughput
@@ -69,7 +69,7 @@ from minigpt.runs.results import (
     RunRecorder,
     SampleText,
 )
-from minigpt.runs.resume import ExactResume, OneStart
+from minigpt.runs.resume import ExactResume, SameCheckpoint
 from minigpt.runs.status import RunStatus, as_user_error, misconfigured, restoring
 from minigpt.runs.stopping import Stopping, restored_signals
 from minigpt.stages.base import BaseModule
@@ -239,11 +239,11 @@ class MiniGPTCLI(VerbCLI):
             config.ckpt_path = str(newest) if newest else None
             log.info("%s", f"Resuming from {newest}" if newest else "No checkpoint: starting anew.")
             if newest is None and self.verb == "fit" and is_first_process():
-                self.stale = leftovers(self.run_dir, ("metrics.jsonl",))
+                self.stale = stale_files(self.run_dir, ("metrics.jsonl",))
         elif config.get("ckpt_path"):
             verify(Path(config.ckpt_path))
         elif self.verb == "fit" and is_first_process():
-            self.stale = claim(self.run_dir, config.overwrite)
+            self.stale = stale_run(self.run_dir, config.overwrite)
 
     def before_verb(self) -> None:
         """Handle signals from here on: data is prepared before any callback is called."""
@@ -299,7 +299,7 @@ class MiniGPTCLI(VerbCLI):
         saving = Checkpoints(self.run_dir, config.checkpoint) if self.verb == "fit" else None
         hyperparameters = self._hyperparameters()
         recorder = RunRecorder(self.run_dir, self.throughput, hyperparameters, saving)
-        callbacks: list[Callback] = [OneStart(config.ckpt_path), self.throughput, recorder]
+        callbacks: list[Callback] = [SameCheckpoint(config.ckpt_path), self.throughput, recorder]
         callbacks.append(SampleText())
         if saving is not None:
             assert self.status is not None

@@ -309,7 +309,7 @@ def _from_web(url: str, path: Path) -> Download:
                 received += file.write(block)
                 if received > _LARGEST:
                     raise ConnectionError(f"the file is longer than {_LARGEST:,} bytes")
-                progress.step(received, int(length or 0))
+                progress.report(received, int(length or 0))
     if length not in (None, str(received)):
         raise ConnectionError(f"the connection broke after {received} of {length} bytes")
     part.replace(path)

@@ -157,7 +157,7 @@ def score(
         sums = sum_by(logp, batch.answers, batch.n_answers)
         greedy = sum_by(differs, batch.answers, batch.n_answers) == 0
         results += zip(sums.tolist(), greedy.tolist(), strict=True)
-        progress.step(len(results), len(pairs))
+        progress.report(len(results), len(pairs))
     scores = dict(zip(order, results, strict=True))
     return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
 

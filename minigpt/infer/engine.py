@@ -254,7 +254,7 @@ class Engine:
             for delta in checked(batch.step()):
                 deltas[prompt_of[delta.request]].append(delta)
                 finished += delta.finish is not None
-            progress.step(finished, len(ids))
+            progress.report(finished, len(ids))
             while yielded < len(ids) and deltas[yielded] and deltas[yielded][-1].finish is not None:
                 yield _reply(deltas[yielded], samplings[yielded])
                 deltas[yielded] = []

@@ -285,7 +285,7 @@ class Gguf:
             requests.append((self._request(prompt_ids, options, name), options.stop))
         for done, (body, stop) in enumerate(requests, 1):
             yield self._reply(body, stop)
-            progress.step(done, len(ids))
+            progress.report(done, len(ids))
 
     def _reply(self, body: dict[str, Any], stop: Sequence[str]) -> Reply:
         (answer,) = self.llama.complete(**body, stop=stop)

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 STATE = "state.pt"
 # Which value of a metric is the best, by the last word of its name.
 DIRECTIONS = {"loss": "min", "bits_per_byte": "min", "accuracy": "max", "margin": "max"}
-ASIDE = "aside-"  # before the name of a checkpoint that the run has left behind
+ASIDE = "aside-"  # prefix of checkpoints that the run goes on without, see `set_aside`
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -182,12 +182,12 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with that one; checkpoints of earlier versions name none."""
+        """Restore which checkpoint is the best; checkpoints of earlier versions name none."""
         best = checkpoint.get("best")
         self.best = None if best is None else Best(**best)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not save again what the run goes on from; clear what was cut off."""
+        """Note what is saved already; clear what was cut off."""
         assert isinstance(pl_module, BaseModule)
         self._begin(trainer, pl_module)
 
@@ -201,21 +201,21 @@ class Checkpoints(Checkpoint):
             clear_leftovers(self.run_dir)
             clear_leftovers(self.directory)
             set_aside(self.run_dir, trainer.global_step)
-        self._complete(trainer, module)
+        self._add_model(trainer, module)
         if trainer.is_global_zero:
             self._check_best()
         self.best = trainer.strategy.broadcast(self.best)
 
-    def _complete(self, trainer: Trainer, module: BaseModule) -> None:
-        """Write the model into the checkpoint of this step, if there is one that has none yet."""
+    def _add_model(self, trainer: Trainer, module: BaseModule) -> None:
+        """Write the model into the checkpoint of this step, if there is one without it."""
         checkpoint = self.directory / f"step={trainer.global_step}"
         lacks_model = checkpoint.is_dir() and not (checkpoint / MODEL).is_dir()
         if trainer.strategy.broadcast(lacks_model):
             with explain_unwritable(checkpoint):
-                export(module, checkpoint / MODEL)
+                write_model(module, checkpoint / MODEL)
 
     def _check_best(self) -> None:
-        """Let go of a best checkpoint by another metric, or that is no longer there."""
+        """Forget the best checkpoint if the options name another metric, or if it is gone."""
         if self.best is not None and self.best.metric != self.options.best:
             self.best = None
         if self.best is not None and not (self._path(self.best) / MODEL).is_dir():
@@ -245,7 +245,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best checkpoint so far.
+        """Save a checkpoint if its metric is the best so far.
 
         Raises:
             ConfigError: when the validation does not measure the metric.
@@ -268,11 +268,12 @@ class Checkpoints(Checkpoint):
             return
         self.best = Best(self.options.best, trainer.global_step, held_out)
         if not trainer.strategy.broadcast(self._path(self.best).is_dir()):
-            self.saved_step = -1  # it goes on from a checkpoint in another directory
+            # The step counts as saved, but in the directory of the run that this one goes on from.
+            self.saved_step = -1
         self.save(trainer)
         if trainer.is_global_zero:
             self._note_best()
-            self._remove_old()
+            self._remove_surplus()
 
     def _improves(self, value: float) -> bool:
         if self.best is None or not math.isfinite(value):
@@ -284,20 +285,20 @@ class Checkpoints(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved already; remove what is too old."""
+        """Save now, unless this step is saved already; remove what is not to be kept."""
         if trainer.global_step == self.saved_step:
             return
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step}")
         module = trainer.lightning_module
         assert isinstance(module, BaseModule)
-        self._complete(trainer, module)
+        self._add_model(trainer, module)
         if trainer.is_global_zero:
-            self._remove_old()
+            self._remove_surplus()
             for path in self.directory.glob(f"{ASIDE}*"):
                 remove_directory(path)
 
-    def _remove_old(self) -> None:
+    def _remove_surplus(self) -> None:
         if self.options.keep == "all":
             return
         for path in list(newest_first(self.run_dir))[self.options.keep :]:
@@ -311,7 +312,7 @@ class Checkpoints(Checkpoint):
         """
         target, trainer = self.run_dir / MODEL, module.trainer
         if self.options.export == "last" or self.best is None:
-            export(module, target)
+            write_model(module, target)
             return int(trainer.global_step)
         if trainer.is_global_zero:
             with atomic_directory(target, MODEL_FILES) as partial:
@@ -319,7 +320,7 @@ class Checkpoints(Checkpoint):
         return self.best.step
 
 
-def export(module: BaseModule, directory: Path) -> None:
+def write_model(module: BaseModule, directory: Path) -> None:
     """Write the model (or its adapter) as a directory that the next stage starts from.
 
     All processes must call this; the first one writes.
@@ -349,7 +350,7 @@ def set_aside(run_dir: Path, step: int) -> None:
             "The run goes on after step %d, without %s: kept as %s* until the next checkpoint.",
             step,
             ", ".join(path.name for path in aside),
-            run_dir / "checkpoints" / ASIDE,
+            run_dir / FOLDER / ASIDE,
         )
 
 
@@ -367,7 +368,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         ModelError: when a newer one cannot be read, but may be whole.
     """
-    for path in sorted((run_dir / "checkpoints").glob("step=*")):
+    for path in sorted((run_dir / FOLDER).glob("step=*")):
         if not NAME.fullmatch(path.name):
             log.warning("%s is left alone: no checkpoint has such a name.", path)
     for path in newest_first(run_dir):
@@ -378,7 +379,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def saved_state(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside shards, without reading weights from the disk.
+    """Return a checkpoint's state (of FSDP2 all but the shards); weights are read when used.
 
     Raises:
         ModelError: when it holds more than plain values and tensors.

@@ -13,9 +13,9 @@ from pathlib import Path
 from minigpt.errors import ConfigError, RunExistsError
 from minigpt.model.restore import BEST_FILE, FOLDER
 
-# What a run writes; a new run removes these and nothing else. It writes config.yaml over.
+# What a run writes, and a new run removes, but for config.yaml, which it writes over.
 RUN_FILES = (
-    "checkpoints",
+    FOLDER,
     "hf",
     "metrics.jsonl",
     "metrics-damaged.jsonl",
@@ -23,6 +23,7 @@ RUN_FILES = (
     "exam.json",
     "status.json",
 )
+# Names that must be regular files, see `make_way`.
 PLAIN_FILES = (
     "metrics.jsonl",
     "metrics-damaged.jsonl",
@@ -36,23 +37,23 @@ PLAIN_FILES = (
 log = logging.getLogger(__name__)
 
 
-def claim(run_dir: Path, overwrite: bool) -> list[Path]:
-    """Return what an earlier run left in a run directory.
+def stale_run(run_dir: Path, overwrite: bool) -> list[Path]:
+    """Return the files of an earlier run, which the new one replaces.
 
     Raises:
         RunExistsError: when it holds a run and `overwrite` is false.
     """
-    used = [name for name in ("hf", "checkpoints") if (run_dir / name).exists()]
+    used = [name for name in ("hf", FOLDER) if (run_dir / name).exists()]
     if used and not overwrite:
         raise RunExistsError(
             f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto "
             "(scripts: --resume), start over with --overwrite true (scripts: --overwrite), or "
             "choose another --run_dir (scripts: --output_dir)."
         )
-    return leftovers(run_dir, RUN_FILES)
+    return stale_files(run_dir, RUN_FILES)
 
 
-def leftovers(run_dir: Path, names: Sequence[str]) -> list[Path]:
+def stale_files(run_dir: Path, names: Sequence[str]) -> list[Path]:
     """Return which of the named files, and TensorBoard's, an earlier run left."""
     paths = [*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*")]
     return [path for path in paths if path.exists()]

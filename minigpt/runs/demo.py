@@ -9,7 +9,7 @@ from minigpt.data.bundled import is_bundled, starter
 from minigpt.errors import MiniGPTError
 from minigpt.reading import read_yaml
 
-# Those whose configs are the demo's.
+# Stages whose configs in configs/ are the demo's.
 STAGES = ("pretrain", "sft", "dpo", "kto", "grpo", "lora", "reward")
 REAL = "security"  # in the names of bundled data that is about the real world
 MOST_PARAMETERS = 8_000_000  # of a model that the demo's data is enough for; the demo's has 3.5M

@@ -71,7 +71,8 @@ class JSONLLogger(Logger):
         if not self.path.is_file():
             return
         lines = self._lines()
-        if damaged := [n for n, (text, row) in enumerate(lines, 1) if text.strip() and not row]:
+        damaged = [n for n, (text, row) in enumerate(lines, 1) if text.strip() and not row]
+        if damaged:
             copy = shutil.copyfile(self.path, self.path.with_name("metrics-damaged.jsonl"))
             log.warning(
                 "%s: %d damaged lines are left out (the first is line %d). The file as it was is "
@@ -84,12 +85,12 @@ class JSONLLogger(Logger):
         before = [(text, row) for text, row in lines if row and row["step"] < steps]
         last = before[-1][1] if before else {}
         is_validation = last.get("step") == steps - 1 and "val/loss" in last
-        only_first = steps <= 1 and len(before) <= 1  # the validation before the first step
-        if validation_due and is_validation and not only_first:
+        is_before_training = steps <= 1 and len(before) == 1  # it is not made again
+        if validation_due and is_validation and not is_before_training:
             before.pop()
         write_text(self.path, "".join(f"{text.decode()}\n" for text, _ in before))
 
-    def lacks(self, step: int) -> bool:
+    def lacks_step(self, step: int) -> bool:
         """Whether the file has no row of a training step."""
         rows = (row for _, row in self._lines()) if self.path.is_file() else ()
         return not any(row.get("step") == step and "train/loss" in row for row in rows)
@@ -115,7 +116,7 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a line; what is not finite, such as an overflow of fp16, JSON cannot hold."""
+        """Append a line, without values that are not finite: JSON cannot hold them."""
         values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
         values = {k: v for k, v in values.items() if math.isfinite(v)}
         if not values:

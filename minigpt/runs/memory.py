@@ -3,14 +3,14 @@
     peak = before + gradients + optimizer + max(activations, update) + overhead
     activations = fixed + tokens of the largest micro-batch x bytes a token
 
-- before: what there is before training, measured: on a GPU its tensors, on a CPU all that the
-  process has in memory.
-- gradients: one value for each trained weight, of its type.
+- before: what is in memory before training, measured: on a GPU the process's tensors, on a CPU
+  all of the process.
+- gradients: one value for each trained weight, in the weight's type.
 - optimizer: two such values with AdamW, one with Muon (for the matrices that it trains).
-- activations: what the forward pass of a micro-batch keeps for the backward pass. It is measured on
-  some samples of the first micro-batch and on every second one of them, between which it grows by a
-  number of bytes a token.
-- update: what Muon computes with, five times the matrices of one shape that are most together.
+- activations: what the forward pass of a micro-batch keeps for the backward pass. It is measured
+  twice, on some samples of the first micro-batch and on every second one of them; the difference
+  gives the bytes a token.
+- update: what Muon computes with, five times the largest group of matrices of one shape.
 - overhead: on a CPU, what lies free between tensors whose sizes change from step to step:
   `FREE_SHARE` of the activations, `MOST_FREE` bytes at most (glibc gives back what is above 32 MB).
   In bf16 also the kernels that oneDNN makes for each new size, `KERNELS`: few where micro-batches
@@ -95,13 +95,12 @@ def expected_memory(module: BaseModule) -> ExpectedMemory | None:
         return None
     activations = activation_bytes(module)
     on_cpu, precision = module.device.type == "cpu", str(module.trainer.precision)
-    before = memory_in_use(
-        module.device.type
-    )  # only now: kernels are made when they are first used
+    # After the forward passes above, in which kernels are made that stay in memory.
+    before = memory_in_use(module.device.type)
     state, update = optimizer_bytes(module.trainer.optimizers[0])
     return ExpectedMemory(
         before=before,
-        gradients=sum(map(_size, trained)),
+        gradients=sum(map(_bytes_of, trained)),
         optimizer=state,
         activations=activations,
         update=update,
@@ -119,13 +118,13 @@ def cpu_overhead(activations: int, precision: str, module: BaseModule) -> int:
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """Return the bytes of an optimizer's state, and of what an update computes with."""
     if not isinstance(optimizer, MuonAdamW):
-        return 2 * sum(map(_size, _parameters(optimizer))), 0
+        return 2 * sum(map(_bytes_of, _parameters(optimizer))), 0
     adamw, muon = _parameters(optimizer.adamw), list(_parameters(optimizer.muon))
     by_shape = Counter[torch.Size]()
     for matrix in muon:
-        by_shape[matrix.shape] += _size(matrix)
+        by_shape[matrix.shape] += _bytes_of(matrix)
     largest = max(by_shape.values(), default=0)
-    return 2 * sum(map(_size, adamw)) + sum(map(_size, muon)), UPDATE_COPIES * largest
+    return 2 * sum(map(_bytes_of, adamw)) + sum(map(_bytes_of, muon)), UPDATE_COPIES * largest
 
 
 def _parameters(optimizer: torch.optim.Optimizer | BatchedMuon) -> Iterator[Tensor]:
@@ -133,28 +132,28 @@ def _parameters(optimizer: torch.optim.Optimizer | BatchedMuon) -> Iterator[Tens
         yield from group["params"]
 
 
-def _size(tensor: Tensor) -> int:
+def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 def activation_bytes(module: BaseModule) -> int:
-    """Return what the forward pass of a full micro-batch keeps for the backward pass."""
+    """Return the bytes that the forward pass of a full micro-batch keeps for the backward pass."""
     samples = module.data.first_samples(PROBE_TOKENS)
-    tokens, retained = _measured(module, samples)
-    a_token, fixed = retained / tokens, 0.0
+    tokens, retained = _measure_forward(module, samples)
+    per_token, fixed = retained / tokens, 0.0
     if len(samples) > 1:
-        fewer_tokens, fewer_retained = _measured(module, samples[::2])
-        a_token = max(0.0, (retained - fewer_retained) / (tokens - fewer_tokens))
-        fixed = max(0.0, retained - a_token * tokens)
-    return round(fixed + a_token * max(tokens, module.data.largest_micro_batch()))
+        fewer_tokens, fewer_retained = _measure_forward(module, samples[::2])
+        per_token = max(0.0, (retained - fewer_retained) / (tokens - fewer_tokens))
+        fixed = max(0.0, retained - per_token * tokens)
+    return round(fixed + per_token * max(tokens, module.data.largest_micro_batch()))
 
 
-def _measured(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
+def _measure_forward(module: BaseModule, samples: list[Sample]) -> tuple[int, int]:
     """Return the tokens of some samples, and the bytes that their forward pass keeps."""
     batch = module.data.loader.pack_samples(samples).to(module.device)
     per_answer = module.data.shares_prompts
     live = LiveTensors([*module.parameters(), *module.buffers(), *_tensors(batch)])
-    with _same_random_numbers(module.device), live:
+    with _preserved_rng(module.device), live:
         with module.trainer.precision_plugin.forward_context():
             loss = module.model(batch, per_answer=per_answer)
         retained = live.bytes()
@@ -167,16 +166,16 @@ def _tensors(batch: PackedBatch) -> Iterable[Tensor]:
 
 
 @contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
+def _preserved_rng(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 class LiveTensors(TorchDispatchMode):
-    """Context manager that counts the memory of what is computed in it and still there.
+    """Context manager that counts the memory of tensors that are computed in it and still alive.
 
     Args:
-        others: tensors that do not count, nor their views.
+        others: tensors that do not count; neither do their views.
     """
 
     def __init__(self, others: Iterable[Tensor]) -> None:
@@ -203,10 +202,10 @@ class LiveTensors(TorchDispatchMode):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Forget them."""
+        """Forget the storages."""
         super().__exit__(kind, error, traceback)
         self._storages.clear()
 
     def bytes(self) -> int:
-        """Return the memory of those that are still there."""
+        """Return the memory of the storages that are still alive."""
         return sum(size for weak, size in self._storages.values() if not weak.expired())

@@ -21,7 +21,7 @@ from minigpt.stages.base import BaseModule
 log = logging.getLogger(__name__)
 
 MANY_EPOCHS = 20
-LONG = 1e14  # operations: some minutes on a CPU
+LONG = 1e14  # floating-point operations: some minutes on a CPU
 STEPS_TIMED, SECONDS_TIMED = 20, 60  # the time to the end is logged after either
 FORWARD_SHARE = 1 / 3  # of a training step's computation: the backward pass costs two forwards
 
@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         parameters: of the model; `trainable` of them are trained.
         vocabulary: tokens.
-        from_random: whether the weights begin at random.
+        from_random: whether training starts from random weights.
         device: what computes, such as "cpu".
         fast_precision: what the hardware multiplies fast.
         precision: what the run trains in.
@@ -47,7 +47,7 @@ class Plan:
         held_out_tokens: of one validation; 0 for none.
         held_out_source: what they are a part of, in words.
         validations: how many, those before the first step and of the last weights included.
-        validated_every: how often in words.
+        validated_every: how often, in words.
         checkpoint_every: optimizer steps between two checkpoints.
         retention: which of them stay, in words.
         exported: which weights `hf/` will hold, in words.
@@ -113,12 +113,8 @@ class Plan:
             f"{epochs}, {self.tokens / self.parameters:.2g} tokens a parameter"
         )
         yield f"Rates: {self.rates}"
-        yield (
-            f"Validation: {self.held_out_tokens:,} tokens{self.held_out_source}, "
-            f"{self.validated_every}"
-            if self.held_out_tokens
-            else "Validation: none"
-        )
+        held_out = f"{self.held_out_tokens:,} tokens{self.held_out_source}, {self.validated_every}"
+        yield f"Validation: {held_out if self.held_out_tokens else 'none'}"
         saved = f"every {self.checkpoint_every:,} steps"
         if self.checkpoint_every >= self.steps:
             saved = "at the end alone"
@@ -186,15 +182,15 @@ class RunPlan(Callback):
     def __init__(self, checkpoints: Checkpoints, fast_precision: str) -> None:
         self.checkpoints = checkpoints
         self.fast_precision = fast_precision
-        self.step = 0  # of those that are done
-        self.timed_from = 0  # step after which the clock was started
-        self.started = 0.0
+        self.step = 0  # the last one done
+        self.timed_from = 0  # the step after which `started` is taken
+        self.started = 0.0  # seconds of the monotonic clock
         self.is_timed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it, on the first process."""
         assert isinstance(pl_module, BaseModule)
-        if not trainer.is_global_zero or pl_module.data.order is None:  # which a run is refused for
+        if not trainer.is_global_zero or pl_module.data.order is None:  # a run that is refused
             return
         plan = self.plan(trainer, pl_module)
         for line in plan.lines():
@@ -210,23 +206,24 @@ class RunPlan(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log the time to the end, once, after some steps; validations between them count."""
         assert isinstance(pl_module, BaseModule)
-        is_step, self.step = trainer.global_step > self.step, trainer.global_step
+        is_step = trainer.global_step > self.step
+        self.step = trainer.global_step
         if not is_step or self.is_timed or not trainer.is_global_zero:
             return
         if self.step == self.timed_from:
             self.started = time.monotonic()
             return
         steps, seconds = self.step - self.timed_from, time.monotonic() - self.started
-        left = pl_module.total_steps() - self.step
-        if (steps < STEPS_TIMED and seconds < SECONDS_TIMED) or left <= 0:
+        steps_left = pl_module.total_steps() - self.step
+        if (steps < STEPS_TIMED and seconds < SECONDS_TIMED) or steps_left <= 0:
             return
         self.is_timed = True
         took = f"{steps} step{'s' if steps > 1 else ''} took {duration(seconds)}"
-        allowed = seconds_allowed(trainer)
-        if allowed < seconds / steps * left:
+        allowed, expected = seconds_allowed(trainer), seconds / steps * steps_left
+        if allowed < expected:
             log.info("%s: trainer.max_time ends the run in about %s.", took, duration(allowed))
         else:
-            log.info("%s: about %s to the end.", took, duration(seconds / steps * left))
+            log.info("%s: about %s to the end.", took, duration(expected))
 
     def plan(self, trainer: Trainer, module: BaseModule) -> Plan:
         """Return the run's numbers."""
@@ -240,15 +237,17 @@ class RunPlan(Callback):
         epoch_steps = max(1, -(-data.epoch_micro_batches() // (accumulate * trainer.world_size)))
         interval = trainer.val_check_interval  # in micro-batches, or 1.0 for an epoch
         if isinstance(interval, int):
-            between = steps * accumulate / interval
+            validations = math.ceil(steps * accumulate / interval)
             validated_every = f"every {interval / accumulate:g} steps"
             if accumulate > 1:
                 validated_every += f" ({interval:,} micro-batches of a process)"
         else:
-            between = steps / epoch_steps
+            validations = math.ceil(steps / epoch_steps)
             validated_every = "at the end of each epoch"
+        if trainer.num_sanity_val_steps == math.inf:  # all of the validation before the first step
+            validations += 1
         is_demo = all(map(is_bundled, data.train_weights)) and parameters <= MOST_PARAMETERS
-        of_demo = demo_files([*data.train_weights, *data.val_files, *data.exam])
+        files = [*data.train_weights, *data.val_files, *data.exam]
         memory = expected_memory(module)
         saving = self.checkpoints.options
         retention = "all are kept" if saving.keep == "all" else f"the last {saving.keep} are kept"
@@ -271,19 +270,19 @@ class RunPlan(Callback):
             rates=f"{rates}, {module.schedule_options.name}",
             held_out_tokens=data.held_out_tokens() if trainer.enable_validation else 0,
             held_out_source=data.held_out_source(),
-            validations=(trainer.num_sanity_val_steps == math.inf) + math.ceil(between),
+            validations=validations,
             validated_every=validated_every,
             checkpoint_every=saving.every,
             retention=retention,
             exported=saving.export,
             memory="" if memory is None else str(memory),
-            demo_files=() if is_demo else of_demo,
+            demo_files=() if is_demo else demo_files(files),
             demo_prompts=() if is_demo else demo_prompts(module.sample_prompts),
         )
 
 
 def seconds_allowed(trainer: Trainer) -> float:
-    """Return the seconds that trainer.max_time leaves to a run; infinity without it."""
+    """Return the seconds until trainer.max_time ends the run; infinity without it."""
     timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     left = [timer.time_remaining() for timer in timers]
     return min((seconds for seconds in left if seconds is not None), default=math.inf)

@@ -29,19 +29,19 @@ class Throughput(Callback):
         self.seconds = 0.0
         self.rate = 0.0
         self._before = 0  # tokens that the run had seen when the clock was started
-        self._mark = 0.0
-        self._last = (0, 0.0)
+        self._clock = 0.0  # up to which `seconds` are counted, and from which they go on
+        self._last = (0, 0.0)  # tokens and seconds at the last reading
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         assert isinstance(pl_module, BaseModule)
         self._before = pl_module.tokens_seen
-        self._mark = time.perf_counter()
+        self._clock = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out the time that validation took."""
-        self._mark = time.perf_counter()
+        """Start the clock again: the time that validation took does not count."""
+        self._clock = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock for validation."""
@@ -53,9 +53,9 @@ class Throughput(Callback):
         assert isinstance(pl_module, BaseModule)
         self.tokens = pl_module.tokens_seen - self._before
         self._tick()
-        stepped = trainer.global_step != self._step
+        is_step = trainer.global_step != self._step
         self._step = trainer.global_step
-        if stepped and trainer.global_step % pl_module.log_every == 0:
+        if is_step and trainer.global_step % pl_module.log_every == 0:
             tokens, seconds = self._last
             if self.seconds > seconds and self.tokens > tokens:
                 self.rate = (self.tokens - tokens) / (self.seconds - seconds)
@@ -64,8 +64,8 @@ class Throughput(Callback):
 
     def _tick(self) -> None:
         now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
+        self.seconds += now - self._clock
+        self._clock = now
 
     @property
     def mean(self) -> float:
@@ -87,11 +87,11 @@ class StepProgress(ProgressBar):
         self._shown_step = -1
 
     def disable(self) -> None:
-        """Be silent (Lightning calls this on all ranks but the first)."""
+        """Show nothing (Lightning calls this on all ranks but the first)."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Show progress again."""
         self.enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -37,7 +37,7 @@ from minigpt.model.lora import MODEL_FILES
 from minigpt.model.parallel import gathered, is_sharded
 from minigpt.model.restore import BEST_FILE, NAME, number
 from minigpt.reading import read_json
-from minigpt.runs.checkpoints import Checkpoints
+from minigpt.runs.checkpoints import ASIDE, Checkpoints
 from minigpt.runs.progress import Throughput
 from minigpt.runs.status import why_it_ended
 from minigpt.stages.base import BaseModule
@@ -45,12 +45,8 @@ from minigpt.stages.evaluation import Completion
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = (
-    "step=*",
-    "aside-step=*",
-    BEST_FILE,
-    f"{STAGING}*",
-)  # names in the directory of checkpoints
+# Patterns of the names that a run writes into its directory of checkpoints.
+CHECKPOINT_NAMES = ("step=*", f"{ASIDE}step=*", BEST_FILE, f"{STAGING}*")
 
 Hyperparameter = int | float | str
 
@@ -76,7 +72,7 @@ class RemoveStaleRun(Callback):
 
 def remove_written(directory: Path) -> None:
     """Remove what a run has written into one of its directories; what others put there stays."""
-    others = others_in(directory, (*MODEL_FILES, *CHECKPOINTS))
+    others = others_in(directory, (*MODEL_FILES, *CHECKPOINT_NAMES))
     if not others:
         shutil.rmtree(directory)
         return
@@ -132,7 +128,7 @@ class RunRecorder(Callback):
                 logger.log_metrics(self.before, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run that goes on cannot measure again."""
+        """Return what a resumed run cannot measure again."""
         seconds = time.time() - self.started
         return {
             "before": self.before,
@@ -142,7 +138,7 @@ class RunRecorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore that; the seconds count from where they were."""
         self.before = state_dict["before"]
         self.final = state_dict["final"]
         self.validated_step = state_dict.get("measured", 0)
@@ -239,11 +235,11 @@ class RunRecorder(Callback):
 
 
 def tested_step(run_dir: Path, checkpoint: object) -> int | None:
-    """Return after how many optimizer steps the weights are that a test reads, if that is known.
+    """Return after how many optimizer steps the tested weights were saved; None if unknown.
 
     Args:
-        run_dir: whose exported model is read.
-        checkpoint: that is read instead, if any.
+        run_dir: whose exported model is tested.
+        checkpoint: that is tested instead, if any.
     """
     if checkpoint:
         path = Path(str(checkpoint))
@@ -289,8 +285,8 @@ class SampleText(Callback):
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as JSONL, in the order of the prompts, completely or not at all.
 
-    As they come they are written to a file beside it, whose name ends in .part. That goes once all
-    of them are where they belong, and stays when the run ends before.
+    Until then each process writes them, in the order that they come, to a file beside it whose name
+    ends in .part. That file stays when the run is cut off.
 
     Args:
         path: each line is the prompt's row with a `completion` added.
@@ -336,7 +332,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[object],
     ) -> None:
         """Gather all processes' predictions and write them."""
-        completions = gathered([one for batch in predictions for one in batch])
+        completions = gathered([each for batch in predictions for each in batch])
         if trainer.is_global_zero:
             ordered = sorted(completions, key=lambda completion: completion[0])
             with self._explained(), atomic_file(self.path) as partial, partial.open("wb") as file:

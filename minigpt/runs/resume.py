@@ -71,18 +71,18 @@ class ResumePoint:
     logged: dict[str, float] = field(default_factory=dict)
 
 
-class OneStart(Callback):
-    """Lets the processes of a run go on only from one checkpoint, on whichever machines they are.
+class SameCheckpoint(Callback):
+    """Refuses processes that go on from different checkpoints, such as of machines' own disks.
 
     Args:
-        checkpoint: the one that this process goes on from, if any.
+        checkpoint: path of the one that this process goes on from, if any.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare, before anything is loaded.
+        """Compare the checkpoints of all processes, before anything is loaded.
 
         Raises:
             ConfigError: in all processes, when one of them sees another checkpoint, or none.
@@ -101,7 +101,7 @@ class OneStart(Callback):
 
 
 class ExactResume(Callback):
-    """Saves in each checkpoint what made it, and compares before a run goes on from it.
+    """Saves in each checkpoint what identifies its run, and compares before a run goes on from it.
 
     Args:
         allow_changes: resume with other data, tokenizer, base or options, and only warn.
@@ -125,7 +125,7 @@ class ExactResume(Callback):
         self.point = ResumePoint()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare, before a model is built and weights are loaded into it.
+        """Compare the run with the checkpoint's, before a model is built and weights are loaded.
 
         Raises:
             ConfigError: when the run is not the one that the checkpoint belongs to.
@@ -166,8 +166,8 @@ class ExactResume(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Note the state of the run after an optimizer step."""
         if trainer.global_step != self.step:
-            ends = trainer.global_step >= self.last_step and trainer.enable_validation
-            self._note(trainer, pl_module, validation_follows(trainer) or ends)
+            is_last = trainer.global_step >= self.last_step and trainer.enable_validation
+            self._note(trainer, pl_module, validation_follows(trainer) or is_last)
 
     def _note(self, trainer: Trainer, pl_module: LightningModule, validation_due: bool) -> None:
         self.step = trainer.global_step
@@ -181,10 +181,10 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the run's identity, its circumstances, and the state after its last step."""
+        """Add the run's identity, its numeric environment, and the state after its last step."""
         assert isinstance(pl_module, BaseModule)
         checkpoint["run"] = self.identity
-        checkpoint["machine"] = circumstances(trainer, pl_module)
+        checkpoint["machine"] = numeric_environment(trainer, pl_module)
         checkpoint["boundary"] = {
             "batches": self.point.batches,
             "validation_due": self.point.validation_due,
@@ -202,7 +202,7 @@ class ExactResume(Callback):
         machine = checkpoint.get("machine", {})
         if pl_module.compiled is None:
             pl_module.compiled = machine.get("compiled")
-        restore_machine(machine, circumstances(trainer, pl_module))
+        restore_environment(machine, numeric_environment(trainer, pl_module))
         saved = checkpoint["boundary"]
         states, rank = saved["chance"], trainer.global_rank
         self.point = ResumePoint(
@@ -235,7 +235,7 @@ class ExactResume(Callback):
     def _restore_logs(self, trainer: Trainer) -> None:
         """Take out what was logged after the checkpoint; put in what its step could not log.
 
-        A run that goes on in another directory has a log of its own.
+        The latter only in the directory of the checkpoint: a run in another one has its own log.
         """
         steps = trainer.global_step
         for logger in trainer.loggers:
@@ -245,7 +245,7 @@ class ExactResume(Callback):
         run_dir = Path(self.checkpoint).resolve().parent.parent
         files = [logger for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
         in_run_dir = [file for file in files if file.path.resolve().parent == run_dir]
-        lost = trainer.is_global_zero and any(file.lacks(steps - 1) for file in in_run_dir)
+        lost = trainer.is_global_zero and any(file.lacks_step(steps - 1) for file in in_run_dir)
         if lost and self.point.logged:
             for logger in trainer.loggers:
                 logger.log_metrics(self.point.logged, steps - 1)
@@ -268,7 +268,7 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Restore the states of the random generators with the first batch."""
+        """Restore the states of the random generators before the first batch."""
         if self.rng_states_to_restore:
             torch.set_rng_state(self.rng_states_to_restore[0])
             if pl_module.device.type == "cuda" and len(self.rng_states_to_restore) > 1:
@@ -277,7 +277,7 @@ class ExactResume(Callback):
 
 
 def step_row(trainer: Trainer, module: BaseModule) -> dict[str, float]:
-    """Return what is logged of the last step, but for its speed; {} if that is not logged."""
+    """Return what is logged of the last step, but for its speed; {} if nothing is."""
     if trainer.global_step % module.log_every:
         return {}
     metrics = trainer.logged_metrics.items()
@@ -291,27 +291,33 @@ def rng_states(device: torch.device) -> list[Tensor]:
 
 
 def checked_states(states: list[Tensor]) -> list[Tensor]:
-    """Return the saved states of generators, CPU first; raise an error for what is none."""
+    """Return the saved states of generators, CPU first.
+
+    Raises:
+        RuntimeError, TypeError: when the CPU's is no such state.
+    """
     if states:
         torch.Generator().set_state(states[0])
     return states
 
 
 def check_moments(trainer: Trainer) -> None:
-    """Check that what the optimizer remembers fits the weights, which PyTorch does not.
+    """Check that the optimizer's restored moments have the shapes of the weights.
+
+    PyTorch does not, and a fused step would read beyond the memory of smaller moments.
 
     Raises:
-        ValueError: when it does not; a fused step would read beyond the memory of the moments.
+        ValueError: for the first one that does not fit.
     """
     for weight, state in trainer.optimizers[0].state.items():
         shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
         for name, shape in shapes.items():
             if shape != (torch.Size() if name == "step" else weight.shape):
-                raise ValueError(f"{name} of a weight with shape {list(weight.shape)} is odd")
+                raise ValueError(f"{name} does not fit its weight of shape {list(weight.shape)}")
 
 
-def restore_machine(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Use as many threads as before, and warn of what else is different."""
+def restore_environment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Use as many threads as the checkpoint's run, and warn of what else differs."""
     if saved.get("threads", now["threads"]) != now["threads"]:
         torch.set_num_threads(saved["threads"])  # sums depend on how many threads share them
         log.info("Threads: %d, as before.", saved["threads"])
@@ -401,16 +407,16 @@ def as_text(value: object) -> str:
     return str(value)
 
 
-def circumstances(trainer: Trainer, module: BaseModule) -> dict[str, Any]:
-    """Return what may change the last bits of a sum."""
-    half = str(trainer.precision).startswith("bf16") and module.device.type == "cpu"
+def numeric_environment(trainer: Trainer, module: BaseModule) -> dict[str, Any]:
+    """Return what may change the last bits of a sum: hardware, software, number of processes."""
+    cpu_bf16 = str(trainer.precision).startswith("bf16") and module.device.type == "cpu"
     return {
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "compiled": module.compiled,
-        "attention": accel.attention_name(half),
+        "attention": accel.attention_name(cpu_bf16),
     }
 
 

@@ -113,9 +113,9 @@ def as_user_error(
 
 @contextmanager
 def restoring(checkpoint: Path) -> Iterator[None]:
-    """Refuse a checkpoint whose values a run cannot go on from, whatever they raise.
+    """Refuse a checkpoint whose values a run cannot go on from, whatever error they lead to.
 
-    Errors that say something else, such as of a full memory, pass.
+    Errors with another reason, such as a full memory, pass.
 
     Raises:
         ModelError: for such values.
@@ -134,16 +134,15 @@ def restoring(checkpoint: Path) -> Iterator[None]:
 
 
 def why_it_ended(trainer: Trainer, module: BaseModule) -> str:
-    """Return which limit or callback has ended a training that nothing went wrong with."""
+    """Return which limit or callback has ended a training that did not fail."""
     if trainer.global_step >= module.total_steps():
         by_steps = 0 < trainer.max_steps <= trainer.global_step
         return "max_steps" if by_steps else "max_epochs"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) <= 0:
             return "max_time"
-        stopped_early = isinstance(callback, EarlyStopping) and callback.stopping_reason_message
-        if stopped_early:
-            return f"early stopping: {' '.join(str(stopped_early).split())}"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"early stopping: {' '.join(callback.stopping_reason_message.split())}"
     return "a callback"
 
 

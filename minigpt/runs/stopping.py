@@ -39,8 +39,8 @@ class Stopping(Callback):
     def __init__(self, checkpoints: Checkpoints, status: RunStatus) -> None:
         self.checkpoints = checkpoints
         self.status = status
-        self.received = 0  # number of the signal
-        self.step = -1
+        self.received = 0  # number of the signal; 0: none
+        self.step = -1  # of the last check
         self.training = False
         unwanted = {signal.SIGUSR1} if "SLURM_JOB_ID" not in os.environ else set()
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -48,7 +48,7 @@ class Stopping(Callback):
         self.signals = SIGNALS.keys() - unwanted
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers again: Lightning's broadcast where a rank may not listen."""
+        """Replace Lightning's handlers, which broadcast while other ranks may not listen."""
         self.training = True
         self.step = trainer.global_step
         self.install()
@@ -61,8 +61,9 @@ class Stopping(Callback):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if not self.training or (number == signal.SIGINT == self.received):
-            raise self._ended(number, None)
+        is_second_interrupt = number == self.received == signal.SIGINT
+        if not self.training or is_second_interrupt:
+            raise self._record_stop(number, None)
         self.received = number
         log.warning("%s: stopping after this step.", signal.Signals(number).name)
 
@@ -87,7 +88,7 @@ class Stopping(Callback):
         if trainer.world_size > 1:
             totals = pl_module.step_totals
             received = next((n for n in SIGNALS if totals[f"{SIGNAL}{n}"]), 0)
-        self._leave(trainer, received)
+        self._save_and_stop(trainer, received)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: object
@@ -100,17 +101,19 @@ class Stopping(Callback):
             highest = torch.tensor(received, device=pl_module.device)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
             received = int(highest)
-        self._leave(trainer, received)
+        self._save_and_stop(trainer, received)
 
-    def _leave(self, trainer: Trainer, received: int) -> None:
+    def _save_and_stop(self, trainer: Trainer, received: int) -> None:
+        """Save and raise `Stopped`, if a signal was received (0: none)."""
         if not received:
             return
         self.checkpoints.save(trainer)
-        error = self._ended(received, trainer.global_step)
+        error = self._record_stop(received, trainer.global_step)
         trainer.strategy.barrier()  # the first process is killed soon after another one has left
         raise error
 
-    def _ended(self, number: int, step: int | None) -> Stopped:
+    def _record_stop(self, number: int, step: int | None) -> Stopped:
+        """Write the status, and ask SLURM to run the job again; return the error to raise."""
         error = stopped(number, step)
         self.status.end(error)
         if number == signal.SIGUSR1 and self.status.first:

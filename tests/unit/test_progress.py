@@ -51,8 +51,8 @@ def plain(text: str) -> str:
 def test_a_bar_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     with progress.shown("counting [x]"), progress.shown("inner"):
-        progress.step(1, 4)
-    progress.step(2, 4)
+        progress.report(1, 4)
+    progress.report(2, 4)
     output = terminal.close()
     assert "counting [x]" in plain(output)
     assert "25%" in output

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minigpt.errors import ConfigError, DataError
 from minigpt.reading import (
     LARGEST_CONFIG,
-    REASON,
+    LONGEST_REASON,
     NotReadableError,
     TimeUpError,
     check_directory,
@@ -45,7 +45,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(TENFOLD)
         (RecursionError("deep"), "it is nested too deeply"),
         (MemoryError(), "there is not enough memory for it"),
         (PermissionError(13, "Permission denied", "x"), "Permission denied"),
-        (ValueError("x" * 9999), "x" * (REASON - 1) + "…"),
+        (ValueError("x" * 9999), "x" * (LONGEST_REASON - 1) + "…"),
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
         (type("PanicException", (BaseException,), {})("called unwrap"), "called unwrap"),
     ],
