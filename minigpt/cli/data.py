@@ -49,16 +49,17 @@ def parser() -> CommandParser:
 
     def reader(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         action = verb(name, run, text)
-        text = (
-            "JSONL, JSON arrays, text, CSV, TSV (also compressed), .xlsx, Parquet, Arrow; folders"
-        )
-        action.add_argument("files", nargs="+", help=text)
+        add = action.add_argument
+        forms = "JSONL, JSON arrays, text, CSV, TSV (also compressed), .xlsx, Parquet, Arrow"
+        add("files", nargs="+", help=f"{forms}; folders")
         kinds = (*KINDS, "prompt") if name == "check" else KINDS
-        action.add_argument("--kind", choices=kinds, help="of the rows")
-        action.add_argument("--tokenizer", help="tokenizer or model directory, or hub id")
-        text = "file of a template, or name of one of the tokenizer's; by default as in training"
-        action.add_argument("--chat_template", help=text)
-        action.add_argument("--max_length", type=positive, default=512, help="tokens (512)")
+        add("--kind", choices=kinds, help="of the rows")
+        add("--tokenizer", help="tokenizer or model directory, or hub id")
+        template = (
+            "file of a template, or name of one of the tokenizer's; by default as in training"
+        )
+        add("--chat_template", help=template)
+        add("--max_length", type=positive, default=512, help="tokens (512)")
         add_columns(action)
         return action
 
@@ -79,8 +80,7 @@ def parser() -> CommandParser:
     add("--start", type=positive, default=1, help="first line to show (1)")
     add("--rows", type=positive, default=3, help="rows to show of each file (3)")
     add("--html", help="write a page to this file, too")
-    text = "files of any form as one JSONL file"
-    action = verb("convert", convert, text)
+    action = verb("convert", convert, "files of any form as one JSONL file")
     add_columns(action)
     add = action.add_argument
     add("files", nargs="+", help="what to read")
@@ -118,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
     check_distinct("--json", args.json, [*files, *val, *exam])
     findings = Findings(limit=None if args.all else 20)
     tokenizer = tokenizer_of(args)
-    with shown("reading what must not leak"):
+    with shown("reading validation files and exams"):
         checker = Checker(
             findings,
             args.kind,

@@ -85,11 +85,7 @@ def parser() -> CommandParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ConfigError: for them.
-    """
+    """Raise a ConfigError for options that do not go together."""
     if args.reference and not (args.preferences and args.model):
         raise ConfigError(
             "--reference is what the models of --model are compared with on --preferences: name "
@@ -113,11 +109,11 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
-    """Run every test on every model, one model in memory at a time, beside those that judge.
+    """Run every test on every model; one model is in memory at a time, and the reward model.
 
     Each score is added to the results, and written, as soon as it is measured.
     """
-    if args.lm_eval:  # before anything reads them
+    if args.lm_eval:  # before a library reads these variables
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ.setdefault(name, "1")
     from minigpt.data.formats import expand_files
@@ -137,15 +133,15 @@ def measure(args: argparse.Namespace, results: dict[str, Results]) -> None:
             with shown(f"{model}: {name}"):
                 scores = test(engine)
             results.setdefault(model, {})[name] = scores
-            write(args, results)
+            write_results(args, results)
     for name, rank in ranking.items():
         with shown(f"{args.reward_model}: {name}"):
             results.setdefault(args.reward_model, {})[name] = rank(settings.scorer)
-        write(args, results)
+        write_results(args, results)
 
 
-def write(args: argparse.Namespace, results: dict[str, Results]) -> None:
-    """Write the files that the options name."""
+def write_results(args: argparse.Namespace, results: dict[str, Results]) -> None:
+    """Write the results so far into the files that --json and --html name."""
     from minigpt.files import write_json, write_text
 
     if args.json:
@@ -164,9 +160,10 @@ def write(args: argparse.Namespace, results: dict[str, Results]) -> None:
 
 
 def html(results: dict[str, Results]) -> str:
-    """Return a page: of each test a table, and the main share as bars."""
+    """Return a page: for each test a table, and bars of its main score."""
     from minigpt.page import page
     from minigpt.report.build import Document, add_scores
 
-    add_scores(document := Document(), results)
+    document = Document()
+    add_scores(document, results)
     return page("Evaluation", "".join(document.html))

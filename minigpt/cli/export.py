@@ -62,11 +62,7 @@ def parser() -> CommandParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ConfigError: for them.
-    """
+    """Raise a ConfigError for options that do not go together."""
     mistake = ""
     if args.kind == "hf" and args.base_model_name and not args.keep_adapter:
         mistake = "--base_model_name goes with --keep_adapter"
@@ -81,10 +77,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output path at which there is more than an export as it was written.
+    """Refuse an output path with anything but an export as it was written.
 
     Raises:
-        ConfigError: when there is, or when there is an export that may not be replaced.
+        ConfigError: for it, and for such an export without `overwrite`.
     """
     others = unlisted(output) if output.is_dir() else []
     if output.is_file() and output.suffix != ".gguf":
@@ -104,7 +100,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     for model in filter(None, (args.model, args.adapter)):
         if output.resolve() in (Path(model).resolve(), Path(model, "hf").resolve()):
             raise ConfigError(f"{output} holds the model itself. Export it to another directory.")
-    clear_leftovers(output.parent)  # which puts back what a kill has left aside
+    clear_leftovers(output.parent)  # may put back an export that a killed process had moved aside
     check_free(output, args.overwrite)
     from minigpt.export.card import Card
     from minigpt.export.gguf import export_gguf

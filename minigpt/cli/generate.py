@@ -86,10 +86,10 @@ def parser() -> CommandParser:
 
 
 def check_best_of(args: argparse.Namespace) -> None:
-    """Refuse to choose the best reply without a judge, or among equal ones.
+    """Refuse --best_of without a reward model, or among replies that are all the same.
 
     Raises:
-        ConfigError: for it.
+        ConfigError: for such options.
     """
     if (args.best_of is None) != (args.reward_model is None):
         raise ConfigError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minigpt.infer.engine import Engine, Sampling
     from minigpt.infer.gguf import Gguf
 
-NAMED = 5  # files of others that a refusal names
+MOST_NAMED = 5  # files that `check_output` names
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -108,7 +108,7 @@ def check_output(path: Path, what: str, others: list[str], overwrite: bool) -> N
         ConfigError: when something else, or earlier output, is there.
     """
     if others:
-        names = ", ".join(others[:NAMED]) + (" and more" if len(others) > NAMED else "")
+        names = ", ".join(others[:MOST_NAMED]) + (" and more" if len(others) > MOST_NAMED else "")
         raise ConfigError(
             f"{path} is no place for {what}: it holds {names}. Choose another one; --overwrite "
             f"replaces nothing but {what} as it was written."
@@ -142,10 +142,10 @@ def check_distinct(option: str, output: str | Path | None, inputs: Iterable[str 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an error of the system while a file or directory is written into a user's message.
+    """Turn the system's errors while a file or directory is written into a ConfigError.
 
     Raises:
-        ConfigError: with the path and the reason.
+        ConfigError: with the path that the error names, or else `path`, and the reason.
     """
     try:
         yield

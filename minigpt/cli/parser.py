@@ -71,20 +71,16 @@ ALTERNATIVES = (
     ("trainer.max_steps", "trainer.max_epochs"),
     ("trainer.val_check_interval", "validate.every"),
 )
-_REMEDY = {
-    True: "`minigpt fit --help` lists the options, and `--model.help CLASS` those of a stage.",
-    False: "See: minigpt fit --help",
-}
 
 
 class OptionError(ConfigError):
-    """A complaint about one option, without where the option was given.
+    """A complaint about one option, which does not say yet where the option was given.
 
     Args:
         problem: what is wrong, in words.
         key: dotted path of the option, without `init_args`; "" for none.
-        options: names that might have been meant.
-        unknown: the name that is none of them; by default the last of `key`.
+        options: for an unknown name, those that might have been meant.
+        unknown: that name; by default the last of `key`.
     """
 
     def __init__(
@@ -112,8 +108,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the parser's complaint as an error about one option."""
-        below = [getattr(action, "_name_parser_map", {}).values() for action in self._actions]
-        parsers: list[Any] = [self, *(parser for verbs in below for parser in verbs)]
+        parsers: list[Any] = [self]
+        for action in self._actions:
+            parsers += getattr(action, "_name_parser_map", {}).values()  # those of verbs
         options = [action.dest for parser in parsers for action in parser._actions]
         raise as_option_error(message, ex, options) from ex
 
@@ -148,7 +145,7 @@ def as_option_error(message: str, ex: BaseException | None, options: Sequence[st
 
 def in_words(problem: str) -> str:
     """Shorten a complaint about a value to one line, without Python's names of types."""
-    problem, *value = problem.partition("Given value: ")[::2]
+    problem, _, value = problem.partition("Given value: ")
     problem = problem.partition("Given value type")[0]
     lines = [line.strip().removeprefix("- ") for line in problem.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_INTERNALS)]
@@ -158,22 +155,25 @@ def in_words(problem: str) -> str:
     text = re.sub(r"<class '([\w.]+)'>", lambda m: _TYPES.get(m[1], m[1].split(".")[-1]), text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = text.replace("Expected a ", "must be ").replace(". Got value: ", ", but is ")
-    is_complete = "but is" in text or not value[0]
-    return text if is_complete else f"{text}, but is {value[0]:.60}"
+    return text if "but is" in text or not value else f"{text}, but is {value:.60}"
 
 
 def explained(error: OptionError, args: Sequence[str]) -> ConfigError:
-    """Return the error with where its option was given, and a remedy.
+    """Return the parser's error, with the place where its option was given, and a remedy.
 
     Args:
-        error: of the parser.
+        error: about the option.
         args: the command line.
     """
     names = sorted({name.rpartition(".")[2] for name in error.options} - {error.unknown})
     close = difflib.get_close_matches(error.unknown, names, 1, 0.78)
     remedy = f"Did you mean {close[0]}? " if close else ""
     location = locate(error.key, args) if error.key else ""
-    remedy += _CLASSES.get(error.key) or _REMEDY[bool(error.options)]
+    remedy += _CLASSES.get(error.key) or (
+        "`minigpt fit --help` lists the options, and `--model.help CLASS` those of a stage."
+        if error.options
+        else "See: minigpt fit --help"
+    )
     return ConfigError(
         f"{location}: {error.problem}. {remedy}" if location else f"{error}. {remedy}"
     )
@@ -217,7 +217,7 @@ def config_files(args: Sequence[str]) -> Iterator[Path]:
 
 
 def replaced_options(args: Sequence[str]) -> dict[str, str]:
-    """Return the options whose alternative a later config, or the command line, gives, with that.
+    """Return each option that a later config, or the command line, replaces, with its alternative.
 
     The last word counts: `--trainer.max_epochs 3` behind a config with `max_steps: 280` makes
     three epochs. Where one source gives both options, both hold.
@@ -225,7 +225,7 @@ def replaced_options(args: Sequence[str]) -> dict[str, str]:
     sources = list(_given_options(args))
     replaced = {}
     for alternatives in ALTERNATIVES:
-        last = dict.fromkeys(alternatives, -1)
+        last = dict.fromkeys(alternatives, -1)  # number of the last source that gives each
         for position, given in enumerate(sources):
             last |= {key: position for key in alternatives if given.get(key) not in (None, -1)}
         if -1 not in last.values() and len(set(last.values())) > 1:
@@ -240,20 +240,22 @@ def _given_options(args: Sequence[str]) -> Iterator[dict[str, object]]:
     sections = {key.partition(".")[0] for key in keys}
     for file in config_files(args):
         config = read_yaml(file)
+        given = [(name, config.get(name)) for name in sections]
         yield {
             f"{name}.{key}": value
-            for name in sections
-            if isinstance(section := config.get(name), dict)
+            for name, section in given
+            if isinstance(section, dict)
             for key, value in section.items()
         }
     options: dict[str, object] = {}
     for index, arg in enumerate(args):
-        option, given, value = arg.partition("=")
-        key, text = option.removeprefix("--"), value if given else "".join(args[index + 1 :][:1])
+        option, equals, value = arg.partition("=")
+        key = option.removeprefix("--")
+        text = value if equals else "".join(args[index + 1 : index + 2])
         if key in keys:
             options[key] = None if text in ("", "null", "-1") else text
         elif key in sections and isinstance(tree := _tree(text), dict):  # {max_epochs: 3}
-            options |= {f"{key}.{name}": below for name, below in tree.items()}
+            options |= {f"{key}.{name}": value for name, value in tree.items()}
     yield options
 
 
@@ -296,13 +298,13 @@ def _content(file: Path) -> object:
 
 
 def with_file_names(args: Sequence[str]) -> list[str]:
-    """Return a command line whose names of files jsonargparse takes as they are meant.
+    """Return a command line in which jsonargparse reads names of existing files as such.
 
-    Names of files that are there are not read as other YAML, and several behind an option that
-    takes a list, such as a shell makes of `texts/*.jsonl`, become that list.
+    Else it would read some as other YAML. Several behind an option that takes a list, such as a
+    shell makes of `texts/*.jsonl`, become that list.
     """
     out: list[str] = []
-    option, values = "", list[str]()  # an option that takes files, and those behind it
+    option, values = "", list[str]()  # the last option if it takes files, and its values so far
     for arg in args:
         name, given, value = arg.partition("=")
         if arg.startswith("-"):

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     """Parse the command line, load the models and serve until a signal comes."""
     args = parser().parse_args(arguments)
     key = api_key(os.environ.get("MINIGPT_API_KEY", ""))
-    paths = named(args.models)
+    paths = paths_by_name(args.models)
     with listen(args.host, args.port, key) as listener:
         serve(args, paths, key, listener)
 
@@ -74,8 +74,12 @@ def api_key(text: str) -> str | None:
     return key or None
 
 
-def named(models: list[str]) -> dict[str, str]:
-    """Return the models' paths or hub ids by the names under which they are served."""
+def paths_by_name(models: list[str]) -> dict[str, str]:
+    """Return the models' paths or hub ids by the names under which they are served.
+
+    Raises:
+        ConfigError: for a name that is missing, taken, too long or not printable.
+    """
     from minigpt.model.restore import names_checkpoint
 
     paths: dict[str, str] = {}
@@ -98,7 +102,11 @@ def named(models: list[str]) -> dict[str, str]:
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """Return a socket that listens; one that others can reach needs a key."""
+    """Return a socket that listens.
+
+    Raises:
+        ConfigError: when other machines can reach it and there is no key, or it cannot listen.
+    """
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: a port is a number from 0 to 65535.")
     try:

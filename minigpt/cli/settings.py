@@ -13,22 +13,7 @@ from minigpt.model.optimizer import fast_bf16
 
 log = logging.getLogger("minigpt")
 
-
-def is_first_process() -> bool:
-    """Whether no launcher has made this process another one's helper."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(int(os.environ.get(name, "0")) <= 0 for name in names)
-
-
-def join_launcher(trainer: Namespace) -> None:
-    """Use the processes that `torchrun` or `accelerate launch` has started."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    trainer.devices = local
-    trainer.num_nodes = world // local
-
-
-# Variables of which a launcher sets one, or a user who starts each machine himself.
+# A launcher, or a user who starts each machine alone, sets one of these variables.
 LAUNCHERS = (
     "TORCHELASTIC_RUN_ID",
     "MASTER_ADDR",
@@ -41,13 +26,27 @@ LAUNCHERS = (
 )
 
 
+def is_first_process() -> bool:
+    """Whether no launcher has given this process a rank above 0."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, "0")) <= 0 for name in names)
+
+
+def join_launcher(trainer: Namespace) -> None:
+    """Use the processes that `torchrun` or `accelerate launch` has started."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer.devices = local
+    trainer.num_nodes = world // local
+
+
 def check_machines(trainer: Namespace) -> None:
     """Refuse several machines where nothing says which of them this one is.
 
-    Each would wait for the others without end, as the first of them.
+    Each would take itself for the first, and wait for the others without end.
 
     Raises:
-        ConfigError: then.
+        ConfigError: for them.
     """
     is_launched = trainer.plugins or any(name in os.environ for name in LAUNCHERS)
     if trainer.num_nodes != 1 and not is_launched:
@@ -75,10 +74,10 @@ def choose_precision(requested: object, accelerator: str, strategy: object = "au
         if not (on_cpu and named == "16-mixed"):
             return named
         precision = fast_precision(accelerator, on_cpu)
-        reason = ": bf16 is used"
-        if precision != "bf16-mixed":
-            reason = ", nor has this one native bf16: fp32 is used"
-        log.info("fp16 does not train on a CPU%s.", reason)
+        if precision == "bf16-mixed":
+            log.info("fp16 does not train on a CPU: bf16 is used.")
+        else:
+            log.info("fp16 does not train on a CPU, nor has this one native bf16: fp32 is used.")
         return precision
     precision = fast_precision(accelerator, on_cpu)
     if precision == "16-mixed" and str(getattr(strategy, "class_path", "")).endswith(".FSDP2"):
@@ -103,7 +102,7 @@ def fast_precision(accelerator: str, on_cpu: bool) -> str:
 
 
 def check_numbers(config: Namespace) -> None:
-    """Refuse numbers that Lightning would take, or refuse in a traceback.
+    """Refuse numbers that make no sense, but which Lightning takes, or refuses in a traceback.
 
     Raises:
         ConfigError: for the first one that is out of range.
@@ -142,7 +141,7 @@ def check_numbers(config: Namespace) -> None:
             f"validate.every is {config.validate.every} and trainer.val_check_interval {interval}: "
             "give one of them."
         )
-    step_tokens = config.data.init_args.get("tokens_per_step")  # prompts are counted otherwise
+    step_tokens = config.data.init_args.get("tokens_per_step")  # GRPO's data has none
     if trainer.accumulate_grad_batches != 1 and step_tokens is not None:
         raise ConfigError(
             "data.tokens_per_step decides how many micro-batches make a step: leave out "

@@ -78,7 +78,7 @@ def train_to(
         vocab_size: tokens in all.
         limit: use only the first rows.
         overwrite: replace a tokenizer that is there.
-        columns: the rows' keys that have other names here.
+        columns: new names of the rows' keys by their old ones.
 
     Raises:
         ConfigError: when the directory holds one already and `overwrite` is false.
@@ -88,6 +88,7 @@ def train_to(
     names += [directory.name] if directory.is_file() else []
     others = sorted(name for name in names if name not in TOKENIZER_FILES)
     check_output(directory, "a tokenizer", others, overwrite)
+    # The trainer reads all texts, then merges: the bar changes when the texts are at their end.
     with ExitStack() as merging:
 
         def texts() -> Iterator[str]:

@@ -15,7 +15,7 @@ from tiny_runs import Fit
 
 from minigpt.__main__ import main
 from minigpt.cli.options import run_name
-from minigpt.cli.serve import named
+from minigpt.cli.serve import paths_by_name
 from minigpt.cli.trainer import run
 from minigpt.errors import ConfigError, ModelError
 from minigpt.export.card import stages
@@ -102,12 +102,12 @@ def test_a_run_starts_from_a_checkpoint(fit: Fit, world: Path, tmp_path: Path) -
 def test_names_of_models_that_are_checkpoints(world: Path) -> None:
     checkpoint = world / "sft" / "checkpoints" / "step=4"
     assert run_name(checkpoint) == run_name(checkpoint / "hf") == "sft-step4"
-    assert named([str(checkpoint), f"{checkpoint.parent}/last", f"x={checkpoint}"]) == {
+    assert paths_by_name([str(checkpoint), f"{checkpoint.parent}/last", f"x={checkpoint}"]) == {
         "sft-step4": str(checkpoint),
         "sft-last": f"{checkpoint.parent}/last",
         "x": str(checkpoint),
     }
-    assert named(["gone/checkpoints/step=7"]) == {"gone-step7": "gone/checkpoints/step=7"}
+    assert paths_by_name(["gone/checkpoints/step=7"]) == {"gone-step7": "gone/checkpoints/step=7"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from patience import eventually, limit
 
-from minigpt.cli.serve import named
+from minigpt.cli.serve import paths_by_name
 from minigpt.serve import network
 
 Minigpt = Callable[..., Any]
@@ -105,7 +105,7 @@ def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names() -> None:
-    assert named(["outputs/nowhere", "Qwen/Qwen3-0.6B", "x=a=b"]) == {
+    assert paths_by_name(["outputs/nowhere", "Qwen/Qwen3-0.6B", "x=a=b"]) == {
         "outputs/nowhere": "outputs/nowhere",  # it is no directory here
         "Qwen/Qwen3-0.6B": "Qwen/Qwen3-0.6B",
         "x": "a=b",
@@ -115,15 +115,15 @@ def test_names() -> None:
 def test_names_of_directories_with_an_equals_sign(tmp_path: Path) -> None:
     directory = tmp_path / "lr=0.1"
     directory.mkdir()
-    assert named([str(directory)]) == {"lr=0.1": str(directory)}
-    assert named([f"x={directory}"]) == {"x": str(directory)}
+    assert paths_by_name([str(directory)]) == {"lr=0.1": str(directory)}
+    assert paths_by_name([f"x={directory}"]) == {"x": str(directory)}
 
 
 def test_names_of_directories(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert named([str(model)]) == {"sft": str(model)}
-    assert named([str(model.parent)]) == {"sft": str(model.parent)}
+    assert paths_by_name([str(model)]) == {"sft": str(model)}
+    assert paths_by_name([str(model.parent)]) == {"sft": str(model.parent)}
     monkeypatch.chdir(model.parent)
-    assert named(["."]) == {"sft": "."}
+    assert paths_by_name(["."]) == {"sft": "."}
 
 
 @pytest.mark.parametrize(
