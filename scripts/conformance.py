@@ -154,7 +154,7 @@ def decoding_differs(model: PreTrainedModel, proof: Conformance) -> bool:
     return not conformance.close(result, torch.stack(expected))
 
 
-def adapt(model: PreTrainedModel) -> str:
+def lora_result(model: PreTrainedModel) -> str:
     """Return the table's word for a model's LoRA, after a step and merging; changes the model."""
     samples = conformance._samples(model)
     lm = PackedLM(model)
@@ -199,16 +199,16 @@ def examine(kind: str) -> Row:
         if losses_differ(model):
             return Row(kind, WRONG, decoding)
         result = PACKED if proof.packed else ROWS
-        return Row(kind, result, decoding, proof.problem, adapt(model))
+        return Row(kind, result, decoding, proof.problem, lora_result(model))
 
 
-def _work(kind: str, to: Connection) -> None:
+def _send_row(kind: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
         row = examine(kind)
     except Exception as error:
         row = Row(kind, WRONG, why=conformance.describe(error))
-    to.send(astuple(row))
+    pipe.send(astuple(row))
 
 
 def rows(kinds: list[str], jobs: int, seconds: float) -> Iterator[Row]:
@@ -220,7 +220,7 @@ def rows(kinds: list[str], jobs: int, seconds: float) -> Iterator[Row]:
         while waiting and len(running) < jobs:
             kind = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(kind, theirs), daemon=True)
+            process = context.Process(target=_send_row, args=(kind, theirs), daemon=True)
             process.start()
             theirs.close()
             running.append((kind, process, ours))

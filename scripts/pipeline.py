@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole road on the bundled data: every stage, its exam, and a report.
+"""Every stage on the bundled data, one after the other, with its exam, and a report.
 
 `make pipeline` runs this. Each finished stage leaves a record in outputs/pipeline/, so a
 second run goes on after the last finished stage; `--force` starts over.
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def run_stages(configs: str) -> dict[str, Record]:
-    """Run what is not done; a stage after one that was run is made anew, too."""
+    """Run the stages without a record, and all after the first of them; return the records."""
     records: dict[str, Record] = {}
     anew = False
     for name, stage in STAGES.items():
@@ -219,7 +219,7 @@ def lora(configs: str) -> Record:
 
 
 def off_equals_base(engine: Engine) -> bool:
-    """Whether the model with its adapter switched off gives the base's very logits."""
+    """Whether the model with its adapter switched off gives the same logits as the base."""
     import torch
 
     ids = torch.tensor([engine.encode("Mira Tolan")])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline import GENERAL, REWARDED
+
 from minigpt.evaluate.scores import Score, wilson
 from minigpt.report.build import Document, bars
 from minigpt.report.runs import is_number, lookup
 
-GENERAL = ("asked_new_wording", "never_asked", "skills")
-REWARDED = ("reverse_digits", "sort_digits")
 # Stage, exam, path of the score before, path of the one after, files whose items were counted.
 EXAMS = (
     ("SFT", "general exam", "sft exam_before", "sft exam_after", GENERAL),

@@ -37,6 +37,8 @@ for folder in (ROOT, ROOT / "scripts", ROOT / "scripts" / "bench"):
 from measures import formats, verse  # noqa: E402
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from minigpt.data.formats import Kind
     from minigpt.data.store import TokenStore
     from minigpt.infer.engine import Engine
@@ -48,17 +50,17 @@ POEMS = 200  # that are generated
 SAMPLES = 20  # that the page shows
 VALIDATIONS = 4  # within a run, besides the first and the last
 PROBE_STEPS = {"pretrain": 20}  # of the short run that is timed; 3 for the others
-MARGIN = 0.9  # of the minutes are planned for
-PAIR_SHARE = 0.5  # of the minutes go into answers
+PLANNED_SHARE = 0.9  # of the minutes: the steps are chosen to take so long
+PAIR_SHARE = 0.5  # of the minutes, in which answers for pairs are generated
 ANSWERS = 4  # to each question, to make pairs of
-HELD_OUT = 10  # one chat of so many
-LEAST_PAIRS = 16  # to learn from, and held out: fewer take up to LATEST times as long
-LATEST = 3
+HELD_OUT = 10  # every so many-th chat is held out
+LEAST_PAIRS = 16  # to learn from, and held out; for fewer, generating takes longer
+MOST_OVERTIME = 3  # times as long, at most
 SHOWN_PAIRS = 2  # on the page
 COMPILED = 5  # minutes from which on layers are compiled, in the short run as well
-FOREVER = 100_000
-# Recipe, what differs from it, and the plain loop's rate. SFT and LoRA on 135M parameters take the
-# rates of docs/log.md (2026-11-28); a run of minutes takes small steps.
+FOREVER = 100_000  # steps
+# Recipe, what differs from it, and the plain loop's learning rate. SFT and LoRA on 135M parameters
+# take the rates of docs/log.md (2026-11-28); a run of minutes takes small steps.
 STAGES: dict[str, tuple[str, dict[str, Any], float]] = {
     "pretrain": ("poems", {}, 2e-3),
     "sft": ("hub_sft", {"lr": 1e-4}, 1e-4),
@@ -71,7 +73,7 @@ STEP_TOKENS = 2048
 Record = dict[str, Any]
 
 
-class Work:
+class Arms:
     """The arms and what they share.
 
     Args:
@@ -81,7 +83,7 @@ class Work:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.directory = Path(args.output_dir).resolve()
-        self.arms: dict[str, Callable[[], Record]] = {
+        self.by_name: dict[str, Callable[[], Record]] = {
             "poems": self.poems,
             "poems-plain": self.poems_plain,
             "pairs": self.make_pairs,
@@ -102,14 +104,14 @@ class Work:
         from minigpt.files import write_json
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        for name in (name for name in self.arms if name in names):
+        for name in (name for name in self.by_name if name in names):
             file = self.directory / f"{name}.json"
             if file.is_file():
                 print(f"[{name}] done before", flush=True)
                 continue
             print(f"[{name}]", flush=True)
             started = time.time()
-            record = self.arms[name]()
+            record = self.by_name[name]()
             seconds = round(time.time() - started, 1)
             budget = self.args.poems_minutes if name.startswith("poems") else self.args.minutes
             record |= {"budget_minutes": budget, "arm_seconds": seconds}
@@ -127,9 +129,8 @@ class Work:
             "model": {"init_args": {"tokenizer": str(tokenizer)}},
             "data": data_options([self.args.poems], self.args.poems_val),
         }
-        return self.fit("poems", "pretrain", self.args.poems_minutes, changes) | self.write_poems(
-            self.directory / "poems" / "hf"
-        )
+        record = self.fit("poems", "pretrain", self.args.poems_minutes, changes)
+        return record | self.measure_poems(self.directory / "poems" / "hf")
 
     def poems_plain(self) -> Record:
         """Train the same architecture with the same tokenizer in the plain loop."""
@@ -143,9 +144,9 @@ class Work:
         save_model(build_native(Architecture(**sizes), tokenizer), tokenizer, start)
         files = (self.args.poems, self.args.poems_val)
         record = self.plain_loop("poems-plain", "pretrain", start, files, self.args.poems_minutes)
-        return record | self.write_poems(self.directory / "poems-plain")
+        return record | self.measure_poems(self.directory / "poems-plain")
 
-    def write_poems(self, model: Path) -> Record:
+    def measure_poems(self, model: Path) -> Record:
         """Measure bits per character, and the poems that a model writes under held-out titles."""
         from minigpt.evaluate.likelihood import bits_per_byte
         from minigpt.infer.engine import Engine, Sampling
@@ -226,7 +227,7 @@ class Work:
         return record | self.measure_chat(self.directory / "grpo" / "hf")
 
     def files(self, stage: str) -> tuple[Path, Path]:
-        """Return the training and the held-out rows of a stage; chats are split at first."""
+        """Return the training and the held-out rows of a stage; the first call splits the chats."""
         if stage == "dpo":
             return self.directory / "pairs.jsonl", self.directory / "pairs_val.jsonl"
         train, val = self.directory / "chats.jsonl", self.directory / "chats_val.jsonl"
@@ -255,8 +256,19 @@ class Work:
         """Return the loss on held-out chats in nats per target, by plain transformers."""
         from baseline import LoopConfig, held_out
 
-        store = open_rows(self.files("sft")[1], "sft", engine)
-        loop = LoopConfig("sft", "", ("", str(store.path)), 8, LONGEST, 0, "32-true", "cpu", 0, 0)
+        store = open_rows(self.files("sft")[1], "sft", engine.tokenizer)
+        loop = LoopConfig(
+            stage="sft",
+            model="",
+            stores=("", str(store.path)),
+            batch_size=8,
+            max_length=LONGEST,
+            tokens_per_batch=0,
+            precision="32-true",
+            device="cpu",
+            steps=0,
+            seconds=0,
+        )
         return held_out(loop, engine.model)
 
     def preferences(self, engine: Engine) -> Record:
@@ -281,18 +293,18 @@ class Work:
         started = time.time()
         planned = PAIR_SHARE * self.args.minutes * 60
         prompts = formats.pair_prompts()
-        for at in range(0, len(prompts), 8):
-            block = [prompt for prompt in prompts[at : at + 8] for _ in range(ANSWERS)]
+        for start in range(0, len(prompts), 8):
+            block = [prompt for prompt in prompts[start : start + 8] for _ in range(ANSWERS)]
             texts = [prompt.text for prompt in block]
-            replies = answer(engine, texts, temperature=0.9, seed=at * ANSWERS)
+            replies = answer(engine, texts, temperature=0.9, seed=start * ANSWERS)
             asked += len(block)
             obeyed += sum(p.obeyed(r) for p, r in zip(block, replies, strict=True))
             for i in range(0, len(block), ANSWERS):
                 pairs = formats.pairs(block[i], replies[i : i + ANSWERS])
                 (val if block[i].held_out else train).extend(pairs)
-            late = (time.time() - started) / planned
             fewest = min(len(train), len(val))
-            if late > (1 if fewest >= LEAST_PAIRS else LATEST) and fewest:
+            allowed = planned if fewest >= LEAST_PAIRS else MOST_OVERTIME * planned
+            if fewest and time.time() - started > allowed:
                 break
         if not (train and val):
             raise MiniGPTError(f"Of {asked} answers none makes a pair: take a better --model.")
@@ -306,7 +318,7 @@ class Work:
         return Path(self.args.recipes) / f"{STAGES[stage][0]}.yaml"
 
     def fit(self, name: str, stage: str, minutes: float, changes: Record) -> Record:
-        """Run a recipe for so many minutes: as many steps as a short run before says."""
+        """Run a recipe for so many minutes; a short run before tells how many steps they are."""
         compiles = minutes > COMPILED and stage != "grpo"  # whose micro-batches are of any size
         compiled = {"model": {"init_args": {"compile_layers": compiles}}}
         changes = merged(changes, compiled)
@@ -315,17 +327,17 @@ class Work:
         seconds, rows = self.run_fit("probe", stage, probe, changes, trainer)
         times = [row["time"] for row in rows if "tokens_seen" in row]
         step = (times[-1] - times[0]) / (len(times) - 1)
-        planned = minutes * 60 * MARGIN - (seconds - probe * step)
+        planned = minutes * 60 * PLANNED_SHARE - (seconds - probe * step)
         steps = max(3, int(planned / step))
         limit = {"max_time": {"seconds": round(minutes * 60)}}
         seconds, rows = self.run_fit(name, stage, steps, changes, limit)
         summary = json.loads((self.directory / name / "summary.json").read_text())
+        names = ("steps", "tokens_seen", "peak_rss_mb", "before", "final", "useful_tokens_per_s")
         return {
             "minutes": seconds / 60,
             "settings": {"recipe": self.recipe(stage).name, "planned_steps": steps},
             "curve": curve(rows),
-            **{key: summary[key] for key in ("steps", "tokens_seen", "peak_rss_mb", "before")},
-            **{key: summary[key] for key in ("final", "useful_tokens_per_s")},
+            **{name: summary[name] for name in names},
         }
 
     def run_fit(
@@ -381,7 +393,7 @@ class Work:
             precision=choose_precision(None, "cpu", "auto"),
             device="cpu",
             steps=FOREVER,
-            seconds=minutes * 60 * MARGIN,
+            seconds=minutes * 60 * PLANNED_SHARE,
             lr=STAGES[stage][2],
             decay=True,
             rank=8,
@@ -420,9 +432,9 @@ def answer(
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return minutes since the first row, and the held-out loss, from rows of metrics.jsonl.
+    """Return (minutes since the first row, held-out loss) from rows of metrics.jsonl.
 
-    GRPO has the share of held-out prompts that are answered right instead.
+    For GRPO it is the share of held-out prompts that are answered right in place of the loss.
     """
     first = rows[0]["time"] if rows else 0.0
     name = "val/loss" if any("val/loss" in row for row in rows) else "val/accuracy"
@@ -470,17 +482,10 @@ def write_rows(file: Path, rows: Sequence[Record]) -> None:
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def open_rows(file: str | Path, stage: str, holder: Any) -> TokenStore:
-    """Return the store of a data file.
-
-    Args:
-        file: the rows.
-        stage: which kind they are.
-        holder: a tokenizer, or an engine with one.
-    """
+def open_rows(file: str | Path, stage: str, tokenizer: PreTrainedTokenizerFast) -> TokenStore:
+    """Return the token store of a stage's data file."""
     from minigpt.data.store import Limits, open_store
 
-    tokenizer = getattr(holder, "tokenizer", holder)
     return open_store(str(file), KINDS[stage], tokenizer, Limits(LONGEST, on_bad_row="skip"))
 
 
@@ -508,14 +513,14 @@ def main(arguments: list[str]) -> None:
         from results_page import write_page
 
         return write_page(Path(args.output_dir), ROOT / "docs" / "results.md", args.note)
-    work = Work(args)
-    names = args.arms or list(work.arms)
-    if unknown := set(names) - set(work.arms):
+    arms = Arms(args)
+    names = args.arms or list(arms.by_name)
+    if unknown := set(names) - set(arms.by_name):
         raise ConfigError(f"--arms: there is no {', '.join(sorted(unknown))}.")
     for option in {option for name in names for option in needed(name)}:
         if not getattr(args, option):
             raise ConfigError(f"--{option} is needed for these arms.")
-    return work.run(names)
+    return arms.run(names)
 
 
 def needed(arm: str) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def row(name: str, before: Scores, after: Scores, seconds: float) -> str:
     return f"{name:18}" + "  ".join(pairs) + f" {seconds:4.0f}"
 
 
-def rows_of(family: str, target: Path) -> Path:
+def write_prompts(family: str, target: Path) -> Path:
     """Write the training prompts of a family to a file of their own."""
     lines = [line for file in PROMPTS for line in file.read_text(encoding="utf-8").splitlines()]
     chosen = [line for line in lines if json.loads(line)["family"] == family]
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, family: str, seed: str, more: list[str]) -> Pa
         "--overwrite": "true",
         "--seed_everything": seed,
         "--model.init_args.init_from": args.model,
-        "--data.init_args.train": rows_of(family, Path(args.output_dir) / f"{family}.jsonl"),
+        "--data.init_args.train": write_prompts(family, Path(args.output_dir) / f"{family}.jsonl"),
         "--data.init_args.val": f"data/exam/{family}.jsonl",
         "--data.init_args.seed": seed,
         "--trainer.max_steps": 280,  # in two minutes of two CPU cores

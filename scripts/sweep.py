@@ -57,6 +57,7 @@ def train(args: argparse.Namespace, choice: Choice, more: list[str]) -> float:
 
 
 def main() -> None:
+    """Parse the command line, train all, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

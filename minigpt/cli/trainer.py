@@ -144,7 +144,7 @@ class MiniGPTCLI(VerbCLI):
         self.replaced = replaced_options(args)
         self.throughput = Throughput()
         self.status: RunStatus | None = None  # of a `fit` that holds its run directory
-        with self._ended_in_order(), warnings.catch_warnings():
+        with self._recording_end(), warnings.catch_warnings():
             # DDP starts this program again from sys.argv, so it stays what the user typed.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             if self.verb != "fit":  # whose callbacks alone save checkpoints and go on from them
@@ -181,7 +181,7 @@ class MiniGPTCLI(VerbCLI):
             )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Build the parser of the chosen verb only: each takes a second."""
+        """Return the chosen verb alone: building the parser of each takes a second."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -206,20 +206,21 @@ class MiniGPTCLI(VerbCLI):
         return Path(self.options.run_dir)
 
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the run directory and the hardware."""
+        """Lock the run directory, and set the options that depend on it or on the hardware."""
         config = self.options
         for key, later in self.replaced.items():
             config[key] = -1 if key.startswith("trainer.max_") else None
             log.info("%s, which is given last, replaces %s.", later, key)
         self.stale: list[Path] = []  # what an earlier run left and this one replaces
         if self.verb == "fit":
-            if first := is_first_process():
+            is_first = is_first_process()
+            if is_first:
                 self.until_end.enter_context(locked(self.run_dir))
-            self.status = RunStatus(self.run_dir, first)
+            self.status = RunStatus(self.run_dir, is_first)
             observe_children(self.status.exit_code_after_death, self.until_end)
             check_numbers(config)
             check_weights(config.trainer.precision)
-        self._settle_start(config)
+        self._choose_start(config)
         config.weights_only = True  # no checkpoint may run code
         if self.verb in ("validate", "test"):
             config.verbose = False  # our own lines show the results
@@ -233,7 +234,8 @@ class MiniGPTCLI(VerbCLI):
             join_launcher(config.trainer)
         check_machines(config.trainer)
 
-    def _settle_start(self, config: Namespace) -> None:
+    def _choose_start(self, config: Namespace) -> None:
+        """Check the checkpoint to go on from, if any, and note what the run replaces."""
         if config.get("ckpt_path") == "auto":
             newest = newest_checkpoint(self.run_dir)
             config.ckpt_path = str(newest) if newest else None
@@ -251,8 +253,8 @@ class MiniGPTCLI(VerbCLI):
             self.stopping.install()
 
     @contextmanager
-    def _ended_in_order(self) -> Iterator[None]:
-        """Release what a `fit` takes at its end, and note in its run directory how it ended."""
+    def _recording_end(self) -> Iterator[None]:
+        """At the end restore signals, release the lock, and write how a `fit` ended."""
         with restored_signals(), ExitStack() as self.until_end:
             try:
                 yield
@@ -267,7 +269,7 @@ class MiniGPTCLI(VerbCLI):
                 raise user_error from error
 
     def instantiate_classes(self) -> None:
-        """Build the stage; what its classes refuse keeps their message."""
+        """Build the stage; MiniGPT's own errors pass, though jsonargparse wraps them."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -296,28 +298,7 @@ class MiniGPTCLI(VerbCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run directory's loggers and callbacks."""
         config = self.config_init[self.verb]
-        saving = Checkpoints(self.run_dir, config.checkpoint) if self.verb == "fit" else None
-        hyperparameters = self._hyperparameters()
-        recorder = RunRecorder(self.run_dir, self.throughput, hyperparameters, saving)
-        callbacks: list[Callback] = [SameCheckpoint(config.ckpt_path), self.throughput, recorder]
-        callbacks.append(SampleText())
-        if saving is not None:
-            assert self.status is not None
-            self.stopping = Stopping(saving, self.status)
-            stage_options = self.options.model.as_dict()["init_args"]
-            resume = ExactResume(config.allow_changes, stage_options, config.ckpt_path)
-            callbacks.insert(0, RemoveStaleRun(self.stale))
-            fast = fast_precision(config.trainer.accelerator, config.trainer.accelerator == "cpu")
-            plan = RunPlan(saving, fast)
-            callbacks += [self.status, resume, self.stopping, plan, saving]
-        if self.verb == "predict":
-            target = config.predictions or self.run_dir / "predictions.jsonl"
-            prompts = self.options.data.init_args.get("predict")
-            check_distinct("--predictions", target, [prompts] if prompts else [])
-            callbacks.append(PredictionWriter(Path(target)))
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(StepProgress(self.throughput))
-        config.trainer.callbacks = [*(config.trainer.callbacks or []), *callbacks]
+        config.trainer.callbacks = [*(config.trainer.callbacks or []), *self._callbacks(config)]
         config.trainer.logger = self._loggers(config.trainer.logger)
         if config.validate.every == "epoch":
             config.trainer.check_val_every_n_epoch = 1
@@ -332,11 +313,36 @@ class MiniGPTCLI(VerbCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         FitLoop.install(trainer)
         trainer._checkpoint_connector = RestoringConnector(trainer, restoring)
-        self._settle_steps(trainer)
+        self._count_micro_batches(trainer)
         return trainer
 
-    def _settle_steps(self, trainer: Trainer) -> None:
-        """Turn tokens of a step into micro-batches, and steps between validations, too."""
+    def _callbacks(self, config: Namespace) -> list[Callback]:
+        """Return the verb's callbacks, in the order in which Lightning calls them."""
+        checkpoints = Checkpoints(self.run_dir, config.checkpoint) if self.verb == "fit" else None
+        hyperparameters = self._hyperparameters()
+        recorder = RunRecorder(self.run_dir, self.throughput, hyperparameters, checkpoints)
+        callbacks: list[Callback] = [SameCheckpoint(config.ckpt_path), self.throughput, recorder]
+        callbacks.append(SampleText())
+        if checkpoints is not None:
+            assert self.status is not None
+            self.stopping = Stopping(checkpoints, self.status)
+            stage_options = self.options.model.as_dict()["init_args"]
+            resume = ExactResume(config.allow_changes, stage_options, config.ckpt_path)
+            fast = fast_precision(config.trainer.accelerator, config.trainer.accelerator == "cpu")
+            plan = RunPlan(checkpoints, fast)
+            callbacks.insert(0, RemoveStaleRun(self.stale))
+            callbacks += [self.status, resume, self.stopping, plan, checkpoints]
+        if self.verb == "predict":
+            target = config.predictions or self.run_dir / "predictions.jsonl"
+            prompts = self.options.data.init_args.get("predict")
+            check_distinct("--predictions", target, [prompts] if prompts else [])
+            callbacks.append(PredictionWriter(Path(target)))
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(StepProgress(self.throughput))
+        return callbacks
+
+    def _count_micro_batches(self, trainer: Trainer) -> None:
+        """Turn tokens of a step, and steps between validations, into micro-batches."""
         assert isinstance(self.datamodule, JSONLDataModule)
         if self.datamodule.tokens_per_step is not None:
             processes = trainer.num_devices * trainer.num_nodes
@@ -346,7 +352,7 @@ class MiniGPTCLI(VerbCLI):
             trainer.val_check_interval = steps * trainer.accumulate_grad_batches
 
     def _loggers(self, configured: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
-        """Return the run directory's loggers, and beside them those of the config."""
+        """Return the run directory's loggers and those of the config; none but for `fit`."""
         if configured is False or self.verb != "fit":
             return []
         ours: list[Logger] = [RunTensorBoard(self.run_dir), JSONLLogger(self.run_dir)]

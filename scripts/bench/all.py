@@ -21,9 +21,10 @@ from statistics import median
 from measure import HERE, Result, rounded
 
 ROOT = HERE.parents[1]
-# The files are named as in data/; --max-length are those of the figures in the design.
+# Stages, and the --max-length at which each is measured.
 STAGES = {"pretrain": 512, "sft": 768, "dpo": 1024, "lora": 340}
 UNITS = {"dpo": ("pairs_per_s", "pairs/s")}  # others: tokens
+# File names in data/, without .jsonl.
 BUNDLED = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "lora": "lora_medical"}
 NOTES = """Every line comes from one command that measures both sides in turn, each in processes
 of its own, and takes the median. *Useful* tokens are the data's own; padding never counts. The
@@ -38,7 +39,7 @@ def bench(name: str, *arguments: object) -> None:
     subprocess.run([sys.executable, script, *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def starts(repeats: int) -> Result:
+def time_starts(repeats: int) -> Result:
     """Time what a user waits for: help, and the imports that it should not need."""
     commands = {
         "help": ["-m", "minigpt", "--help"],
@@ -75,7 +76,7 @@ def collect(args: argparse.Namespace) -> dict[str, Result]:
         options = ["--data", files["lora"], "--size", args.size, "--seconds", args.seconds]
         bench("grpo", *options, *common, "--json", out / "grpo.json")
     if args.force or not (out / "start.json").exists():
-        (out / "start.json").write_text(json.dumps(starts(args.repeats)))
+        (out / "start.json").write_text(json.dumps(time_starts(args.repeats)))
     return {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
 
 
@@ -86,16 +87,16 @@ def is_bundled(data: Path) -> bool:
 
 def page(results: dict[str, Result], command: str) -> str:
     """Return the page."""
-    lines = ["# Benchmarks", "", "## Training", "", *training(results), "", NOTES, ""]
-    lines += ["## Reinforcement learning", "", *reinforced(results["grpo"]), ""]
-    lines += ["## Preparing data", "", *preparing(results["data"]), ""]
+    lines = ["# Benchmarks", "", "## Training", "", *training_table(results), "", NOTES, ""]
+    lines += ["## Reinforcement learning", "", *grpo_lines(results["grpo"]), ""]
+    lines += ["## Preparing data", "", *data_lines(results["data"]), ""]
     if "time_to_loss" in results:
-        lines += ["## Time to a loss", "", *sooner(results["time_to_loss"]), ""]
-    lines += ["## Waiting", "", *waiting(results), ""]
-    return "\n".join([*lines, *machine(results["pretrain"], command), ""])
+        lines += ["## Time to a loss", "", *time_to_loss_lines(results["time_to_loss"]), ""]
+    lines += ["## Waiting", "", *start_lines(results), ""]
+    return "\n".join([*lines, machine_line(results["pretrain"], command), ""])
 
 
-def training(results: dict[str, Result]) -> list[str]:
+def training_table(results: dict[str, Result]) -> list[str]:
     """Return the table of the stages."""
     titles = (
         "| stage | data, max length | unit | MiniGPT | plain loop | ratio | memory, MB | peak |"
@@ -126,7 +127,7 @@ def training(results: dict[str, Result]) -> list[str]:
     return rows
 
 
-def reinforced(r: Result) -> list[str]:
+def grpo_lines(r: Result) -> list[str]:
     """Return the lines on GRPO."""
     answers = f"{r['generations']} answers of {r['completion']} tokens"
     trl = ""
@@ -146,7 +147,7 @@ def reinforced(r: Result) -> list[str]:
     ]
 
 
-def preparing(r: Result) -> list[str]:
+def data_lines(r: Result) -> list[str]:
     """Return the lines on tokenising and packing."""
     name = "peak_rss_mb_at_"
     memory = {k.removeprefix(name).removesuffix("_mb"): v for k, v in r.items() if name in k}
@@ -158,7 +159,7 @@ def preparing(r: Result) -> list[str]:
     ]
 
 
-def sooner(r: Result) -> list[str]:
+def time_to_loss_lines(r: Result) -> list[str]:
     """Return the line on how soon a held-out loss is reached."""
     verb = "reached" if r["reached"] == "True" else "did not reach"
     return [
@@ -170,7 +171,7 @@ def sooner(r: Result) -> list[str]:
     ]
 
 
-def waiting(results: dict[str, Result]) -> list[str]:
+def start_lines(results: dict[str, Result]) -> list[str]:
     """Return the lines on the time until something happens."""
     r, first = results["start"], results["pretrain"]["first_step_s"]
     return [
@@ -180,11 +181,11 @@ def waiting(results: dict[str, Result]) -> list[str]:
     ]
 
 
-def machine(r: Result, command: str) -> list[str]:
+def machine_line(r: Result, command: str) -> str:
     """Return where and when it was measured, and with what."""
     versions = ", ".join(f"{name} {number}" for name, number in r["versions"].items())
     where = f"{r['system']}; {r['processor']}; {r['threads']} threads; {r['precision']}"
-    return [f"Measured {r['date']} with `{command}`: {where}; model {r['size']}; {versions}."]
+    return f"Measured {r['date']} with `{command}`: {where}; model {r['size']}; {versions}."
 
 
 def main() -> None:

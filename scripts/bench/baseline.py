@@ -51,13 +51,15 @@ class LoopConfig:
         batch_size: rows (pairs for dpo) of a step.
         max_length: tokens of a block (pretrain).
         tokens_per_batch: of our own step, whose order of texts is taken over (pretrain).
-        precision: bf16-mixed or 32-true. device: cpu or cuda.
+        precision: bf16-mixed or 32-true.
+        device: cpu or cuda.
         steps: after which to stop; the first step is not counted.
         seconds: after which to stop, but not before `MIN_STEPS` steps.
-        lr: peak learning rate; it falls to 0 along a cosine over `seconds` if `decay`, and
-            all steps count.
+        seed: of the order of rows.
+        lr: peak learning rate.
+        decay: whether the rate falls to 0 along a cosine over `seconds`; then all steps count.
         rank: of the adapter (lora).
-        curve: how often the held-out loss is measured within `seconds`; the clock stands meanwhile.
+        curve: how often the held-out loss is measured within `seconds`, with the clock stopped.
         save: directory for the trained model, with its adapter merged.
     """
 

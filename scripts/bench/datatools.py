@@ -64,9 +64,9 @@ def write(path: Path, kind: str, chinese: bool, size: float) -> int:
     return count
 
 
-def measure(verb: str, path: Path) -> tuple[float, float]:
-    """Return the seconds and the peak megabytes of a verb; its option is given a value."""
-    verb, *option = verb.split()
+def measure(arm: str, path: Path) -> tuple[float, float]:
+    """Return the seconds and the peak megabytes of one of `ARMS` on a file."""
+    verb, *option = arm.split()
     tokenizer = path.with_name("tokenizer")
     if option == ["--tokenizer"] and not tokenizer.exists():
         from minigpt.cli.tokenizer import train_to
@@ -98,11 +98,11 @@ def main() -> None:
             for language in ("English", "Chinese"):
                 for size in args.mb:
                     count = write(path, kind, language == "Chinese", size * 1e6)
-                    size = path.stat().st_size / 1e6
-                    line = f"{kind + ', ' + language:22} {size:6.1f} {size * 1e6 / count:6.0f}"
-                    for verb in ARMS:
-                        seconds, peak = min(measure(verb, path) for _ in range(args.repeats))
-                        line += f"   {size / seconds:5.1f} MB/s {peak:4.0f} MB"
+                    mb = path.stat().st_size / 1e6
+                    line = f"{kind + ', ' + language:22} {mb:6.1f} {mb * 1e6 / count:6.0f}"
+                    for arm in ARMS:
+                        seconds, peak = min(measure(arm, path) for _ in range(args.repeats))
+                        line += f"   {mb / seconds:5.1f} MB/s {peak:4.0f} MB"
                     print(line, flush=True)
 
 

@@ -99,11 +99,15 @@ class Workload:
         start: HF directory of the model.
         rows: JSONL of prompts.
         directory: for files of the arms.
-        precision: Lightning's name. device: cpu or cuda.
-        prompts: of a step; `generations` answers to each, of at most `completion` tokens.
+        precision: Lightning's name.
+        device: cpu or cuda.
+        prompts: of a step.
+        generations: answers to each.
+        completion: tokens of an answer at most.
         longest_prompt: among the rows, in tokens.
         prompt_length: tokens of the prompt that is shared or repeated.
-        steps: to measure at most. seconds: after which an arm stops, but not before MIN_STEPS.
+        steps: to measure at most.
+        seconds: after which an arm stops, but not before MIN_STEPS.
     """
 
     start: str

@@ -37,7 +37,7 @@ HALVES = {"bf16-mixed": "bf16", "16-mixed": "fp16"}  # what is multiplied in hal
 
 
 class TimedWork(Protocol):
-    """What says how long an arm trains, on what."""
+    """What the arms' common options need of their work: how long to train, on what."""
 
     @property
     def precision(self) -> str:

@@ -100,7 +100,18 @@ def main(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms train: the start, the rows, and how much a step takes."""
+    """What all arms train.
+
+    Attributes:
+        start: HF directory of the model.
+        store: the tokens of the rows.
+        batch_size: rows, pairs or blocks of the plain loop's step.
+        tokens_per_batch: of our step.
+        sample_tokens: mean of a sample.
+        vocabulary: tokens.
+        matrices: weights of all linear layers.
+        attention: multiplications a token of causal attention, in the forward pass.
+    """
 
     args: Namespace
     directory: Path
@@ -187,7 +198,7 @@ def attention_width(config: PreTrainedConfig) -> int:
 
 
 def moments(store: TokenStore) -> tuple[float, float]:
-    """Return a sample's mean tokens, and the mean of its rows' squared lengths, summed."""
+    """Return the mean tokens of a sample, and the mean sum of its rows' squared lengths."""
     samples = store.samples[:]
     prompt = np.asarray(samples["prompt"], float)[:, None]
     answers = np.asarray(samples["answers"], float)

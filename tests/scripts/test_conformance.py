@@ -55,13 +55,13 @@ def test_what_is_decoded_otherwise_than_alone_shows() -> None:
 def test_an_adapter_that_is_refused_or_merged_wrongly_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = SCRIPT["adapt"].__globals__
+    names = SCRIPT["lora_result"].__globals__
     model = SCRIPT["small_model"](SCRIPT["config_of"]("qwen2"))
     monkeypatch.setitem(names, "Lora", lambda: Lora(target_modules=["router"]))
-    assert SCRIPT["adapt"](model).startswith("refused: LoRA cannot be put on router")
+    assert SCRIPT["lora_result"](model).startswith("refused: LoRA cannot be put on router")
     monkeypatch.setitem(names, "Lora", Lora)
     monkeypatch.setitem(names, "merge", lambda adapted: adapted.unload())
-    assert SCRIPT["adapt"](model) == SCRIPT["WRONG"]
+    assert SCRIPT["lora_result"](model) == SCRIPT["WRONG"]
 
 
 def test_what_hangs_or_dies_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_what_hangs_or_dies_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(600)
         to.send((kind, PACKED, "equal", "", "refused: why"))
 
-    monkeypatch.setitem(SCRIPT["rows"].__globals__, "_work", work)
+    monkeypatch.setitem(SCRIPT["rows"].__globals__, "_send_row", work)
     table = list(SCRIPT["rows"](["dies", "hangs", "works"], 2, 5))
     assert [row.why for row in table] == ["its process died", "no answer in 5 s", ""]
     text = SCRIPT["page"](table)

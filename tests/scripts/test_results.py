@@ -206,12 +206,12 @@ def test_a_run_that_was_cut_off_goes_on(
         return run
 
     monkeypatch.setattr(load("measure"), "surroundings", dict)
-    work = results.Work(options(tmp_path))
-    work.arms = {"a": arm("a"), "b": arm("b", fails=True), "c": arm("c")}
+    arms = results.Arms(options(tmp_path))
+    arms.by_name = {"a": arm("a"), "b": arm("b", fails=True), "c": arm("c")}
     with pytest.raises(KeyboardInterrupt):
-        work.run(["c", "b", "a"])
-    work.arms["b"] = arm("b")
-    work.run(["a", "b"])
+        arms.run(["c", "b", "a"])
+    arms.by_name["b"] = arm("b")
+    arms.run(["a", "b"])
     assert ran == ["a", "b", "b"]
     record = json.loads((tmp_path / "b.json").read_text())
     assert record["name"] == "b"
@@ -220,9 +220,9 @@ def test_a_run_that_was_cut_off_goes_on(
 
 
 def test_each_stage_has_a_recipe(results: Any, tmp_path: Path) -> None:
-    work = results.Work(options(tmp_path, recipes=str(ROOT / "configs" / "recipes")))
+    arms = results.Arms(options(tmp_path, recipes=str(ROOT / "configs" / "recipes")))
     modules = {
-        stage: results.read_yaml(work.recipe(stage))["model"]["class_path"]
+        stage: results.read_yaml(arms.recipe(stage))["model"]["class_path"]
         for stage in results.STAGES
     }
     assert modules == {
@@ -253,14 +253,14 @@ def test_mistakes(results: Any, arguments: list[str], message: str, tmp_path: Pa
 def test_chats_are_split_once(results: Any, tmp_path: Path) -> None:
     chats = tmp_path / "in.json"
     chats.write_text(json.dumps([{"instruction": str(i), "output": "x"} for i in range(21)]))
-    work = results.Work(options(tmp_path / "out", chats=str(chats)))
-    work.directory.mkdir()
-    train, val = work.files("sft")
+    arms = results.Arms(options(tmp_path / "out", chats=str(chats)))
+    arms.directory.mkdir()
+    train, val = arms.files("sft")
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (train, val)]
     assert [len(part) for part in rows] == [18, 3]
     assert [row["instruction"] for row in rows[1]] == ["0", "10", "20"]
     chats.unlink()
-    assert work.files("sft") == (train, val)
+    assert arms.files("sft") == (train, val)
 
 
 MACHINE = {"date": "2026-01-01", "threads": 2, "processor": "cpu", "versions": {"torch": "2"}}

@@ -100,7 +100,7 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Page:
         return (tmp_path / "page.md").read_text()
 
     monkeypatch.setattr(bench_all, "bench", bench)
-    monkeypatch.setattr(bench_all, "starts", lambda repeats: START)
+    monkeypatch.setattr(bench_all, "time_starts", lambda repeats: START)
     monkeypatch.chdir(ROOT)
     return write
 
@@ -184,7 +184,7 @@ def test_data_of_ones_own(page: Page, tmp_path: Path) -> None:
 def test_starts_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(bench_all.subprocess, "run", lambda args, **_: commands.append(args[1:]))
-    times = bench_all.starts(2)
+    times = bench_all.time_starts(2)
     assert times.keys() == START.keys()
     assert commands[:3] == commands[3:]
     assert commands[0] == ["-m", "minigpt", "--help"]
