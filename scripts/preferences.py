@@ -41,7 +41,8 @@ RUNS: dict[str, Choice] = {
 }
 KTO = "kto"  # no loss of DPOModule, but a stage
 PAIRS = "data/dpo_val.jsonl"  # on which the rewards of KTO are measured, whose rows are no pairs
-LENGTH, BETA = 512, 0.1  # of these pairs, in tokens; of rewards
+LENGTH = 512  # tokens of these pairs
+BETA = 0.1  # of their rewards
 
 
 class Row(NamedTuple):

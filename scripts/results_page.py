@@ -171,11 +171,11 @@ def chat_sections(records: Mapping[str, Record], pairs: Record | None) -> Iterat
     yield from replies(records)
 
 
-def replies(records: Mapping[str, Record], each: int = 8) -> Iterator[str]:
-    """Yield the replies of our own runs to the first question in each form."""
+def replies(records: Mapping[str, Record], questions: int = 8) -> Iterator[str]:
+    """Yield the replies of our own runs to the first of some questions in each form."""
     yield "### Replies"
     ours = {name: r for name, r in records.items() if not name.endswith("-plain")}
-    for at in range(0, len(next(iter(ours.values()))["replies"]), each):
+    for at in range(0, len(next(iter(ours.values()))["replies"]), questions):
         prompt = next(iter(ours.values()))["replies"][at]["prompt"]
         written = (
             f"[{CHAT_ARMS[name]}] {record['replies'][at]['reply'] or '(did not end)'}"

@@ -75,10 +75,11 @@ def fit(
     """Run `minigpt fit` with the chosen flags; return the exit status."""
     from minigpt.__main__ import main
 
-    # Two answers to a prompt may be two rows long.
-    rows = 2 if data_module in ("DPODataModule", "KTODataModule") else 1
-    tokens = {"data.tokens_per_batch": args.batch_size * args.max_length * rows}
-    prompts = {"data.prompts_per_batch": args.batch_size}
+    if data_module == "GRPODataModule":
+        batch = {"data.prompts_per_batch": args.batch_size}
+    else:  # two answers to a prompt may be two rows long
+        rows = 2 if data_module in ("DPODataModule", "KTODataModule") else 1
+        batch = {"data.tokens_per_batch": args.batch_size * args.max_length * rows}
     options: dict[str, Any] = {
         "run_dir": args.output_dir,
         "overwrite": args.overwrite,
@@ -94,7 +95,7 @@ def fit(
         "data.train": args.data_file,
         **validation(args),
         "data.max_length": args.max_length,
-        **(prompts if data_module == "GRPODataModule" else tokens),
+        **batch,
         "data.data_limit": args.data_limit,
         **{f"data.{name}": value for name, value in (data or {}).items()},
         "trainer.max_epochs": args.num_epochs,

@@ -72,22 +72,22 @@ def answer(args: argparse.Namespace) -> None:
         print(f"> {prompt}\n{reply(engine, sampling, [('user', prompt)])}\n")
 
 
-def reply(engine: Engine, sampling: Sampling, turns: list[tuple[str, str]]) -> str:
+def reply(engine: Engine, sampling: Sampling, messages: list[tuple[str, str]]) -> str:
     """Answer a chat, or continue the last text where the model knows no chats."""
     from minigpt.data.formats import Message
 
-    messages = tuple(Message(role, text) for role, text in turns)
-    prompt = messages if engine.codec is not None else turns[-1][1]
+    chat = tuple(Message(role, text) for role, text in messages)
+    prompt = chat if engine.codec is not None else messages[-1][1]
     return str(engine.complete([prompt], sampling)[0].text)
 
 
 def talk(engine: Engine, sampling: Sampling) -> None:
     """Read lines and answer them, with the whole dialogue as context."""
-    turns: list[tuple[str, str]] = []
+    messages: list[tuple[str, str]] = []
     while line := read_line():
-        turns.append(("user", line))
-        turns.append(("assistant", reply(engine, sampling, turns)))
-        print(turns[-1][1])
+        messages.append(("user", line))
+        messages.append(("assistant", reply(engine, sampling, messages)))
+        print(messages[-1][1])
 
 
 def read_line() -> str:

@@ -67,7 +67,7 @@ def parser() -> CommandParser:
 
 
 class ChatSession:
-    """A dialogue: all of it is sent with each message.
+    """A dialogue in the terminal; each message is sent with all that came before.
 
     Args:
         engine: the model that answers.
@@ -81,7 +81,7 @@ class ChatSession:
         self.system_text = system
         self.history: list[Message] = []
         self.question = ""  # the last one
-        self.answered = False
+        self.answered = False  # whether its answer is in the history
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, name)
@@ -139,10 +139,10 @@ class ChatSession:
             self.answered = True
         self.print_note(f"\n[{tokens} tokens, {end}]")
 
-    def _with_system(self, turns: list[Message]) -> list[Message]:
+    def _with_system(self, messages: list[Message]) -> list[Message]:
         from minigpt.data.formats import Message
 
-        return [Message("system", self.system_text), *turns] if self.system_text else turns
+        return [Message("system", self.system_text), *messages] if self.system_text else messages
 
     def help(self, _: str) -> None:
         """/help: list the commands."""

@@ -17,6 +17,8 @@ from minigpt.terminal import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from minigpt.datatools.check import Findings
+
 KINDS = ("text", "chat", "preference", "unpaired")
 Run = Callable[[argparse.Namespace], None]
 EXAMPLES = """examples:
@@ -134,11 +136,7 @@ def check(args: argparse.Namespace) -> None:
             checker.check(file)
     with shown("comparing rows"):
         checker.finish()
-    lines = map(printable, findings.lines())
-    print(*lines, sep="\n", end="\n" if findings.counts else "")
-    hints = findings.counts.total() - findings.errors()
-    problems = f"{counted(findings.errors(), 'error')}, {counted(hints, 'hint')}"
-    print(f"{counted(checker.rows, 'row')} checked: {problems}")
+    print_findings(findings, checker.rows)
     if fix:
         with writing(fix), shown(f"writing {fix}"):
             written = checker.write_fixed(files[0], fix)
@@ -149,6 +147,15 @@ def check(args: argparse.Namespace) -> None:
     if findings.errors():
         errors = counted(findings.errors(), "error")
         raise DataError(f"{errors} in {', '.join(findings.files_with_errors())}; see above")
+
+
+def print_findings(findings: Findings, rows: int) -> None:
+    """Print the problems, and how many there are in so many rows."""
+    lines = map(printable, findings.lines())
+    print(*lines, sep="\n", end="\n" if findings.counts else "")
+    errors = findings.errors()
+    hints = findings.counts.total() - errors
+    print(f"{counted(rows, 'row')} checked: {counted(errors, 'error')}, {counted(hints, 'hint')}")
 
 
 def stats(args: argparse.Namespace) -> None:

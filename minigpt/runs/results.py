@@ -187,13 +187,16 @@ class RunRecorder(Callback):
             "machine": machine(),
         }
         write_json(self.run_dir / "summary.json", summary)
+        self._log_summary(summary)
+
+    def _log_summary(self, summary: dict[str, Any]) -> None:
         message = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
         message += f" (ended by {summary['ended']})"
         for name in ("loss", "accuracy"):
             if (after := self.final.get(f"val/{name}")) is not None:
                 before = self.before.get(f"val/{name}", math.nan)
                 message += f"; held-out {name} {before:.3f} → {after:.3f}"
-        weights = f"{exported['weights']}, step {exported_step}"
+        weights = f"{summary['exported']['weights']}, step {summary['exported']['step']}"
         log.info("%s. The model (%s) is in %s", message, weights, self.run_dir / "hf")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

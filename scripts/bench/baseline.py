@@ -186,14 +186,14 @@ def train(config: LoopConfig) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), fused=True)
     dtype = torch.float16 if config.precision == "16-mixed" else torch.bfloat16
-    half = torch.autocast(config.device, dtype, enabled=config.precision.endswith("mixed"))
+    autocast = torch.autocast(config.device, dtype, enabled=config.precision.endswith("mixed"))
     scaler = torch.amp.GradScaler(config.device, enabled=dtype == torch.float16)
     count = tokens = counted_samples = 0
     elapsed = 0.0
     curve: list[tuple[float, float]] = []  # seconds and held-out loss
     started = time.perf_counter()
     for batch, useful, rows in batches(config, TokenStore(Path(config.stores[0]), Path())):
-        with half:
+        with autocast:
             loss = loss_of(model, reference, batch)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
