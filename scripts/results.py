@@ -28,8 +28,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "scripts", ROOT / "scripts" / "bench"):
     sys.path.insert(0, str(folder))
@@ -134,11 +132,13 @@ class Arms:
 
     def poems_plain(self) -> Record:
         """Train the same architecture with the same tokenizer in the plain loop."""
+        from measure import architecture
+
         from minigpt.data import tokenizer as tokenizers
         from minigpt.model.architecture import Architecture, build_native
         from minigpt.model.pretrained import save_model
 
-        sizes = read_yaml(self.recipe("pretrain"))["model"]["init_args"]["architecture"]
+        sizes = architecture(str(self.recipe("pretrain")))
         tokenizer = tokenizers.load(self.directory / "tokenizer")
         start = self.directory / "poems-random"
         save_model(build_native(Architecture(**sizes), tokenizer), tokenizer, start)
@@ -254,22 +254,10 @@ class Arms:
 
     def held_out(self, engine: Engine) -> float:
         """Return the loss on held-out chats in nats per target, by plain transformers."""
-        from baseline import LoopConfig, held_out
+        from baseline import held_out
 
         store = open_rows(self.files("sft")[1], "sft", engine.tokenizer)
-        loop = LoopConfig(
-            stage="sft",
-            model="",
-            stores=("", str(store.path)),
-            batch_size=8,
-            max_length=LONGEST,
-            tokens_per_batch=0,
-            precision="32-true",
-            device="cpu",
-            steps=0,
-            seconds=0,
-        )
-        return held_out(loop, engine.model)
+        return held_out(engine.model, store.path, batch_size=8)
 
     def preferences(self, engine: Engine) -> Record:
         """Return how often the better one of held-out pairs is likelier than the worse one."""
@@ -460,12 +448,6 @@ def merged(base: Record, changes: Record) -> Record:
 def data_options(train: list[str], val: str) -> Record:
     """Return the options of a DataModule on such files."""
     return {"init_args": {"train": train, "val": val, "max_length": LONGEST}}
-
-
-def read_yaml(file: Path) -> Record:
-    """Read a config."""
-    config: Record = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return config
 
 
 def rows_of(file: str | Path) -> list[Record]:

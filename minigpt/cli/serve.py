@@ -75,11 +75,7 @@ def api_key(text: str) -> str | None:
 
 
 def paths_by_name(models: list[str]) -> dict[str, str]:
-    """Return the models' paths or hub ids by the names under which they are served.
-
-    Raises:
-        ConfigError: for a name that is missing, taken, too long or not printable.
-    """
+    """Return the models' paths or hub ids by the names under which they are served."""
     from minigpt.model.restore import names_checkpoint
 
     paths: dict[str, str] = {}
@@ -102,11 +98,7 @@ def paths_by_name(models: list[str]) -> dict[str, str]:
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """Return a socket that listens.
-
-    Raises:
-        ConfigError: when other machines can reach it and there is no key, or it cannot listen.
-    """
+    """Return a socket that listens; a ConfigError without a key where others can reach it."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: a port is a number from 0 to 65535.")
     try:

@@ -216,7 +216,7 @@ def train(config: LoopConfig) -> dict[str, Any]:
         elapsed = time.perf_counter() - started
         due = config.seconds * (len(curve) + 1) / (config.curve + 1)
         if len(curve) < config.curve and elapsed >= due:
-            curve.append((elapsed, held_out(config, model)))
+            curve.append((elapsed, held_out(model, config.stores[1], config.batch_size)))
             started = time.perf_counter() - elapsed
         enough = elapsed >= config.seconds and (config.decay or count > MIN_STEPS)
         if enough or count > config.steps:
@@ -224,7 +224,7 @@ def train(config: LoopConfig) -> dict[str, Any]:
     result = {"tokens": tokens, "samples": counted_samples, "seconds": elapsed, "loss": last}
     result |= {"steps": count - (not config.decay), **peak_memory()}
     if config.stores[1]:
-        result["held_out"] = held_out(config, model)
+        result["held_out"] = held_out(model, config.stores[1], config.batch_size)
     if config.save:
         save(config, model)
     return result | ({"curve": curve} if config.curve else {})
@@ -241,16 +241,16 @@ def save(config: LoopConfig, model: Any) -> None:
 
 
 @torch.no_grad()
-def held_out(config: LoopConfig, model: nn.Module) -> float:
-    """Return the mean loss over all targets of the held-out rows, in nats."""
-    training = model.training
+def held_out(model: nn.Module, path: str | Path | None, batch_size: int) -> float:
+    """Return the mean loss over all targets of a token store's rows, in nats."""
+    training, device = model.training, str(next(model.parameters()).device)
     model.eval()
-    store = TokenStore(Path(str(config.stores[1])), Path())
+    store = TokenStore(Path(str(path)), Path())
     rows = [row for sample in samples(store, range(len(store))) for row in sample]
     total = 0.0
     count = 0
-    for start in range(0, len(rows), config.batch_size):
-        batch = collate(rows[start : start + config.batch_size], config.device)
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], device)
         targets = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(loss_of(model, None, batch)) * targets
         count += targets

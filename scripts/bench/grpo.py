@@ -93,35 +93,20 @@ def main(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms do, as they read it from JSON.
+    """What all arms do, as they read it from JSON."""
 
-    Attributes:
-        start: HF directory of the model.
-        rows: JSONL of prompts.
-        directory: for files of the arms.
-        precision: Lightning's name.
-        device: cpu or cuda.
-        prompts: of a step.
-        generations: answers to each.
-        completion: tokens of an answer at most.
-        longest_prompt: among the rows, in tokens.
-        prompt_length: tokens of the prompt that is shared or repeated.
-        steps: to measure at most.
-        seconds: after which an arm stops, but not before MIN_STEPS.
-    """
-
-    start: str
-    rows: str
-    directory: str
-    precision: str
-    device: str
-    prompts: int
-    generations: int
-    completion: int
-    longest_prompt: int
-    prompt_length: int
-    steps: int
-    seconds: float
+    start: str  # HF directory of the model
+    rows: str  # JSONL of prompts
+    directory: str  # for files of the arms
+    precision: str  # Lightning's name
+    device: str  # cpu or cuda
+    prompts: int  # of a step
+    generations: int  # answers to each
+    completion: int  # tokens of an answer at most
+    longest_prompt: int  # among the rows, in tokens
+    prompt_length: int  # tokens of the prompt that is shared or repeated
+    steps: int  # to measure at most
+    seconds: float  # after which an arm stops, but not before MIN_STEPS
 
 
 def prepare(args: Namespace, directory: Path) -> Workload:

@@ -100,31 +100,20 @@ def main(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms train.
-
-    Attributes:
-        start: HF directory of the model.
-        store: the tokens of the rows.
-        batch_size: rows, pairs or blocks of the plain loop's step.
-        tokens_per_batch: of our step.
-        sample_tokens: mean of a sample.
-        vocabulary: tokens.
-        matrices: weights of all linear layers.
-        attention: multiplications a token of causal attention, in the forward pass.
-    """
+    """What all arms train: the start, the rows, and how much a step takes."""
 
     args: Namespace
     directory: Path
-    start: str
+    start: str  # HF directory
     store: TokenStore
     precision: str
     device: str
-    batch_size: int
-    tokens_per_batch: int
-    sample_tokens: float
+    batch_size: int  # rows, pairs or blocks of a step of the other arms
+    tokens_per_batch: int  # of our step
+    sample_tokens: float  # mean of a sample
     vocabulary: int
-    matrices: int
-    attention: float
+    matrices: int  # weights of all linear layers
+    attention: float  # multiplications a token of causal attention, in the forward pass
 
     @property
     def steps(self) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from minigpt.reading import read_yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 
@@ -222,8 +224,7 @@ def test_a_run_that_was_cut_off_goes_on(
 def test_each_stage_has_a_recipe(results: Any, tmp_path: Path) -> None:
     arms = results.Arms(options(tmp_path, recipes=str(ROOT / "configs" / "recipes")))
     modules = {
-        stage: results.read_yaml(arms.recipe(stage))["model"]["class_path"]
-        for stage in results.STAGES
+        stage: read_yaml(arms.recipe(stage))["model"]["class_path"] for stage in results.STAGES
     }
     assert modules == {
         "pretrain": "PretrainModule",

@@ -211,7 +211,7 @@ def test_the_model_is_saved(stage: str, trained: Path, tmp_path: Path) -> None:
     done = baseline.train(options)
     engine = Engine.load(tmp_path / "out")
     assert engine.codec is not None
-    held_out = baseline.held_out(options, engine.model)
+    held_out = baseline.held_out(engine.model, stores[1], options.batch_size)
     assert held_out == pytest.approx(done["held_out"], rel=1e-4)
 
 
