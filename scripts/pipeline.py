@@ -128,6 +128,14 @@ def load(stage: str, merged: bool = True) -> Engine:
     return Engine.load(OUT / stage, merged=merged)
 
 
+def exam_and_style(model: str | Path) -> tuple[float, float]:
+    """Return a model's scores in the general exam and in style."""
+    from minigpt.infer.engine import Engine
+
+    families = examine(Engine.load(model), *GENERAL, "style")
+    return mean(families), families["style"]
+
+
 def pretrain(configs: str) -> Record:
     """Pretrain; the exam before SFT shows what the text alone teaches."""
     summary = fit("pretrain", configs)

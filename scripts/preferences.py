@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import GENERAL, ROOT, examine, mean
+from pipeline import ROOT, exam_and_style
 from sweep import Choice, label, train
 
 # What a loss needs beside its name; rpo is DPO with an SFT term. simpo's are its paper's.
@@ -71,14 +71,6 @@ def choice_of(name: str) -> Choice:
     return {f"model.init_args.{key}": value for key, value in ({"loss": name} | RUNS[name]).items()}
 
 
-def scores(model: Path) -> tuple[float, float]:
-    """Return a model's scores in style and in the general exam."""
-    from minigpt.infer.engine import Engine
-
-    families = examine(Engine.load(model), *GENERAL, "style")
-    return families["style"], mean(families)
-
-
 def pair_accuracy(model: Path, reference: Path) -> float:
     """Return the share of held-out pairs whose chosen answer has the higher reward."""
     from minigpt.evaluate.preferences import prefer
@@ -101,7 +93,8 @@ def result(args: argparse.Namespace, name: str, more: list[str]) -> Row:
     if name == KTO:
         accuracy = pair_accuracy(run_dir, Path(args.model))
     seconds = json.loads((run_dir / "summary.json").read_text())["seconds"]
-    return Row(name, accuracy, *scores(run_dir), seconds)
+    exam, style = exam_and_style(run_dir)
+    return Row(name, accuracy, style, exam, seconds)
 
 
 def main() -> None:
@@ -119,7 +112,8 @@ def main() -> None:
         parser.error(f"There is no loss {unknown[0]}. There are: {', '.join((*RUNS, KTO))}.")
     args.config, args.metric = args.config or ["configs/dpo.yaml"], "val/rewards/accuracy"
     os.chdir(ROOT)
-    before = Row("(before)", math.nan, *scores(Path(args.model)))
+    exam, style = exam_and_style(args.model)
+    before = Row("(before)", math.nan, style, exam)
     rows = [result(args, name, more) for name in names]
     print("In percent; change is that of the general exam.", HEAD, sep="\n")
     for row in (before, *rows):

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import GENERAL, ROOT, examine, mean
+from pipeline import ROOT, exam_and_style
 
 FAMILIES = ("reverse_digits", "sort_digits", "add_carry", "count_letters")
 PROMPTS = (Path("data/grpo.jsonl"), Path("data/grpo_hard.jsonl"))
@@ -73,14 +73,6 @@ def run(args: argparse.Namespace, family: str, seed: str, more: list[str]) -> Pa
     return run_dir
 
 
-def general(model: str | Path) -> tuple[float, float]:
-    """Return a model's scores in the general exam and in style."""
-    from minigpt.infer.engine import Engine
-
-    families = examine(Engine.load(model), *GENERAL, "style")
-    return mean(families), families["style"]
-
-
 def validated(summary: dict[str, dict[str, float]], when: str) -> tuple[float, float, float]:
     """Return the validation before or at the end of a run: greedy, best of the samples, cut off."""
     values = summary[when]
@@ -100,14 +92,14 @@ def main() -> None:
     parser.add_argument("--output_dir", default="outputs/rl_skills")
     args, more = parser.parse_known_args()
     os.chdir(ROOT)
-    before = general(args.model)
+    before = exam_and_style(args.model)
     print("In percent, before → after; s: seconds of optimizer steps.", HEAD, sep="\n")
     for family in args.families.split(","):
         for seed in args.seeds.split(","):
             run_dir = run(args, family, seed, more)
             summary = json.loads((run_dir / "summary.json").read_text())
             first = Scores(*validated(summary, "before"), *before)
-            last = Scores(*validated(summary, "final"), *general(run_dir))
+            last = Scores(*validated(summary, "final"), *exam_and_style(run_dir))
             seconds = summary["tokens_seen"] / summary["useful_tokens_per_s"]
             print(row(f"{family}, {seed}", first, last, seconds), flush=True)
 

@@ -98,7 +98,7 @@ def paths_by_name(models: list[str]) -> dict[str, str]:
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """Return a socket that listens; a ConfigError without a key where others can reach it."""
+    """Return a socket that listens; raises a ConfigError if others can reach it without a key."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: a port is a number from 0 to 65535.")
     try:

@@ -52,13 +52,13 @@ def test_the_table(
         (run_dir / "summary.json").write_text(json.dumps({"seconds": 12.4}))
         return 0.75
 
-    def scores(model: Path) -> tuple[float, float]:
-        name = model.name.partition(",")[0].rpartition("=")[2]
-        return 0.5, SCORES[name]
+    def exam_and_style(model: str | Path) -> tuple[float, float]:
+        name = Path(model).name.partition(",")[0].rpartition("=")[2]
+        return SCORES[name], 0.5
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "train", train)
-    monkeypatch.setattr(script, "scores", scores)
+    monkeypatch.setattr(script, "exam_and_style", exam_and_style)
     monkeypatch.setattr(script, "pair_accuracy", lambda model, reference: 0.625)
     words = ["--losses", "simpo,hinge,sigmoid,kto", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["preferences.py", *words, "--trainer.max_steps", "3"])

@@ -38,7 +38,7 @@ def test_the_table(
         return (0.98, 0.95) if str(model) == "outputs/dpo" else (0.96, 0.94)
 
     monkeypatch.setattr(trainer, "run", run)
-    monkeypatch.setattr(script, "general", general)
+    monkeypatch.setattr(script, "exam_and_style", general)
     options = ["--families", "sort_digits", "--seeds", "0,1", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["rl_skills.py", *options, "--trainer.max_steps", "9"])
     script.main()
