@@ -291,11 +291,7 @@ def rng_states(device: torch.device) -> list[Tensor]:
 
 
 def checked_states(states: list[Tensor]) -> list[Tensor]:
-    """Return the saved states of generators, CPU first.
-
-    Raises:
-        RuntimeError, TypeError: when the CPU's is no such state.
-    """
+    """Return the saved states of generators, CPU first; raises PyTorch's error for a bad one."""
     if states:
         torch.Generator().set_state(states[0])
     return states
