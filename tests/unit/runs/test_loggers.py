@@ -69,6 +69,6 @@ def test_a_validation_that_is_due_is_taken_out(tmp_path: Path) -> None:
 
 def test_the_row_of_a_training_step_is_looked_for(tmp_path: Path) -> None:
     logger = JSONLLogger(tmp_path)
-    assert logger.lacks(0)
+    assert logger.lacks_step(0)
     rewound(tmp_path, [a_row(0), a_row(1, "val/loss"), b""], 2)
-    assert [logger.lacks(step) for step in (0, 1, 2)] == [False, True, True]
+    assert [logger.lacks_step(step) for step in (0, 1, 2)] == [False, True, True]
