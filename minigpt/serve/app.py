@@ -37,7 +37,7 @@ from minigpt.serve.schema import (
 from minigpt.serve.worker import Completion, QueueFullError, ServingError, Worker
 
 LONG_BODY = 2**16  # bytes; shorter ones are parsed in two milliseconds or less
-PAUSE = 9.0  # after a long body, times as long as it took
+PAUSE_RATIO = 9.0  # seconds without long bodies for each second that parsing one took
 Prompt = str | list[int] | list[Message]
 Body = TypeVar("Body", bound=CompletionRequest)
 Result = TypeVar("Result")
@@ -76,7 +76,7 @@ class Endpoints:
         self.timeout = timeout
         self.started_at = int(time.time())
         self.metrics = Metrics(worker)
-        self.html = page()
+        self.page_response = page_response()
         self.bodies = BodyReader()
 
     def paths(self) -> dict[str, Callable[..., Awaitable[object]]]:
@@ -115,7 +115,7 @@ class Endpoints:
         if self._engine(body.model).codec is None:
             reason = "has no chat template: continue text with /v1/completions instead."
             raise RefusedError(400, f"{body.model!r} {reason}", "no_chat_template", "model")
-        messages = [message.record() for message in body.messages]
+        messages = [message.to_message() for message in body.messages]
         return await self._answer(body, request, [messages], "messages", deadline)
 
     async def text(self, request: Request) -> Response:
@@ -136,7 +136,7 @@ class Endpoints:
 
     async def page(self) -> Response:
         """Return the web page."""
-        return self.html
+        return self.page_response
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self.timeout
@@ -157,10 +157,9 @@ class Endpoints:
                 raise RefusedError(400, f"Token ids must be below {engine.rows}.", None, param)
             return prompt
         texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-        most = self.worker.encoders[model].max_characters
-        check_length(
-            sum(map(len, texts)), most, engine, param, " characters, which are more tokens"
-        )
+        limit = self.worker.encoders[model].max_characters
+        unit = " characters, which are more tokens"
+        check_length(sum(map(len, texts)), limit, engine, param, unit)
         ids = await self.worker.encode(model, prompt)
         check_length(len(ids), engine.context, engine, param)
         return ids
@@ -237,11 +236,11 @@ class BodyReader:
     """Reads the bodies of requests.
 
     Parsing holds up all else. So long bodies are parsed one at a time, with a pause after each in
-    which the others get their turn.
+    which other requests are answered.
     """
 
     def __init__(self) -> None:
-        self._long = asyncio.Lock()
+        self._parsing_lock = asyncio.Lock()
 
     async def read(self, request: Request, kind: type[Body], deadline: float) -> Body:
         """Return the body of a request, checked.
@@ -249,7 +248,7 @@ class BodyReader:
         Raises:
             RefusedError: for a body that is no JSON, or not what the API takes.
             ClientDisconnect: when the client leaves.
-            TimeoutError: when it is not the body's turn before the deadline, a time of the loop.
+            TimeoutError: when a long body waits for others beyond the deadline, a time of the loop.
         """
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":  # pages elsewhere can send other types without asking
@@ -258,18 +257,18 @@ class BodyReader:
         content = await request.body()
         if len(content) <= LONG_BODY:
             return parse(content, kind)
-        await until_disconnect(request, self._turn(deadline))
+        await until_disconnect(request, self._acquire(deadline))
         started = time.perf_counter()
         try:
             return parse(content, kind)
         finally:
-            pause = PAUSE * (time.perf_counter() - started)
-            asyncio.get_running_loop().call_later(pause, self._long.release)
+            pause = PAUSE_RATIO * (time.perf_counter() - started)
+            asyncio.get_running_loop().call_later(pause, self._parsing_lock.release)
 
-    async def _turn(self, deadline: float) -> None:
+    async def _acquire(self, deadline: float) -> None:
         # In the task that acquires, or the lock could stay with a request that has timed out.
         async with asyncio.timeout_at(deadline):
-            await self._long.acquire()
+            await self._parsing_lock.acquire()
 
 
 def parse(content: bytes, kind: type[Body]) -> Body:
@@ -286,10 +285,10 @@ def parse(content: bytes, kind: type[Body]) -> Body:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Collect no garbage meanwhile.
+    """Turn Python's garbage collector off for as long as this lasts.
 
-    A megabyte of empty lists has the collector go through all objects of the process, with its
-    models, many times: half a second in which no other thread runs, of which parsing takes 0.03.
+    While a megabyte of empty lists is parsed, it goes through all objects of the process many
+    times: half a second in which no other thread runs, of which parsing takes 0.03.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -300,24 +299,24 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def check_length(length: int, most: int, engine: Engine, param: str, unit: str = "") -> None:
+def check_length(length: int, limit: int, engine: Engine, param: str, unit: str = "") -> None:
     """Refuse a prompt that leaves the context no room for an answer.
 
     Args:
-        length: of the prompt, in a unit.
-        most: so many have no room.
+        length: the prompt's length, in tokens or characters.
+        limit: the length, in the same unit, that fills the context.
         engine: the model.
         param: the prompt's field.
-        unit: the words for it behind a number, where it is not tokens.
+        unit: follows the length in the message; empty for tokens.
     """
-    if length >= most:
+    if length >= limit:
         message = f"The maximum context length is {engine.context} tokens, the answer included; "
         message += f"the prompt has {length}{unit}. Shorten it."
         raise RefusedError(400, message, "context_length_exceeded", param)
 
 
 def check_logprobs(body: CompletionRequest, tokens: int) -> None:
-    """Refuse an answer of so many tokens that would be a body of more log-probs than are sent."""
+    """Refuse an answer of up to `tokens` tokens with more log-probs than one body may hold."""
     count = body.n_top_logprobs()
     if not body.stream and count is not None and tokens * (count + 1) > MAX_LOGPROBS:
         message = f"An answer may have {MAX_LOGPROBS} log-probs, and this may have {tokens} tokens "
@@ -348,7 +347,7 @@ def event(chunk: dict[str, Any]) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def page() -> Response:
+def page_response() -> Response:
     """Return the web page, under a policy that runs its own script and nothing else."""
     text = resources.files("minigpt.serve").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -377,11 +376,12 @@ def server_error(error: Exception) -> Response:
 def invalid_body(error: ValidationError) -> tuple[int, str, str | None, str | None]:
     """Return the error of a body that is not what the API takes, as `error_response` takes it."""
     details = error.errors(include_url=False, include_input=False)
-    first = max(details, key=lambda detail: len(detail["loc"]))  # the nearest form
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    # A field that takes several forms has errors for each: the deepest is of the likeliest form.
+    deepest = max(details, key=lambda detail: len(detail["loc"]))
+    reason = deepest["msg"].removeprefix("Value error, ")
+    if deepest["type"] == "extra_forbidden":
         reason = "not supported"
-    field = [str(key) for key in first["loc"]]
+    field = [str(key) for key in deepest["loc"]]
     message = f"{'.'.join(field) or 'body'}: {reason}"
     return 400, message, None, field[0] if field else None
 

@@ -20,7 +20,7 @@ from minigpt.serve.worker import Worker
 PUBLIC_PATHS = {"/", "/health"}  # they hold nothing that needs a key
 PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-MAX_RECEIVED = 64  # longest bodies, that bodies of requests being answered may have together
+MAX_BODIES = 64  # of the greatest length, that all requests being answered may have sent
 HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -31,8 +31,8 @@ def error_response(
     """Return an error in OpenAI's form. ASCII, as a client's words may be no valid Unicode."""
     kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message[:1000], "type": kind, "param": param, "code": code}
-    more = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Response(json.dumps({"error": error}), status, HEADERS | more, "application/json")
+    extra = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(json.dumps({"error": error}), status, HEADERS | extra, "application/json")
 
 
 class Metrics:
@@ -93,7 +93,7 @@ class AccessMiddleware:
             self.received += len(message.get("body", b""))
             if size > self.max_body:
                 raise HTTPException(413, f"The body is longer than {self.max_body} bytes.")
-            if self.received > MAX_RECEIVED * self.max_body:
+            if self.received > MAX_BODIES * self.max_body:
                 raise HTTPException(503, "Too many long requests at once. Try again.")
             return message
 

@@ -22,7 +22,7 @@ from minigpt.serve.worker import Worker
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024  # fewer where the process may open few files
-ACCEPT_LOG = 60.0  # seconds from one line about connections that cannot be accepted to the next
+ACCEPT_LOG_INTERVAL = 60.0  # seconds between log lines about connections that cannot be accepted
 CLIENT_TIMEOUT = 30.0  # seconds for a whole request to arrive, or for a full buffer to drain
 GRACE = 3.0  # seconds that running answers get when the server is to stop
 
@@ -60,37 +60,39 @@ class Protocol(H11Protocol):
         # asyncio leaves Nagle's delay on where a socket was made without naming its protocol.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timers: dict[str, asyncio.TimerHandle] = {}
-        self._wait_for_request()
+        self._update_read_timer()
 
     def data_received(self, data: bytes) -> None:
         """Read data; a request that is complete ends the wait."""
         super().data_received(data)
-        self._wait_for_request()
+        self._update_read_timer()
 
     def on_response_complete(self) -> None:
         """Wait for the next request, part of which may have come already."""
         super().on_response_complete()
-        self._wait_for_request()
+        self._update_read_timer()
 
     def pause_writing(self) -> None:
         """Wait for the client to read."""
         super().pause_writing()
-        self._wait("write", True)
+        self._set_timer("write", True)
 
     def resume_writing(self) -> None:
         """End the wait for the client to read."""
         super().resume_writing()
-        self._wait("write", False)
+        self._set_timer("write", False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
         super().connection_lost(exc)
         self.server_state.waiting.pop(self, None)
-        self._wait("read", False)
-        self._wait("write", False)
+        self._set_timer("read", False)
+        self._set_timer("write", False)
 
     def _make_room(self) -> None:
-        for oldest in self.server_state.waiting:
+        """Close the connection that has waited longest, or else refuse this one's request."""
+        oldest = next(iter(self.server_state.waiting), None)
+        if oldest is not None:
             del self.server_state.waiting[oldest]
             oldest.transport.close()
             return
@@ -98,17 +100,17 @@ class Protocol(H11Protocol):
         # Sent when the request has come: a client that is still sending may not read it.
         self.app = error_response(503, message, retry_after="1", connection="close")
 
-    def _wait_for_request(self) -> None:
-        self._wait("read", self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
+    def _update_read_timer(self) -> None:
+        self._set_timer("read", self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
         if "read" in self.timers:
             self.server_state.waiting.setdefault(self)
         else:
             self.server_state.waiting.pop(self, None)
 
-    def _wait(self, direction: str, waits: bool) -> None:
-        if waits and direction not in self.timers:
+    def _set_timer(self, direction: str, on: bool) -> None:
+        if on and direction not in self.timers:
             self.timers[direction] = self.loop.call_later(CLIENT_TIMEOUT, self.transport.abort)
-        elif not waits and direction in self.timers:
+        elif not on and direction in self.timers:
             self.timers.pop(direction).cancel()
 
 
@@ -134,7 +136,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.server_state: State = State()
         self.worker = worker
-        self._last_accept_error = -ACCEPT_LOG
+        self._last_accept_error = -ACCEPT_LOG_INTERVAL
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve."""
@@ -145,7 +147,7 @@ class Server(uvicorn.Server):
         """Log an error; one of thousands a second where no connection can be accepted."""
         if "accept" not in context["message"]:
             loop.default_exception_handler(context)
-        elif time.monotonic() >= self._last_accept_error + ACCEPT_LOG:
+        elif time.monotonic() >= self._last_accept_error + ACCEPT_LOG_INTERVAL:
             self._last_accept_error = time.monotonic()
             log.error("Connections cannot be accepted: %s.", context.get("exception"))
 
@@ -159,10 +161,10 @@ class Server(uvicorn.Server):
 def run(app: FastAPI, worker: Worker, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGHUP, and return; Ctrl-C raises KeyboardInterrupt.
 
-    SIGHUP means nothing where it is ignored, as under `nohup`.
+    SIGHUP stays ignored where it is, as under `nohup`.
     """
     server = Server(app, worker)
-    # uvicorn sends itself the signal again once it has stopped: this time it means nothing.
+    # uvicorn raises the signal again once it has stopped: this handler then ignores it.
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         before[signal.SIGHUP] = signal.signal(

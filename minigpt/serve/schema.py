@@ -22,21 +22,21 @@ IGNORED_FIELDS = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "parallel_tool_calls",  # `tools` are refused
 }
-IGNORED_FIELDS |= {"parallel_tool_calls"}  # `tools` are refused
 # Fields that MiniGPT does not support, with the values that change nothing; others are refused.
 NO_OP_VALUES: dict[str, list[object]] = {
     "frequency_penalty": [0],
     "presence_penalty": [0],
     "logit_bias": [{}],
-}
-NO_OP_VALUES |= {
     "tools": [[]],
     "tool_choice": ["none", "auto"],
     "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "echo": [False],
+    "best_of": [1],
+    "suffix": [""],
 }
-NO_OP_VALUES |= {"modalities": [["text"]], "echo": [False], "best_of": [1], "suffix": [""]}
-
 
 MAX_FIELDS = 64  # of an object; each unknown one is an error of its own
 MAX_LOGPROBS = 100_000  # of an answer that is sent as one body
@@ -61,15 +61,15 @@ class TextPart(_Strict):
 
 
 class ChatMessage(BaseModel):
-    """One turn. Clients send back what they were sent, so unknown fields are left alone."""
+    """One message. Clients send back what they were sent, so unknown fields are left alone."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
 
-    def record(self) -> Message:
-        """Return the turn as the chat template takes it."""
+    def to_message(self) -> Message:
+        """Return the message as the chat template takes it."""
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return Message(role, self.content)
@@ -115,7 +115,7 @@ class CompletionRequest(_Strict):
         }
 
     @model_validator(mode="after")
-    def _options_have_their_option(self) -> CompletionRequest:
+    def _check_dependent_fields(self) -> CompletionRequest:
         if self.stream_options and not self.stream:
             raise ValueError("'stream_options' needs 'stream' to be true.")
         if getattr(self, "top_logprobs", 0) and not getattr(self, "logprobs", 0):
@@ -198,7 +198,7 @@ class ResponseBuilder:
         self.finish_reasons = [""] * choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in range(choices)]
         self.offsets = [0] * choices  # length of the text of the tokens in earlier chunks
-        self.started: set[int] = set()
+        self.started: set[int] = set()  # sequences whose role has been sent
         self.streams_usage = bool(request.stream_options and request.stream_options.include_usage)
         kind = "chat.completion" if self.chat else "text_completion"
         kind += ".chunk" if request.stream and self.chat else ""
@@ -255,7 +255,7 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     content = []
     for entry in tokens:
         top = [
-            # Half a character has no text from which its bytes could be had.
+            # U+FFFD stands for a part of a character, whose bytes are lost.
             _chat_logprob(token, logprob, None if "\ufffd" in token else list(token.encode()))
             for _, token, logprob in entry.top
         ]

@@ -123,7 +123,7 @@ class Worker:
 
     @contextmanager
     def reserved(self, model: str, count: int) -> Iterator[None]:
-        """Count so many sequences as load meanwhile; errors are those of `check_capacity`."""
+        """Count sequences as load until the block ends; errors are those of `check_capacity`."""
         self.check_capacity(model, count)
         self._reserved[model] += count
         try:
@@ -161,12 +161,12 @@ class Worker:
         return generated + self._reserved[model]
 
     def check_capacity(self, model: str, count: int) -> None:
-        """See that so many more sequences can be taken.
+        """Check that so many more sequences can be taken.
 
         Raises:
             ServingError: when nothing is computed any more.
-            ConfigError: when they never could.
-            QueueFullError: when they cannot now.
+            ConfigError: when they are more than an idle server takes.
+            QueueFullError: when they are more than it takes now.
         """
         if self._stopping.done():
             raise ServingError(STOPPED, 503)
@@ -234,7 +234,7 @@ class Worker:
             self._loop.call_soon_threadsafe(self.fail, failed, message)
 
     def _admit(self, completion: Completion) -> None:
-        """Add the sequences of a request to their batch; what it refuses ends the request alone."""
+        """Add the sequences of a request to their batch; an error ends this request alone."""
         try:
             for index, (ids, sampling) in enumerate(completion.sequences):
                 number = self.batches[completion.model].add(ids, sampling)

@@ -302,7 +302,7 @@ def request_of(content: bytes, leaves: bool = False) -> Request:
 
 
 def test_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "PAUSE", 1e9)
+    monkeypatch.setattr(app, "PAUSE_RATIO", 1e9)
     short = json.dumps(HONEST[0]).encode()
     long = short + b" " * app.LONG_BODY
 
@@ -317,7 +317,7 @@ def test_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
             await bodies.read(request_of(long), TextRequest, 0.0)
         assert (await bodies.read(request_of(short), TextRequest, never)).prompt == QUESTION
         assert not second.done()
-        bodies._long.release()  # as the end of the pause does
+        bodies._parsing_lock.release()  # as the end of the pause does
         assert (await second).prompt == QUESTION
 
     asyncio.run(read())

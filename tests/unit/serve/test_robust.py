@@ -297,7 +297,7 @@ def test_body_limit(engines: dict[str, Engine]) -> None:
 
 
 def test_limit_of_all_bodies(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MAX_RECEIVED", 3)
+    monkeypatch.setattr(middleware, "MAX_BODIES", 3)
     monkeypatch.setattr(network, "CLIENT_TIMEOUT", 10_000)
     content = json.dumps(CHAT | {"max_tokens": 1}).encode().ljust(1900)
     head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -391,7 +391,7 @@ def test_time_limit_of_prompts_that_are_read(
 def test_time_limit_of_bodies_that_wait(
     engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "PAUSE", 1e9)
+    monkeypatch.setattr(app, "PAUSE_RATIO", 1e9)
     long = json.dumps(LONG).encode() + b" " * app.LONG_BODY
     headers = {"content-type": "application/json"}
     with running(engines, timeout=0.3) as served:
