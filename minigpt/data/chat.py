@@ -218,7 +218,7 @@ class ChatCodec:
             encoded = [self.encode([BREAK + piece.text])[0] for piece in pieces]
             masks = [[p.target] * len(ids) for p, ids in zip(pieces, encoded, strict=True)]
             return prompt, MaskedIds(list(chain(*encoded)), list(chain(*masks)))
-        borders = [_common_prefix(prefix, full) for prefix in prefixes[:-1]]
+        borders = [common_prefix(prefix, full) for prefix in prefixes[:-1]]
         targets: list[bool] = []
         for end, piece in zip([*borders, len(full)], pieces, strict=True):
             targets += [piece.target] * (end - len(prompt) - len(targets))
@@ -288,7 +288,7 @@ def _starts_with(ids: list[int], start: list[int]) -> bool:
     return ids[: len(start)] == start
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def common_prefix(left: list[int], right: list[int]) -> int:
     """Return with how many equal ids two lists begin."""
     pairs = zip(left, right, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,6 +1,6 @@
-"""What little tells a better answer from a worse one: its length, or its words.
+"""Baselines of reward models: they prefer an answer by its length, or by its words, alone.
 
-A reward model that is no better than these has learnt no more.
+A reward model that is no better has learnt no more than that.
 
 Shape legend: N tokens of all answers, P pairs, V vocabulary.
 """
@@ -30,10 +30,10 @@ def by_length(train: Iterable[Sample], held_out: Sequence[Sample]) -> list[float
 
     Args:
         train: preferences, the chosen answer before the rejected one.
-        held_out: others.
+        held_out: preferences to judge, in the same form.
 
     Returns:
-        Of each held-out pair whether that is right, 1 or 0, and 0.5 where both are equally long.
+        For each held-out pair 1 if that is right, 0 if it is wrong, 0.5 for equal lengths.
     """
     longer = _right(_lengths(list(islice(train, PAIRS))))
     sign = 1 if np.mean(longer) >= 0.5 else -1
@@ -41,14 +41,14 @@ def by_length(train: Iterable[Sample], held_out: Sequence[Sample]) -> list[float
 
 
 def by_words(train: Iterable[Sample], held_out: Sequence[Sample]) -> list[float]:
-    """Prefer the answer whose tokens, counted, have the higher sum of weights.
+    """Prefer the answer whose tokens have the higher sum of weights, wherever they stand.
 
     The weights are those of a logistic regression on the training pairs. Arguments and result as
     for `by_length`.
     """
     fitted = list(islice(train, PAIRS))
     rows = 1 + max(int(sample.ids.max()) for sample in (*fitted, *held_out))
-    # Also within a validation, which computes no gradients, and in whatever precision.
+    # A validation calls this, too: without gradients, and under autocast.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         weights = torch.zeros(rows, dtype=torch.float32, requires_grad=True)
         optimizer = torch.optim.AdamW([weights], lr=RATE, weight_decay=DECAY)
@@ -61,7 +61,7 @@ def by_words(train: Iterable[Sample], held_out: Sequence[Sample]) -> list[float]
 
 
 def cross_validated(baseline: Baseline, pairs: Sequence[Sample]) -> list[float]:
-    """Return of each pair what a baseline that is fitted to the other folds makes of it."""
+    """Judge each pair by a baseline that is fitted to the other folds; results as `by_length`."""
     right = np.zeros(len(pairs))
     for fold in range(FOLDS):
         train = [pair for number, pair in enumerate(pairs) if number % FOLDS != fold]

@@ -11,7 +11,8 @@ from minigpt.infer.engine import Reply
 # Words, single characters of scripts that write without spaces, and marks, so that models
 # with different tokenizers compare.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
-LOOP = 3  # times in a row that a looping reply repeats its last passage
+LOOP = 3  # times in a row that a passage must stand to be a loop
+WORD_LOOP = 6  # times, for a passage of one word
 LONGEST = 32  # words of the longest passage that counts as a loop
 
 
@@ -26,9 +27,9 @@ def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def loops(text: Sequence[str]) -> bool:
-    """Whether a text ends in the same passage three times in a row (a word: six times)."""
+    """Whether a text, cut into words, ends in a loop."""
     for size in range(1, LONGEST + 1):
-        times = max(LOOP, -(-6 // size))
+        times = WORD_LOOP if size == 1 else LOOP
         tail = text[-size * times :]
         if len(tail) == size * times and list(tail) == list(tail[:size]) * times:
             return True

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minigpt import progress
 from minigpt.data.batch import PackedBatch, Sample, collate
+from minigpt.data.chat import common_prefix
 from minigpt.data.formats import (
     BadRows,
     Kind,
@@ -37,10 +38,10 @@ from minigpt.model.losses import sum_by
 from minigpt.model.packed_lm import target_logits, token_logprobs, use_attention
 from minigpt.model.rope import max_positions, shared_limit
 
-TOKENS = 4096  # of a packed batch, at most
-LOGITS = 1 << 25  # numbers that the logits of a batch may hold: 128 MB
+BATCH_TOKENS = 4096  # of a packed batch, at most
+BATCH_LOGITS = 1 << 25  # of a packed batch, at most: 128 MB in fp32
 
-Pair = tuple[list[int], list[int]]  # ids of a context and of its continuation
+Continuation = tuple[list[int], list[int]]  # ids of a context, and of what follows it
 
 
 class Reader(Protocol):
@@ -66,7 +67,7 @@ def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
         DataError: for a sample that is longer than the model can read, or holds a token that it
             cannot embed.
     """
-    for members in grouped(engine, samples, min(TOKENS, LOGITS // engine.rows)):
+    for members in grouped(engine, samples, min(BATCH_TOKENS, BATCH_LOGITS // engine.rows)):
         yield collate(members).to(engine.model.device)
 
 
@@ -116,38 +117,37 @@ def batch_logits(engine: Engine, batch: PackedBatch) -> Tensor:
         return target_logits(engine.model, batch, conformance.packed)
 
 
-def continuation(engine: Engine, context: str, rest: str) -> Pair:
+def continuation(engine: Engine, context: str, rest: str) -> Continuation:
     """Return the ids of a text's start and of what follows.
 
     Both are tokenised together, as in training; a token that spans the border belongs to what
     follows.
     """
     start, ids = engine.encode(context), engine.encode(context + rest)
-    if not context and not engine.start:  # an end of text stands in for it
+    if not context and not engine.start:  # `start` is then an end of text, which `ids` lack
         return start, ids
-    pairs = enumerate(zip(start, ids, strict=False))
-    common = next((i for i, (a, b) in pairs if a != b), min(len(start), len(ids)))
+    common = common_prefix(start, ids)
     return (ids[:common], ids[common:]) if common else (engine.encode(""), ids)
 
 
 def score(
-    engine: Engine, pairs: Sequence[Pair], source: str = ""
+    engine: Engine, continuations: Sequence[Continuation], source: str = ""
 ) -> tuple[list[float], list[bool]]:
     """Score continuations.
 
     Args:
         engine: the model.
-        pairs: (context, continuation) ids, neither empty.
+        continuations: each with its context, neither of them empty.
         source: the file they come from, for errors.
 
     Returns:
         Each continuation's summed log-probability in nats, and whether greedy decoding would
         produce it.
     """
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    order = sorted(range(len(continuations)), key=lambda i: sum(map(len, continuations[i])))
     samples = (
-        Sample(np.array(a + b), len(a), (len(b),), None, (source, 0))
-        for a, b in (pairs[i] for i in order)
+        Sample(np.array(context + rest), len(context), (len(rest),), None, (source, 0))
+        for context, rest in (continuations[i] for i in order)
     )
     results: list[tuple[float, bool]] = []
     for batch in batches(engine, samples):
@@ -157,9 +157,9 @@ def score(
         sums = sum_by(logp, batch.answers, batch.n_answers)
         greedy = sum_by(differs, batch.answers, batch.n_answers) == 0
         results += zip(sums.tolist(), greedy.tolist(), strict=True)
-        progress.report(len(results), len(pairs))
-    scores = dict(zip(order, results, strict=True))
-    return [scores[i][0] for i in range(len(pairs))], [scores[i][1] for i in range(len(pairs))]
+        progress.report(len(results), len(continuations))
+    as_given = [result for _, result in sorted(zip(order, results, strict=True))]
+    return [logp for logp, _ in as_given], [is_greedy for _, is_greedy in as_given]
 
 
 def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:
@@ -183,10 +183,10 @@ def samples(
 ) -> Iterator[Sample]:
     """Yield records as the samples of training: windows of texts, preferences cut to a length."""
     encoder = Encoder(kind, reader.tokenizer, Limits(max_length=max_length))
-    for one, source in encoder.encode(rows, BadRows()):
-        answers = tuple(map(len, one.answers))
+    for encoded, source in encoder.encode(rows, BadRows()):
+        answers = tuple(map(len, encoded.answers))
         origin = (str(source.path), source.line)
-        yield Sample(np.array(one.ids), len(one.prompt), answers, None, origin)
+        yield Sample(np.array(encoded.ids), len(encoded.prompt), answers, None, origin)
 
 
 def bits_per_byte(engine: Engine, path: str, max_length: int) -> dict[str, Score]:

@@ -19,7 +19,7 @@ from minigpt.data.formats import BadRows, Message, read_records
 from minigpt.errors import ConfigError, ModelError
 from minigpt.evaluate.baselines import by_length, by_words, cross_validated
 from minigpt.evaluate.exam import Item
-from minigpt.evaluate.likelihood import TOKENS, grouped, samples
+from minigpt.evaluate.likelihood import BATCH_TOKENS, grouped, samples
 from minigpt.evaluate.preferences import length_bias
 from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine, Reply, Sampling
@@ -97,7 +97,7 @@ class RewardScorer:
     def scores(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Score answers at their last tokens; a prompt that follows itself is read once.
+        """Score answers at their last tokens; a prompt of several in a row is read once.
 
         Args:
             prompts: ids of each answer's prompt.
@@ -123,7 +123,7 @@ class RewardScorer:
         members: list[list[int]] = []
         for answer in answers:
             size = len(prompt) + sum(map(len, members)) + len(answer)
-            if members and size > TOKENS:
+            if members and size > BATCH_TOKENS:
                 yield _sample(prompt, members)
                 members = []
             members.append(answer)
@@ -133,7 +133,7 @@ class RewardScorer:
     def score(self, samples: Iterable[Sample]) -> list[list[float]]:
         """Return the scores of each sample's answers."""
         results: list[list[float]] = []
-        for members in grouped(self, samples, TOKENS):
+        for members in grouped(self, samples, BATCH_TOKENS):
             device = self.model.device
             batch = collate(members, read_last=True).to(device)
             with torch.autocast(device.type, enabled=False):  # also within a step of training
@@ -203,8 +203,8 @@ def rank_pairs(scorer: RewardScorer, path: str, max_length: int) -> dict[str, Sc
 
     Returns:
         ``accuracy`` and ``margin`` of the scores; ``accuracy by length`` and ``accuracy by words``
-        of what is fitted to four fifths of the same pairs and tried on the last one, in turn;
-        then how accuracy and margin depend on length, as `prefer` has it.
+        of the baselines, cross-validated on the same pairs; then how accuracy and margin depend on
+        length (see `length_bias`).
     """
     refused = refused_texts(scorer.tokenizer, "preference")
     rows = read_records([path], "preference", BadRows(), special_tokens=refused)
@@ -241,9 +241,12 @@ def rank_choices(scorer: RewardScorer, items: Sequence[Item]) -> dict[str, Score
 
 
 def _choices(codec: ChatCodec, item: Item) -> Sample:
+    """Return an item as its prompt with all choices as answers."""
     prompt = item.prompt
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    turns = codec.plan_answers(messages, [Message("assistant", text) for text in item.choices])
-    units = codec.encode_units([unit for turn in turns for part in turn.units for unit in part])
-    both = [codec.turn_ids(turn, units) for turn in turns]
-    return _sample(both[0][0], [answer.ids for _, answer in both])
+    planned = codec.plan_answers(messages, [Message("assistant", text) for text in item.choices])
+    unit_ids = codec.encode_units(
+        [unit for turn in planned for text in turn.units for unit in text]
+    )
+    prompts, answers = zip(*(codec.turn_ids(turn, unit_ids) for turn in planned), strict=True)
+    return _sample(prompts[0], [answer.ids for answer in answers])

@@ -18,9 +18,9 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     """
     if total < 1:
         return 0.0, 1.0
-    share, spread = right / total, Z95**2 / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z95 / (1 + spread) * math.sqrt((share * (1 - share) + spread / 4) / total)
+    rate, spread = right / total, Z95**2 / total
+    middle = (rate + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt((rate * (1 - rate) + spread / 4) / total)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -34,7 +34,7 @@ class Settings:
         beta: scale of the rewards of preferences.
         max_length: tokens of a window of text, and of a preference pair.
         sampling: how the tokens of replies are drawn.
-        reward_model: gives replies to prompts scores.
+        reward_model: scores the replies to prompts.
     """
 
     reference: str | None = None

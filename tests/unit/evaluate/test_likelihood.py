@@ -58,7 +58,7 @@ def plainly(model: Engine, context: list[int], targets: list[int]) -> tuple[floa
 def test_scores_are_the_models_own(
     root: Path, monkeypatch: pytest.MonkeyPatch, family: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(likelihood, "TOKENS", tokens)
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", tokens)
     model = engine(root, family)
     pairs = list(PAIRS)
     with torch.no_grad():  # one that greedy decoding would say
