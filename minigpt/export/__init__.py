@@ -1,5 +1,6 @@
 """Models for other engines: transformers, peft, llama.cpp, Ollama; each export is checked."""
 
+# Types of the matrices in a GGUF file.
 DTYPES = (
     "f32",
     "f16",
@@ -9,4 +10,4 @@ DTYPES = (
     "q5_0",
     "q4_1",
     "q4_0",
-)  # of the matrices in a GGUF file
+)

@@ -15,8 +15,7 @@ import yaml
 
 from minigpt.data.formats import expand_files, iter_rows
 from minigpt.errors import ConfigError, DataError
-from minigpt.model.restore import MODEL as EXPORTED
-from minigpt.model.restore import find_checkpoint, number
+from minigpt.model import restore
 from minigpt.reading import read_json, read_text, read_yaml, reason_of, refusing
 
 log = logging.getLogger(__name__)
@@ -33,11 +32,13 @@ ROWS = (  # ids may leave some out, so that there are fewer tokens
     "model.resize_token_embeddings(max(rows, model.config.vocab_size))\n"
 )
 PEFT = 'model = PeftModel.from_pretrained(model, "{name}")\n'
-USES = {
+USAGE = {
     "transformers": IMPORTS + MODEL + TOKENIZER,
     "peft": "from peft import PeftModel\n" + IMPORTS + MODEL + TOKENIZER + ROWS + PEFT,
     "gguf": "ollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {path}\n",
 }
+TRAINING_COLUMNS = ["stage", "data", "steps", "tokens seen", "held out, before", "after"]
+TRAINING_COLUMNS += ["weights", "ended by"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Card:
 
         Args:
             directory: where the export lies.
-            numbers: of the parity check.
-            base: of an adapter.
-            gguf: name of the GGUF file.
+            numbers: results of the parity check.
+            base: path or hub id of the model that an exported adapter belongs to.
+            gguf: name of the GGUF file, for an export of one.
 
         Raises:
             ConfigError: for numbers of the run that are no JSON object.
@@ -89,16 +90,17 @@ class Card:
         kind = "gguf" if gguf else "peft" if base else "transformers"
         head = {"library_name": kind, "pipeline_tag": "text-generation", "tags": ["minigpt"]}
         head |= {"license": self.license} if self.license else {}
-        if base and (Path(base).exists() or not HUB_NAME.fullmatch(base)):
+        if base and HUB_NAME.fullmatch(base) and not Path(base).exists():
+            head["base_model"] = base
+        elif base:  # a path of this machine tells others nothing
             base = "path/to/the/base"
-        head |= {"base_model": base} if base and "/the/" not in base else {}
-        use = USES[kind].format(name=self.name, path=gguf or base or self.name)
+        use = USAGE[kind].format(name=self.name, path=gguf or base or self.name)
         versions = [
             f"{name} {version(name)}" for name in ("minigpt", "torch", "transformers", "peft")
         ]
         sections = [
             f"---\n{yaml.safe_dump(head)}---\n# {self.name}\n\n```\n{use}```",
-            table("Training", TRAINING, stages(Path(self.model))),
+            table("Training", TRAINING_COLUMNS, stages(Path(self.model))),
             *(table(t, ("measure", "value"), flat(results)) for t, results in self._results()),
             table("Parity of this export", ("check", "value"), flat(numbers)),
             f"## Licence\n\n{self.license or 'Not stated.'}",
@@ -121,12 +123,6 @@ class Card:
                 )
         for file in self.results:
             yield f"Results: {Path(file).stem}", read_object(Path(file))
-
-
-TRAINING = (
-    *("stage", "data", "steps", "tokens seen", "held out, before", "after"),
-    *("weights", "ended by"),
-)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -158,7 +154,7 @@ def exam_scores(exam: dict[str, Any]) -> dict[str, Any]:
 
 
 def stages(run: Path) -> list[list[object]]:
-    """Return a row for a run, or one of its checkpoints, and each that it started from.
+    """Return a row of `TRAINING_COLUMNS` for a run or checkpoint, and each that it started from.
 
     Those come first that were trained first.
 
@@ -168,8 +164,8 @@ def stages(run: Path) -> list[list[object]]:
     rows: list[list[object]] = []
     seen: set[Path] = set()
     while True:
-        run = run.parent if run.name == EXPORTED else run
-        checkpoint = find_checkpoint(run)
+        run = run.parent if run.name == restore.MODEL else run
+        checkpoint = restore.find_checkpoint(run)
         run = run if checkpoint is None else checkpoint.absolute().parent.parent
         has_summary = checkpoint is not None or (run / "summary.json").is_file()
         if not (has_summary and (run / "config.yaml").is_file()) or run.resolve() in seen:
@@ -177,7 +173,10 @@ def stages(run: Path) -> list[list[object]]:
         seen.add(run.resolve())
         with refusing(f"What {run} says of itself", ConfigError, verb="is damaged"):
             config = read_yaml(run / "config.yaml")
-            result = _summary(run) if checkpoint is None else _measured(run, number(checkpoint))
+            if checkpoint is None:
+                result = _summary(run)
+            else:
+                result = _measured(run, restore.number(checkpoint))
             rows.append([run.resolve().name, _data(config), *result])
             start = config["model"]["init_args"].get("init_from")
         if not start:
@@ -214,7 +213,7 @@ def _summary(run: Path) -> list[object]:
 
 
 def _measured(run: Path, steps: int) -> list[object]:
-    """Return the same of a checkpoint, as far as it is logged."""
+    """Return the same of a checkpoint, from the metrics logged before training and at its step."""
     lines = read_text(run / "metrics.jsonl").splitlines()
     rows = [row for row in map(parse_line, lines) if row.get("step") in (0, steps - 1)]
     before = next(filter(None, map(held_out, rows)), None)
@@ -270,5 +269,7 @@ def table(title: str, head: Sequence[str], rows: list[list[object]]) -> str:
 
 def cell(value: object) -> str:
     """Return a value as it stands in a table."""
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", "\\|")

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 Numbers = dict[str, Any]
 ACCEPTED = "accepted_differences"
 Chat = list[dict[str, str]]
-TEXTS, NEW_TOKENS, TOP = 3000, 16, 20
+TEXTS = 3000  # random texts whose ids are compared
+NEW_TOKENS = 16  # of a reply, at most
+TOP = 20  # likeliest tokens that llama.cpp is asked for
 QUESTIONS = ("Hello", "你好，你是谁？", "1 + 1 =")
 CHATS: list[list[tuple[str, str]]] = [
     [("user", "Hello\n")],
@@ -66,8 +68,11 @@ def random_texts(
     rng = random.Random(seed)
 
     def piece() -> str:
-        if (kind := rng.random()) < 0.5:
-            return rng.choice([*SIGNS, *special] if kind < 0.2 else words)
+        draw = rng.random()
+        if draw < 0.2:
+            return rng.choice([*SIGNS, *special])
+        if draw < 0.5:
+            return rng.choice(words)
         first, last = rng.choice(BLOCKS)
         return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 6)))
 
@@ -118,7 +123,7 @@ def logits_of(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> Te
 
 
 def observe(engine: Engine) -> Expected:
-    """Record the results of a model."""
+    """Return what a model and its tokenizer compute, to compare an export with."""
     questions = [(Message("user", text),) if engine.codec else text for text in QUESTIONS]
     replies = engine.complete(questions, Sampling(max_new_tokens=NEW_TOKENS))
     cases = []
@@ -143,8 +148,8 @@ def observe(engine: Engine) -> Expected:
 def is_covered(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
     """Whether a byte-level vocabulary has all bytes of a text.
 
-    Some lack bytes that their corpus lacked, such as control characters. What an engine makes of
-    those tells nothing of an export.
+    Some lack bytes that their corpus lacked, such as control characters, and engines differ in
+    what they make of those.
     """
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.decoder, decoders.ByteLevel):
@@ -155,7 +160,7 @@ def is_covered(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
 
 
 def normalized(expected: Expected, tokenizer: PreTrainedTokenizerFast) -> Expected:
-    """Return the same with texts as the tokenizer's normalizer makes them, for engines without."""
+    """Return the same with normalized texts, for engines that leave out the normalizer."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     texts = [normalizer.normalize_str(text) for text, _ in expected.texts]
     return replace(expected, texts=list(zip(texts, encode(tokenizer, texts), strict=True)))
@@ -197,39 +202,39 @@ def check_texts(
     The ids of a chat are compared where its text is the same.
     """
     theirs = ids_of([text for text, _ in expected.texts])
-    texts = [
+    wrong_texts = [
         (text, ours, other)
         for (text, ours), other in zip(expected.texts, theirs, strict=True)
         if ours != other
     ]
-    chats = []  # rendered otherwise
-    chat_ids = []  # rendered the same, but with other ids
+    wrong_chats = []  # rendered otherwise
+    wrong_chat_ids = []  # rendered the same, but with other ids
     rendered_equal = 0
     for chat, text, ours in expected.chats:
         if (other_text := prompt_of(chat)) != text:
-            chats.append((text, other_text))
+            wrong_chats.append((text, other_text))
             continue
         rendered_equal += 1
         if (other := chat_ids_of(chat)) != ours:
-            chat_ids.append((text, ours, other))
+            wrong_chat_ids.append((text, ours, other))
     total = len(expected.chats)
     numbers: Numbers = {
-        "texts_with_equal_ids": f"{len(theirs) - len(texts)} of {len(theirs)}",
+        "texts_with_equal_ids": f"{len(theirs) - len(wrong_texts)} of {len(theirs)}",
         "chats_rendered_equal": f"{rendered_equal} of {total}",
-        "chats_with_equal_ids": f"{rendered_equal - len(chat_ids)} of {total}",
+        "chats_with_equal_ids": f"{rendered_equal - len(wrong_chat_ids)} of {total}",
     }
-    if texts:
-        text, ours, other = min(texts, key=lambda difference: len(difference[0]))
+    if wrong_texts:
+        text, ours, other = min(wrong_texts, key=lambda difference: len(difference[0]))
         numbers["text_with_other_ids"] = f"{text!r} becomes {other}, not {ours}"
-    if chats:
-        text, other_text = chats[0]
+    if wrong_chats:
+        text, other_text = wrong_chats[0]
         numbers["chat_rendered_otherwise"] = f"{other_text!r}, not {text!r}"
-    if chat_ids:
-        text, ours, other = chat_ids[0]
+    if wrong_chat_ids:
+        text, ours, other = wrong_chat_ids[0]
         numbers["chat_with_other_ids"] = f"{text!r} becomes {other}, not {ours}"
-    require(numbers, "token ids differ", bool(theirs) and not texts, accept)
-    require(numbers, "chats are rendered otherwise", not chats, accept)
-    require(numbers, "token ids of chats differ", not chat_ids, accept)
+    require(numbers, "token ids differ", bool(theirs) and not wrong_texts, accept)
+    require(numbers, "chats are rendered otherwise", not wrong_chats, accept)
+    require(numbers, "token ids of chats differ", not wrong_chat_ids, accept)
     return numbers
 
 
@@ -252,8 +257,8 @@ def check_special_ids(
 def logprob_of(llama: LlamaCpp, ids: list[int], token: int, vocabulary: int) -> float | None:
     """Return llama.cpp's log-probability of a token after others, in nats.
 
-    None where the best token is a part of a character, of which llama.cpp gives none. Few bits may
-    put a token of the model's below the `TOP` ones: then all are asked for.
+    None while llama.cpp's own choice is a part of a character: it gives none then. Where a file of
+    few bits has the token below its `TOP` likeliest, the whole vocabulary is asked for.
     """
     for count in (TOP, vocabulary):
         options: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0}
@@ -271,7 +276,7 @@ def logprob_of(llama: LlamaCpp, ids: list[int], token: int, vocabulary: int) -> 
 def check_llamacpp(expected: Expected, file: Path, limit: float, accept: bool = False) -> Numbers:
     """Compare llama.cpp's ids, prompts, replies and log-probabilities of the model's replies.
 
-    Replies may part where the model itself is undecided within the limit.
+    Replies may part where the model itself prefers its token by no more than twice the limit.
     """
     llama = LlamaCpp(file, max(len(prompt) for prompt, _, _ in expected.cases) + NEW_TOKENS + 8)
     numbers = check_texts(expected, llama.ids_of, llama.prompt_of, llama.chat_ids_of, accept)

@@ -43,15 +43,15 @@ log = logging.getLogger(__name__)
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 SCALED = ("linear", "yarn")  # kinds of rotary scaling that llama.cpp computes
 BLOCK = 32  # values of a row that share a scale in the types of few bits
-# A weight's error, as a share of its tensor's largest value.
+# Limits of a weight's error, as a share of its tensor's largest absolute value.
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045}
 ROUNDING |= {"Q5_1": 0.033, "Q5_0": 0.063, "Q4_1": 0.068, "Q4_0": 0.126}
-# What log-probabilities may move by. Of SmolLM2-135M, 30 layers, f16 moved them by 0.014 at most,
-# q8_0 by 0.23 and q5_1 by 0.85; of models of two layers by 0.003, 0.07 and 0.32, bf16 by 0.03,
-# q4_1 by 0.87 and q4_0 by 0.78. So f16 has 3.5 times what was seen, q8_0 1.3 and q5_1 1.8; bf16
-# rounds 8 times as coarsely as f16, so would move the former by 0.11, and has 2.7 times that.
-LOGPROBS = {"f32": 0.01, "f16": 0.05, "bf16": 0.3, "q8_0": 0.3}
-LOGPROBS |= {"q5_1": 1.5, "q5_0": 1.5, "q4_1": 2.0, "q4_0": 2.0}
+# Limits of the differences of log-probabilities, in nats. The largest that were measured: of
+# SmolLM2-135M (30 layers) f16 0.014, q8_0 0.23, q5_1 0.85; of models of two layers f16 0.003,
+# bf16 0.03, q8_0 0.07, q5_1 0.32, q4_1 0.87, q4_0 0.78. bf16 rounds 8 times as coarsely as f16,
+# so about 0.11 is to be expected of it with 30 layers.
+LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.3, "q8_0": 0.3}
+LOGPROB_LIMITS |= {"q5_1": 1.5, "q5_0": 1.5, "q4_1": 2.0, "q4_0": 2.0}
 
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
@@ -134,7 +134,8 @@ def export_gguf(
         pre = pre_tokenizer(engine.tokenizer)
         has_llamacpp = importlib.util.find_spec("xllamacpp") is not None
         expected = observe(engine) if has_llamacpp else None
-        if engine.start != (start := text_start(engine.tokenizer)):
+        start = text_start(engine.tokenizer)
+        if engine.start != start:
             log.warning(
                 "llama.cpp writes BOS before texts and chats alike, and the chat template writes "
                 "none: texts get none, either."
@@ -142,7 +143,8 @@ def export_gguf(
         normalizer = engine.tokenizer.backend_tokenizer.normalizer
         if normalizer is not None:
             log.warning("llama.cpp leaves out the tokenizer's normalizer: give it texts in NFC.")
-            expected = expected and normalized(expected, engine.tokenizer)
+            if expected is not None:
+                expected = normalized(expected, engine.tokenizer)
         use_plain_template(engine.tokenizer)
         file = partial if is_file else partial / f"{card.name}-{dtype}.gguf"
         write(engine, file, dtype, pre, card)
@@ -151,7 +153,7 @@ def export_gguf(
             numbers["normalizer"] = "left out: texts are compared in NFC"
         if expected is not None:
             expected = replace(expected, start=start)
-            numbers |= check_llamacpp(expected, file, LOGPROBS[dtype], accept)
+            numbers |= check_llamacpp(expected, file, LOGPROB_LIMITS[dtype], accept)
         else:
             numbers["llama.cpp"] = "not run; it needs: pip install 'minigpt[gguf]'"
         if not is_file:
@@ -162,15 +164,16 @@ def export_gguf(
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse, with a ConfigError, models of which GGUF as written here would hold only a part."""
+    """Raise a ConfigError for a model with parts that are not written to GGUF here."""
     unsupported = [config.model_type] if config.model_type not in ARCHITECTURES else []
     rope = rope_parameters(config)
-    factors = rope.get("rope_type") == "llama3" and config.model_type == "llama"
-    unsupported += [] if factors else unsupported_rope(rope)
+    if (config.model_type, rope.get("rope_type")) != ("llama", "llama3"):  # see `tensors`
+        unsupported += unsupported_rope(rope)
     settings = ("attention_bias", "mlp_bias", "use_sliding_window")
     unsupported += [name for name in settings if getattr(config, name, False)]
     activation = getattr(config, "hidden_act", "silu")
-    unsupported += [f"hidden_act {activation}"] if activation != "silu" else []
+    if activation != "silu":
+        unsupported.append(f"hidden_act {activation}")
     if unsupported:
         raise ConfigError(
             f"GGUF export does not support {', '.join(unsupported)}: it is for plain Qwen3, Qwen2 "
@@ -180,7 +183,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def unsupported_rope(rope: dict[str, Any]) -> list[str]:
-    """Name what of a model's rotary parameters llama.cpp does not read from the file."""
+    """Return in words the rotary parameters that llama.cpp does not read from the file."""
     kind = rope.get("rope_type", "default")
     if kind not in ("default", *SCALED):
         reason = " (its angles follow a text's length)" if kind == "dynamic" else ""
@@ -204,7 +207,7 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
         {key: value for key, value in step.items() if key != "trim_offsets"}
         for step in pre.get("pretokenizers", [pre])
     ]
-    name = next((name for name, spec_of in PRE_TOKENIZERS.items() if spec_of == steps), None)
+    name = next((name for name, its_steps in PRE_TOKENIZERS.items() if its_steps == steps), None)
     unsupported = ["its pre-tokenizer"] if name is None else []
     unsupported += ["its normalizer"] if spec["normalizer"] not in (None, NORMALIZER) else []
     same_merges = bool(bpe.get("ignore_merges")) == (name in IGNORES_MERGES)
@@ -255,7 +258,7 @@ def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
             raise ModelError(f"llama.cpp has no tensor for the model's {name}.")
         yield gguf_name, value
     rope = config.rope_parameters
-    if rope.get("rope_type") == "llama3":
+    if rope.get("rope_type") == "llama3":  # llama.cpp divides the plain frequencies by factors
         width = head_size(config)
         plain = rope["rope_theta"] ** -(np.arange(0, width, 2) / width)
         scaled: Any = engine.model.base_model.rotary_emb.inv_freq  # type: ignore[union-attr]
@@ -263,15 +266,13 @@ def tensors(engine: Engine) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
 
 def storage(name: str, value: NDArray[np.float32], dtype: str) -> GGMLQuantizationType:
-    """Return how a weight is stored: vectors exactly, odd rows as f16, and embeddings
-    of 4 and 5 bits as q8_0.
-    """
+    """Return how a weight is stored: vectors and odd rows more finely than as `dtype`."""
     from gguf import GGMLQuantizationType as Kind
 
     if value.ndim == 1:
         return Kind.F32
     if dtype.startswith("q") and value.shape[-1] % BLOCK:
-        return Kind.F16
+        return Kind.F16  # its rows cannot be cut into blocks
     if dtype[:2] in ("q4", "q5") and name in ("token_embd.weight", "output.weight"):
         return Kind.Q8_0
     return Kind[dtype.upper()]
@@ -349,7 +350,6 @@ def add_tokenizer(
             kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
         texts.append(f"[UNUSED{index}]" if text is None else text)
         types.append(int(kind))
-    end = tokenizers.document_end(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(texts)
@@ -357,7 +357,9 @@ def add_tokenizer(
     writer.add_token_merges(merges)
     start = text_start(tokenizer)
     bos = start[0] if start else tokenizer.bos_token_id
-    writer.add_bos_token_id(end if bos is None else bos)  # or else llama.cpp takes token 11
+    if bos is None:  # without any, llama.cpp takes token 11
+        bos = tokenizers.document_end(tokenizer)
+    writer.add_bos_token_id(bos)
     writer.add_add_bos_token(bool(start))
     writer.add_add_eos_token(False)
     if tokenizer.pad_token_id is not None:

@@ -41,8 +41,8 @@ from minigpt.model.pretrained import base_of, find_model, save_model
 from minigpt.model.rope import max_positions
 from minigpt.reading import NotReadableError, refusing
 
-SAME_WEIGHTS = 1e-5  # limits of the logits' differences, in fp32
-MERGED_WEIGHTS = 1e-3  # W x + B A x against (W + B A) x
+SAME_WEIGHTS_LIMIT = 1e-5  # of the logits' differences, in fp32
+MERGED_WEIGHTS_LIMIT = 1e-3  # of an adapter's W x + B A x against the merged (W + B A) x
 # A tag as Jinja reads it in transformers, with the white space that it swallows.
 GENERATION_TAG = re.compile(
     r"(?:\s*\{%-|^[ \t]*\{%|\{%\+?)\s*(?:end)?generation\s*(?:-%\}\s*|\+%\}|%\}\n?)", re.MULTILINE
@@ -94,7 +94,7 @@ def export_hf(
         base = base_of_adapter(engine, model, adapter) if keep_adapter else None
         expected = observe(engine)
         use_plain_template(engine.tokenizer)
-        limit = SAME_WEIGHTS
+        limit = SAME_WEIGHTS_LIMIT
         if base is not None and engine.adapter is not None:
             save_adapter(engine.adapter, engine.tokenizer, partial)
             if base_name:
@@ -103,7 +103,7 @@ def export_hf(
         else:
             if engine.adapter is not None:
                 engine.model = merge(engine.adapter)
-                limit = MERGED_WEIGHTS
+                limit = MERGED_WEIGHTS_LIMIT
             save_model(engine.model, engine.tokenizer, partial)
         write_tokenizer_config(partial, engine)
         del engine  # before it is loaded a second time

@@ -107,8 +107,8 @@ def test_a_token_that_few_bits_put_below_the_best_ones_is_compared(
     monkeypatch.setattr(check, "TOP", 1)
     monkeypatch.setattr(check, "TEXTS", 10)
     monkeypatch.setattr(check, "QUESTIONS", PROMPTS)
-    limits = {**gguf.LOGPROBS, "q4_1": 3.0}
-    monkeypatch.setattr(gguf, "LOGPROBS", limits)
+    limits = {**gguf.LOGPROB_LIMITS, "q4_1": 3.0}
+    monkeypatch.setattr(gguf, "LOGPROB_LIMITS", limits)
     numbers = export(saved("llama", **SIZES), tmp_path / "out.gguf", dtype="q4_1")
     assert numbers["replies_equal"] != f"{len(PROMPTS)} of {len(PROMPTS)}"  # others were the best
     assert 0 < numbers["max_logprob_difference"] < 3.0
