@@ -115,7 +115,7 @@ def write_report(
     if runs:
         _samples(document, runs)
         _data(document, runs)
-        _origins(document, runs)
+        _provenance(document, runs)
     write_text(output, page("MiniGPT report", "".join(document.html)))
     write_text(output.with_suffix(".md"), "\n".join(["# MiniGPT report", "", *document.markdown]))
     return beginning
@@ -149,13 +149,9 @@ def _runs(document: Document, runs: Sequence[Run]) -> None:
     head = ("run", "stage", "steps", "tokens", "seconds", "tokens/s", "peak MB", "loss", "bpb")
     rows = []
     for run in runs:
-        edges = (
-            [lookup(run.summary, f"{when} val/{metric}") for when in ("before", "final")]
-            for metric in ("loss", "bits_per_byte")
-        )
-        losses = ["\u00a0→\u00a0".join(number(v) for v in pair if is_number(v)) for pair in edges]
+        losses = [_before_and_after(run, metric) for metric in ("loss", "bits_per_byte")]
         costs = (lookup(run.summary, key) for key in keys)
-        rows.append((run.name, run.stage, *costs, *losses, *_end(run)))
+        rows.append((run.name, run.stage, *costs, *losses, *_outcome(run)))
     document.table((*head, "ended by", "hf/ holds"), rows)
     document.note(
         "Loss (nats per target) and bits per byte: held out, before → after the last step. What "
@@ -163,13 +159,20 @@ def _runs(document: Document, runs: Sequence[Run]) -> None:
     )
 
 
-def _end(run: Run) -> tuple[str | None, str]:
+def _before_and_after(run: Run, metric: str) -> str:
+    """Return a held-out metric before the first step and after the last, as far as recorded."""
+    values = [lookup(run.summary, f"{when} val/{metric}") for when in ("before", "final")]
+    return "\u00a0→\u00a0".join(number(value) for value in values if is_number(value))
+
+
+def _outcome(run: Run) -> tuple[str | None, str]:
     """Return why a run ended, and which weights it exported."""
-    exported = [lookup(run.summary, f"exported {key}") for key in ("weights", "step")]
+    ended = lookup(run.summary, "ended", str)
+    weights, step = lookup(run.summary, "exported weights"), lookup(run.summary, "exported step")
+    if weights is None or step is None:
+        return ended, ""
     loss = lookup(run.summary, "exported held_out val/loss")
-    parts = [str(exported[0]), f"step {exported[1]}"] if None not in exported else []
-    parts += [f"loss {number(loss)}"] if parts and is_number(loss) else []
-    return lookup(run.summary, "ended", str), ", ".join(parts)
+    return ended, f"{weights}, step {step}" + (f", loss {number(loss)}" if is_number(loss) else "")
 
 
 def _curves(document: Document, runs: Sequence[Run]) -> None:
@@ -178,14 +181,7 @@ def _curves(document: Document, runs: Sequence[Run]) -> None:
         group = [run for run in runs if run.stage == stage]
         figures = []
         for title, (metric, unit) in CURVES.items():
-            kinds = {"train": f"train/{metric}", "val": f"val/{metric}", "": metric}
-            lines = {
-                f"{run.name} {kind}".strip() if len(group) > 1 else kind or metric: points
-                for run in group
-                for kind, key in kinds.items()
-                if (points := run.series(key))
-            }
-            if lines:
+            if lines := _lines(group, metric):
                 figures.append(line_chart(title, lines, y_label=unit))
         if figures:
             names = ", ".join(run.name for run in group)
@@ -193,24 +189,23 @@ def _curves(document: Document, runs: Sequence[Run]) -> None:
             document.figures(figures)
 
 
+def _lines(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
+    """Return a metric's curves by label: in training, in validation, or where it has no prefix."""
+    lines = {}
+    several = len(runs) > 1
+    for run in runs:
+        for kind in ("train", "val", ""):
+            points = run.series(f"{kind}/{metric}" if kind else metric)
+            if points:
+                lines[f"{run.name} {kind}".strip() if several else kind or metric] = points
+    return lines
+
+
 def _exams(document: Document, runs: Sequence[Run]) -> None:
     """Add the exams of `minigpt test`, each family with its interval."""
     exams: dict[str, dict[str, Score]] = {}
     for run in runs:
-        steps = lookup(run.exam, "step", int), lookup(run.summary, "exported step", int)
-        if steps[0] not in (None, steps[1]):
-            run.gaps.append(f"exam.json is of step {steps[0]}, the model of step {steps[1]}")
-            continue
-        replies = run.exam.get("replies")
-        families: dict[str, list[bool]] = {}
-        for reply in replies if isinstance(replies, list) else []:
-            if isinstance(reply, dict):
-                families.setdefault(str(reply.get("family")), []).append(bool(reply.get("right")))
-        demo = run.exam.get("demo_families")
-        for family in demo if isinstance(demo, list) else []:
-            if families.pop(str(family), None):
-                run.gaps.append(f"{family} is an exam of the demo, and the run has other data")
-        for family, rights in families.items():
+        for family, rights in _right_by_family(run).items():
             exams.setdefault(family, {})[run.name] = share(rights)
     if exams:
         document.heading("Exams")
@@ -221,6 +216,22 @@ def _exams(document: Document, runs: Sequence[Run]) -> None:
         ]
         document.table(("exam", *names), rows)
         document.figures([bars(family, scores) for family, scores in exams.items()])
+
+
+def _right_by_family(run: Run) -> dict[str, list[bool]]:
+    """Return whether each reply to an exam is right; what is left out becomes a gap of the run."""
+    step, model_step = lookup(run.exam, "step", int), lookup(run.summary, "exported step", int)
+    if step not in (None, model_step):
+        run.gaps.append(f"exam.json is of step {step}, the model of step {model_step}")
+        return {}
+    families: dict[str, list[bool]] = {}
+    for reply in lookup(run.exam, "replies", list) or []:
+        if isinstance(reply, dict):
+            families.setdefault(str(reply.get("family")), []).append(bool(reply.get("right")))
+    for family in lookup(run.exam, "demo_families", list) or []:
+        if families.pop(str(family), None):
+            run.gaps.append(f"{family} is an exam of the demo, and the run has other data")
+    return families
 
 
 def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
@@ -236,12 +247,12 @@ def read_scores(files: Sequence[str | Path]) -> dict[str, Results]:
             for model, tests in read_json(Path(file))["models"].items():
                 for test, scores in tests.items():
                     results.setdefault(model, {})[test] = {
-                        name: Score(**_numbers(score)) for name, score in scores.items()
+                        name: Score(**_require_numbers(score)) for name, score in scores.items()
                     }
     return results
 
 
-def _numbers(score: dict[str, Any]) -> dict[str, Any]:
+def _require_numbers(score: dict[str, Any]) -> dict[str, Any]:
     if not all(map(is_number, score.values())):
         raise ValueError("a score is no number")
     return score
@@ -252,8 +263,9 @@ def add_scores(document: Document, results: Mapping[str, Results]) -> None:
     for test, body in tables(results).items():
         document.heading(test)
         document.table(("", *results, "chance", "items"), body)
-        for name in (row[0] for row in body):
-            scores = {m: s for m, tests in results.items() if (s := tests.get(test, {}).get(name))}
+        for name, *_ in body:
+            of_test = {model: tests.get(test, {}) for model, tests in results.items()}
+            scores = {model: found[name] for model, found in of_test.items() if name in found}
             if all(score.high is not None for score in scores.values()):
                 document.figures([bars(f"{test}: {name}", scores)])
                 break
@@ -283,11 +295,7 @@ def _data(document: Document, runs: Sequence[Run]) -> None:
             configured = {"file": _files(lookup(run.config, f"data init_args {split}"))}
             for file in [file for file in recorded if isinstance(file, dict)] or [configured]:
                 counts = [file.get(name) for name in COUNTS]
-                cut = file.get("cut")
-                total = file.get("rows")
-                over = (
-                    f"{cut / total:.1%}" if is_number(cut) and is_number(total) and total else None
-                )
+                over = _share_over(file)
                 rows.append((run.name, split, file.get("file"), *counts, over))
                 lengths = [b for b in lookup(file, "lengths", list) or [] if _is_bar(b)]
                 if lengths:
@@ -296,6 +304,12 @@ def _data(document: Document, runs: Sequence[Run]) -> None:
     document.heading("Data")
     document.table(("run", "split", "file", *COUNTS, "over max_length"), rows)
     document.figures(figures)
+
+
+def _share_over(file: dict[str, Any]) -> str | None:
+    """Return the share of a data file's rows that were longer than `max_length`."""
+    cut, total = file.get("cut"), file.get("rows")
+    return f"{cut / total:.1%}" if is_number(cut) and is_number(total) and total else None
 
 
 def _is_bar(value: object) -> bool:
@@ -310,7 +324,7 @@ def _files(option: object) -> str | None:
     return None if option is None else str(option)
 
 
-def _origins(document: Document, runs: Sequence[Run]) -> None:
+def _provenance(document: Document, runs: Sequence[Run]) -> None:
     """Add hardware, versions and configs, and say what could not be read."""
     document.heading("Hardware and versions")
     machines = {run.name: lookup(run.summary, "machine", dict) or {} for run in runs}

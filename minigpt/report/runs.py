@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 
@@ -15,9 +15,9 @@ from minigpt.errors import ConfigError
 from minigpt.reading import read_json, read_text, read_yaml, reason_of
 
 Value = TypeVar("Value")
-LARGEST = 1e30  # number that a report takes
+LARGEST_NUMBER = 1e30  # that can be drawn
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "exam.json")
-KINDS = {"Pretrain": "Pretraining", "Reward": "Reward model"}  # others are called as they are
+STAGE_NAMES = {"Pretrain": "Pretraining", "Reward": "Reward model"}  # others: as the class
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """What kind of training it was."""
+        """Name of the stage that the run trained."""
         stage = lookup(self.summary, "stage", str) or lookup(self.config, "model class_path", str)
         name = (stage or "unknown").rpartition(".")[2].removesuffix("Module")
-        return KINDS.get(name, name)
+        return STAGE_NAMES.get(name, name)
 
     def series(self, metric: str) -> list[tuple[float, float]]:
         """Return (step, value) of a metric."""
@@ -70,8 +70,9 @@ class Run:
 
 def is_number(value: object) -> bool:
     """Whether a value of a JSON file is a finite number, of a size that can be drawn."""
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and -LARGEST < cast(float, value) < LARGEST
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
 def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None:  # type: ignore[assignment]
@@ -84,7 +85,8 @@ def lookup(value: object, path: str, kind: type[Value] = object) -> Value | None
 def run_directory(path: str | Path) -> Path:
     """Return the run directory that a path names itself, or by one of its checkpoints."""
     folder = Path(path)
-    return run.parent if (run := folder.absolute().parent).name == "checkpoints" else folder
+    parent = folder.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else folder
 
 
 def read_run(path: str | Path) -> Run:
