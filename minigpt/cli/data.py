@@ -242,13 +242,13 @@ def fetch(args: argparse.Namespace) -> None:
 
     if args.name is None:
         for name, corpus in CORPORA.items():
-            print(f"{name:18} {corpus.kind:10} {corpus.about}\n{'':29} {corpus.home.licence}")
+            print(f"{name:18} {corpus.kind:10} {corpus.about}\n{'':29} {corpus.repository.licence}")
         return
     if args.name not in CORPORA:
         raise ConfigError(f"No corpus {args.name!r}. Known are {', '.join(CORPORA)}.")
     corpus = CORPORA[args.name]
     print(f"{args.name}: {corpus.about}")
-    print(f"licence: {corpus.home.licence}\npage: {corpus.home.page}")
+    print(f"licence: {corpus.repository.licence}\npage: {corpus.repository.page}")
     modelscope = args.source == "modelscope"
     with writing(args.output_dir):
         out, rows, skipped = fetch(

@@ -75,8 +75,8 @@ _ALWAYS_TOKENISED = 8  # rows of a block that are tokenised even if they are sho
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _CONTROL_BYTES = CONTROL_BYTES + b"\x7f"
 _C1 = re.compile(b"\xc2[\x80-\x9f]")  # U+0080 to U+009F
-_ALONE = 3  # so many equal problems of a file have lines of their own; more are one line
-_NAMED = 5  # rows that are named in that line
+_MAX_SEPARATE = 3  # equal problems of a file, each in a line of its own; more share one line
+_MAX_NAMED = 5  # rows that such a line names
 _NUMBER = re.compile(r"\d+")
 _REMEDIES = {
     "control_character": "Training takes them; --fix writes a copy without them.",
@@ -94,7 +94,16 @@ _REMEDIES = {
     "unused_fields": "Nothing needs to be done where the text alone is to be learnt.",
 }
 
+Block = list[tuple[Record, Source]]
 Records = list[tuple[int, Record]]  # good rows with their lines
+
+
+@dataclass(slots=True)
+class _Group:
+    """Equal problems of a file: how many there are, and the first of them."""
+
+    count: int = 0
+    first: list[DataError] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -104,17 +113,15 @@ class Findings(BadRows):
     Attributes:
         limit: how many of each reason and file are listed; None for all.
         listed: the problems, as the errors that training would give.
-        groups: by file, reason and problem, of which numbers do not count, the first problems and
-            how many there are.
+        groups: equal problems, by file, reason and problem without its numbers.
+        group_counts: how many groups there are, by file and reason.
         dropped: per file, the lines that a mended copy leaves out, some of them twice.
     """
 
     limit: int | None = 20
     listed: list[DataError] = field(default_factory=list, init=False)
-    groups: dict[tuple[str, str, str], tuple[list[DataError], list[int]]] = field(
-        default_factory=dict, init=False
-    )
-    kinds: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)  # groups
+    groups: dict[tuple[str, str, str], _Group] = field(default_factory=dict, init=False)
+    group_counts: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     by_file: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     dropped: dict[str, array[int]] = field(default_factory=dict, init=False)
 
@@ -135,17 +142,17 @@ class Findings(BadRows):
         self._group(error)
 
     def _group(self, error: DataError) -> None:
-        text = _NUMBER.sub("#", f"{error.field}: {error.problem}")
-        key = (str(error.path), error.reason, text)
+        path, reason = str(error.path), error.reason
+        key = (path, reason, _NUMBER.sub("#", f"{error.field}: {error.problem}"))
         if key not in self.groups:
-            if self.limit is not None and self.kinds[key[:2]] >= self.limit:
+            if self.limit is not None and self.group_counts[path, reason] >= self.limit:
                 return
-            self.kinds[key[:2]] += 1
-            self.groups[key] = [], [0]
-        errors, count = self.groups[key]
-        count[0] += 1
-        if self.limit is None or len(errors) < _NAMED:
-            errors.append(error)
+            self.group_counts[path, reason] += 1
+            self.groups[key] = _Group()
+        group = self.groups[key]
+        group.count += 1
+        if self.limit is None or len(group.first) < _MAX_NAMED:
+            group.first.append(error)
 
     def leave_out(self, error: DataError) -> None:
         """Count a row that is too long, and list it if it is among the first."""
@@ -178,8 +185,8 @@ class Findings(BadRows):
         """Yield the problems by file and line, equal ones in one line, and the counts."""
         yield from self._problems()
         grouped: Counter[tuple[str, str]] = Counter()
-        for (path, reason, _), (_, count) in self.groups.items():
-            grouped[path, reason] += count[0]
+        for (path, reason, _), group in self.groups.items():
+            grouped[path, reason] += group.count
         for (path, reason), total in sorted(self.by_file.items()):
             if total > grouped[path, reason]:
                 yield f"{path}: {total - grouped[path, reason]} more [{reason}]; --all shows them"
@@ -188,13 +195,13 @@ class Findings(BadRows):
 
     def _problems(self) -> Iterator[str]:
         problems: list[tuple[DataError, str]] = []
-        for errors, (count,) in self.groups.values():
-            if self.limit is None or count <= _ALONE:
-                problems += [(error, "") for error in errors]
+        for group in self.groups.values():
+            if self.limit is None or group.count <= _MAX_SEPARATE:
+                problems += [(error, "") for error in group.first]
             else:
-                named = ", ".join(str(error.line) for error in errors)
-                more = ", ..." if count > len(errors) else ""
-                problems.append((errors[0], f" {count:,} times: lines {named}{more}"))
+                named = ", ".join(str(error.line) for error in group.first)
+                more = ", ..." if group.count > len(group.first) else ""
+                problems.append((group.first[0], f" {group.count:,} times: lines {named}{more}"))
         for error, times in sorted(problems, key=lambda p: (str(p[0].path), p[0].line or 0)):
             kind = "hint" if error.reason in HINTS else "error"
             yield f"{kind}: {error} [{error.reason}]{times}"
@@ -269,7 +276,7 @@ class Checker:
                 DataError(change, path=path, line=line, remedy=remedy, reason=reason)
             )
         if self.findings.unused:
-            self._add("unused_fields", unused_problem(self.findings.unused), path)
+            self._report("unused_fields", unused_problem(self.findings.unused), path)
             self.findings.unused = set()
 
     def _check_rows(self, path: Path, kind: Kind) -> None:
@@ -284,21 +291,22 @@ class Checker:
             [path], kind, self.findings, special_tokens=self.special_tokens, columns=self.columns
         )
         for block in _blocks(rows):
-            records = list(self._mended([(source.line, record) for record, source in block], path))
+            records = list(self._examined(block, path))
             self._remember(records)
-            self._compare(path, records)
+            self._add_near(records)
+            self._find_leaks(path, records)
             unpaired = [record for _, record in records if isinstance(record, Unpaired)]
             labels.update(record.desirable for record in unpaired)
             prompts.update([hash(record.prompt) for record in unpaired if len(prompts) < 2])
             if encoder:
-                self._encode(encoder, path, records)
+                self._find_without_targets(encoder, path, records)
         if encoder and encoder.cut:
-            self._add("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
+            self._report("cut", f"{encoder.cut} rows are cut to {self.limits.max_length}", path)
         if len(labels) == 1:
             kind_of_all = "desirable" if labels.pop() else "undesirable"
-            self._add("one_label", f"all completions are {kind_of_all}", path)
+            self._report("one_label", f"all completions are {kind_of_all}", path)
         if len(prompts) == 1:
-            self._add("one_prompt", "all rows have one prompt", path)
+            self._report("one_prompt", "all rows have one prompt", path)
         self.findings.check_too_long(self.rows - before)
 
     def _check_prompts(self, path: Path) -> None:
@@ -310,30 +318,30 @@ class Checker:
             self.hashes.append(key)
             self.lines.append(line)
             if source := self.validation.get(key):
-                self._add(
+                self._report(
                     "validation", f"the prompt is in the validation data: {source}", path, line
                 )
             length = len(codec.encode(prompt.content)) if codec else 0
             if length >= self.limits.max_length:
-                self._add("too_long", f"the prompt has {length} tokens", path, line)
+                self._report("too_long", f"the prompt has {length} tokens", path, line)
         if self.exam:
             leaked = self.exam.hits([_text_of(prompt) for prompt in prompts])
             for number, item in leaked.items():
                 line = prompts[number].source[1]
-                self._add("exam", f"holds a question of the exam {item}", path, line)
+                self._report("exam", f"holds a question of the exam {item}", path, line)
 
     def finish(self) -> None:
         """Find what is the same in rows of all the checked files."""
         duplicates = set()
         for row, other in self._duplicates():
-            self._add_pair("duplicate", "the row is the same as", row, other)
+            self._report_pair("duplicate", "the row is the same as", row, other)
             if self.near:
                 duplicates.add(row)
         for row, other in self.near.pairs(self.similarity) if self.near else ():
             if row >= self.validation_rows and row not in duplicates:
                 validation = other < self.validation_rows
                 reason = "near_validation" if validation else "near_duplicate"
-                self._add_pair(reason, "the row is nearly", row, other)
+                self._report_pair(reason, "the row is nearly", row, other)
 
     def write_fixed(self, path: Path, out: Path) -> int:
         """Write the good rows of a checked file as JSONL, mended; return how many.
@@ -368,23 +376,24 @@ class Checker:
         ordered = np.sort(np.asarray(self.hashes)[self.validation_rows :])
         repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         del ordered
-        first = dict.fromkeys(repeated.tolist(), -1)
+        first = dict.fromkeys(repeated.tolist(), -1)  # -1 until that first one
         for row, value in enumerate(self.hashes):
-            if row >= self.validation_rows and (other := first.get(value, row)) < row:
-                if other >= 0:
-                    yield row, other
-                else:
-                    first[value] = row
+            if row < self.validation_rows or value not in first:
+                continue
+            if first[value] < 0:
+                first[value] = row
+            else:
+                yield row, first[value]
 
-    def _mended(self, records: Records, path: Path) -> Iterator[tuple[int, Record]]:
-        """Report odd characters, and yield the records as they are in the mended copy."""
-        texts = (text for _, record in records for text in texts_of(record))
+    def _examined(self, block: Block, path: Path) -> Iterator[tuple[int, Record]]:
+        """Report odd characters and rows of the validation data; yield the records, mended."""
+        texts = (text for record, _ in block for text in texts_of(record))
         is_odd = has_odd_characters("\n".join(texts))
-        for line, record in records:
-            mended = self._without_odd(record, path, line) if is_odd else record
+        for record, source in block:
+            mended = self._without_odd(record, path, source.line) if is_odd else record
             if self.validation:
-                self._look_up(mended, path, line)
-            yield line, mended
+                self._compare_with_validation(mended, path, source.line)
+            yield source.line, mended
 
     def _remember(self, records: Records) -> None:
         self.lines.extend([line for line, _ in records])
@@ -394,10 +403,10 @@ class Checker:
         """Report a record's odd characters, and return it without those that can go."""
         text = "\n".join(texts_of(record))
         if "\ufffd" in text:
-            self._add("replacement_character", "holds U+FFFD, for lost text", path, line)
+            self._report("replacement_character", "holds U+FFFD, for lost text", path, line)
         if not _CONTROL.search(text):
             return record
-        self._add("control_character", "holds control characters", path, line)
+        self._report("control_character", "holds control characters", path, line)
         try:
             mended = parse_row(_without_control(as_row(record)), _kind(record), self.special_tokens)
         except DataError:  # such as for a text of nothing else
@@ -424,29 +433,32 @@ class Checker:
                 self.validation.setdefault(prompt, f"{path}:{line}")
         self._add_near(records)
 
-    def _look_up(self, record: Record, path: Path, line: int) -> None:
+    def _compare_with_validation(self, record: Record, path: Path, line: int) -> None:
         if source := self.validation.get(hash(record)):
-            self._add("validation", f"the row is in the validation data, too: {source}", path, line)
+            self._report(
+                "validation", f"the row is in the validation data, too: {source}", path, line
+            )
         elif source := self.validation.get(_prompt_hash(record)):
-            self._add("same_prompt", f"the validation data have this prompt: {source}", path, line)
+            self._report(
+                "same_prompt", f"the validation data have this prompt: {source}", path, line
+            )
 
-    def _compare(self, path: Path, records: Records) -> None:
-        self._add_near(records)
+    def _find_leaks(self, path: Path, records: Records) -> None:
         if self.exam:
             texts = [(line, text) for line, record in records for text in texts_of(record)]
             leaked = self.exam.hits([text for _, text in texts])
             for line, item in {texts[i][0]: item for i, item in leaked.items()}.items():
-                self._add("exam", f"holds a question of the exam {item}", path, line)
+                self._report("exam", f"holds a question of the exam {item}", path, line)
 
     def _add_near(self, records: Records) -> None:
         if self.near:
             numbers = range(len(self.hashes) - len(records), len(self.hashes))
             self.near.add(["\n".join(texts_of(record)) for _, record in records], numbers)
 
-    def _encode(self, encoder: Encoder, path: Path, records: Records) -> None:
+    def _find_without_targets(self, encoder: Encoder, path: Path, records: Records) -> None:
         """Find rows without targets among those that can be too long, and a few others.
 
-        A byte is at least the text of one token, so most rows need not be tokenised.
+        A token stands for at least one byte, so most rows are short enough without being tokenised.
         """
         assert encoder.codec is not None
         frame = len(encoder.codec.encode_prompt((Message("user", "a"),)))  # around each message
@@ -459,23 +471,23 @@ class Checker:
         for _ in encoder.encode(tokenised, self.findings):
             pass
 
-    def _add(self, reason: str, problem: str, path: Path, line: int | None = None) -> None:
+    def _report(self, reason: str, problem: str, path: Path, line: int | None = None) -> None:
         remedy = _REMEDIES[reason]
         self.findings.handle(DataError(problem, path=path, line=line, remedy=remedy, reason=reason))
 
-    def _add_pair(self, reason: str, problem: str, row: int, other: int) -> None:
+    def _report_pair(self, reason: str, problem: str, row: int, other: int) -> None:
         path, line = self._at(row)
         other_path, other_line = self._at(other)
-        self._add(reason, f"{problem} {other_path}:{other_line}", path, line)
+        self._report(reason, f"{problem} {other_path}:{other_line}", path, line)
 
     def _at(self, row: int) -> tuple[Path, int]:
         path = next(path for start, path in reversed(self.file_starts) if start <= row)
         return path, self.lines[row]
 
 
-def _blocks(rows: Iterable[tuple[Record, Source]]) -> Iterator[list[tuple[Record, Source]]]:
+def _blocks(rows: Iterable[tuple[Record, Source]]) -> Iterator[Block]:
     """Yield all rows, some hundreds at a time, and raise what `rows` raises after the last."""
-    block: list[tuple[Record, Source]] = []
+    block: Block = []
     try:
         for row in rows:
             block.append(row)
@@ -489,7 +501,7 @@ def _blocks(rows: Iterable[tuple[Record, Source]]) -> Iterator[list[tuple[Record
 
 
 def _prompt_hash(record: Record) -> int:
-    """Return a hash of the messages before the last answer, which no row has; 0 for a text."""
+    """Return a hash, other than any row's, of the messages before the last answer; 0 for a text."""
     if isinstance(record, Text):
         return 0
     prompt = record.messages[:-1] if isinstance(record, Chat) else record.prompt

@@ -24,20 +24,21 @@ Owners = NDArray[np.int64]
 
 EXAM_NGRAM = 13  # units that count as leaked (Brown et al. 2020)
 SHINGLE = 5  # characters
-BANDS, ROWS = 16, 4  # of a MinHash signature: pairs above 0.8 are met with 99.98% certainty
+BANDS, ROWS = 16, 4  # of a MinHash signature (Broder 1997): 99.98% of pairs above 0.8 are found
 _PAIRS_AT_A_TIME = 1 << 14
-# Of a shared n-gram, at least 13 letters, every 4th start gives 10 letters of the question.
-_LETTERS = 10
-_STRIDE = EXAM_NGRAM - 9
+# A shared n-gram has at least 4 windows of 10 letters: looking at every 4th start finds one.
+_WINDOW = 10  # letters
+_STRIDE = EXAM_NGRAM - _WINDOW + 1
+# Constants of SplitMix64 (Steele et al. 2014).
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-_SINGLE, _WORD = 1, 2
+_SINGLE, _WORD = 1, 2  # kinds of characters: a unit alone, or a part of one; 0 is neither
 _SINGLES = ((0x3040, 0x3100), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00))
 
 
 @cache
-def tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
-    """Return for each code point what it folds to, and whether it is a unit or part of one."""
+def unicode_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Return for each code point what it folds to, and its kind."""
     folded = np.arange(0x110000, dtype=np.uint32)
     kinds = np.zeros(0x110000, np.uint8)
     for code in range(0xD800):
@@ -72,13 +73,14 @@ def _codes(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 def characters(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.uint8], Owners]:
     """Return the folded characters [C] of all texts, their kinds [C] and owners [C]."""
-    folded, kinds = tables()
+    folded, kinds = unicode_tables()
     codes = folded[_codes(texts)]
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     return codes, kinds[codes], np.repeat(np.arange(len(texts)), lengths)
 
 
 def _mixed(values: Hashes) -> Hashes:
+    """Return hashes with mixed bits, by the first round of SplitMix64."""
     values = (values ^ (values >> np.uint64(30))) * _MIX
     mixed: Hashes = values ^ (values >> np.uint64(27))
     return mixed
@@ -110,18 +112,18 @@ def _ngrams(units: Hashes, owner: Owners, n: int) -> tuple[Hashes, Owners]:
 
 
 @cache
-def _letter() -> NDArray[np.uint32]:
+def _letters_only() -> NDArray[np.uint32]:
     """Return for each code point what it folds to if that is a letter or a digit; else 0."""
-    folded, kinds = tables()
+    folded, kinds = unicode_tables()
     letters: NDArray[np.uint32] = folded * (kinds[folded] > 0)
     return letters
 
 
 def _letter_hashes(letters: NDArray[np.uint32], stride: int) -> NDArray[np.uint32]:
-    """Return hashes, of 20 bits, of the runs of 10 letters that begin at every `stride`-th."""
-    count = max(0, (len(letters) - _LETTERS) // stride + 1)
+    """Return hashes, of 20 bits, of the windows of 10 letters that begin at every `stride`-th."""
+    count = max(0, (len(letters) - _WINDOW) // stride + 1)
     hashes = np.zeros(count, np.uint32)
-    for i in range(_LETTERS):
+    for i in range(_WINDOW):
         hashes = hashes * np.uint32(0x9E3779B1) + letters[i:][: count * stride : stride][:count]
     return hashes >> np.uint32(12)
 
@@ -156,14 +158,15 @@ class ExamIndex:
         ngrams, owner = _ngrams(*_units(questions), EXAM_NGRAM)
         self.ngrams, first = np.unique(ngrams, return_index=True)
         self.names = [names[i] for i in owner[first]]
-        self.sieve, self.bags = np.zeros((2, 1 << 20), np.bool_)
+        # Whether a hash is that of a window of a long question, or of a short one's bag of letters.
+        self.windows, self.bags = np.zeros((2, 1 << 20), np.bool_)
         for i in set(owner.tolist()):
-            letters = _letter()[_codes(questions[i : i + 1])]
-            self.sieve[_letter_hashes(letters[letters > 0], 1)] = True
+            letters = _letters_only()[_codes(questions[i : i + 1])]
+            self.windows[_letter_hashes(letters[letters > 0], 1)] = True
         short = sorted(set(range(len(questions))) - set(owner.tolist()))
         self.short = {normalise(questions[i]): names[i] for i in short}
         for text in filter(None, self.short):
-            self.bags[_bags(_letter()[_codes([text])], np.zeros(1, np.int64))] = True
+            self.bags[_bags(_letters_only()[_codes([text])], np.zeros(1, np.int64))] = True
         self.longest = max(map(len, self.short), default=0)
 
     def hits(self, texts: Sequence[str]) -> dict[int, str]:
@@ -171,32 +174,32 @@ class ExamIndex:
         leaked = {}
         codes = _codes([*texts, "\0"])  # so each text, even an empty one, starts at a character
         starts = np.cumsum([0, *map(len, texts)])
-        letters = _letter()[codes]
-        likely = self._sharing(letters, starts) if len(self.ngrams) else []
+        letters = _letters_only()[codes]
+        likely = self._may_share(letters, starts) if len(self.ngrams) else []
         ngrams, owner = _ngrams(*_units([texts[i] for i in likely]), EXAM_NGRAM)
         nearest = np.minimum(np.searchsorted(self.ngrams, ngrams), len(self.ngrams) - 1)
         for i in np.flatnonzero(self.ngrams[nearest] == ngrams).tolist():
             leaked[likely[owner[i]]] = self.names[nearest[i]]
-        for i in self._equal(codes, letters, starts) if self.short else ():
+        for i in self._may_equal(codes, letters, starts) if self.short else ():
             if name := self.short.get(normalise(texts[i])):
                 leaked[i] = name
         return leaked
 
-    def _sharing(self, letters: NDArray[np.uint32], starts: Owners) -> list[int]:
+    def _may_share(self, letters: NDArray[np.uint32], starts: Owners) -> list[int]:
         """Return the texts that may share an n-gram with a question."""
         positions = np.flatnonzero(letters)
         hashes = _letter_hashes(letters[positions], _STRIDE)
-        matches = np.flatnonzero(self.sieve[hashes]) * _STRIDE
+        matches = np.flatnonzero(self.windows[hashes]) * _STRIDE
         likely: list[int] = _owners(starts, positions[matches]).tolist()
         return likely
 
-    def _equal(
+    def _may_equal(
         self, codes: NDArray[np.uint32], letters: NDArray[np.uint32], starts: Owners
     ) -> list[int]:
         """Return the texts that may equal a question; to normalise them all takes long."""
         likely = self.bags[_bags(letters, starts)]
         likely[_owners(starts, np.flatnonzero(~_folds_fully()[codes]))] = True
-        likely[:-1] &= np.diff(starts) <= self.longest + 8
+        likely[:-1] &= np.diff(starts) <= self.longest + 8  # with outer spaces and marks
         return np.flatnonzero(likely[:-1]).tolist()
 
 
@@ -213,7 +216,7 @@ class NearDuplicates:
         self.numbers: list[NDArray[np.int64]] = []
 
     def add(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
-        """Take in texts under their numbers; those of fewer than 5 characters are left out."""
+        """Add texts with their numbers; those of fewer than 5 characters are left out."""
         codes, kinds, owner = characters(texts)
         ngrams, owner = _ngrams(codes[kinds > 0].astype(np.uint64), owner[kinds > 0], SHINGLE)
         if not len(ngrams):

@@ -32,7 +32,8 @@ Rows = Iterator[dict[str, Any]]
 
 HUB, MODELSCOPE = "https://huggingface.co", "https://modelscope.cn"
 GITHUB = "https://raw.githubusercontent.com"
-_TIMEOUT, _BLOCK = 30, 1 << 20
+_TIMEOUT = 30  # seconds without a byte
+_BLOCK = 1 << 20  # bytes that are read at once
 _LARGEST = 1 << 36  # bytes of a file whose host does not say how long it is
 _MARKS = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?s>")
 
@@ -90,18 +91,18 @@ class Download(NamedTuple):
     checksum: str
 
 
-class Home(NamedTuple):
-    """Where corpora live: the repository on the hub or GitHub, and its licence as stated."""
+class Repository(NamedTuple):
+    """A repository of corpora on the hub or GitHub, and its licence as stated."""
 
-    repository: str
+    name: str
     licence: str
     github: bool = False
-    modelscope: str = ""  # the repository there, if it has one
+    modelscope: str = ""  # its name there, if it has one
 
     @property
     def page(self) -> str:
         """The address of the repository's page."""
-        return ("https://github.com/" if self.github else f"{HUB}/datasets/") + self.repository
+        return ("https://github.com/" if self.github else f"{HUB}/datasets/") + self.name
 
 
 class Corpus(NamedTuple):
@@ -109,19 +110,21 @@ class Corpus(NamedTuple):
 
     about: str
     kind: Kind
-    home: Home
+    repository: Repository
     files: tuple[str, ...]
     convert: Callable[[Path], Rows] = _as_is
 
 
-_MINIMIND = Home(
+_MINIMIND = Repository(
     "jingyaogong/minimind_dataset",
     "Apache-2.0 and CC-BY-NC-2.0; gathered from other sets, whose terms apply as well",
     modelscope="gongjy/minimind_dataset",
 )
-_STORIES = Home("roneneldan/TinyStories", "CDLA-Sharing-1.0")
-_POETRY = Home("chinese-poetry/chinese-poetry", "MIT; the poems are in the public domain", True)
-_MEDICAL = Home("shibing624/medical", "Apache-2.0; meant for research, not medical advice")
+_STORIES = Repository("roneneldan/TinyStories", "CDLA-Sharing-1.0")
+_POETRY = Repository(
+    "chinese-poetry/chinese-poetry", "MIT; the poems are in the public domain", True
+)
+_MEDICAL = Repository("shibing624/medical", "Apache-2.0; meant for research, not medical advice")
 _TANG = tuple(f"全唐诗/poet.tang.{number}.json" for number in range(0, 58_000, 1000))
 _CI = tuple(f"宋词/ci.song.{number}.json" for number in range(0, 22_000, 1000))
 _TRAIN, _VAL = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
@@ -172,7 +175,7 @@ def fetch(
     """
     corpus = CORPORA[name]
     out = directory / f"{name}.jsonl"
-    if modelscope and not corpus.home.modelscope:
+    if modelscope and not corpus.repository.modelscope:
         raise ConfigError(f"{name} is not on ModelScope. Leave out --source modelscope.")
     if out.exists():
         raise ConfigError(f"{out} exists already. Remove it, or choose another --output_dir.")
@@ -181,7 +184,9 @@ def fetch(
 
     def converted() -> Rows:
         for file in files or corpus.files:
-            path, sources[file] = _download(corpus.home, file, directory / ".downloads", modelscope)
+            path, sources[file] = _download(
+                corpus.repository, file, directory / ".downloads", modelscope
+            )
             with progress.shown(f"converting {file}"):
                 yield from corpus.convert(path)
 
@@ -193,8 +198,9 @@ def fetch(
                 written += 1
         if not written:
             raise DataError(f"no row of {name} can be used: {dict(skipped)}. Has its form changed?")
-        home = {"licence": corpus.home.licence, "page": corpus.home.page, "files": sources}
-        write_json(directory / f"{name}.source.json", home | {"rows": written, "skipped": skipped})
+        origin = {"licence": corpus.repository.licence, "page": corpus.repository.page}
+        counts = {"rows": written, "skipped": skipped}
+        write_json(directory / f"{name}.source.json", origin | {"files": sources} | counts)
     return out, written, skipped
 
 
@@ -211,7 +217,7 @@ def _usable(rows: Rows, kind: Kind, skipped: Counter[str]) -> Iterator[bytes]:
 
 
 def _download(
-    home: Home, file: str, directory: Path, modelscope: bool
+    repository: Repository, file: str, directory: Path, modelscope: bool
 ) -> tuple[Path, dict[str, str]]:
     """Return a verified file and where it came from.
 
@@ -220,21 +226,21 @@ def _download(
     quoted = urllib.parse.quote(file)
     try:
         if modelscope:
-            url = f"{MODELSCOPE}/datasets/{home.modelscope}/resolve/master/{quoted}"
-            download = _from_web(url, directory / home.modelscope / file)
-        elif home.github:
-            url = f"{GITHUB}/{home.repository}/master/{quoted}"
-            download = _from_web(url, directory / home.repository / file)
+            url = f"{MODELSCOPE}/datasets/{repository.modelscope}/resolve/master/{quoted}"
+            download = _from_web(url, directory / repository.modelscope / file)
+        elif repository.github:
+            url = f"{GITHUB}/{repository.name}/master/{quoted}"
+            download = _from_web(url, directory / repository.name / file)
         else:
-            download = _from_hub(home.repository, file, directory / home.repository)
+            download = _from_hub(repository.name, file, directory / repository.name)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if is_disk_error(error) or (isinstance(error, PermissionError) and error.filename):
             raise  # it is this machine that cannot take the file
         raise ConfigError(
-            f"Cannot fetch {file} of {home.repository}: {reason_of(error)}. Run the command again "
+            f"Cannot fetch {file} of {repository.name}: {reason_of(error)}. Run the command again "
             "to go on where it stopped, set HF_ENDPOINT to a mirror of the hub, or fetch the file "
-            "by hand. "
-            f"If it is there no more, name another with --file: they are listed at {home.page}."
+            "by hand. If it is there no more, name another with --file: they are listed at "
+            f"{repository.page}."
         ) from error
     path = download.path
     sha256, git_sha1 = _checksums(path)

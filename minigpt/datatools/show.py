@@ -106,7 +106,7 @@ def _named_ids(sample: EncodedSample, kind: Kind) -> Iterator[tuple[str, list[in
 def _pieces(
     tokenizer: PreTrainedTokenizerFast, ids: list[int], targets: list[bool]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield tokens as text; those that share a character come together."""
+    """Yield tokens as text; those that share a character, of up to 4 bytes, come together."""
     start = 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.backend_tokenizer.decode(ids[start:end], skip_special_tokens=False)

@@ -35,13 +35,13 @@ from minigpt.data.formats import (
 )
 from minigpt.data.order import histogram, pack, utilisation
 from minigpt.data.store import Encoder, Limits
-from minigpt.datatools.duplicates import tables
+from minigpt.datatools.duplicates import unicode_tables
 from minigpt.errors import DataError
 from minigpt.page import bar_chart, charts, escape, number, table
 
-_TEXTS = 2000  # rows whose characters per token are counted
+_TEXTS = 2000  # rows, of those added at once, whose characters per token are counted
 _PROMPTS = 100_000  # different prompts that are counted at a time
-_TOP = 10
+_TOP = 10  # repeated prompts that a report lists
 _SCRIPTS = (  # what most of a row's letters belong to, and where these lie in Unicode
     ("Latin script", ((0x41, 0x5B), (0x61, 0x7B), (0xC0, 0x250), (0x1E00, 0x1F00))),
     ("Chinese", ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x33480))),
@@ -50,7 +50,7 @@ _SCRIPTS = (  # what most of a row's letters belong to, and where these lie in U
     ("Cyrillic", ((0x400, 0x530),)),
     ("Arabic", ((0x600, 0x780),)),
 )
-_LETTERS = 3  # of Latin script that weigh as much as one Chinese character
+_LATIN_PER_CHINESE = 3  # Latin letters that weigh as much as one character of another script
 _LATIN = re.compile("[A-Za-z]")
 _BLOCK_ROWS = 300  # measured together
 # Where the texts of a row hold the prompt, and how many of its characters are compared.
@@ -74,26 +74,27 @@ def _scripts() -> NDArray[np.uint8]:
     for index, (_, ranges) in enumerate(_SCRIPTS, 1):
         for start, end in ranges:
             scripts[start:end] = index
-    return scripts[tables()[0]]
+    return scripts[unicode_tables()[0]]
 
 
 def languages(texts: Sequence[str]) -> Counter[str]:
     """Count texts by the script of most of their letters; a tenth of kana makes Japanese."""
     names = [name for name, _ in _SCRIPTS] + ["other"]
     kinds = len(names)
-    plain = [text for text in texts if text.isascii()]
-    latin = sum(map(bool, map(_LATIN.search, plain)))
+    ascii_texts = [text for text in texts if text.isascii()]
+    latin = sum(map(bool, map(_LATIN.search, ascii_texts)))
     texts = [text for text in texts if not text.isascii()]
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
     rows = np.arange(0, kinds * len(texts), kinds).repeat([*map(len, texts)] or 0)
     cells = np.bincount(rows + _scripts()[codes], minlength=kinds * len(texts))
-    counts = cells.reshape(len(texts), kinds)[:, 1:]
-    counts[:, 1:] *= _LETTERS
-    counts[:, 2] += np.where(counts[:, 2] * 10 > counts[:, 1], counts[:, 1], 0)
+    counts = cells.reshape(len(texts), kinds)[:, 1:]  # a text's letters of each script
+    counts[:, 1:] *= _LATIN_PER_CHINESE
+    chinese, japanese = counts[:, 1], counts[:, 2]
+    japanese += np.where(japanese * 10 > chinese, chinese, 0)
     most = np.where(counts.any(1), counts.argmax(1), len(_SCRIPTS))
     totals = np.bincount(most, minlength=kinds)
     totals[0] += latin
-    totals[-1] += len(plain) - latin
+    totals[-1] += len(ascii_texts) - latin
     return Counter({name: n for name, n in zip(names, totals.tolist(), strict=True) if n})
 
 
@@ -168,7 +169,7 @@ def measure(
         DataError: when the file cannot be read or no row can be used.
     """
     kind = kind or guess_kind(path, columns)
-    rows = _Rows(kind)
+    rows = _RowCounts(kind)
     counts = _TokenCounts(kind, tokenizer, max_length) if tokenizer else None
     reservoir = _Reservoir(sample or 0)
     bad = BadRows("skip", 1.0)
@@ -192,7 +193,7 @@ def measure(
     }
 
 
-class _Rows:
+class _RowCounts:
     """Measures rows by their texts."""
 
     def __init__(self, kind: Kind) -> None:

@@ -197,7 +197,8 @@ def _lines(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, floa
         for kind in ("train", "val", ""):
             points = run.series(f"{kind}/{metric}" if kind else metric)
             if points:
-                lines[f"{run.name} {kind}".strip() if several else kind or metric] = points
+                label = f"{run.name} {kind}".strip() if several else kind or metric
+                lines[label] = points
     return lines
 
 

@@ -206,7 +206,7 @@ def test_the_list_and_wrong_names(tmp_path: Path, minigpt: Any) -> None:
     assert listed.status == 0
     for name, corpus in fetch.CORPORA.items():
         assert name in listed.out
-        assert corpus.home.licence in listed.out
+        assert corpus.repository.licence in listed.out
     assert "No corpus 'x'. Known are minimind-pretrain" in minigpt("data", "fetch", "x").err
     options = ("data", "fetch", "tang-poems", "--source", "modelscope", "--output_dir", tmp_path)
     assert "not on ModelScope" in minigpt(*options).err
