@@ -27,7 +27,6 @@ from minigpt.data.formats import (
     Chat,
     Kind,
     Message,
-    Preference,
     Prompt,
     Record,
     Source,
@@ -35,6 +34,7 @@ from minigpt.data.formats import (
     Unpaired,
     changes,
     guess_kind,
+    kind_of,
     lines_of,
     load_prompts,
     open_data,
@@ -407,8 +407,9 @@ class Checker:
         if not _CONTROL.search(text):
             return record
         self._report("control_character", "holds control characters", path, line)
+        row = _without_control(as_row(record))
         try:
-            mended = parse_row(_without_control(as_row(record)), _kind(record), self.special_tokens)
+            mended = parse_row(row, kind_of(row), self.special_tokens)
         except DataError:  # such as for a text of nothing else
             self.findings.drop(str(path), line)
             return record
@@ -519,28 +520,17 @@ def _content_hash(prompt: Prompt) -> int:
     return hash(("content", prompt.content))
 
 
-def _kind(record: Record) -> Kind:
-    if isinstance(record, Preference):
-        return "preference"
-    if isinstance(record, Unpaired):
-        return "unpaired"
-    return "text" if isinstance(record, Text) else "chat"
-
-
 def as_row(record: Record) -> dict[str, object]:
     """Return a row that is read as this record."""
     if isinstance(record, Text):
         return {"text": record.text}
-    if isinstance(record, Preference):
-        chosen, rejected = record.chosen.content, record.rejected.content
-        prompt = [message._asdict() for message in record.prompt]
-        row: dict[str, object] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        return row | ({"margin": record.margin} if record.margin else {})
+    if isinstance(record, Chat):
+        return {"messages": [message._asdict() for message in record.messages]}
+    row: dict[str, object] = {"prompt": [message._asdict() for message in record.prompt]}
     if isinstance(record, Unpaired):
-        prompt = [message._asdict() for message in record.prompt]
-        completion = record.completion.content
-        return {"prompt": prompt, "completion": completion, "label": record.desirable}
-    return {"messages": [message._asdict() for message in record.messages]}
+        return row | {"completion": record.completion.content, "label": record.desirable}
+    row |= {"chosen": record.chosen.content, "rejected": record.rejected.content}
+    return row | ({"margin": record.margin} if record.margin else {})
 
 
 def has_odd_characters(text: str) -> bool:

@@ -60,11 +60,8 @@ _PROMPT: dict[Kind, tuple[int, int]] = {
     "preference": (-3, 200),
     "unpaired": (-2, 200),
 }
-_TURN_ROLE: dict[Kind, str] = {
-    "chat": "assistant",
-    "preference": "user",
-    "unpaired": "user",
-}
+# Whose messages count the turns of a row.
+_TURN_ROLE: dict[Kind, str] = {"chat": "assistant", "preference": "user", "unpaired": "user"}
 
 
 @cache

@@ -41,9 +41,8 @@ def choose(engine: Engine, items: Sequence[Item], source: str) -> dict[str, Scor
         sum; for minimal pairs ``accuracy`` alone, by the sum. Then each family's.
     """
     alternatives = chain.from_iterable(_alternatives(engine, item) for item in items)
-    logps, _ = score(engine, list(alternatives), source)
-    following = iter(logps)
-    scored = [(item, list(islice(following, len(item.choices)))) for item in items]
+    logps = (logp for logp, _ in score(engine, list(alternatives), source))
+    scored = [(item, list(islice(logps, len(item.choices)))) for item in items]
     with_prompts = any(item.prompt for item in items)
     scores = {"accuracy": _accuracy(scored, per_byte=with_prompts)}
     if with_prompts:

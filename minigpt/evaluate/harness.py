@@ -113,11 +113,11 @@ def _adapter(engine: Engine) -> object:
 
         def loglikelihood(self, requests: Sequence[_Instance]) -> list[tuple[float, bool]]:
             pairs = [continuation(engine, *request.args) for request in requests]
-            return list(zip(*score(engine, pairs), strict=True))
+            return score(engine, pairs)
 
         def loglikelihood_rolling(self, requests: Sequence[_Instance]) -> list[float]:
             pairs = [continuation(engine, "", request.args[0]) for request in requests]
-            return score(engine, pairs)[0]
+            return [logp for logp, _ in score(engine, pairs)]
 
         def generate_until(self, requests: Sequence[_Instance]) -> list[str]:
             contexts = [request.args[0] for request in requests]

@@ -47,17 +47,9 @@ Continuation = tuple[list[int], list[int]]  # ids of a context, and of what foll
 class Reader(Protocol):
     """What reads samples: an engine, or a reward model."""
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its tokenizer."""
-
-    @property
-    def rows(self) -> int:
-        """How many token ids it embeds."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    rows: int  # how many token ids the model embeds
 
 
 def batches(engine: Engine, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
@@ -132,7 +124,7 @@ def continuation(engine: Engine, context: str, rest: str) -> Continuation:
 
 def score(
     engine: Engine, continuations: Sequence[Continuation], source: str = ""
-) -> tuple[list[float], list[bool]]:
+) -> list[tuple[float, bool]]:
     """Score continuations.
 
     Args:
@@ -141,7 +133,7 @@ def score(
         source: the file they come from, for errors.
 
     Returns:
-        Each continuation's summed log-probability in nats, and whether greedy decoding would
+        For each continuation its summed log-probability in nats, and whether greedy decoding would
         produce it.
     """
     order = sorted(range(len(continuations)), key=lambda i: sum(map(len, continuations[i])))
@@ -158,8 +150,7 @@ def score(
         greedy = sum_by(differs, batch.answers, batch.n_answers) == 0
         results += zip(sums.tolist(), greedy.tolist(), strict=True)
         progress.report(len(results), len(continuations))
-    as_given = [result for _, result in sorted(zip(order, results, strict=True))]
-    return [logp for logp, _ in as_given], [is_greedy for _, is_greedy in as_given]
+    return [result for _, result in sorted(zip(order, results, strict=True))]
 
 
 def documents(path: str, special: Sequence[str] = ()) -> Iterator[tuple[Record, Source]]:

@@ -244,9 +244,7 @@ def _choices(codec: ChatCodec, item: Item) -> Sample:
     """Return an item as its prompt with all choices as answers."""
     prompt = item.prompt
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    planned = codec.plan_answers(messages, [Message("assistant", text) for text in item.choices])
-    unit_ids = codec.encode_units(
-        [unit for turn in planned for text in turn.units for unit in text]
-    )
-    prompts, answers = zip(*(codec.turn_ids(turn, unit_ids) for turn in planned), strict=True)
+    turns = codec.plan_answers(messages, [Message("assistant", text) for text in item.choices])
+    unit_ids = codec.encode_units([unit for turn in turns for text in turn.units for unit in text])
+    prompts, answers = zip(*(codec.turn_ids(turn, unit_ids) for turn in turns), strict=True)
     return _sample(prompts[0], [answer.ids for answer in answers])

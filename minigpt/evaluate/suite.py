@@ -6,18 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Literal
 
 from minigpt.data.formats import BadRows, load_prompts, read_records
 from minigpt.errors import ConfigError
-from minigpt.evaluate import (
-    choices,
-    exam,
-    harness,
-    health,
-    likelihood,
-    preferences,
-    reward_model,
-)
+from minigpt.evaluate import choices, exam, harness, health, likelihood, preferences, reward_model
 from minigpt.evaluate.reward_model import RewardScorer
 from minigpt.evaluate.scores import Results, Score, share, tables
 from minigpt.infer.engine import Engine, Sampling
@@ -104,12 +97,8 @@ def _text(path: str, settings: Settings) -> Test:
     return partial(likelihood.bits_per_byte, path=path, max_length=settings.max_length)
 
 
-def _choices(path: str, settings: Settings) -> Test:
-    return partial(choices.choose, items=exam.load_items(path, "choices"), source=path)
-
-
-def _pairs(path: str, settings: Settings) -> Test:
-    return partial(choices.choose, items=exam.load_items(path, "pairs"), source=path)
+def _choices(path: str, settings: Settings, kind: Literal["choices", "pairs"] = "choices") -> Test:
+    return partial(choices.choose, items=exam.load_items(path, kind), source=path)
 
 
 def _exam(path: str, settings: Settings) -> Test:
@@ -157,7 +146,7 @@ def _harness(path: str, settings: Settings) -> Test:
 MAKERS: dict[str, Callable[[str, Settings], Test]] = {
     "text": _text,
     "choices": _choices,
-    "pairs": _pairs,
+    "pairs": partial(_choices, kind="pairs"),
     "exam": _exam,
     "preferences": _preferences,
     "prompts": _generation,

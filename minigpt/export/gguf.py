@@ -46,22 +46,17 @@ BLOCK = 32  # values of a row that share a scale in the types of few bits
 # Limits of a weight's error, as a share of its tensor's largest absolute value.
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.0045}
 ROUNDING |= {"Q5_1": 0.033, "Q5_0": 0.063, "Q4_1": 0.068, "Q4_0": 0.126}
-# Limits of the differences of log-probabilities, in nats. The largest that were measured: of
-# SmolLM2-135M (30 layers) f16 0.014, q8_0 0.23, q5_1 0.85; of models of two layers f16 0.003,
-# bf16 0.03, q8_0 0.07, q5_1 0.32, q4_1 0.87, q4_0 0.78. bf16 rounds 8 times as coarsely as f16,
-# so about 0.11 is to be expected of it with 30 layers.
+# Limits of the differences of log-probabilities, in nats. The largest measured: of SmolLM2-135M
+# (30 layers) f16 0.014, q8_0 0.23, q5_1 0.85; of two layers f16 0.003, bf16 0.03, q8_0 0.07,
+# q5_1 0.32, q4_1 0.87, q4_0 0.78. As bf16 rounds 8 times as coarsely as f16, 30 layers make 0.11.
 LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.3, "q8_0": 0.3}
 LOGPROB_LIMITS |= {"q5_1": 1.5, "q5_0": 1.5, "q4_1": 2.0, "q4_0": 2.0}
 
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
-_QWEN2 = {
-    "type": "Split",
-    "pattern": {"Regex": QWEN2_PATTERN},
-    "behavior": "Isolated",
-    "invert": False,
-}
-_LLAMA3 = {**_QWEN2, "pattern": {"Regex": LLAMA3_PATTERN}}
+_SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+_QWEN2 = {**_SPLIT, "pattern": {"Regex": QWEN2_PATTERN}}
+_LLAMA3 = {**_SPLIT, "pattern": {"Regex": LLAMA3_PATTERN}}
 # The pre-tokenizers that llama.cpp computes alike, by its names for them.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [_QWEN2, {**_BYTES, "use_regex": False}],

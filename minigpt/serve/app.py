@@ -178,8 +178,7 @@ class Endpoints:
         context = self._engine(body.model).context
         with self.worker.reserved(body.model, len(prompts) * body.n):
             async with asyncio.timeout_at(deadline):
-                encoding = self._encoded(body.model, prompts, param)
-                encoded = await until_disconnect(request, encoding)
+                encoded = await until_disconnect(request, self._encoded(body.model, prompts, param))
         sequences = [
             (ids, sampling) for ids in encoded for sampling in body.samplings(context - len(ids))
         ]

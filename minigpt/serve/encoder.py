@@ -70,10 +70,8 @@ class Encoder:
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
         try:
             return self.engine.encode(prompt)
-        except MiniGPTError:
-            raise
         except BaseException as error:
-            if not is_failure(error):
+            if isinstance(error, MiniGPTError) or not is_failure(error):
                 raise
             raise EncodingError(f"The tokenizer failed on this prompt: {error!r}") from None
 

@@ -64,7 +64,7 @@ def test_scores_are_the_models_own(
     with torch.no_grad():  # one that greedy decoding would say
         best = int(model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
     pairs.append(([5, 6, 7], [best]))
-    sums, greedy = score(model, pairs)
+    sums, greedy = map(list, zip(*score(model, pairs), strict=True))
     expected = [plainly(model, *pair) for pair in pairs]
     assert sums == pytest.approx([logp for logp, _ in expected], abs=1e-4)
     assert greedy == [same for _, same in expected]
