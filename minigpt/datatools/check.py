@@ -421,8 +421,8 @@ class Checker:
         self.file_starts.append((len(self.hashes), path))
         bad = BadRows("skip", 1.0)
         if self.kind == "prompt":
-            for asked in load_prompts(path, self.columns, bad):
-                self.validation.setdefault(_content_hash(asked), f"{path}:{asked.source[1]}")
+            for prompt in load_prompts(path, self.columns, bad):
+                self.validation.setdefault(_content_hash(prompt), f"{path}:{prompt.source[1]}")
             return
         kind = self.kind or guess_kind(path, self.columns)
         rows = read_records([path], kind, bad, columns=self.columns)
@@ -430,8 +430,8 @@ class Checker:
         self._remember(records)
         for line, record in records:
             self.validation.setdefault(hash(record), f"{path}:{line}")
-            if prompt := _prompt_hash(record):
-                self.validation.setdefault(prompt, f"{path}:{line}")
+            if prompt_hash := _prompt_hash(record):
+                self.validation.setdefault(prompt_hash, f"{path}:{line}")
         self._add_near(records)
 
     def _compare_with_validation(self, record: Record, path: Path, line: int) -> None:

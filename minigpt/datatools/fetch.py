@@ -44,7 +44,7 @@ def _as_is(path: Path) -> Rows:
 
 
 def _marked(path: Path) -> Rows:
-    """Texts whose pieces another tokenizer's control tokens part."""
+    """Texts with another tokenizer's control tokens, of which line breaks are made."""
     for row in _as_is(path):
         pieces = map(str.strip, _MARKS.split(str(row.get("text", ""))))
         yield {"text": "\n".join(filter(None, pieces))}

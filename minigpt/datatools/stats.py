@@ -82,8 +82,9 @@ def languages(texts: Sequence[str]) -> Counter[str]:
     latin = sum(map(bool, map(_LATIN.search, ascii_texts)))
     texts = [text for text in texts if not text.isascii()]
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
-    rows = np.arange(0, kinds * len(texts), kinds).repeat([*map(len, texts)] or 0)
-    cells = np.bincount(rows + _scripts()[codes], minlength=kinds * len(texts))
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    first_cells = np.arange(0, kinds * len(texts), kinds).repeat(lengths)  # of each one's text
+    cells = np.bincount(first_cells + _scripts()[codes], minlength=kinds * len(texts))
     counts = cells.reshape(len(texts), kinds)[:, 1:]  # a text's letters of each script
     counts[:, 1:] *= _LATIN_PER_CHINESE
     chinese, japanese = counts[:, 1], counts[:, 2]

@@ -27,7 +27,7 @@ COUNTED_MB = 500  # of larger data files, the card gives the size instead of the
 IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 MODEL = 'model = AutoModelForCausalLM.from_pretrained("{path}")\n'
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-ROWS = (  # ids may leave some out, so that there are fewer tokens
+ROWS = (  # not len(tokenizer), which is too few where the ids have gaps
     "rows = max(tokenizer.get_vocab().values()) + 1\n"
     "model.resize_token_embeddings(max(rows, model.config.vocab_size))\n"
 )

@@ -15,7 +15,7 @@ from minigpt.page import Html, bar_chart, charts, escape, line_chart, number, pa
 from minigpt.reading import read_json, refusing
 from minigpt.report.runs import Run, is_number, lookup, read_run
 
-CURVES = {
+CURVES = {  # the metric of each chart, and the unit of its y axis
     "Loss": ("loss", "nats"),
     "Bits per byte": ("bits_per_byte", "bits"),
     "Reward margin": ("rewards/margin", ""),
@@ -28,7 +28,7 @@ CURVES = {
     "Gradient norm": ("grad_norm", ""),
     "Throughput": ("tokens_per_s", "tokens per second"),
 }
-COUNTS = ("rows", "samples", "tokens", "targets", "cut")
+COUNTS = ("rows", "samples", "tokens", "targets", "cut")  # of a data file, in summary.json
 
 
 class Document:

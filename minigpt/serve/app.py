@@ -397,7 +397,7 @@ async def handle(_: Request, error: Exception) -> Response:
         case HTTPException():
             return error_response(error.status_code, str(error.detail))
         case QueueFullError():
-            message = "All places are taken. Try again."
+            message = "The queue is full. Try again."
             return error_response(429, message, "queue_full", retry_after="1")
     return server_error(error)
 

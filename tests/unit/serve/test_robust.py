@@ -348,7 +348,7 @@ def test_full_queue(engines: dict[str, Engine]) -> None:
     with running(engines, slots=2, max_queue=1) as served:
         client = served.client
         streams = [client.completions.create(**LONG) for _ in range(3)]
-        with pytest.raises(openai.RateLimitError, match="All places are taken") as caught:
+        with pytest.raises(openai.RateLimitError, match="The queue is full") as caught:
             client.completions.create(**LONG)
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
