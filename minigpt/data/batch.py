@@ -120,26 +120,26 @@ class PackedBatch:
         spans = self.plan.spans.view(-1, 4)
         return (spans[:, 2] + spans[:, 3] - 1).to(self.input_ids.device, torch.int64)
 
+    @property
+    def is_filler(self) -> bool:
+        """Whether nothing is learnt from it: it keeps processes in step at the end of an epoch."""
+        return len(self.labels) == 0
+
+    def _with(self, change: Callable[[Any], Any]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {n: v for n, v in values.items() if isinstance(v, Tensor | AttentionPlan)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Move all tensors to a device; Lightning calls it."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | AttentionPlan)
-        }
-        return replace(self, **moved)
+        return self._with(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Pin all tensors for an asynchronous copy to a GPU."""
-        pinned: dict[str, Any] = {
-            f.name: value.pin_memory()
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | AttentionPlan)
-        }
-        return replace(self, **pinned)
+        return self._with(lambda x: x.pin_memory())
 
     def without_targets(self) -> PackedBatch:
-        """Return the batch with nothing to learn, to keep processes in step at an epoch's end."""
+        """Return the batch as a filler."""
         empty = self.labels[:0]
         plan = replace(self.plan, predict_at=empty)
         return replace(self, labels=empty, answers=empty, plan=plan)

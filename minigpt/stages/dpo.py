@@ -14,7 +14,7 @@ from minigpt.model.losses import PreferenceLoss, sum_by
 from minigpt.model.packed_lm import PackedLM
 from minigpt.stages.base import LossSums
 from minigpt.stages.preference_loss import PreferenceOptions
-from minigpt.stages.reference import ReferenceModule, digest_of, scores_of
+from minigpt.stages.reference import ReferenceModule, digest_of, pair_logprobs
 
 
 class DPOModule(ReferenceModule):
@@ -58,7 +58,7 @@ class DPOModule(ReferenceModule):
         return self.preference.needs_reference
 
     def build_model(self) -> PackedLM:
-        """Note by what log-probs are saved that are computed once."""
+        """Note the digest under which precomputed log-probs are saved: that of the weights."""
         lm = super().build_model()
         if self.source is self.start and self.reference == "precomputed":
             self._digest = digest_of(lm, str(self.trainer.precision))
@@ -75,14 +75,14 @@ class DPOModule(ReferenceModule):
         precomputed: dict[tuple[str, int], Tensor] = {}
         for store in self.data.stores():
             broadcast = self.trainer.strategy.broadcast
-            scores = scores_of(store, self.data, self._digest, self._score, broadcast)
-            on_device = torch.from_numpy(scores).to(self.device)
+            logprobs = pair_logprobs(store, self.data, self._digest, self._logprobs_of, broadcast)
+            on_device = torch.from_numpy(logprobs).to(self.device)
             sources = ((str(store.source), line) for line in store.lines().tolist())
             precomputed.update(zip(sources, on_device, strict=True))
         self._precomputed = precomputed
         self._frozen.clear()
 
-    def _score(self, batch: PackedBatch) -> Tensor:
+    def _logprobs_of(self, batch: PackedBatch) -> Tensor:
         with self.trainer.precision_plugin.forward_context():  # as in a step
             return self.reference_logprobs(batch.to(self.device))
 
@@ -94,7 +94,7 @@ class DPOModule(ReferenceModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed loss of all pairs, and the sums behind its metrics."""
-        learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
+        learns = not batch.is_filler
         policy = self.model(batch, per_answer=True)
         reference = self.reference_logprobs(batch) if self.needs_reference else None
         lengths = sum_by(torch.ones_like(batch.labels), batch.answers, batch.n_answers)

@@ -66,7 +66,7 @@ class KTOModule(ReferenceModule):
         assert isinstance(batch, UnpairedBatch)
         assert batch.window is not None
         baseline = self.baseline(batch.window)
-        learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
+        learns = not batch.is_filler
         ratios = self.model(batch, per_answer=True) - self.reference_logprobs(batch)
         desirable = batch.desirable
         losses = kto(ratios, desirable, baseline, self.beta, *self.weights)
@@ -109,7 +109,7 @@ class KTOModule(ReferenceModule):
         for batch in window.mismatched:
             batch = batch.to(self.device)
             ratios = self.model(batch, per_answer=True) - self.reference_logprobs(batch)
-            learns = len(batch.labels) > 0
+            learns = not batch.is_filler
             values = {"ratios": ratios.sum() * float(learns), "count": float(len(ratios) * learns)}
             sums.add(values, self.device)
         self.model.train(training)

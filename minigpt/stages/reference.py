@@ -26,7 +26,7 @@ from minigpt.stages.base import BaseModule
 
 log = logging.getLogger(__name__)
 
-Scores = NDArray[np.float32]  # [S, 2] summed log-probs of the chosen and the rejected answers
+PairLogprobs = NDArray[np.float32]  # [S, 2] summed log-probs of the chosen and the rejected answers
 
 
 class ReferenceModule(BaseModule):
@@ -104,13 +104,13 @@ def digest_of(lm: PackedLM, precision: str) -> str:
     return digest.hexdigest()[:20]
 
 
-def scores_of(
+def pair_logprobs(
     store: TokenStore,
     data: JSONLDataModule,
     model: str,
     logprobs: Callable[[PackedBatch], Tensor],
-    broadcast: Callable[[Scores | None], Scores | None],
-) -> Scores:
+    broadcast: Callable[[PairLogprobs | None], PairLogprobs | None],
+) -> PairLogprobs:
     """Return the log-probs of all pairs of a store, from disk where they were saved before.
 
     The first process decides and reads; all processes share the computing.
@@ -132,30 +132,30 @@ def scores_of(
     local: list[tuple[int, list[float]]] = []
     for batch in PackedDataset(order, [StoreSubset(store)], 0, 0, data.rank, data.world_size):
         values = logprobs(batch).view(-1, 2).float().tolist()
-        if len(batch.labels):  # otherwise the batch only keeps processes in step
+        if not batch.is_filler:
             local += zip((line for _, line in batch.sources), values, strict=True)
     by_line = dict(gathered(local))
-    scores = np.array([by_line[line] for line in store.lines().tolist()], np.float32)
+    pairs = np.array([by_line[line] for line in store.lines().tolist()], np.float32)
     if data.rank == 0:
-        _write(path, scores)
-    return scores
+        _write(path, pairs)
+    return pairs
 
 
-def _read(path: Path, pairs: int) -> Scores | None:
+def _read(path: Path, pairs: int) -> PairLogprobs | None:
     if not is_private(path):  # not there, or another user may have written it
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            scores: Scores = arrays["scores"]  # checked against the sum that a zip file holds
+            found: PairLogprobs = arrays["scores"]  # checked against the sum that a zip file holds
     except Exception:  # missing, or damaged, which a zip file tells by any error
         return None
-    return scores if scores.shape == (pairs, 2) and scores.dtype == np.float32 else None
+    return found if found.shape == (pairs, 2) and found.dtype == np.float32 else None
 
 
-def _write(path: Path, scores: Scores) -> None:
+def _write(path: Path, logprobs: PairLogprobs) -> None:
     try:
         with atomic_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, scores=scores)
+            np.savez(file, scores=logprobs)
             make_private(partial)
     except OSError as error:  # a run can do without: the next one computes them again
         log.warning("The reference's log-probs cannot be saved in %s: %s", path, error.strerror)

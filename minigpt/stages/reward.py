@@ -60,7 +60,7 @@ class RewardModule(BaseModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
         """Return the summed loss of all pairs, and the sums behind its metrics."""
-        learns = len(batch.labels) > 0  # otherwise the batch only keeps processes in step
+        learns = not batch.is_filler
         scores = self.model(batch, per_answer=True)
         margins = torch.tensor(batch.margins, device=scores.device)
         losses = bradley_terry(scores, margins, self.centering)

@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from minigpt.errors import ConfigError, DataError, TrainingError
 from minigpt.reading import reason_of
-from minigpt.stages.reward_rules import NOT_SCORED, Rollout, Scorer, Scores
+from minigpt.stages.reward_rules import NOT_SCORED, AnswerToScore, Scorer, Scores
 
 # What is passed beside a row's fields.
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -69,7 +69,7 @@ class FunctionReward(Scorer):
                     remedy="Rename the field.",
                 )
 
-    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[AnswerToScore], state: TrainerState) -> Scores:
         """Call the function.
 
         Raises:
@@ -85,7 +85,7 @@ class FunctionReward(Scorer):
         return Scores(scores, {name: mean(logged) for name, logged in metrics.items()})
 
     def _call(
-        self, answers: Sequence[Rollout], state: TrainerState
+        self, answers: Sequence[AnswerToScore], state: TrainerState
     ) -> tuple[Any, dict[str, list[float]]]:
         metrics: dict[str, list[float]] = defaultdict(list)
         names = dict.fromkeys(name for answer in answers for name in answer.fields)
@@ -104,7 +104,7 @@ class FunctionReward(Scorer):
         return result, dict(metrics)
 
     def _failure(
-        self, answers: Sequence[Rollout], state: TrainerState, error: Exception
+        self, answers: Sequence[AnswerToScore], state: TrainerState, error: Exception
     ) -> TrainingError:
         """Say which row a function raised at: the first one with which alone it raises again."""
         rows = rows_of(answers)
@@ -120,7 +120,7 @@ class FunctionReward(Scorer):
             "--ckpt_path auto."
         )
 
-    def _list_of(self, result: Any, answers: Sequence[Rollout]) -> Sequence[object]:
+    def _list_of(self, result: Any, answers: Sequence[AnswerToScore]) -> Sequence[object]:
         try:
             values = list(result)
         except TypeError:
@@ -135,7 +135,7 @@ class FunctionReward(Scorer):
             f"but must give a list with one for each. The rows: {rows_of(answers)}."
         )
 
-    def _number(self, value: object, answer: Rollout) -> float:
+    def _number(self, value: object, answer: AnswerToScore) -> float:
         if value is None:
             return NOT_SCORED
         number = math.inf
@@ -205,7 +205,7 @@ def required_arguments(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def rows_of(answers: Sequence[Rollout]) -> str:
+def rows_of(answers: Sequence[AnswerToScore]) -> str:
     """Return file and line of the rows behind answers; of the first ones if there are many."""
     rows = list(dict.fromkeys(f"{path}:{line}" for path, line in (a.source for a in answers)))
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
@@ -221,13 +221,13 @@ async def _result_of(result: Awaitable[Any]) -> Any:
     return await result
 
 
-def _prompt(answer: Rollout) -> str | list[dict[str, str]]:
+def _prompt(answer: AnswerToScore) -> str | list[dict[str, str]]:
     if isinstance(answer.prompt, str):
         return answer.prompt
-    return [{"role": turn.role, "content": turn.content} for turn in answer.prompt]
+    return [{"role": message.role, "content": message.content} for message in answer.prompt]
 
 
-def _completion(answer: Rollout) -> str | list[dict[str, str]]:
+def _completion(answer: AnswerToScore) -> str | list[dict[str, str]]:
     if isinstance(answer.prompt, str):
         return answer.completion
     return [{"role": "assistant", "content": answer.completion}]

@@ -31,7 +31,7 @@ _NUMBER = re.compile(
 
 
 @dataclass(frozen=True)
-class Rollout:
+class AnswerToScore:
     """A sampled answer to a row's prompt, as rewards see it.
 
     Attributes:
@@ -83,7 +83,7 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[AnswerToScore], state: TrainerState) -> Scores:
         """Score answers.
 
         Args:
@@ -98,19 +98,19 @@ class Scorer(ABC):
 class Rule(Scorer):
     """A reward of each answer by itself."""
 
-    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[AnswerToScore], state: TrainerState) -> Scores:
         """Score each answer."""
         return Scores([float(self.score_one(answer)) for answer in answers])
 
     @abstractmethod
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Return the reward of an answer, or NaN if it cannot be scored."""
 
 
 class Exact(Rule):
     """1 if the answer ended and its text is that of a field of the row, otherwise 0.
 
-    White space around both does not count. Where the field is null, it cannot be scored.
+    White space around both does not count. Where the field is null, the answer cannot be scored.
     """
 
     def __init__(self, field: str) -> None:
@@ -120,7 +120,7 @@ class Exact(Rule):
         """Check that the field is a string, a number or null."""
         expected_text(fields, self.field)
 
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Compare with the field."""
         expected = expected_text(answer.fields, self.field)
         if expected is None:
@@ -132,8 +132,8 @@ class Numeric(Rule):
     """1 if the last number of the answer is that of a field of the row, otherwise 0.
 
     See `last_number` for what is a number. Values are compared exactly: 0.5, .50 and 1/2 are
-    equal, 0.333 and 1/3 are not. Where the field is null, it cannot be scored; an answer without a
-    number gets 0.
+    equal, 0.333 and 1/3 are not. Where the field is null, the answer cannot be scored; one without
+    a number gets 0.
     """
 
     def __init__(self, field: str) -> None:
@@ -149,7 +149,7 @@ class Numeric(Rule):
                 remedy="Write the number, or null for a row that shall not be scored.",
             )
 
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Compare with the field's number."""
         expected = expected_text(answer.fields, self.field)
         if expected is None:
@@ -162,7 +162,7 @@ class Regex(Rule):
 
     With a field, what the first match holds in its first group (of a pattern without groups: the
     whole match) must also be the field's text, without white space around both. Where the field is
-    null, it cannot be scored.
+    null, the answer cannot be scored.
     """
 
     def __init__(self, pattern: str, field: str | None) -> None:
@@ -173,7 +173,7 @@ class Regex(Rule):
         if self.field is not None:
             expected_text(fields, self.field)
 
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Search the answer."""
         match = self.pattern.search(answer.completion)
         if self.field is None:
@@ -194,7 +194,7 @@ class Length(Rule):
 
     name = "length"
 
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Count the tokens."""
         return len(answer.completion_ids)
 
@@ -216,7 +216,7 @@ class Json(Rule):
         self.name = "json"
         self.validator = None if schema is None else validator_of(schema, source)
 
-    def score_one(self, answer: Rollout) -> float:
+    def score_one(self, answer: AnswerToScore) -> float:
         """Parse and validate the answer."""
         try:
             value = json.loads(answer.completion, parse_constant=_refuse)

@@ -17,12 +17,12 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.reading import LARGEST_CONFIG, read_json, refusing
 from minigpt.stages.reward_function import FunctionReward
 from minigpt.stages.reward_rules import (
+    AnswerToScore,
     Exact,
     Json,
     Length,
     Numeric,
     Regex,
-    Rollout,
     Scorer,
     Scores,
 )
@@ -117,7 +117,7 @@ class ModelReward(Scorer):
     def __init__(self, model: RewardModel) -> None:
         self.model = model
 
-    def score(self, answers: Sequence[Rollout], state: TrainerState) -> Scores:
+    def score(self, answers: Sequence[AnswerToScore], state: TrainerState) -> Scores:
         """Score the answers."""
         prompts = [answer.prompt_ids for answer in answers]
         return Scores(self.model.scores(prompts, [answer.completion_ids for answer in answers]))
@@ -128,11 +128,11 @@ class RewardTable:
     """What the R rewards of a run say of A answers.
 
     Attributes:
-        parts: [R, A] of each reward, without its weight; NaN if it cannot score an answer.
+        unweighted: [R, A] of each reward; NaN if it cannot score an answer.
         metrics: what functions gave to `log_metric`.
     """
 
-    parts: Tensor
+    unweighted: Tensor
     metrics: dict[str, float]
 
 
@@ -176,7 +176,7 @@ class Rewards:
         except DataError as error:
             raise error.at(path, line) from None
 
-    def score(self, answers: Sequence[Rollout], step: int, max_steps: int) -> RewardTable:
+    def score(self, answers: Sequence[AnswerToScore], step: int, max_steps: int) -> RewardTable:
         """Score answers.
 
         Args:
@@ -189,20 +189,21 @@ class Rewards:
         """
         state = TrainerState(global_step=step, max_steps=max_steps)
         scores = [scorer.score(answers, state) for scorer in self.scorers]
-        parts = torch.tensor([part.values for part in scores], dtype=torch.float32)
+        unweighted = torch.tensor([one.values for one in scores], dtype=torch.float32)
         metrics: dict[str, float] = {}
-        for part in scores:
-            metrics |= part.metrics
-        return RewardTable(parts, metrics)
+        for one in scores:
+            metrics |= one.metrics
+        return RewardTable(unweighted, metrics)
 
-    def total(self, parts: Tensor) -> Tensor:
-        """Return the weighted sum over the first dimension of [R, ...].
+    def total(self, unweighted: Tensor) -> Tensor:
+        """Return the weighted sum over the rewards, the first dimension of [R, ...].
 
-        It is NaN where a part is, unless that part weighs nothing and is only logged.
+        It is NaN where a reward is, unless that one has the weight 0 and is only logged.
         """
-        total = parts.new_zeros(parts.shape[1:])
-        for weight, part in zip(self.weights, parts, strict=True):
-            total = total + weight * part if weight else total
+        total = unweighted.new_zeros(unweighted.shape[1:])
+        for weight, reward in zip(self.weights, unweighted, strict=True):
+            if weight:
+                total = total + weight * reward
         return total
 
     def __len__(self) -> int:

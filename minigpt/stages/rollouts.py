@@ -16,7 +16,7 @@ from minigpt.infer.engine import Engine
 from minigpt.infer.rollout import SampledAnswer, sample_groups
 from minigpt.model.policy_losses import groups_with_signal
 from minigpt.stages.collapse import repeated_ngrams
-from minigpt.stages.reward_rules import Rollout
+from minigpt.stages.reward_rules import AnswerToScore
 from minigpt.stages.rewards import Rewards
 
 
@@ -28,8 +28,8 @@ class Answers:
         prompts: P prompts.
         groups: for each, G answers.
         texts: of the answers, without the token that ended them.
-        parts: [R, P, G] each reward without its weight; NaN where it cannot score an answer.
-        rewards: [P, G] their weighted sums; NaN where a part is.
+        unweighted: [R, P, G] each of R rewards; NaN where it cannot score an answer.
+        rewards: [P, G] their weighted sums; NaN where one with a weight is.
         metrics: what reward functions gave to `log_metric`.
         redrawn: groups that were sampled again.
     """
@@ -37,7 +37,7 @@ class Answers:
     prompts: Sequence[EncodedPrompt]
     groups: list[list[SampledAnswer]]
     texts: list[list[str]]
-    parts: Tensor
+    unweighted: Tensor
     rewards: Tensor
     metrics: dict[str, float]
     redrawn: int = 0
@@ -47,7 +47,7 @@ class Answers:
         for number, group, texts in zip(numbers, others.groups, others.texts, strict=True):
             self.groups[number] = group
             self.texts[number] = texts
-        self.parts[:, numbers] = others.parts
+        self.unweighted[:, numbers] = others.unweighted
         self.rewards[numbers] = others.rewards
         self.redrawn = max(self.redrawn, len(numbers))  # a later redraw has some of the same groups
 
@@ -62,7 +62,7 @@ class Answers:
         return torch.tensor([[answer.ended for answer in group] for group in self.groups])
 
     def sums(self, names: Sequence[str]) -> dict[str, Tensor | float]:
-        """Return the sums behind what is logged of them (`rollout_means`).
+        """Return the sums from which `rollout_means` makes what is logged.
 
         Args:
             names: of the rewards.
@@ -71,7 +71,7 @@ class Answers:
         rewards = self.rewards.nan_to_num(0.0)
         means = rewards.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
         ids = [answer.ids for group in self.groups for answer in group]
-        by_name = list(zip(names, self.parts, strict=True))
+        by_name = list(zip(names, self.unweighted, strict=True))
         return {
             "answers": float(len(ids)),
             "scored": scored.sum(),
@@ -83,8 +83,8 @@ class Answers:
             "length": self.lengths.sum(),
             "cut_off": (~self.ended).sum(),
             "repeated": repeated_ngrams(ids) * len(ids),  # a mean over answers
-            **{f"reward/{name}": part.nan_to_num(0.0).sum() for name, part in by_name},
-            **{f"scored/{name}": (~part.isnan()).sum() for name, part in by_name},
+            **{f"reward/{name}": one.nan_to_num(0.0).sum() for name, one in by_name},
+            **{f"scored/{name}": (~one.isnan()).sum() for name, one in by_name},
         }
 
 
@@ -162,8 +162,8 @@ class RolloutSampler:
         self, prompts: Sequence[EncodedPrompt], groups: list[list[SampledAnswer]]
     ) -> Answers:
         texts = [[self._text(answer) for answer in group] for group in groups]
-        judged = [
-            Rollout(
+        to_score = [
+            AnswerToScore(
                 prompt=prompt.prompt.content,
                 prompt_ids=prompt.ids,
                 completion=text,
@@ -175,14 +175,14 @@ class RolloutSampler:
             for prompt, group, of_group in zip(prompts, groups, texts, strict=True)
             for answer, text in zip(group, of_group, strict=True)
         ]
-        table = self.rewards.score(judged, *self.progress)
+        table = self.rewards.score(to_score, *self.progress)
         shape = (len(prompts), -1)
         return Answers(
             prompts,
             groups,
             texts,
-            table.parts.view(len(table.parts), *shape),
-            self.rewards.total(table.parts).view(shape),
+            table.unweighted.view(len(table.unweighted), *shape),
+            self.rewards.total(table.unweighted).view(shape),
             table.metrics,
         )
 
@@ -237,10 +237,10 @@ def rollout_means(totals: dict[str, float]) -> dict[str, float]:
     Means of rewards are over the answers that each could score; without any there is none.
     """
     answers, scored, groups = totals["answers"], totals["scored"], totals["groups"]
-    parts = [name for name in totals if name.startswith("reward/")]
-    counts = {"reward": scored} | {
-        name: totals[f"scored/{name.removeprefix('reward/')}"] for name in parts
-    }
+    counts = {"reward": scored}
+    for name in totals:
+        if name.startswith("reward/"):
+            counts[name] = totals[f"scored/{name.removeprefix('reward/')}"]
     means = {name: totals[name] / count for name, count in counts.items() if count}
     if scored:
         means["rollout/spread"] = (totals["spread"] / scored) ** 0.5

@@ -67,7 +67,7 @@ def test_precomputed_is_live_in_bf16_as_well(
         return abs(chosen) + abs(rejected)
 
     live, cached = off_by("live", "model"), off_by("cached", "precomputed")
-    monkeypatch.setattr(DPOModule, "_score", DPOModule.reference_logprobs)
+    monkeypatch.setattr(DPOModule, "_logprobs_of", DPOModule.reference_logprobs)
     fp32 = off_by("fp32", "precomputed")
     assert live == pytest.approx(0, abs=1e-6)
     assert cached < fp32 / 5

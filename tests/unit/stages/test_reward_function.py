@@ -15,16 +15,20 @@ from transformers import TrainerState
 from minigpt.data.formats import Message
 from minigpt.errors import ConfigError, DataError, TrainingError
 from minigpt.stages.reward_function import FunctionReward
-from minigpt.stages.reward_rules import Rollout, Scores
+from minigpt.stages.reward_rules import AnswerToScore, Scores
 
 STATE = TrainerState(global_step=3, max_steps=10)
 QUESTION = (Message("system", "Be short."), Message("user", "2+2?"))
 CHATS = [
-    Rollout(QUESTION, [2], "4", [9, 1], True, {"prompt": "2+2?", "answer": 4}, ("a.jsonl", 1)),
-    Rollout(QUESTION, [2], "5", [8, 1], True, {"prompt": "2+2?", "answer": 4}, ("a.jsonl", 1)),
-    Rollout(QUESTION[1:], [2], "no", [7, 7, 7], False, {"level": "hard"}, ("b.jsonl", 7)),
+    AnswerToScore(
+        QUESTION, [2], "4", [9, 1], True, {"prompt": "2+2?", "answer": 4}, ("a.jsonl", 1)
+    ),
+    AnswerToScore(
+        QUESTION, [2], "5", [8, 1], True, {"prompt": "2+2?", "answer": 4}, ("a.jsonl", 1)
+    ),
+    AnswerToScore(QUESTION[1:], [2], "no", [7, 7, 7], False, {"level": "hard"}, ("b.jsonl", 7)),
 ]
-TEXTS = [Rollout("Once", [2], " upon", [3], True, {"answer": 1}, ("c.jsonl", 2))]
+TEXTS = [AnswerToScore("Once", [2], " upon", [3], True, {"answer": 1}, ("c.jsonl", 2))]
 
 FUNCTIONS = """
 import dataclasses
@@ -100,7 +104,9 @@ def test_a_function_of_trl_runs_unmodified() -> None:
     assert spec.submodule_search_locations is not None
     rewards = Path(spec.submodule_search_locations[0], "rewards", "format_rewards.py")
     reward = FunctionReward(f"{rewards}:think_format_reward")
-    thought = Rollout(QUESTION, [2], "<think>Two.</think>4", [1], True, {"answer": 4}, ("a", 1))
+    thought = AnswerToScore(
+        QUESTION, [2], "<think>Two.</think>4", [1], True, {"answer": 4}, ("a", 1)
+    )
     assert reward.score([*CHATS, thought], STATE).values == [0, 0, 0, 1]
 
 

@@ -13,19 +13,19 @@ import pytest
 
 from minigpt.errors import ConfigError, DataError, TrainingError
 from minigpt.stages.reward_rules import (
+    AnswerToScore,
     Exact,
     Json,
     Length,
     Numeric,
     Regex,
-    Rollout,
     Rule,
     last_number,
 )
 
 
-def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> Rollout:
-    return Rollout("?", [4], text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
+def answer(text: str, fields: Mapping[str, Any] = {}, ended: bool = True) -> AnswerToScore:
+    return AnswerToScore("?", [4], text, [5, 6, 7], ended, fields, ("rows.jsonl", 3))
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.stages.reward_rules import Rollout
+from minigpt.stages.reward_rules import AnswerToScore
 from minigpt.stages.rewards import Reward, RewardKind, RewardModel, Rewards
 
 ANSWERS = [
-    Rollout("2+2=", [7], "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
-    Rollout("2+2=", [7], "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
-    Rollout("2+2=", [7], "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
+    AnswerToScore("2+2=", [7], "4", [1, 2], True, {"answer": "4"}, ("a.jsonl", 1)),
+    AnswerToScore("2+2=", [7], "so 4", [1, 2, 3], True, {"answer": "4"}, ("a.jsonl", 1)),
+    AnswerToScore("2+2=", [7], "four", [1], True, {"answer": None}, ("a.jsonl", 2)),
 ]
 
 
@@ -55,14 +55,14 @@ def test_the_weighted_sum() -> None:
     table = rewards.score(ANSWERS, 0, 10)
     names = ["exact", "numeric", "regex_1", "regex_2", "length", "json", "reward_model"]
     assert rewards.names == names
-    parts = dict(zip(names, table.parts.tolist(), strict=True))
+    parts = dict(zip(names, table.unweighted.tolist(), strict=True))
     assert parts["exact"][:2] == [1, 0]
     assert parts["numeric"][:2] == [1, 1]
     assert (parts["regex_1"], parts["regex_2"]) == ([0, 1, 0], [0, 0, 1])
     assert (parts["length"], parts["json"]) == ([2, 3, 1], [1, 0, 0])
     assert parts["reward_model"] == [-2, -3, -1]
-    totals = rewards.total(table.parts).tolist()
-    assert rewards.total(table.parts.view(len(rewards), 3, 1)).shape == (3, 1)
+    totals = rewards.total(table.unweighted).tolist()
+    assert rewards.total(table.unweighted.view(len(rewards), 3, 1)).shape == (3, 1)
     assert totals[:2] == pytest.approx([2 + 1 - 0.02 - 2, 1 + 0.5 - 0.03 - 3])
     assert [math.isnan(value) for value in (totals[2], parts["exact"][2])] == [True, True]
 
@@ -78,7 +78,7 @@ def test_a_schema_may_be_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
     file.write_text(json.dumps({"type": "integer"}))
     rewards = Rewards([Reward("json", schema=str(file))], load)
-    assert rewards.score(ANSWERS, 0, 10).parts.tolist() == [[1, 0, 0]]
+    assert rewards.score(ANSWERS, 0, 10).unweighted.tolist() == [[1, 0, 0]]
     file.write_text('{"not": 3}')
     with pytest.raises(ConfigError, match=r"schema.json.not is no JSON Schema: 3 is not of type"):
         Rewards([Reward("json", schema=str(file))], load)
