@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.batch import PackedBatch, Sample, collate
 from minigpt.data.formats import BatchKind, Kind, Prompt, expand_files, load_prompts
-from minigpt.data.order import FileShare, PackedOrder, histogram
+from minigpt.data.order import FileShare, PackedOrder, histogram, spread_evenly
 from minigpt.data.store import Limits, TokenStore, open_store
 from minigpt.data.tokenizer import check_ids
 from minigpt.errors import ConfigError, DataError
@@ -110,7 +111,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         subsets: where samples are read.
         epoch, start: the first micro-batch to read, counted over all processes.
         rank, world_size: this process and how many there are. Micro-batch j goes to rank
-            j % world_size; where an epoch does not divide, the last ones learn nothing.
+            j % world_size; where an epoch does not divide, the last ones get fillers.
         pack_samples: makes a batch, as `collate` does.
     """
 
@@ -135,21 +136,21 @@ class PackedDataset(IterableDataset[PackedBatch]):
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        for number, (members, is_filler, resume_at) in enumerate(self._local_bins()):
+        for number, (members, is_filler, resume_at) in enumerate(self._local_micro_batches()):
             if number % workers == worker_id:
                 samples = [self.subsets[file].sample(index) for file, index in members]
                 batch = self.pack_samples(samples, resume_at)
                 yield batch.without_targets() if is_filler else batch
 
-    def _local_bins(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
-        """Yield this process's bins, whether they only fill up, and what comes after them."""
-        group: list[list[tuple[int, int]]] = []  # one bin for each process
+    def _local_micro_batches(self) -> Iterator[tuple[list[tuple[int, int]], bool, tuple[int, int]]]:
+        """Yield this process's micro-batches: (file, sample) pairs, `is_filler` and `resume_at`."""
+        group: list[list[tuple[int, int]]] = []  # one micro-batch for each process
         done = self.start
-        bins = islice(self.order.batches(self.epoch), self.start, None)
-        following = next(bins, None)
+        micro_batches = islice(self.order.batches(self.epoch), self.start, None)
+        following = next(micro_batches, None)
         while following is not None:
             group.append(following)
-            following = next(bins, None)
+            following = next(micro_batches, None)
             if len(group) == self.world_size or following is None:
                 done += len(group)
                 is_filler = self.rank >= len(group)
@@ -177,8 +178,8 @@ class ErrorsAsItems(IterableDataset[PackedBatch | DataError]):
 class PackedDataLoader:
     """Iterable of one epoch's batches that starts at the DataModule's position."""
 
-    def __init__(self, module: JSONLDataModule, training: bool) -> None:
-        self.module = module
+    def __init__(self, data: JSONLDataModule, training: bool) -> None:
+        self.data = data
         self.training = training
 
     @staticmethod
@@ -189,24 +190,24 @@ class PackedDataLoader:
         return collate(samples, resume_at, read_last)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        module = self.module
+        data = self.data
         if self.training:
-            order, subsets = module.order, module.train_subsets
-            epoch, start = module.position
+            order, subsets = data.order, data.train_subsets
+            epoch, start = data.position
         else:
-            order, subsets = module.val_order, module.val_subsets
+            order, subsets = data.val_order, data.val_subsets
             epoch, start = 0, 0
         assert order is not None
-        rank, world_size = module.rank, module.world_size
-        pack_samples = partial(self.pack_samples, read_last=module.module.reads_last_tokens)
+        rank, world_size = data.rank, data.world_size
+        pack_samples = partial(self.pack_samples, read_last=data.module.reads_last_tokens)
         dataset = PackedDataset(order, subsets, epoch, start, rank, world_size, pack_samples)
         loader = DataLoader(
             ErrorsAsItems(dataset),
             batch_size=None,
-            num_workers=module.worker_count,
-            pin_memory=module.on_gpu,
+            num_workers=data.worker_count,
+            pin_memory=data.on_gpu,
             generator=torch.Generator(),  # not the default one, so that dropout stays the same
-            worker_init_fn=ignore_signals if module.worker_count else None,
+            worker_init_fn=ignore_signals if data.worker_count else None,
         )
         for batch in loader:
             if isinstance(batch, DataError):
@@ -383,23 +384,22 @@ class JSONLDataModule(LightningDataModule):
         self.world_size = self.trainer.world_size
         self.on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if stage in ("fit", "validate", "test") and self.order is None and self.val_order is None:
-            self._setup_train()
+            self._setup_data()
 
-    def _setup_train(self) -> None:
+    def _setup_data(self) -> None:
+        """Divide the samples into those to train on and those held out, and order both."""
         weights = self.train_weights
         self.train_subsets = [StoreSubset(self._open(path)) for path in weights]
         held_out: list[StoreSubset] = []
         if self.val_files:
             held_out = [StoreSubset(self._open(path)) for path in self.val_files]
         elif self.val_share:
-            shares_held_out = [_held_out(one.store, self.val_share) for one in self.train_subsets]
-            held_out = within(shares_held_out, self.max_held_out_tokens)
-            self.train_subsets = [
-                _without(one.store, rows)
-                for one, rows in zip(self.train_subsets, held_out, strict=True)
-            ]
+            stores = [subset.store for subset in self.train_subsets]
+            shares_held_out = [_held_out(store, self.val_share) for store in stores]
+            held_out = bounded_rows(shares_held_out, self.max_held_out_tokens)
+            self.train_subsets = list(map(_without, stores, held_out))
         self.all_held_out_tokens = sum(subset.tokens() for subset in held_out)
-        self.val_subsets = [one for one in within(held_out, self.max_val_tokens) if len(one)]
+        self.val_subsets = list(filter(len, bounded_rows(held_out, self.max_val_tokens)))
         shares = [
             _share(path, len(subset), weight)
             for subset, (path, weight) in zip(self.train_subsets, weights.items(), strict=True)
@@ -407,8 +407,8 @@ class JSONLDataModule(LightningDataModule):
         if shares:
             self.order = self._ordered(self.train_subsets, shares, self.seed, *self._epoch())
         if self.val_subsets:
-            all_of_them = [FileShare(len(subset), len(subset)) for subset in self.val_subsets]
-            self.val_order = self._ordered(self.val_subsets, all_of_them, None)
+            whole_files = [FileShare(len(subset), len(subset)) for subset in self.val_subsets]
+            self.val_order = self._ordered(self.val_subsets, whole_files, None)
 
     def _epoch(self) -> tuple[int | None, bool]:
         """Return how many micro-batches an epoch has, if not all, and whether all are the same."""
@@ -469,7 +469,7 @@ class JSONLDataModule(LightningDataModule):
         return min(tokens, limit * self.tokens_per_batch * self.world_size)
 
     def held_out_source(self) -> str:
-        """Return in words what a validation reads less than, and by which option; often nothing."""
+        """Return in words what the validation's rows are a part of, by which options, if any."""
         text = ""
         if not self.val_files and self.val_subsets:
             text = f" of the training data (val_share {self.val_share:g}"
@@ -604,7 +604,7 @@ class JSONLDataModule(LightningDataModule):
 
     def fingerprint(self) -> str:
         """Return a digest of the training files' contents, limits and weights."""
-        stores = [(s.store.path.name.rsplit("-", 1)[-1], len(s)) for s in self.train_subsets]
+        stores = [(subset.store.digest, len(subset)) for subset in self.train_subsets]
         text = json.dumps([stores, list(self.train_weights.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -658,27 +658,40 @@ def _share(path: str, samples: int, weight: float) -> FileShare:
     return FileShare(samples, count)
 
 
-def _held_out(store: TokenStore, share: float) -> StoreSubset:
-    """Return the samples of a share of a store's rows, spread evenly."""
-    line = store.lines()
-    held_out = np.floor(line * share) > np.floor((line - 1) * share)
+def is_held_out(lines: NDArray[np.int64], share: float, source: str | Path) -> NDArray[np.bool_]:
+    """Return which of a file's rows [K] make up a share that is held out, spread evenly.
+
+    Args:
+        lines: [K] numbers of the rows, from 1.
+        share: of the rows.
+        source: of the file.
+
+    Raises:
+        ConfigError: when these are all rows or none.
+    """
+    held_out = spread_evenly(lines, share)
     if held_out.all() or not held_out.any():
         raise ConfigError(
-            f"{store.source} has too few rows to hold out a share of {share}. "
+            f"{source} has too few rows to hold out a share of {share}. "
             "Give data.init_args.val, or set val_share to 0."
         )
-    return StoreSubset(store, np.flatnonzero(held_out))
+    return held_out
 
 
-def _without(store: TokenStore, rows: StoreSubset) -> StoreSubset:
-    """Return the samples of a store that a subset leaves."""
-    assert rows.index is not None
+def _held_out(store: TokenStore, share: float) -> StoreSubset:
+    """Return the samples of the rows of a store that are held out."""
+    return StoreSubset(store, np.flatnonzero(is_held_out(store.lines(), share, store.source)))
+
+
+def _without(store: TokenStore, held_out: StoreSubset) -> StoreSubset:
+    """Return the samples of a store that are not held out."""
+    assert held_out.index is not None
     is_left = np.ones(len(store), dtype=bool)
-    is_left[rows.index] = False
+    is_left[held_out.index] = False
     return StoreSubset(store, np.flatnonzero(is_left))
 
 
-def within(subsets: list[StoreSubset], bound: int | None) -> list[StoreSubset]:
+def bounded_rows(subsets: list[StoreSubset], bound: int | None) -> list[StoreSubset]:
     """Return of each subset the samples of some rows that together have at most so many tokens.
 
     The rows are spread evenly over all subsets, always the same, and at least one. Subsets within
@@ -688,19 +701,20 @@ def within(subsets: list[StoreSubset], bound: int | None) -> list[StoreSubset]:
     if bound is None or total <= bound:
         return subsets
     indices = [np.arange(len(s)) if s.index is None else s.index for s in subsets]
-    rows, lengths, first = [], [], 0
+    rows, lengths = [], []
+    n_rows = 0  # rows are numbered through all subsets
     for subset, index in zip(subsets, indices, strict=True):
         _, row = np.unique(subset.store.lines()[index], return_inverse=True)
-        rows.append(first + row)
+        rows.append(n_rows + row)
         lengths.append(subset.store.lengths(index))
-        first += int(row.max(initial=-1)) + 1
-    row_tokens = np.bincount(np.concatenate(rows), np.concatenate(lengths), first)  # [rows]
-    share, numbers = bound / total, np.arange(first)
-    chosen = np.floor((numbers + 1) * share) > np.floor(numbers * share)
-    left: float = bound
+        n_rows += int(row.max(initial=-1)) + 1
+    row_tokens = np.bincount(np.concatenate(rows), np.concatenate(lengths), n_rows)  # [n_rows]
+    chosen = spread_evenly(np.arange(1, n_rows + 1), bound / total)
+    tokens_left: float = bound
     for number in np.flatnonzero(chosen).tolist():
-        chosen[number] = row_tokens[number] <= left
-        left -= row_tokens[number] * chosen[number]
+        chosen[number] = row_tokens[number] <= tokens_left
+        if chosen[number]:
+            tokens_left -= row_tokens[number]
     if not chosen.any():
         chosen[row_tokens.argmin()] = True
     return [

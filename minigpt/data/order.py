@@ -185,6 +185,11 @@ def pack(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> l
     return [bins[i] for i in rng.permutation(len(bins)).tolist() if bins[i]]
 
 
+def spread_evenly(numbers: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """Return which of some numbers [K], counted from 1, make up a share of all, evenly spread."""
+    return np.floor(numbers * share) > np.floor((numbers - 1) * share)
+
+
 def utilisation(lengths: NDArray[np.int64], bins: list[list[int]], budget: int) -> float:
     """Return the share of the micro-batches' budget that tokens fill, 0..1."""
     return float(lengths.sum()) / (len(bins) * budget) if bins else 1.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minigpt.data.batch import PackedBatch, Sample, collate
-from minigpt.data.datamodule import Files, JSONLDataModule, PackedDataLoader
+from minigpt.data.datamodule import Files, JSONLDataModule, PackedDataLoader, is_held_out
 from minigpt.data.formats import BadRows, BatchKind, Kind, Prompt, load_prompts, renamed
 from minigpt.data.order import FileShare, PackedOrder, histogram, shuffle
 from minigpt.data.prompts import PromptCodec
@@ -33,16 +33,16 @@ PROMPTS_AT_A_TIME = 32  # held-out prompts that are answered together
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as it is read and as the model reads it.
+    """A prompt with its token ids.
 
     Attributes:
-        prompt: text or chat, with the row it came from.
-        fields: of the row, under the names that they have here; rewards read them.
+        record: the prompt as text or chat, with the row it came from.
+        fields: of the row, under their names in MiniGPT (`columns`); rewards read them.
         ids: token ids.
         number: of the prompt among those of all files.
     """
 
-    prompt: Prompt
+    record: Prompt
     fields: dict[str, Any]
     ids: list[int]
     number: int
@@ -50,7 +50,7 @@ class EncodedPrompt(NamedTuple):
     @property
     def question(self) -> str:
         """The text that is continued, or the last message."""
-        content = self.prompt.content
+        content = self.record.content
         return content if isinstance(content, str) else content[-1].content
 
 
@@ -138,7 +138,7 @@ def answered(prompt: EncodedPrompt, answers: Sequence[Sequence[int]]) -> Sample:
     """
     ids = np.array([*prompt.ids, *(token for answer in answers for token in answer)])
     lengths = tuple(len(answer) for answer in answers)
-    return Sample(ids, len(prompt.ids), lengths, None, prompt.prompt.source)
+    return Sample(ids, len(prompt.ids), lengths, None, prompt.record.source)
 
 
 def targets_of(chat: Sample) -> int:
@@ -172,24 +172,26 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         data = self.data
         assert data.order is not None
+        # Positions count each micro-batch as often as it is learnt from, in all processes.
         epoch, done = data.position
         size = data.rollout_size
-        repeated = size * data.passes
+        positions = size * data.passes  # of a rollout
         rollouts = data.order.count(epoch) // size
-        batches = islice(data.order.batches(epoch), done // repeated * size, None)
-        for rollout in range(done // repeated, rollouts):
-            ours = list(islice(batches, size))[data.rank :: data.world_size]
-            prompts = [[data.train_prompts[file][i] for file, i in members] for members in ours]
-            for number in range(len(ours) * data.passes):
-                following = rollout * repeated + (number + 1) * data.world_size
-                if following <= done:
+        first = done // positions
+        micro_batches = islice(data.order.batches(epoch), first * size, None)
+        for rollout in range(first, rollouts):
+            local = list(islice(micro_batches, size))[data.rank :: data.world_size]
+            prompts = [[data.train_prompts[file][i] for file, i in members] for members in local]
+            for number in range(len(local) * data.passes):
+                following = rollout * positions + (number + 1) * data.world_size
+                if following <= done:  # learnt from before the run was resumed
                     continue
-                ends = following == rollouts * repeated
+                ends_epoch = following == rollouts * positions
                 yield PromptBatch(
-                    prompts[number % len(ours)],
+                    prompts[number % len(local)],
                     () if number else prompts,
                     number,
-                    (epoch + 1, 0) if ends else (epoch, following),
+                    (epoch + 1, 0) if ends_epoch else (epoch, following),
                 )
 
 
@@ -295,13 +297,13 @@ class GRPODataModule(JSONLDataModule):
         """Return the files that have token stores."""
         return list(self.replay)
 
-    def _setup_train(self) -> None:
+    def _setup_data(self) -> None:
         self.train_prompts = [self._load(path) for path in self.train_weights]
         if self.val_files:
             held_out = [prompt for path in self.val_files for prompt in self._load(path)]
         else:
             held_out = self._hold_out() if self.val_share else []
-        self.val_prompts = spread(held_out, self.max_val_tokens, self.max_completion_length)
+        self.val_prompts = self._bounded(held_out, self.max_val_tokens)
         self.all_held_out_tokens = sum(map(self._tokens, held_out))
         self.replay_stores = [self._open(path) for path in self.replay]
         shares = [
@@ -374,16 +376,22 @@ class GRPODataModule(JSONLDataModule):
         """Take a share of the training prompts of each file, spread evenly, and return them."""
         held_out: list[EncodedPrompt] = []
         for file, prompts in enumerate(self.train_prompts):
-            numbers = np.arange(len(prompts))
-            chosen = np.floor((numbers + 1) * self.val_share) > np.floor(numbers * self.val_share)
-            if chosen.all() or not chosen.any():
-                raise ConfigError(
-                    f"{prompts[0].prompt.source[0]} has too few rows to hold out a share of "
-                    f"{self.val_share}. Give data.init_args.val, or set val_share to 0."
-                )
+            numbers = np.arange(1, len(prompts) + 1)
+            chosen = is_held_out(numbers, self.val_share, prompts[0].record.source[0])
             held_out += [prompts[number] for number in np.flatnonzero(chosen)]
             self.train_prompts[file] = [prompts[number] for number in np.flatnonzero(~chosen)]
-        return spread(held_out, self.max_held_out_tokens, self.max_completion_length)
+        return self._bounded(held_out, self.max_held_out_tokens)
+
+    def _bounded(self, prompts: list[EncodedPrompt], bound: int | None) -> list[EncodedPrompt]:
+        """Return prompts, spread evenly, that have at most so many tokens with an answer each.
+
+        These are all where the prompts are within the bound, and at least one.
+        """
+        total = sum(map(self._tokens, prompts))
+        if bound is None or total <= bound:
+            return prompts
+        count = max(1, len(prompts) * bound // total)
+        return [prompts[number * len(prompts) // count] for number in range(count)]
 
     # Sizes
 
@@ -394,6 +402,7 @@ class GRPODataModule(JSONLDataModule):
         return self.minibatches * self.trainer.accumulate_grad_batches * self.world_size
 
     def _tokens(self, prompt: EncodedPrompt) -> int:
+        """Return the tokens of a prompt with one answer of the longest length."""
         return len(prompt.ids) + self.max_completion_length
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
@@ -503,32 +512,17 @@ class GRPODataModule(JSONLDataModule):
             digest.update(json.dumps(weight).encode())
             for prompt in prompts:
                 digest.update(json.dumps([prompt.ids, prompt.fields], default=str).encode())
-        replayed = [store.path.name.rsplit("-", 1)[-1] for store in self.replay_stores]
+        replayed = [store.digest for store in self.replay_stores]
         sizes = [self.num_generations, self.max_completion_length, self.prompts_per_batch]
         sizes += [self.minibatches, self.passes]
         digest.update(json.dumps([replayed, list(self.replay.values()), sizes]).encode())
         return digest.hexdigest()[:12]
 
 
-def spread(prompts: list[EncodedPrompt], bound: int | None, answer: int) -> list[EncodedPrompt]:
-    """Return prompts, spread evenly, that with an answer each have at most so many tokens.
-
-    Args:
-        prompts: to choose from; all of them where they are within the bound, and at least one.
-        bound: in tokens; None for none.
-        answer: tokens of the longest answer.
-    """
-    total = sum(len(prompt.ids) + answer for prompt in prompts)
-    if bound is None or total <= bound:
-        return prompts
-    count = max(1, len(prompts) * bound // total)
-    return [prompts[number * len(prompts) // count] for number in range(count)]
-
-
 def _statistics(prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
     lengths = np.array([len(prompt.ids) for prompt in prompts])
     return {
-        "file": prompts[0].prompt.source[0],
+        "file": prompts[0].record.source[0],
         "rows": len(prompts),
         "samples": len(prompts),
         "tokens": int(lengths.sum()),

@@ -284,6 +284,11 @@ class TokenStore:
             desirable=desirable,
         )
 
+    @property
+    def digest(self) -> str:
+        """The digest of what it was made from, with which its name ends."""
+        return self.path.name.rsplit("-", 1)[-1]
+
     def lengths(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens [K] of the samples numbered `index` [K]."""
         return self._lengths[index].astype(np.int64)

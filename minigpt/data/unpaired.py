@@ -55,9 +55,9 @@ class UnpairedBatch(PackedBatch):
     window: Window | None = field(kw_only=True, default=None)
 
     def without_targets(self) -> PackedBatch:
-        """Return the batch with nothing to learn, and nothing for the baseline either."""
-        learning_nothing = replace(self, mismatched=self.mismatched.without_targets())
-        return super(UnpairedBatch, learning_nothing).without_targets()
+        """Return the batch as a filler, of which nothing goes into the baseline either."""
+        without_baseline = replace(self, mismatched=self.mismatched.without_targets())
+        return super(UnpairedBatch, without_baseline).without_targets()
 
 
 def _with_answer(sample: Sample, number: int) -> Sample:
@@ -87,12 +87,12 @@ class WindowDataLoader(PackedDataLoader):
         return UnpairedBatch(**vars(batch), desirable=desirable, mismatched=mismatched)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        trainer = self.module.trainer
+        trainer = self.data.trainer
         assert trainer is not None
         size: int | float | None = trainer.accumulate_grad_batches
         if not self.training:
             size = trainer.limit_val_batches
-        batches = (one for one in super().__iter__() if isinstance(one, UnpairedBatch))
+        batches = (batch for batch in super().__iter__() if isinstance(batch, UnpairedBatch))
         while group := list(islice(batches, size if isinstance(size, int) else None)):
             window = Window([batch.mismatched for batch in group])
             for batch in group:

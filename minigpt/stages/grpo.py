@@ -168,7 +168,7 @@ class GRPOModule(ReferenceModule):
         if self.trainer.state.fn not in ("fit", "validate"):
             return
         for prompt in self.data.all_prompts():
-            self.rewards.check_fields(prompt.fields, *prompt.prompt.source)
+            self.rewards.check_fields(prompt.fields, *prompt.record.source)
 
     @cached_property
     def rewards(self) -> Rewards:

@@ -164,13 +164,13 @@ class RolloutSampler:
         texts = [[self._text(answer) for answer in group] for group in groups]
         to_score = [
             AnswerToScore(
-                prompt=prompt.prompt.content,
+                prompt=prompt.record.content,
                 prompt_ids=prompt.ids,
                 completion=text,
                 completion_ids=answer.ids,
                 ended=answer.ended,
                 fields=prompt.fields,
-                source=prompt.prompt.source,
+                source=prompt.record.source,
             )
             for prompt, group, of_group in zip(prompts, groups, texts, strict=True)
             for answer, text in zip(group, of_group, strict=True)
