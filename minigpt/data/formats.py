@@ -34,7 +34,7 @@ from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from minigpt.data.columnar import columnar_rows, reader_of
-from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
+from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes, is_utf8
 from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
@@ -67,7 +67,7 @@ _CHAT_KEYS |= QUESTIONS
 # 'prompt' comes first: preference sets often carry the whole chosen chat as 'messages' as well.
 _PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", *QUESTIONS)
 _SYSTEM_KEYS = ("system", "system_prompt")
-# What keys with other names are offered to become.
+# The names of a kind's keys that an error suggests for others (`_renaming`).
 _NAMES = {"text": ("text",), "chat": ("question", "answer"), "prompt": ("prompt",)}
 _NAMES |= {"preference": ("prompt", "chosen", "rejected")}
 _NAMES |= {"unpaired": ("prompt", "completion", "label")}
@@ -140,7 +140,7 @@ _hashes: list[ReadHash] = []
 
 
 class Message(NamedTuple):
-    """One turn of a conversation.
+    """One message of a conversation.
 
     Attributes:
         role: system, user or assistant.
@@ -216,7 +216,7 @@ class Prompt:
 
 
 Record = Text | Chat | Preference | Unpaired
-_Turn = tuple[str, Message]  # with the field that a wrong role is reported at
+_Turn = tuple[str, Message]  # the field to name if its role is wrong, and a message
 
 
 @dataclass(slots=True)
@@ -649,17 +649,16 @@ class _RowParser:
         content = value[content_key]
         if isinstance(content, list):
             content = _joined_parts(content, f"{field}.{content_key}")
-        fault = self.fault(content, role)
-        if fault:
-            raise _error(fault[0], f"{field}.{content_key}", fault[1])
+        text = self.text(content, f"{field}.{content_key}", role)
         if len(value) == 2 or role != "assistant" or self.kind != "chat":
-            return f"{field}.{role_key}", Message(role, content)
-        return f"{field}.{role_key}", Message(role, content, _is_trained(value, field))
+            return f"{field}.{role_key}", Message(role, text)
+        return f"{field}.{role_key}", Message(role, text, _is_trained(value, field))
 
     def text(self, value: object, field: str, role: str) -> str:
-        fault = self.fault(value, role)
-        if fault:
-            raise _error(fault[0], field, fault[1])
+        """Return a text that a role says, or raise a DataError that says what is wrong with it."""
+        if fault := self.fault(value, role):
+            reason, problem = fault
+            raise _error(reason, field, problem)
         return cast(str, value)
 
     def fault(self, value: object, role: str) -> tuple[str, str] | None:
@@ -874,7 +873,7 @@ def scan_rows(
     Raises:
         DataError: the file cannot be read, or it holds no rows.
     """
-    with _explained(path), _opened(path) as stream:
+    with _data_errors(path), _opened(path) as stream:
         rows = _rows_of(path, stream, {} if notes is None else notes, columns or {})
         first = next(rows, None)
         if first is None:
@@ -891,7 +890,7 @@ def whole_text(path: Path) -> str:
     """
     lines: list[str] = []
     size = 0
-    with _explained(path), open_data(path) as stream:
+    with _data_errors(path), open_data(path) as stream:
         for number, line in enumerate(lines_of(stream), 1):
             size += len(line)
             if size > LARGEST_FILE:  # compressed files may be small and unpack to any size
@@ -902,7 +901,7 @@ def whole_text(path: Path) -> str:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _data_errors(path: Path) -> Iterator[None]:
     """Turn what reading a file raises into a DataError that names it."""
     try:
         yield
@@ -954,12 +953,12 @@ class ReadHash:
 @contextmanager
 def hash_reads() -> Iterator[ReadHash]:
     """Hash, while inside, what is read from the one data file that is opened there."""
-    made = ReadHash()
-    _hashes.append(made)
+    read_hash = ReadHash()
+    _hashes.append(read_hash)
     try:
-        yield made
+        yield read_hash
     finally:
-        _hashes.remove(made)
+        _hashes.remove(read_hash)
 
 
 class _WatchedFile(io.FileIO):
@@ -979,8 +978,8 @@ class _WatchedFile(io.FileIO):
 
     def _note(self, data: bytes | memoryview) -> None:
         self.bytes_read += len(data)
-        for made in _hashes:
-            made.update(data)
+        for read_hash in _hashes:
+            read_hash.update(data)
         if _watchers:
             _watchers[-1](self.bytes_read, os.fstat(self.fileno()).st_size)
 
@@ -1074,7 +1073,7 @@ class _Utf8(io.RawIOBase):
 
     def _mended(self, block: bytes) -> bytes:
         is_needed = self._mender is not None and self._mender.is_needed
-        if not is_needed and _is_sound(block):
+        if not is_needed and _is_plain(block):
             return block
         self._mender = self._mender or Mender(self._notes)
         return self._mender.mend(block, self._line, self._begins_line)
@@ -1100,13 +1099,10 @@ def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _is_sound(block: bytes) -> bool:
-    if len(block.translate(None, CONTROL_BYTES)) < len(block) or codecs.BOM_UTF8 in block:
-        return False
-    try:
-        return block.isascii() or bool(block.decode())
-    except UnicodeDecodeError:
-        return False
+def _is_plain(block: bytes) -> bool:
+    """Whether a block is UTF-8 without what `Mender` leaves out."""
+    has_controls = len(block.translate(None, CONTROL_BYTES)) < len(block)
+    return not has_controls and codecs.BOM_UTF8 not in block and is_utf8(block)
 
 
 def begins_as_json(stream: io.BufferedReader) -> bool:
@@ -1146,9 +1142,8 @@ def _rows(stream: IO[bytes]) -> Iterator[tuple[int, object]]:
         if not data:
             break
         if not rows and data.lstrip().startswith(b"["):
-            for rows, row in enumerate(_Array(stream, data, line).items(), 1):
-                yield rows, row
-            continue
+            yield from enumerate(_Array(stream, data, line).items(), 1)
+            return
         if not data.endswith(b"\n"):
             data += stream.readline(LARGEST_ROW)
         if len(data) > LARGEST_ROW:
@@ -1204,9 +1199,10 @@ class _Array:
             if not self._read():
                 return ""
 
-    def _take(self, character: str, otherwise: str) -> None:
+    def _take(self, character: str, problem: str) -> None:
+        """Pass over a character; raise a DataError with the problem where another one comes."""
         if self._next() != character:
-            raise self._invalid(otherwise, self.position)
+            raise self._invalid(problem, self.position)
         self.position += 1
 
     def _item(self) -> object:
@@ -1215,7 +1211,7 @@ class _Array:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
             except (json.JSONDecodeError, RecursionError, ValueError) as error:
                 if not isinstance(error, json.JSONDecodeError):
-                    raise _bad_json(_beyond(error), self._line(self.position)) from None
+                    raise _bad_json(_limit_problem(error), self._line(self.position)) from None
                 if self.ended:
                     raise self._invalid(error.msg, error.pos) from None
             else:
@@ -1226,7 +1222,7 @@ class _Array:
             self._read(max(_BUFFER, len(self.buffer) - self.position))
 
     def _read(self, size: int = _BUFFER) -> bool:
-        """Add a block to the buffer, from which what is done is dropped; return False at the end.
+        """Drop what was decoded from the buffer and add a block; return False at the file's end.
 
         Raises:
             DataError: when an item is too large, or the file is not UTF-8.
@@ -1257,7 +1253,7 @@ class _Array:
 
     def _invalid(self, problem: str, position: int) -> DataError:
         at_end = position >= len(self.buffer)
-        problem = _invalid(problem, self._column(position), at_end)
+        problem = _syntax_problem(problem, self._column(position), at_end)
         return _bad_json(problem, self._line(position))
 
 
@@ -1275,20 +1271,20 @@ def _decode(data: bytes, line: int) -> object:
         byte = error.start - data.rfind(b"\n", 0, error.start)
         return not_utf8(byte, line)
     except json.JSONDecodeError as error:
-        problem = _invalid(error.msg, error.colno, error.pos >= len(error.doc))
+        problem = _syntax_problem(error.msg, error.colno, error.pos >= len(error.doc))
         line += error.lineno - 1
     except (RecursionError, ValueError) as error:
-        problem = _beyond(error)
+        problem = _limit_problem(error)
     return _bad_json(problem, line)
 
 
-def _beyond(error: RecursionError | ValueError) -> str:
+def _limit_problem(error: RecursionError | ValueError) -> str:
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply"
     return "the JSON holds a number with too many digits"
 
 
-def _invalid(problem: str, column: int, at_end: bool) -> str:
+def _syntax_problem(problem: str, column: int, at_end: bool) -> str:
     cut_off = " (the line ends inside an object: cut off, or pretty-printed?)" if at_end else ""
     return f"invalid JSON at column {column}: {problem}{cut_off}"
 

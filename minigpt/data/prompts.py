@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
-from minigpt.data.tokenizer import document_end, document_start, started
+from minigpt.data.tokenizer import document_end, document_start, with_start
 from minigpt.errors import ConfigError, DataError
 
 
@@ -41,7 +41,7 @@ class PromptCodec:
             # A batch of one, because `encode` holds the GIL until it is done.
             backend = self.tokenizer.backend_tokenizer
             (encoding,) = backend.encode_batch_fast([prompt], add_special_tokens=False)
-            ids = started(list(encoding.ids), self.start)
+            ids = with_start(list(encoding.ids), self.start)
             return ids or [document_end(self.tokenizer)]
         if self.chats is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")

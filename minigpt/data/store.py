@@ -56,7 +56,7 @@ from minigpt.data.formats import (
     suffix_of,
     unused_problem,
 )
-from minigpt.data.tokenizer import document_end, document_start, id_count, started
+from minigpt.data.tokenizer import document_end, document_start, id_count, with_start
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import (
     GONE,
@@ -75,14 +75,14 @@ log = logging.getLogger(__name__)
 
 FORMAT = 9
 ROWS_AT_A_TIME = 1024  # bounds memory while all cores tokenise
+ARRAYS = ("tokens", "samples", "lengths", "targets")
+SUMS = "sums.bin"
+BLOCK = 1 << 14  # bytes with one sum: who first reads any of them reads and checks all
+DAMAGED = "damaged"  # an empty file in a store in which a run has found damage
+ELEMENTS_AT_A_TIME = 1 << 16
 # A sample is a prompt and its answers, by their lengths: a text or chat is one answer without a
 # prompt; a preference has the prompt, the chosen and the rejected answer; an unpaired row has the
 # prompt, the completion, and the one of another prompt that KTO compares with.
-ARRAYS = ("tokens", "samples", "lengths", "targets")
-SUMS = "sums.bin"
-BLOCK = 1 << 14  # bytes with a sum of their own: all of them are read for the first one
-DAMAGED = "damaged"  # an empty file in a store in which a run has found damage
-ELEMENTS_AT_A_TIME = 1 << 16
 SAMPLE = np.dtype(
     [
         ("start", "<i8"),
@@ -93,7 +93,7 @@ SAMPLE = np.dtype(
         ("desirable", "?"),
     ]
 )
-ROW = struct.Struct("<qqiiif?")  # as SAMPLE lies in memory
+SAMPLE_STRUCT = struct.Struct("<qqiiif?")  # the same as bytes
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class TokenStore:
         self.meta, sums = _read_meta(path)
         dtypes = {"tokens": self.meta["dtype"], "samples": SAMPLE, "lengths": "<i4"}
         arrays: dict[str, StoredArray] = {}
-        for name, count in _sums_of_arrays(path).items():
+        for name, count in _block_counts(path).items():
             file, dtype = path / f"{name}.bin", dtypes.get(name, np.bool_)
             arrays[name] = StoredArray(file, source, dtype, sums[:count])
             sums = sums[count:]
@@ -267,9 +267,10 @@ class TokenStore:
         Raises:
             DataError: when it is not what was written.
         """
-        row = self.samples.read(index * ROW.size, (index + 1) * ROW.size)
-        start, line, prompt, *both, margin, desirable = ROW.unpack(row)
-        answers = tuple(length for length in both if length)
+        size = SAMPLE_STRUCT.size
+        fields = SAMPLE_STRUCT.unpack(self.samples.read(index * size, (index + 1) * size))
+        start, line, prompt, *lengths, margin, desirable = fields
+        answers = tuple(length for length in lengths if length)
         end = start + prompt + sum(answers)
         ids = self.tokens[start:end]
         if not 0 < len(ids) == end - start or ids.max() > self.highest_id:
@@ -313,20 +314,20 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], NDArray[np.uint32]]:
     """
     data = (path / "meta.json").read_bytes()
     sums = np.fromfile(path / SUMS, "<u4")
-    blocks = sum(_sums_of_arrays(path).values())
+    blocks = sum(_block_counts(path).values())
     if len(sums) != 1 + blocks or zlib.crc32(data) != sums[0] or (path / DAMAGED).exists():
         raise ValueError(f"{path} is incomplete, damaged or of an earlier version")
     meta: dict[str, Any] = json.loads(data)
     tokens, samples = meta["tokens"], meta["samples"]
     sizes = {"tokens": tokens * np.dtype(meta["dtype"]).itemsize, "targets": tokens}
     sizes |= {"samples": samples * SAMPLE.itemsize, "lengths": samples * 4}
-    for name in _sums_of_arrays(path):
+    for name in _block_counts(path):
         if (path / f"{name}.bin").stat().st_size != sizes[name]:
             raise ValueError(f"{name}.bin has not the size that meta.json speaks of")
     return meta, sums[1:]
 
 
-def _sums_of_arrays(path: Path) -> dict[str, int]:
+def _block_counts(path: Path) -> dict[str, int]:
     """Return how many blocks each array has; only chats have targets."""
     files = {name: path / f"{name}.bin" for name in ARRAYS}
     if not files["targets"].exists():
@@ -337,7 +338,7 @@ def _sums_of_arrays(path: Path) -> dict[str, int]:
 def write_sums(path: Path) -> None:
     """Write the sums of a store whose other files are complete."""
     sums = array("L", [zlib.crc32((path / "meta.json").read_bytes())])
-    for name in _sums_of_arrays(path):
+    for name in _block_counts(path):
         with (path / f"{name}.bin").open("rb") as file:
             while block := file.read(BLOCK):
                 sums.append(zlib.crc32(block))
@@ -360,8 +361,9 @@ def open_store(
     """
     source = Path(source)
     root = Path(cache_dir) if cache_dir else default_cache() / "tokens"
-    content = _content(source)
-    path = root / f"{source.stem}-{_digest(content, suffix_of(source), kind, tokenizer, limits)}"
+    content = _content_digest(source)
+    digest = _store_digest(content, suffix_of(source), kind, tokenizer, limits)
+    path = root / f"{source.stem}-{digest}"
     store = _opened(path, source)
     if store is None:
         if path.exists():
@@ -399,7 +401,7 @@ def _opened(path: Path, source: Path) -> TokenStore | None:
         raise DataError(problem, path=source, remedy=remedy) from error
 
 
-def _content(source: Path) -> str:
+def _content_digest(source: Path) -> str:
     """Return a digest of a file's bytes.
 
     Raises:
@@ -410,7 +412,7 @@ def _content(source: Path) -> str:
     return file_digest(source)
 
 
-def _digest(
+def _store_digest(
     content: str, suffix: str, kind: Kind, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> str:
     """Return a digest of all that decides a store's content."""
@@ -447,16 +449,16 @@ class _Writer:
         lengths = [len(answer) for answer in sample.answers]
         lengths += [0] * (2 - len(lengths))
         numbers = (self.tokens, line, len(sample.prompt), *lengths)
-        row = ROW.pack(*numbers, sample.margin, sample.desirable)
+        fields = SAMPLE_STRUCT.pack(*numbers, sample.margin, sample.desirable)
         self.files["tokens"].write(array(self.code, ids))
-        self.files["samples"].write(row)
+        self.files["samples"].write(fields)
         self.files["lengths"].write(struct.pack("<i", len(ids)))
         if sample.targets is not None:
             self.files["targets"].write(np.asarray(sample.targets, np.bool_).tobytes())
             self.targets += sum(sample.targets[1:])
         elif self.kind == "unpaired":  # whose second answer is only compared with
             self.targets += lengths[0]
-        else:
+        else:  # nothing predicts the first token of a text
             self.targets += len(ids) - (len(sample.prompt) or 1)
         self.highest_id = max(self.highest_id, *ids)
         self.tokens += len(ids)
@@ -492,11 +494,11 @@ def _build(
         records = read_records([source], kind, bad, limits.data_limit, refused, columns)
         if kind == "unpaired":
             records = with_mismatched(records)
-        with closing(writer), _rare_garbage_collection(), hash_reads() as read:
+        with closing(writer), _rare_garbage_collection(), hash_reads() as read_hash:
             for sample, origin in encoder.encode(records, bad):
                 writer.add(sample, origin.line)
             writer.sync()
-        if read.with_rest_of(source) != content:
+        if read_hash.with_rest_of(source) != content:
             raise DataError(
                 "the file changed while it was read",
                 path=source,
@@ -593,19 +595,18 @@ def warn_of_rows(source: Path, notes: tuple[str, ...]) -> None:
 def with_mismatched(
     records: Iterable[tuple[Record, Source]],
 ) -> Iterator[tuple[Record, Source]]:
-    """Give each unpaired record the completion of another one, whose prompt is another, too.
+    """Give each unpaired record the completion of a record with another prompt.
 
-    Which one depends on the file alone: blocks of rows are sorted by their prompts, and the other
-    one is half a block on. So each completion is used once, but where more than half of a block's
-    rows have one prompt.
+    Which one depends on the file alone: a block of rows is sorted by prompt, and a row's partner is
+    half a block further. So each completion is used once, unless more than half of a block's rows
+    have the same prompt.
 
     Raises:
         DataError: when a block has no other prompt.
     """
     records = iter(records)
-    block: list[tuple[Unpaired, Source]] = []
-    while following := cast(list[tuple[Unpaired, Source]], list(islice(records, ROWS_AT_A_TIME))):
-        earlier, block = block, following
+    earlier: list[tuple[Unpaired, Source]] = []
+    while block := cast(list[tuple[Unpaired, Source]], list(islice(records, ROWS_AT_A_TIME))):
         order = sorted(range(len(block)), key=lambda number: block[number][0].prompt)
         half = len(order) // 2
         partners = dict(zip(order, order[half:] + order[:half], strict=True))
@@ -622,6 +623,7 @@ def with_mismatched(
                     reason="one_prompt",
                 )
             yield record._replace(mismatched=other.completion), source
+        earlier = block
 
 
 Rendered = list[tuple[Record, Source, list[PlannedTurn]]]
@@ -660,15 +662,12 @@ class Encoder:
             while block := list(islice(records, ROWS_AT_A_TIME)):
                 self.rows += len(block)
                 rendered = self._render(block, bad)
-                units = dict.fromkeys(
-                    u for record, _, turns in rendered for u in _units(record, turns)
-                )
-                unit_ids = pool.submit(self._tokenise, list(units))
+                unit_ids = pool.submit(self._tokenise, _distinct_units(rendered))
                 if pending:
-                    yield from self._finish(*pending, bad)
+                    yield from self._join(*pending, bad)
                 pending = (rendered, unit_ids)
             if pending:
-                yield from self._finish(*pending, bad)
+                yield from self._join(*pending, bad)
 
     def _render(self, block: list[tuple[Record, Source]], bad: BadRows) -> Rendered:
         """Render chats as text; a row that the template refuses goes to `bad`."""
@@ -680,7 +679,7 @@ class Encoder:
                 bad.handle(error.at(source.path, source.line))
         return rendered
 
-    def _finish(
+    def _join(
         self, rendered: Rendered, unit_ids: Future[UnitIds], bad: BadRows
     ) -> Iterator[tuple[EncodedSample, Source]]:
         """Join the ids of rows, and cut them to the limits."""
@@ -718,32 +717,32 @@ class Encoder:
         self, record: Record, turns: list[PlannedTurn], ids: UnitIds
     ) -> Iterable[EncodedSample]:
         if isinstance(record, Text):
-            return self._split([*started(ids[record.text], self.start), self.end])
+            return self._cut_text([*with_start(ids[record.text], self.start), self.end])
         assert self.codec is not None
         if isinstance(record, Chat):
-            return self._chat(self.codec.chat_samples(turns, ids))
+            return self._cut_chat(self.codec.chat_samples(turns, ids))
         prompts, answers = zip(*(self.codec.turn_ids(turn, ids) for turn in turns), strict=True)
-        sample = self._answered(prompts[0], [answer.ids for answer in answers])
+        sample = self._cut_answers(prompts[0], [answer.ids for answer in answers])
         if isinstance(record, Unpaired):
             sample.desirable = record.desirable
             return [sample]
         sample.margin = record.margin
         return [sample] if sample.answers[0] != sample.answers[1] else []  # nothing to prefer
 
-    def _split(self, ids: list[int]) -> Iterator[EncodedSample]:
+    def _cut_text(self, ids: list[int]) -> Iterator[EncodedSample]:
         """Cut a document into samples that overlap by one token: each token is learnt once."""
         step = self.limits.max_length - 1
         for start in range(0, max(1, len(ids) - 1), step):
             yield EncodedSample([], [ids[start : start + step + 1]])
 
-    def _chat(self, samples: list[MaskedIds]) -> Iterator[EncodedSample]:
+    def _cut_chat(self, samples: list[MaskedIds]) -> Iterator[EncodedSample]:
         limit = self.limits.max_length
         for ids, targets in samples:
             self.cut += len(ids) > limit
             if any(targets[1:limit]):
                 yield EncodedSample([], [ids[:limit]], targets[:limit])
 
-    def _answered(self, prompt: list[int], answers: list[list[int]]) -> EncodedSample:
+    def _cut_answers(self, prompt: list[int], answers: list[list[int]]) -> EncodedSample:
         prompt_limit = self.limits.max_prompt_length or self.limits.max_length - 1
         prompt_limit = min(prompt_limit, self.limits.max_length - 1)
         answer_limit = self.limits.max_length - min(len(prompt), prompt_limit)
@@ -751,8 +750,12 @@ class Encoder:
         return EncodedSample(prompt[-prompt_limit:], [ids[:answer_limit] for ids in answers])
 
 
-def _units(record: Record, turns: list[PlannedTurn]) -> Iterator[str]:
-    if isinstance(record, Text):
-        yield record.text
-    for turn in turns:
-        yield from chain(*turn.units)
+def _distinct_units(rendered: Rendered) -> list[str]:
+    """Return what is to be tokenised: whole texts, and the units of chats, each once."""
+    units: dict[str, None] = {}
+    for record, _, turns in rendered:
+        if isinstance(record, Text):
+            units[record.text] = None
+        for turn in turns:
+            units |= dict.fromkeys(chain(*turn.units))
+    return list(units)

@@ -264,7 +264,7 @@ def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(encoding.ids[: mask.index(0)]) if 0 in mask else []
 
 
-def started(ids: list[int], start: list[int]) -> list[int]:
+def with_start(ids: list[int], start: list[int]) -> list[int]:
     """Return a text's ids behind its `document_start`, which is not written twice."""
     return ids if ids[: len(start)] == start else start + ids
 

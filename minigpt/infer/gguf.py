@@ -24,7 +24,7 @@ from minigpt import progress
 from minigpt.data.chat import ChatCodec
 from minigpt.data.formats import Message
 from minigpt.data.prompts import check_unicode
-from minigpt.data.tokenizer import END_OF_TEXT, started
+from minigpt.data.tokenizer import END_OF_TEXT, with_start
 from minigpt.errors import ConfigError, ModelError
 from minigpt.infer.continuous_batch import Delta, Finish, check_fits
 from minigpt.infer.engine import Reply
@@ -256,7 +256,7 @@ class Gguf:
         check_unicode(prompt)
         if isinstance(prompt, str):
             ids = [
-                started(self._text_ids(prompt), self.start) or self._text_ids(self._empty_prompt)
+                with_start(self._text_ids(prompt), self.start) or self._text_ids(self._empty_prompt)
             ]
         elif self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")

@@ -193,7 +193,7 @@ def test_what_a_tokenizer_writes_before_a_text(tokenizer: PreTrainedTokenizerFas
     start = tokenizers.document_start(bos)
     assert start == [bos.bos_token_id]
     plain = tokenizer.encode("the cat", add_special_tokens=False)
-    assert tokenizers.started(plain, start) == bos.encode("the cat")[:-1]
-    assert tokenizers.started(start + plain, start) == start + plain  # not twice
-    assert tokenizers.started([], start) == start
-    assert tokenizers.started(plain, []) == plain
+    assert tokenizers.with_start(plain, start) == bos.encode("the cat")[:-1]
+    assert tokenizers.with_start(start + plain, start) == start + plain  # not twice
+    assert tokenizers.with_start([], start) == start
+    assert tokenizers.with_start(plain, []) == plain
