@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TILE = 64  # rows of a multiple of it stay uncut: GPUs compute in such tiles, and full rows as one
-MULTIPLE = 16  # of tokens that are read, where it can be: matmuls of other lengths are slower
+TILE = 64  # rows of a multiple of it keep their last token: GPUs compute in tiles of this length
+MULTIPLE = 16  # tokens read are a multiple of it where they can be: other matmuls are slower
 
 
 # Not frozen: Lightning's FSDP and half precision refuse to convert such. Compared by identity, so
@@ -211,6 +211,7 @@ def plan_attention(spans: Sequence[Span], predict_at: Tensor) -> AttentionPlan:
 
 
 def _full(lengths: Sequence[int]) -> int:
+    """Return how many leading rows are of the longest length; 0 unless these hold most tokens."""
     longest = max(lengths)
     count = next((n for n, length in enumerate(lengths) if length < longest), len(lengths))
     return count if count > 1 and 2 * count * longest > sum(lengths) else 0

@@ -124,8 +124,7 @@ class ChatCodec:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
         self._backend = tokenizer.backend_tokenizer
-        # These are found before anything else is done to a text: what stands before one and what
-        # begins with one are tokenised apart.
+        # The tokenizer looks for these before all else, and tokenises apart what stands before one.
         added = [t for t in tokenizer.added_tokens_decoder.values() if not t.normalized]
         names = sorted((token.content for token in added), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -197,7 +196,7 @@ class ChatCodec:
         return self._ids(unit.removeprefix(BREAK))
 
     def chat_samples(self, chat: Sequence[PlannedTurn], unit_ids: UnitIds) -> list[MaskedIds]:
-        """Return a chat as samples; answers are together where a prompt goes on from the last."""
+        """Return a chat as samples: a turn whose prompt begins with the last one continues it."""
         samples: list[MaskedIds] = []
         for planned in chat:
             prompt, answer = self.turn_ids(planned, unit_ids)
@@ -251,7 +250,7 @@ class ChatCodec:
         """Tokenise rendered texts on all cores, without adding anything."""
         units = [self.units(text) for text in texts]
         unit_ids = self.encode_units(list(dict.fromkeys(chain(*units))))
-        return [_joined(of_text, unit_ids) for of_text in units]
+        return [_joined(text_units, unit_ids) for text_units in units]
 
     def unit_texts(self, messages: Sequence[Message]) -> list[str]:
         """Return the texts that any tokenizer turns, one after the other, into a prompt's ids."""
@@ -350,9 +349,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.renderer: Callable[..., object] = render_jinja_template
-        self.source: str = _single(tokenizer.chat_template)
+        self.source: str = _the_template(tokenizer.chat_template)
         self.native = self.source == CHAT_TEMPLATE
-        if self.native:  # which comes to an end
+        if self.native:  # which always ends, so that nothing need be bounded
             self._examine(tokenizer)
             return
         with refusing("The chat template", TokenizerError, f"Set {OPTION} to another."):
@@ -363,6 +362,7 @@ class ChatTemplate:
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
         probe = self._probe()
+        # What the template writes after an answer.
         self._after = probe.partition(ANSWER)[2] if ANSWER in probe else None
         self.control = _control_texts(tokenizer, self.source + probe)
         self.turn_texts = _turn_texts(tokenizer, probe)
@@ -411,7 +411,9 @@ class ChatTemplate:
         after = self._after
         if after is not None and text.startswith(prompt) and text.endswith(after):
             body = text[len(prompt) : len(text) - len(after)]
-            if answer.content.strip() in body or _squeeze(answer.content) in _squeeze(body):
+            if answer.content.strip() in body or _without_space(answer.content) in _without_space(
+                body
+            ):
                 return self._pieces(body + self._end(after), len(prompt), spans)
         return [Piece(self._rewritten(before, answer, prompt, text), True)]
 
@@ -425,12 +427,14 @@ class ChatTemplate:
         if not separator:
             raise _no_targets()
         shown = text[len(head) : len(text) - len(after)]
-        complete = _squeeze(shown) == _squeeze(answer.content) and text == head + shown + after
+        complete = (
+            _without_space(shown) == _without_space(answer.content) and text == head + shown + after
+        )
         content = shown if complete else answer.content.strip()
         opened, between = _joint(prompt, head)
         if "</think>" in between and "</think>" in content:
             between = ""
-        return between + _within(opened, content) + self._end(after)
+        return between + _continuation(opened, content) + self._end(after)
 
     def _end(self, after: str) -> str:
         """Return the end of a turn, which is what follows an answer up to its end token."""
@@ -463,7 +467,7 @@ class ChatTemplate:
             text = self._broken(message).strip()
             if message.role == "assistant" or text in prompt:
                 continue
-            if _squeeze(text) not in _squeeze(prompt):
+            if _without_space(text) not in _without_space(prompt):
                 raise DataError(
                     f"the chat template leaves out the text of the {message.role} message",
                     remedy=REMEDY,
@@ -471,7 +475,11 @@ class ChatTemplate:
                 )
 
     def _broken(self, message: Message) -> str:
-        """Return a message's text, in which control tokens are broken behind a character."""
+        """Return a message's text with `BREAK` behind the first character of each control token.
+
+        Raises:
+            DataError: when the tokenizer would make a control token of the text all the same.
+        """
         text = message.content
         if message.role == "assistant":
             return text
@@ -484,13 +492,14 @@ class ChatTemplate:
         pieces = text.split(BREAK)
         if self._normalizer is not None:
             pieces = [self._normalizer.normalize_str(piece) for piece in pieces]
-        if hidden := next(filter(None, map(self._control.search, pieces)), None):
-            raise DataError(
-                f"the {message.role} message holds {hidden.group()!r}, which the tokenizer cannot "
-                "read as text",
-                remedy="Remove it: what a user says must not be able to end a turn.",
-                reason="special_token",
-            )
+        for piece in pieces:
+            if unbroken := self._control.search(piece):
+                raise DataError(
+                    f"the {message.role} message holds {unbroken.group()!r}, which the tokenizer "
+                    "cannot read as text",
+                    remedy="Remove it: what a user says must not be able to end a turn.",
+                    reason="special_token",
+                )
         return text
 
     def _render(self, messages: Sequence[Message], ask: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -545,7 +554,8 @@ class ChatTemplate:
             return ""
 
 
-def _single(template: object) -> str:
+def _the_template(template: object) -> str:
+    """Return a tokenizer's template; raise a TokenizerError when it has several, or none."""
     if isinstance(template, dict):
         raise TokenizerError(
             f"The tokenizer has several chat templates ({', '.join(sorted(template))}), and none "
@@ -591,7 +601,7 @@ def _turn_texts(tokenizer: PreTrainedTokenizerFast, probe: str) -> list[str]:
     return [text for text in special_texts(tokenizer) if text in probe or text in ends]
 
 
-def _squeeze(text: str) -> str:
+def _without_space(text: str) -> str:
     return SPACE.sub("", text)
 
 
@@ -630,8 +640,8 @@ def _same_end(left: str, right: str) -> bool:
     return len(right) >= SAME_END and left.endswith(right[-SAME_END:])
 
 
-def _within(opened: str, answer: str) -> str:
-    """Return an answer as it goes on from what the prompt has already written of it.
+def _continuation(opened: str, answer: str) -> str:
+    """Return what is left to say of an answer after what the prompt has already written of it.
 
     A block that the prompt opens, such as ``<think>``, and the answer lacks is closed at once.
     """

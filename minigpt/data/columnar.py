@@ -218,9 +218,9 @@ class _Part(io.RawIOBase):
         self._parser.EndElementHandler = self._end
         self._parser.StartDoctypeDeclHandler = self._refuse_entities
         self._depth = 0
-        self._upper = 0  # elements that are kept
-        self._inside = 0  # elements of the row that is being read
-        self._kept = 0  # bytes outside of rows, up to the row that is being read
+        self._upper_elements = 0  # which openpyxl keeps
+        self._row_elements = 0  # of the row that is being read
+        self._outside = 0  # bytes outside of rows, up to the row that is being read
         self._read = self._mark = 0  # bytes read, and those before this row, or after the last one
 
     def readable(self) -> bool:
@@ -246,28 +246,28 @@ class _Part(io.RawIOBase):
             self._parser = None
             return
         size = self._read - self._mark
-        if self._inside and size > LARGEST_ROW:
+        if self._row_elements and size > LARGEST_ROW:
             raise _too_large(f"a row of the sheet has more than {LARGEST_ROW:,} bytes")
-        if self._kept + (0 if self._inside else size) > LARGEST_FILE:
+        if self._outside + (0 if self._row_elements else size) > LARGEST_FILE:
             raise _too_large(f"more than {LARGEST_FILE:,} bytes of it stand outside of rows")
-        if self._upper > PART_ELEMENTS:
+        if self._upper_elements > PART_ELEMENTS:
             raise _too_large(f"a part of it has more than {PART_ELEMENTS:,} elements")
-        if self._inside > ROW_ELEMENTS:
+        if self._row_elements > ROW_ELEMENTS:
             raise _too_large(f"a row of the sheet has more than {ROW_ELEMENTS:,} elements")
 
     def _begin(self, _: str, __: object) -> None:
         self._depth += 1
         if self._depth > ROW_DEPTH:
-            if not self._inside:
-                self._kept += self._move_mark()
-            self._inside += 1
+            if not self._row_elements:
+                self._outside += self._move_mark()
+            self._row_elements += 1
         else:
-            self._upper += 1
+            self._upper_elements += 1
 
     def _end(self, _: str) -> None:
-        if self._depth <= ROW_DEPTH and self._inside:
+        if self._depth <= ROW_DEPTH and self._row_elements:
             self._move_mark()
-            self._inside = 0
+            self._row_elements = 0
         self._depth -= 1
 
     def _refuse_entities(self, *_: object) -> None:

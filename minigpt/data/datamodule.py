@@ -111,7 +111,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         subsets: where samples are read.
         epoch, start: the first micro-batch to read, counted over all processes.
         rank, world_size: this process and how many there are. Micro-batch j goes to rank
-            j % world_size; where an epoch does not divide, the last ones get fillers.
+            j % world_size; at an epoch's end the last ones may get fillers.
         pack_samples: makes a batch, as `collate` does.
     """
 
@@ -309,8 +309,6 @@ class JSONLDataModule(LightningDataModule):
         self._check()
 
     def _check(self) -> None:
-        budget = self.tokens_per_batch
-        longest = self.longest_sample
         if bad := [path for path, weight in self.train_weights.items() if weight <= 0]:
             raise ConfigError(f"data.train: the weight of {bad[0]} must be above 0.")
         if self.limits.max_length < 2:
@@ -342,10 +340,10 @@ class JSONLDataModule(LightningDataModule):
                 f"data.num_workers must lie in 0 to {MOST_WORKERS}, but is {self.num_workers}: "
                 "each is a process."
             )
-        if budget < longest:
+        if self.tokens_per_batch < (longest := self.longest_sample):
             raise ConfigError(
-                f"data.tokens_per_batch is {budget}, but one sample may have {longest} tokens. "
-                f"Set it to at least {longest}, or lower max_length."
+                f"data.tokens_per_batch is {self.tokens_per_batch}, but one sample may have "
+                f"{longest} tokens. Set it to at least {longest}, or lower max_length."
             )
 
     @property

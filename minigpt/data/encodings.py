@@ -90,7 +90,7 @@ class Mender:
             self._look_at_beginning(block)
         if self._wide:
             block = self._wide.decode(block).encode("utf-8", "surrogatepass")
-            self._note("encoding", self._name, line, 0)
+            self._note("encoding", f"read as {self._encoding}", line, 0)
         elif not (self._chinese or is_utf8(block)):
             self._chinese = chinese_share(block.split(b"\n"))
             self.is_needed = self._chinese > 0
@@ -103,7 +103,7 @@ class Mender:
         for mark, encoding in _WIDE.items():
             if block.startswith(mark):
                 self._wide = codecs.getincrementaldecoder(encoding)("surrogatepass")
-                self._name = f"read as {encoding[:6].upper()}"
+                self._encoding = encoding[:6].upper()
                 self.is_needed = True
                 return
         if len(_NULS.findall(block)) > max(FEW_NULS, BINARY_SHARE * len(block)):

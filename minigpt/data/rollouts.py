@@ -129,8 +129,8 @@ def collate_rollouts(
     )
 
 
-def answered(prompt: EncodedPrompt, answers: Sequence[Sequence[int]]) -> Sample:
-    """Return a prompt with sampled answers as a sample, all of whose answers' tokens are targets.
+def group_sample(prompt: EncodedPrompt, answers: Sequence[Sequence[int]]) -> Sample:
+    """Return a prompt with its group of answers as a sample; all their tokens are targets.
 
     Args:
         prompt: what they answer.
@@ -441,7 +441,7 @@ class GRPODataModule(JSONLDataModule):
         samples: list[Sample] = []
         for prompt in (p for of_file in self.train_prompts for p in of_file):
             answer = (prompt.ids * self.max_completion_length)[: self.max_completion_length]
-            samples.append(answered(prompt, [answer] * self.num_generations))
+            samples.append(group_sample(prompt, [answer] * self.num_generations))
             tokens -= len(samples[-1].ids)
             if tokens <= 0:
                 break

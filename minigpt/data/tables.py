@@ -34,8 +34,8 @@ LARGEST_ROW = 1 << 25  # bytes, as JSON; more is no row, but a file of another k
 LARGEST_CELL = LARGEST_ROW  # characters
 LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
 # Cells of these columns hold JSON: a table has no lists.
-_CHATS = ("chosen", "conversations", "history", "messages", "rejected")
-NESTED = frozenset((*_CHATS, "choices", "avoid"))
+NESTED = frozenset(("chosen", "conversations", "history", "messages", "rejected"))
+NESTED |= {"choices", "avoid"}  # of exams
 # What a file begins with, and what it is then.
 SIGNATURES = {
     b"PAR1\x15": "a Parquet file",
@@ -178,20 +178,22 @@ def text_rows(path: PurePath, lines: Iterable[bytes]) -> Iterator[tuple[int, dic
         size += len(line)
         if size > LOOKED_AT:
             break
-    texts = [bool(line.strip()) for _, line in looked_at]
-    by_blocks = any(not a and b for a, b in pairwise(texts))
+    has_text = [bool(line.strip()) for _, line in looked_at]
+    by_blocks = any(text and not text_before for text_before, text in pairwise(has_text))
     log_documents(path, "what lies between blank lines" if by_blocks else "a line")
     block: list[str] = []
     start = 1
     size = 0
     for number, line in chain(looked_at, numbered):
-        if line.strip():
-            start = start if block else number
-            size = len(line) + (size if block else 0)
+        is_blank = not line.strip()
+        if not is_blank:
+            if not block:
+                start, size = number, 0
+            size += len(line)
             if size > LARGEST_CELL:
                 raise _too_long(start)
             block.append(line)
-        if block and not (by_blocks and line.strip()):
+        if block and (is_blank or not by_blocks):
             yield start, {"text": "".join(block).strip("\r\n")}
             block = []
     if block:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
-CODE = (
+NEEDS_CODE = (
     "it brings code of its own, and code of others is never run here. Give one that transformers "
     "loads by itself."
 )
@@ -160,7 +160,7 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
         TokenizerError: when there is none, with the command that makes one.
         ConfigError: when there is no such chat template.
     """
-    remedy = f"Copy it again. {_making(path)}"
+    remedy = f"Copy it again. {_how_to_train(path)}"
     with refusing(f"The tokenizer at {path}", TokenizerError, remedy):
         tokenizer = _loaded(Path(path))
         tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
@@ -170,7 +170,7 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def _making(path: str | Path) -> str:
+def _how_to_train(path: str | Path) -> str:
     texts = DEMO_TEXTS if str(path) == DEMO else "TEXTS"
     command = f"minigpt tokenizer train --data_file {texts} --output_dir {path}"
     return f"Make one with: {command}"
@@ -178,7 +178,7 @@ def _making(path: str | Path) -> str:
 
 def _loaded(path: Path) -> PreTrainedTokenizerFast:
     has_files = path.is_dir() and any(path.glob("tokenizer*"))
-    missing = f"There is no tokenizer at {path}. {_making(path)}"
+    missing = f"There is no tokenizer at {path}. {_how_to_train(path)}"
     if not path.exists() and not may_be_hub_id(path):
         raise TokenizerError(missing)
     try:
@@ -187,7 +187,9 @@ def _loaded(path: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
-            raise TokenizerError(f"The tokenizer at {path} cannot be loaded: {CODE}") from error
+            raise TokenizerError(
+                f"The tokenizer at {path} cannot be loaded: {NEEDS_CODE}"
+            ) from error
         if has_files:
             raise
         if not path.exists() and (problem := hub_problem(error)):

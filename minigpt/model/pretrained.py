@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
-from minigpt.data.tokenizer import CODE
+from minigpt.data.tokenizer import NEEDS_CODE
 from minigpt.errors import ModelError
 from minigpt.files import atomic_directory
 from minigpt.model.conformance import check_kind, require_conformance
@@ -295,7 +295,7 @@ def _refusing(source: Path | str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            what = CODE if "trust_remote_code" in str(error) else ""
+            what = NEEDS_CODE if "trust_remote_code" in str(error) else ""
             if "named model.safetensors" in str(error):
                 what = f"{reason_of(error)} {PICKLED}"
             if "ignore_mismatched_sizes" in str(error):

@@ -87,7 +87,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
     Attributes:
         source: the model and tokenizer in use: the ones to start from, or, outside `fit`, those of
             the finished run.
-        tokens_seen: tokens trained on, by all processes.
+        tokens_seen: tokens of data trained on, by all processes.
         step_totals: sums of the last optimizer step over all processes.
         reads_last_tokens: whether batches hold the last token of each answer, which predicts
             nothing.
@@ -254,7 +254,7 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
 
     def _sums_of(self, sums: LossSums, batch: PackedBatch) -> dict[str, Tensor | float]:
         has_targets = sums.count > 0
-        ours: dict[str, Tensor | float] = {
+        of_every_stage: dict[str, Tensor | float] = {
             "loss": sums.loss,
             "count": float(sums.count),
             "tokens": float(batch.n_tokens if has_targets else 0),
@@ -266,7 +266,8 @@ class BaseModule(ModelHooks, EvaluationHooks, ABC):
                 "sum of every stage. Give it another name."
             )
         # The metrics of a filler, such as log-probs of a reference, belong to no term.
-        return ours | {n: value if has_targets else 0.0 for n, value in sums.metrics.items()}
+        metrics = {n: value if has_targets else 0.0 for n, value in sums.metrics.items()}
+        return of_every_stage | metrics
 
 
 def bits_per_byte(totals: dict[str, float]) -> float:

@@ -51,7 +51,7 @@ from minigpt.stages.rollouts import (
 from minigpt.stages.step import Sums, to_floats
 
 SAMPLES_LOGGED = 4  # prompts whose answers are logged as text
-Judged = tuple[str, str, float]  # question, answer, reward
+LoggedAnswer = tuple[str, str, float]  # question, answer, reward
 
 
 class GRPOModule(ReferenceModule):
@@ -138,8 +138,8 @@ class GRPOModule(ReferenceModule):
         self.collapse_watch = CollapseWatch(collapse)
         self.rollout: list[RolloutBatch] = []  # what is learnt from now
         self.rollout_metrics: dict[str, float] = {}
-        self.train_samples: list[Judged] = []  # of the last rollout
-        self.val_samples: list[Judged] = []
+        self.train_samples: list[LoggedAnswer] = []  # of the last rollout
+        self.val_samples: list[LoggedAnswer] = []
         self.update_started = 0.0
 
     @property
@@ -211,7 +211,7 @@ class GRPOModule(ReferenceModule):
         stream = self.trainer.global_step + 1  # 0 is validation's
         answers = self.sampler().sample(prompts, self.data.num_generations, stream, self.redraws)
         self._measure(answers, time.monotonic() - started)
-        self.train_samples = judged(answers)
+        self.train_samples = first_answers(answers)
         packed = self._pack(answers, [len(batch) for batch in batches])
         torch.clear_autocast_cache()  # else weights that were cast here would get no gradients
         return packed
@@ -243,9 +243,9 @@ class GRPOModule(ReferenceModule):
         packed = []
         for number in range(len(sizes)):
             minibatch, position = divmod(number, accumulate)
-            if not position:  # the first micro-batch of an optimizer step
-                rows = slice(starts[number], starts[number + accumulate])
-                targets, terms = self._counts(answers.lengths[rows], included[rows])
+            if position == 0:  # the first micro-batch of an optimizer step
+                of_step = slice(starts[number], starts[number + accumulate])
+                targets, terms = self._counts(answers.lengths[of_step], included[of_step])
                 replay = data.replay_samples(self.trainer.global_step + minibatch, targets)
                 replayed = sum(map(targets_of, replay))
             batch = pack_answers(
@@ -258,7 +258,7 @@ class GRPOModule(ReferenceModule):
             # The step's sum is divided by its terms; the replay's is to be a mean of its own.
             batch.replay_weight = max(1, terms) / max(1, replayed)
             if data.minibatches * data.passes > 1:  # the weights will have moved
-                batch.old_logprobs = self._logprobs(batch)
+                batch.old_logprobs = self._old_logprobs(batch)
             packed.append(batch)
         return packed
 
@@ -273,12 +273,12 @@ class GRPOModule(ReferenceModule):
         counts = np.array(gathered([(targets, terms)])).sum(0)
         return int(counts[0]), int(counts[1])
 
-    def _logprobs(self, batch: RolloutBatch) -> Tensor:
-        """Return the targets' log-probs [N] by the training path."""
-        return self._tempered(self.model, batch.to(self.device)).cpu()
+    def _old_logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Return the targets' log-probs [N] by the weights that sampled them, as training does."""
+        return self._logprobs(self.model, batch.to(self.device)).cpu()
 
-    def _tempered(self, lm: PackedLM, batch: RolloutBatch) -> Tensor:
-        """Return the targets' log-probs [N], of answers at the temperature of sampling."""
+    def _logprobs(self, lm: PackedLM, batch: RolloutBatch) -> Tensor:
+        """Return the targets' log-probs [N], of answers at the temperature of sampling, in nats."""
         temperature = None
         if self.temperature != 1:
             is_replay = batch.is_replay[batch.answers]
@@ -300,15 +300,15 @@ class GRPOModule(ReferenceModule):
     # The loss
 
     def compute_loss(self, batch: PackedBatch) -> LossSums:
-        """Return the policy's loss, and the replay's with its weight, as sums."""
+        """Return the loss of the policy, with beta times the KL, and of the replay, as sums."""
         assert isinstance(batch, RolloutBatch)
-        logps = self._tempered(self.model, batch)
+        logps = self._logprobs(self.model, batch)
         is_replay = batch.is_replay[batch.answers]
         old = logps.detach() if batch.old_logprobs is None else batch.old_logprobs
         terms = policy_loss(logps, old, batch.advantages, batch.answers, self.loss, *self.clip)
         losses = terms.losses
         if self.needs_reference:
-            kl = kl_k3(logps, self.by_reference(lambda lm: self._tempered(lm, batch)))
+            kl = kl_k3(logps, self.by_reference(lambda lm: self._logprobs(lm, batch)))
             losses = losses + self.beta * kl
         longest = self.data.max_completion_length
         policy, count = normalised(
@@ -333,9 +333,10 @@ class GRPOModule(ReferenceModule):
         """Turn sums into what is logged: means over the targets of answers, and of the replay."""
         targets, replayed = totals["targets"], totals["replay/targets"]
         values = {"loss": totals["loss"] / max(1.0, totals["count"])}
-        means = ["clip/low", "clip/high", "entropy"]
-        for name in [*means, "kl"] if self.needs_reference else means:
-            values[name] = totals[name] / max(1.0, targets)
+        names = ["clip/low", "clip/high", "entropy"]
+        if self.needs_reference:
+            names.append("kl")
+        values |= {name: totals[name] / max(1.0, targets) for name in names}
         if replayed:
             values["replay/loss"] = totals["replay/loss"] / replayed
             values["replay/share"] = replayed / (replayed + targets)
@@ -379,7 +380,7 @@ class GRPOModule(ReferenceModule):
             "cut_off": (~greedy.ended).sum(),
         }
         self.validation_sums.add(sums, self.device)
-        self.val_samples += judged(greedy)
+        self.val_samples += first_answers(greedy)
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out means over all processes, and some answers with their rewards.
@@ -397,7 +398,7 @@ class GRPOModule(ReferenceModule):
         self.log_dict(values, rank_zero_only=True)
         self._log_text("rollouts/held_out", self.val_samples)
 
-    def _log_text(self, name: str, samples: Sequence[Judged]) -> None:
+    def _log_text(self, name: str, samples: Sequence[LoggedAnswer]) -> None:
         text = "\n\n".join(
             f"**{question}**\n\n> {answer}\n\nreward {reward:g}"
             for question, answer, reward in samples[:SAMPLES_LOGGED]
@@ -428,7 +429,7 @@ class GRPOModule(ReferenceModule):
         self.rollout = [_from_state(state) for state in states]
 
 
-def judged(answers: Answers) -> list[Judged]:
+def first_answers(answers: Answers) -> list[LoggedAnswer]:
     """Return each prompt's question with its first answer and that answer's reward."""
     rewards = answers.rewards[:, 0].tolist()
     texts = [texts[0] for texts in answers.texts]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.batch import Sample
-from minigpt.data.rollouts import EncodedPrompt, RolloutBatch, answered, collate_rollouts
+from minigpt.data.rollouts import EncodedPrompt, RolloutBatch, collate_rollouts, group_sample
 from minigpt.infer.engine import Engine
 from minigpt.infer.rollout import SampledAnswer, sample_groups
 from minigpt.model.policy_losses import groups_with_signal
@@ -199,7 +199,7 @@ def answer_seed(seed: int, stream: int, prompt: int, redraw: int, answer: int) -
 
 def pack_answers(
     answers: Answers,
-    rows: slice,
+    which: slice,
     advantages: Tensor,
     included: Tensor,
     replay: Sequence[Sample],
@@ -208,19 +208,19 @@ def pack_answers(
 
     Args:
         answers: to all prompts.
-        rows: which of the prompts.
+        which: of the prompts.
         advantages, included: [P, G] of all answers.
         replay: the chats.
     """
-    groups = answers.groups[rows]
+    groups = answers.groups[which]
     return collate_rollouts(
         [
-            answered(prompt, [answer.ids for answer in group])
-            for prompt, group in zip(answers.prompts[rows], groups, strict=True)
+            group_sample(prompt, [answer.ids for answer in group])
+            for prompt, group in zip(answers.prompts[which], groups, strict=True)
         ],
         [logprob for group in groups for answer in group for logprob in answer.logprobs],
-        advantages[rows].flatten().tolist(),
-        included[rows].flatten().tolist(),
+        advantages[which].flatten().tolist(),
+        included[which].flatten().tolist(),
         replay,
     )
 

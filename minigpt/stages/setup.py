@@ -122,10 +122,10 @@ class ModelHooks(LightningModule):
         if self.compiled:
             log.info("Compiling the model's layers, which takes up to a minute.")
             precision = self.trainer.precision_plugin.forward_context
-            pairs = self.data.shares_prompts
+            tokens, shares_prompts = self.data.tokens_per_batch, self.data.shares_prompts
             for lm in self.packed_models():
                 positions = max_positions(lm.hf.config)
-                compile_model(lm, self.data.tokens_per_batch, positions, precision, pairs)
+                compile_model(lm, tokens, positions, precision, shares_prompts)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and a schedule that is stepped once per optimizer step."""

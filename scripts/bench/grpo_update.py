@@ -24,8 +24,8 @@ from minigpt.data.rollouts import (
     EncodedPrompt,
     GRPODataModule,
     RolloutBatch,
-    answered,
     collate_rollouts,
+    group_sample,
 )
 from minigpt.machine import peak_memory
 from minigpt.stages import GRPOModule
@@ -44,7 +44,7 @@ def batch_of(work: Workload, vocabulary: int, repeated: bool) -> RolloutBatch:
     advantages = torch.randn(work.generations, generator=random).tolist()
     groups = [[answer] for answer in answers] if repeated else [answers]
     return collate_rollouts(
-        [answered(prompt, group) for group in groups],
+        [group_sample(prompt, group) for group in groups],
         [0.0] * (work.generations * work.completion),
         advantages,
         [True] * work.generations,

@@ -12,8 +12,8 @@ from minigpt.data.batch import collate
 from minigpt.data.rollouts import (
     GRPODataModule,
     PromptBatch,
-    answered,
     collate_rollouts,
+    group_sample,
     targets_of,
 )
 from minigpt.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ def test_the_replay_has_its_share_of_the_targets(module: Make, write: Any) -> No
 def test_answers_lie_behind_their_prompt_and_chats_behind_them(module: Make, write: Any) -> None:
     datamodule = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
     prompt = datamodule.train_prompts[0][0]
-    group = answered(prompt, [[5, 6], [7]])
+    group = group_sample(prompt, [[5, 6], [7]])
     (chat,) = datamodule.replay_samples(0, 1)
     batch = collate_rollouts([group], [-1.0, -2.0, -3.0], [0.5, -0.5], [True, False], [chat])
     plain = collate([group, chat])
