@@ -325,11 +325,6 @@ def refused_texts(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> list[str]:
     return special_texts(tokenizer) if kind == "text" else ChatTemplate(tokenizer).turn_texts
 
 
-def has_generation_marks(template: str | None) -> bool:
-    """Whether a chat template marks the assistant's turns with ``{% generation %}``."""
-    return template is not None and "endgeneration" in template
-
-
 class ChatTemplate:
     """Renders chats with a tokenizer's chat template.
 
@@ -338,6 +333,9 @@ class ChatTemplate:
 
     Attributes:
         renderer: renders Jinja; a server has it done in a process of its own.
+        source: the template.
+        native: whether it is our own, which is rendered without Jinja.
+        marked: whether it marks what is trained by ``{% generation %}``.
         control: texts that stay text in what system and user say: special tokens, and other
             added tokens that the template writes.
         turn_texts: special tokens that begin or end a turn or a text.
@@ -358,7 +356,7 @@ class ChatTemplate:
             self._examine(tokenizer)
 
     def _examine(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.marked = has_generation_marks(self.source)
+        self.marked = "endgeneration" in self.source
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
         probe = self._probe()
@@ -379,7 +377,7 @@ class ChatTemplate:
         Raises:
             DataError: when the template refuses the chat.
         """
-        return self._render(messages, ask=True)[0]
+        return self._render(messages, add_generation_prompt=True)[0]
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Return each answer of a chat that is trained on, as at inference.
@@ -407,7 +405,7 @@ class ChatTemplate:
         return [Turn(prompt, self._answer(before, answer, prompt)) for answer in answers]
 
     def _answer(self, before: Sequence[Message], answer: Message, prompt: str) -> list[Piece]:
-        text, spans = self._render([*before, answer], ask=False)
+        text, spans = self._render([*before, answer], add_generation_prompt=False)
         after = self._after
         if after is not None and text.startswith(prompt) and text.endswith(after):
             body = text[len(prompt) : len(text) - len(after)]
@@ -422,7 +420,9 @@ class ChatTemplate:
 
         The answer is rendered a second time as `ANSWER`, to see what stands around it.
         """
-        probe = self._render([*before, Message("assistant", ANSWER)], ask=False)[0]
+        probe = self._render([*before, Message("assistant", ANSWER)], add_generation_prompt=False)[
+            0
+        ]
         head, separator, after = probe.partition(ANSWER)
         if not separator:
             raise _no_targets()
@@ -502,28 +502,31 @@ class ChatTemplate:
                 )
         return text
 
-    def _render(self, messages: Sequence[Message], ask: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Return a chat as text, with the spans of the template's marks."""
         chat = [{"role": m.role, "content": self._broken(m)} for m in messages]
-        return self._render_native(chat, ask) if self.native else self._render_jinja(chat, ask)
+        render = self._render_native if self.native else self._render_jinja
+        return render(chat, add_generation_prompt)
 
     def _render_native(
-        self, chat: list[dict[str, str]], ask: bool
+        self, chat: list[dict[str, str]], add_generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render our own template, several times as fast as Jinja does."""
         turns = [f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in chat]
-        return "".join(turns) + f"{TURN_START}assistant\n" * ask, []
+        return "".join(turns) + f"{TURN_START}assistant\n" * add_generation_prompt, []
 
     def _render_jinja(
-        self, chat: list[dict[str, str]], ask: bool
+        self, chat: list[dict[str, str]], add_generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             with _bounded():
                 rendered = self.renderer(
                     conversations=[chat],
                     chat_template=self.source,
-                    return_assistant_tokens_mask=self.marked and not ask,
-                    add_generation_prompt=ask,
+                    return_assistant_tokens_mask=self.marked and not add_generation_prompt,
+                    add_generation_prompt=add_generation_prompt,
                     **self._variables,
                 )
         except TokenizerError:
@@ -549,7 +552,7 @@ class ChatTemplate:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         try:
             render = self._render_native if self.native else self._render_jinja
-            return render(chat, ask=False)[0]
+            return render(chat, add_generation_prompt=False)[0]
         except DataError:
             return ""
 

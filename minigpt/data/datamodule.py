@@ -182,12 +182,7 @@ class PackedDataLoader:
         self.data = data
         self.training = training
 
-    @staticmethod
-    def pack_samples(
-        samples: Sequence[Sample], resume_at: tuple[int, int] = (0, 0), read_last: bool = False
-    ) -> PackedBatch:
-        """Make a batch of samples, as `collate` does."""
-        return collate(samples, resume_at, read_last)
+    pack_samples = staticmethod(collate)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         data = self.data
@@ -657,12 +652,7 @@ def _share(path: str, samples: int, weight: float) -> FileShare:
 
 
 def is_held_out(lines: NDArray[np.int64], share: float, source: str | Path) -> NDArray[np.bool_]:
-    """Return which of a file's rows [K] make up a share that is held out, spread evenly.
-
-    Args:
-        lines: [K] numbers of the rows, from 1.
-        share: of the rows.
-        source: of the file.
+    """Return which rows of a file, numbered `lines` [K] from 1, are held out, spread evenly.
 
     Raises:
         ConfigError: when these are all rows or none.

@@ -477,13 +477,10 @@ def kind_of(row: object) -> Kind:
         return "chat"
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return "preference"
-    if row.get("kto_tag") is not None or _is_labelled(row):
+    is_labelled = row.get("completion") is not None and _truth(row.get("label")) is not None
+    if row.get("kto_tag") is not None or is_labelled:
         return "unpaired"
     return "text" if "text" in row and "messages" not in row else "chat"
-
-
-def _is_labelled(row: _Row) -> bool:
-    return row.get("completion") is not None and _truth(row.get("label")) is not None
 
 
 def guess_kind(path: Path, columns: Mapping[str, str] | None = None) -> Kind:

@@ -383,10 +383,7 @@ class GRPODataModule(JSONLDataModule):
         return self._bounded(held_out, self.max_held_out_tokens)
 
     def _bounded(self, prompts: list[EncodedPrompt], bound: int | None) -> list[EncodedPrompt]:
-        """Return prompts, spread evenly, that have at most so many tokens with an answer each.
-
-        These are all where the prompts are within the bound, and at least one.
-        """
+        """Return prompts, spread evenly, that fit the bound with an answer each; at least one."""
         total = sum(map(self._tokens, prompts))
         if bound is None or total <= bound:
             return prompts

@@ -565,11 +565,7 @@ def _report(source: Path, meta: dict[str, Any]) -> None:
     log.info(
         "%s: %d rows, %d samples, %d tokens, %d targets, %d rows cut to the maximum length",
         source,
-        meta["rows"],
-        meta["samples"],
-        meta["tokens"],
-        meta["targets"],
-        meta["cut"],
+        *(meta[name] for name in ("rows", "samples", "tokens", "targets", "cut")),
     )
 
 

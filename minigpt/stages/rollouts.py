@@ -88,6 +88,7 @@ class Answers:
         }
 
 
+@dataclass(frozen=True)
 class RolloutSampler:
     """Samples and scores answers with the weights as they stand.
 
@@ -100,21 +101,12 @@ class RolloutSampler:
         progress: optimizer steps that were made, and how many there will be.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        rewards: Rewards,
-        temperature: float,
-        longest: int,
-        seed: int,
-        progress: tuple[int, int],
-    ) -> None:
-        self.engine = engine
-        self.rewards = rewards
-        self.temperature = temperature
-        self.longest = longest
-        self.seed = seed
-        self.progress = progress
+    engine: Engine
+    rewards: Rewards
+    temperature: float
+    longest: int
+    seed: int
+    progress: tuple[int, int]
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], size: int, stream: int, redraws: int = 0
@@ -130,15 +122,15 @@ class RolloutSampler:
         """
         answers = self._sample(prompts, size, stream, 0)
         for redraw in range(1, redraws + 1):
-            without = torch.nonzero(~groups_with_signal(answers.rewards)).flatten().tolist()
-            if without:
-                again = [prompts[number] for number in without]
-                answers.replace(without, self._sample(again, size, stream, redraw))
+            without_signal = (~groups_with_signal(answers.rewards)).nonzero().flatten().tolist()
+            if without_signal:
+                again = [prompts[number] for number in without_signal]
+                answers.replace(without_signal, self._sample(again, size, stream, redraw))
         return answers
 
     def greedy(self, prompts: Sequence[EncodedPrompt]) -> Answers:
         """Answer each prompt once, by the likeliest tokens."""
-        return self._scored(prompts, self._groups(prompts, [[0]] * len(prompts), 0.0))
+        return self._answers(prompts, [[0]] * len(prompts), 0.0)
 
     def _sample(
         self, prompts: Sequence[EncodedPrompt], size: int, stream: int, redraw: int
@@ -147,20 +139,14 @@ class RolloutSampler:
             [answer_seed(self.seed, stream, prompt.number, redraw, i) for i in range(size)]
             for prompt in prompts
         ]
-        return self._scored(prompts, self._groups(prompts, seeds, self.temperature))
+        return self._answers(prompts, seeds, self.temperature)
 
-    def _groups(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        seeds: Sequence[Sequence[int]],
-        temperature: float,
-    ) -> list[list[SampledAnswer]]:
-        ids = [prompt.ids for prompt in prompts]
-        return sample_groups(self.engine, ids, seeds, temperature, self.longest)
-
-    def _scored(
-        self, prompts: Sequence[EncodedPrompt], groups: list[list[SampledAnswer]]
+    def _answers(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]], temperature: float
     ) -> Answers:
+        """Sample an answer to each prompt by each of its seeds, and score all."""
+        ids = [prompt.ids for prompt in prompts]
+        groups = sample_groups(self.engine, ids, seeds, temperature, self.longest)
         texts = [[self._text(answer) for answer in group] for group in groups]
         to_score = [
             AnswerToScore(

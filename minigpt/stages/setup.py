@@ -17,10 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt.accel import compile_model, compiling_pays
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.datamodule import JSONLDataModule
-from minigpt.model.architecture import (
-    checkpoint_activations,
-    reproducible_init,
-)
+from minigpt.model.architecture import checkpoint_activations, reproducible_init
 from minigpt.model.lora import Lora, add_adapter
 from minigpt.model.optimizer import (
     OptimizerOptions,
