@@ -38,7 +38,7 @@ SETUP = {
     "ModelHooks.configure_optimizers",
     "ModelHooks.on_fit_start",
     "ModelSource.check_length",
-    "ModelSource.rows",
+    "ModelSource.embedding_rows",
     "ModelSource.tokenizer",
     "learning_rate_factor.<locals>.factor",
 }

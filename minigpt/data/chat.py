@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 # Prefixes with which a tokenizer may encode a text without adding a space before it.
 ANCHORS = ("\n", "a", ".")
-MIDDLES = ("x", "end|>", " x")
+MIDDLES = ("x", "end|>", " x")  # texts by which `_find_anchor` tries out such a prefix
 # Halves of surrogate pairs: no valid text holds them, so they cannot be confused with content.
 BREAK = "\ud800"
 ANSWER = "\ud801"

@@ -50,7 +50,7 @@ class ModelLimits(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer."""
 
-    def rows(self) -> int:
+    def embedding_rows(self) -> int:
         """Return how many token ids the model embeds."""
 
     def check_length(self, length: int, shares_prompts: bool) -> None:
@@ -366,9 +366,9 @@ class JSONLDataModule(LightningDataModule):
         """
         source = self.module.source
         source.check_length(self.limits.max_length, self.shares_prompts)
-        rows = source.rows()
+        embedding_rows = source.embedding_rows()
         for path in self._files():
-            check_embedded(self._open(path), source.tokenizer, rows)
+            check_store(self._open(path), source.tokenizer, embedding_rows)
 
     def setup(self, stage: str) -> None:
         """Open the stores that the verb needs."""
@@ -624,18 +624,18 @@ def _weights(files: Files) -> dict[str, float]:
     return dict.fromkeys(expand_files([files] if isinstance(files, str) else files), 1.0)
 
 
-def check_embedded(store: TokenStore, tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+def check_store(store: TokenStore, tokenizer: PreTrainedTokenizerFast, embedding_rows: int) -> None:
     """Refuse, with a DataError, a store with an id that a model of so many rows cannot embed."""
-    if store.highest_id < rows:
+    if store.highest_id < embedding_rows:
         return
     for start in range(0, len(store.tokens), TOKENS_AT_A_TIME):
         ids = store.tokens[start : start + TOKENS_AT_A_TIME]
-        if (beyond := np.flatnonzero(ids >= rows)).size:
+        if (beyond := np.flatnonzero(ids >= embedding_rows)).size:
             position = start + beyond[0]
             starts = store.samples[:]["start"]
             line = int(store.lines()[np.searchsorted(starts, position, side="right") - 1])
             try:
-                check_ids(tokenizer, [int(ids[beyond[0]])], rows)
+                check_ids(tokenizer, [int(ids[beyond[0]])], embedding_rows)
             except DataError as error:
                 raise error.at(store.source, line) from None
 

@@ -340,12 +340,12 @@ class GRPODataModule(JSONLDataModule):
     def _read(self, path: str) -> list[EncodedPrompt]:
         limits, source = self.limits, self.module.source
         bad = BadRows(limits.on_bad_row, limits.max_bad_share, limits.max_too_long_share)
-        codec, rows = PromptCodec(self.tokenizer), source.rows()
+        codec, embedding_rows = PromptCodec(self.tokenizer), source.embedding_rows()
         prompts: list[EncodedPrompt] = []
         for prompt in load_prompts(path, self.columns, bad, limits.data_limit):
             try:
                 ids = codec.encode(prompt.content)
-                check_ids(self.tokenizer, ids, rows)
+                check_ids(self.tokenizer, ids, embedding_rows)
             except DataError as error:
                 bad.handle(error.at(*prompt.source))
                 continue

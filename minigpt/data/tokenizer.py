@@ -276,15 +276,15 @@ def id_count(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def check_ids(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], rows: int) -> None:
+def check_ids(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], embedding_rows: int) -> None:
     """Refuse, with a DataError, ids that a model with so many rows cannot embed.
 
     Some tokenizers have a token more than their model has rows, which texts never hold.
     """
-    if (largest := max(ids, default=0)) >= rows:
+    if (largest := max(ids, default=0)) >= embedding_rows:
         raise DataError(
             f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the "
-            f"model embeds {rows} tokens",
+            f"model embeds {embedding_rows} tokens",
             remedy="Take it out of the text.",
             reason="not_embedded",
         )

@@ -148,7 +148,7 @@ class ModelSource:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model
 
-    def rows(self) -> int:
+    def embedding_rows(self) -> int:
         """Return how many token ids the model embeds when training begins.
 
         Raises:

@@ -257,8 +257,8 @@ class GRPOModule(ReferenceModule):
             )
             # The step's sum is divided by its terms; the replay's is to be a mean of its own.
             batch.replay_weight = max(1, terms) / max(1, replayed)
-            if data.minibatches * data.passes > 1:  # the weights will have moved
-                batch.old_logprobs = self._old_logprobs(batch)
+            if data.minibatches * data.passes > 1:  # the weights will move before the last update
+                batch.old_logprobs = self._logprobs(self.model, batch.to(self.device)).cpu()
             packed.append(batch)
         return packed
 
@@ -272,10 +272,6 @@ class GRPOModule(ReferenceModule):
         terms = targets if self.normalisation == "token" else int(included.sum())
         counts = np.array(gathered([(targets, terms)])).sum(0)
         return int(counts[0]), int(counts[1])
-
-    def _old_logprobs(self, batch: RolloutBatch) -> Tensor:
-        """Return the targets' log-probs [N] by the weights that sampled them, as training does."""
-        return self._logprobs(self.model, batch.to(self.device)).cpu()
 
     def _logprobs(self, lm: PackedLM, batch: RolloutBatch) -> Tensor:
         """Return the targets' log-probs [N], of answers at the temperature of sampling, in nats."""

@@ -81,7 +81,7 @@ class FunctionReward(Scorer):
         except Exception as error:
             raise self._failure(answers, state, error) from error
         values = self._list_of(result, answers)
-        scores = [self._number(*pair) for pair in zip(values, answers, strict=True)]
+        scores = list(map(self._number, values, answers))
         return Scores(scores, {name: mean(logged) for name, logged in metrics.items()})
 
     def _call(
@@ -140,7 +140,9 @@ class FunctionReward(Scorer):
             return NOT_SCORED
         number = math.inf
         if isinstance(value, SupportsFloat):
-            with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # of many numbers
+            with suppress(
+                TypeError, ValueError, OverflowError, RuntimeError
+            ):  # as tensors of many do
                 number = float(value)
         if math.isinf(number):
             raise TrainingError(

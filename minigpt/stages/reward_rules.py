@@ -20,12 +20,12 @@ from minigpt.reading import reason_of
 
 NOT_SCORED = math.nan  # the answer is left out of its group's statistics and of the loss
 
-# The last alternative of a number is one like .5; a sign behind a value is an operator.
 _NUMBER = re.compile(
-    r"""(?:(?<![0-9A-Za-z.)\]])[-+−])?
+    r"""(?:(?<![0-9A-Za-z.)\]])[-+−])?  # a sign; behind a value it would be an operator
     (?:[0-9]+/[0-9]+
     |(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?
-    |\.[0-9]+)""",
+    |\.[0-9]+)  # such as .5
+    """,
     re.VERBOSE,
 )
 

@@ -53,7 +53,7 @@ def stub_trainer(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
                 source=SimpleNamespace(
                     tokenizer=tokenizer,
                     check_length=lambda length, shares_prompts: None,
-                    rows=lambda: 1 << 20,
+                    embedding_rows=lambda: 1 << 20,
                 ),
                 load_exam=lambda path: list(iter_rows(path)),
                 reads_last_tokens=False,
