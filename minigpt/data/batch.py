@@ -16,7 +16,7 @@ the batch is made with all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -126,8 +126,7 @@ class PackedBatch:
         return len(self.labels) == 0
 
     def _with(self, change: Callable[[Any], Any]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {n: v for n, v in values.items() if isinstance(v, Tensor | AttentionPlan)}
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, Tensor | AttentionPlan)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -325,6 +325,11 @@ def refused_texts(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> list[str]:
     return special_texts(tokenizer) if kind == "text" else ChatTemplate(tokenizer).turn_texts
 
 
+def has_generation_marks(template: str | None) -> bool:
+    """Whether a chat template marks the assistant's turns with ``{% generation %}``."""
+    return template is not None and "endgeneration" in template
+
+
 class ChatTemplate:
     """Renders chats with a tokenizer's chat template.
 
@@ -335,7 +340,6 @@ class ChatTemplate:
         renderer: renders Jinja; a server has it done in a process of its own.
         source: the template.
         native: whether it is our own, which is rendered without Jinja.
-        marked: whether it marks what is trained by ``{% generation %}``.
         control: texts that stay text in what system and user say: special tokens, and other
             added tokens that the template writes.
         turn_texts: special tokens that begin or end a turn or a text.
@@ -356,7 +360,7 @@ class ChatTemplate:
             self._examine(tokenizer)
 
     def _examine(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.marked = "endgeneration" in self.source
+        self.marked = has_generation_marks(self.source)
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.turn_end = str(turn_end(tokenizer) or tokenizer.eos_token or "")
         probe = self._probe()

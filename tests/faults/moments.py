@@ -303,7 +303,7 @@ class InReference(Callback):
         self.function, self.left = function, number
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        owner, name = (pl_module, "_score") if self.function == "score" else (np, "savez")
+        owner, name = (pl_module, "_logprobs_of") if self.function == "score" else (np, "savez")
         plain = getattr(owner, name)
 
         def counted(*args: Any, **options: Any) -> Any:

@@ -397,7 +397,7 @@ def test_a_missing_file_is_a_data_error(tmp_path: Path, tokenizer: PreTrainedTok
 def test_the_loser_of_a_race_takes_the_winners_store(opened: Opener) -> None:
     winner = opened("text", [{"text": "a"}])
     (winner.path / "of the winner").touch()
-    content = stores._content(opened.file)
+    content = stores._content_digest(opened.file)
     stores._build(opened.file, content, "text", opened.tokenizer, Limits(), winner.path)
     assert opened.entries() == [winner.path.name]
     assert (winner.path / "of the winner").exists()
@@ -690,7 +690,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("when", ["_content", "refused_texts", "write_json"])
+@pytest.mark.parametrize("when", ["_content_digest", "refused_texts", "write_json"])
 @pytest.mark.parametrize("limit", [None, 1])
 def test_a_file_that_changes_while_its_store_is_built_is_refused(
     encoding: str,
