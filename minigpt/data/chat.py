@@ -413,9 +413,7 @@ class ChatTemplate:
         after = self._after
         if after is not None and text.startswith(prompt) and text.endswith(after):
             body = text[len(prompt) : len(text) - len(after)]
-            if answer.content.strip() in body or _without_space(answer.content) in _without_space(
-                body
-            ):
+            if answer.content.strip() in body or _spaceless(answer.content) in _spaceless(body):
                 return self._pieces(body + self._end(after), len(prompt), spans)
         return [Piece(self._rewritten(before, answer, prompt, text), True)]
 
@@ -424,16 +422,14 @@ class ChatTemplate:
 
         The answer is rendered a second time as `ANSWER`, to see what stands around it.
         """
-        probe = self._render([*before, Message("assistant", ANSWER)], add_generation_prompt=False)[
-            0
-        ]
+        chat = [*before, Message("assistant", ANSWER)]
+        probe, _ = self._render(chat, add_generation_prompt=False)
         head, separator, after = probe.partition(ANSWER)
         if not separator:
             raise _no_targets()
         shown = text[len(head) : len(text) - len(after)]
-        complete = (
-            _without_space(shown) == _without_space(answer.content) and text == head + shown + after
-        )
+        is_whole = _spaceless(shown) == _spaceless(answer.content)
+        complete = is_whole and text == head + shown + after
         content = shown if complete else answer.content.strip()
         opened, between = _joint(prompt, head)
         if "</think>" in between and "</think>" in content:
@@ -471,7 +467,7 @@ class ChatTemplate:
             text = self._broken(message).strip()
             if message.role == "assistant" or text in prompt:
                 continue
-            if _without_space(text) not in _without_space(prompt):
+            if _spaceless(text) not in _spaceless(prompt):
                 raise DataError(
                     f"the chat template leaves out the text of the {message.role} message",
                     remedy=REMEDY,
@@ -608,7 +604,7 @@ def _turn_texts(tokenizer: PreTrainedTokenizerFast, probe: str) -> list[str]:
     return [text for text in special_texts(tokenizer) if text in probe or text in ends]
 
 
-def _without_space(text: str) -> str:
+def _spaceless(text: str) -> str:
     return SPACE.sub("", text)
 
 

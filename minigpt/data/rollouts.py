@@ -172,7 +172,7 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         data = self.data
         assert data.order is not None
-        # Positions count each micro-batch as often as it is learnt from, in all processes.
+        # Positions count the micro-batches of all processes, each as often as it is learnt from.
         epoch, done = data.position
         size = data.rollout_size
         positions = size * data.passes  # of a rollout
