@@ -418,7 +418,7 @@ class ChatTemplate:
         return [Piece(self._rewritten(before, answer, prompt, text), True)]
 
     def _rewritten(self, before: Sequence[Message], answer: Message, prompt: str, text: str) -> str:
-        """Return the answer's text where the template shows it otherwise than the prompt does.
+        """Return the answer's text where the rendered chat does not continue the prompt with it.
 
         The answer is rendered a second time as `ANSWER`, to see what stands around it.
         """
