@@ -187,7 +187,8 @@ def pack(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> l
 
 def spread_evenly(numbers: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
     """Return which of some numbers [K], counted from 1, make up a share of all, evenly spread."""
-    return np.floor(numbers * share) > np.floor((numbers - 1) * share)
+    chosen: NDArray[np.bool_] = np.floor(numbers * share) > np.floor((numbers - 1) * share)
+    return chosen
 
 
 def utilisation(lengths: NDArray[np.int64], bins: list[list[int]], budget: int) -> float:
