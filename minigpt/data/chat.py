@@ -338,8 +338,7 @@ class ChatTemplate:
 
     Attributes:
         renderer: renders Jinja; a server has it done in a process of its own.
-        source: the template.
-        native: whether it is our own, which is rendered without Jinja.
+        native: whether `source`, the template, is our own, which is rendered without Jinja.
         control: texts that stay text in what system and user say: special tokens, and other
             added tokens that the template writes.
         turn_texts: special tokens that begin or end a turn or a text.

@@ -34,7 +34,7 @@ from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from minigpt.data.columnar import columnar_rows, reader_of
-from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes, is_utf8
+from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
 from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
@@ -1098,8 +1098,12 @@ def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _is_plain(block: bytes) -> bool:
     """Whether a block is UTF-8 without what `Mender` leaves out."""
-    has_controls = len(block.translate(None, CONTROL_BYTES)) < len(block)
-    return not has_controls and codecs.BOM_UTF8 not in block and is_utf8(block)
+    if len(block.translate(None, CONTROL_BYTES)) < len(block) or codecs.BOM_UTF8 in block:
+        return False
+    try:
+        return block.isascii() or bool(block.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def begins_as_json(stream: io.BufferedReader) -> bool:
