@@ -1107,8 +1107,9 @@ def _is_plain(block: bytes) -> bool:
 
 
 def begins_as_json(stream: io.BufferedReader) -> bool:
-    """Whether a file is JSON by its first byte, which no compressed or foreign file has."""
-    return stream.peek(1)[:1] in (b"{", b"[")
+    """Whether a file is JSON by its first bytes; of other kinds, RTF alone begins with a brace."""
+    beginning = stream.peek(2)[:2]
+    return beginning.startswith((b"{", b"[")) and beginning != b"{\\"
 
 
 def suffix_of(path: PurePath) -> str:
