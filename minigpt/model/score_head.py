@@ -23,7 +23,7 @@ from minigpt.errors import ModelError, TokenizerError
 from minigpt.model.packed_lm import PackedLM, forward_batch
 
 CLASS = "ForSequenceClassification"  # how the names of these classes end
-TASK = "SEQ_CLS"  # how peft calls what their adapters are for
+TASK = "SEQ_CLS"  # the task type in peft's configs of their adapters
 
 
 class PackedReward(PackedLM):
