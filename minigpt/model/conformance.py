@@ -38,7 +38,7 @@ from minigpt.model.packed_lm import (
     token_logprobs,
     use_attention,
 )
-from minigpt.model.rope import compute_by_text, shared_limit
+from minigpt.model.rope import compute_by_text, shared_prompt_limit
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def _samples(model: PreTrainedModel) -> list[Sample]:
     first_id = min(shrink.SPECIAL, rows // 2)
     samples = []
     for prompt, *answers in SHAPES:  # a preference is no longer than those that are taken
-        limit = max(1, shared_limit(model.config) - prompt) if prompt else max(answers)
+        limit = max(1, shared_prompt_limit(model.config) - prompt) if prompt else max(answers)
         lengths = tuple(min(length, limit) for length in answers)
         ids = rng.integers(first_id, rows, prompt + sum(lengths))
         samples.append(Sample(ids, prompt, lengths, None, ("", 0)))
@@ -330,7 +330,9 @@ def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name:
 
 def _decoding_mode(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
     """Return the fastest mode of decoding that gives what each text gives alone; empty if none."""
-    limit = min(SHAPES[0][1], shared_limit(model.config))  # longer ones change angles as they grow
+    limit = min(
+        SHAPES[0][1], shared_prompt_limit(model.config)
+    )  # longer ones change angles as they grow
     texts = [sample.ids[:limit].tolist() for sample in samples]  # two of them are of one length
     device = next(model.parameters()).device
     with use_attention(model, "eager"):

@@ -25,8 +25,8 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.files import atomic_directory, weights_digest, write_json
 from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
-from minigpt.model.rope import RopeScaling, scale
-from minigpt.model.score_head import TASK, is_score_model
+from minigpt.model.rope import RopeScaling, scale_rope
+from minigpt.model.score_head import TASK, has_score_head
 from minigpt.reading import NotReadableError, check_directory, read_json, reason_of, refusing
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         use_dora=options.dora,
         target_modules=options.target_modules or defaults,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
-        task_type=TASK if is_score_model(model) else CAUSAL_LM,  # peft trains the score head, too
+        task_type=TASK if has_score_head(model) else CAUSAL_LM,  # peft trains the score head, too
     )
     adapted = _new_adapter(model, config, defaults)
     adapted.peft_config["default"].base_model_name_or_path = base
@@ -195,12 +195,12 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
         raise _missing(directory, ADAPTER)
     with refusing(f"The adapter at {directory}", ModelError):
         check_directory(directory)
-        _check_adapter(directory, TASK if is_score_model(model) else CAUSAL_LM)
+        _check_adapter(directory, TASK if has_score_head(model) else CAUSAL_LM)
         base_digest = _check_base(directory, base)
         _resize_embedding(model, directory, base)
         _check_ranks(directory)
         if (scaling := saved_scaling(directory)) is not None:
-            scale(model, scaling)
+            scale_rope(model, scaling)
         adapted = _saved_adapter(model, directory)
     adapted.base_digest = base_digest  # type: ignore[assignment]
     return adapted
@@ -427,7 +427,7 @@ def save_adapter(
     with atomic_directory(directory, MODEL_FILES) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
-        if not is_score_model(base):
+        if not has_score_head(base):
             generation_config(base, tokenizer).save_pretrained(partial)
         if digest := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": digest})

@@ -37,7 +37,7 @@ from minigpt.errors import ConfigError
 from minigpt.files import atomic_directory, explain_unwritable, write_manifest
 from minigpt.lightning_internals import AllProcessesStrategy
 from minigpt.model.packed_lm import PackedLM
-from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
+from minigpt.model.restore import SHARDED, check_fit, check_sharding, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class FSDP2(AllProcessesStrategy):
             ModelError: when it holds more than plain values and tensors, or fits another model.
         """
         path = Path(self.broadcast(checkpoint_path))
-        check_kind(path, sharded=True)
+        check_sharding(path, sharded=True)
         prefix, shapes = "state_dict.", saved_shapes(path)
         saved = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
         assert self.model is not None

@@ -28,9 +28,9 @@ from minigpt.model.conformance import check_kind, require_conformance
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
-from minigpt.model.restore import FOLDER, LAST, MODEL, find_checkpoint, newest_first
+from minigpt.model.restore import CHECKPOINTS_DIR, LAST, MODEL_DIR, find_checkpoint, newest_first
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
-from minigpt.model.score_head import TASK, is_reward_model, is_score_model, with_score_head
+from minigpt.model.score_head import TASK, has_score_head, is_reward_model, with_score_head
 from minigpt.reading import (
     MEGABYTE,
     SECONDS,
@@ -79,11 +79,11 @@ def find_model(source: str | Path) -> Path | str:
             if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
                 return candidate
         if (checkpoint := find_checkpoint(path)) is not None:
-            return checkpoint / MODEL
+            return checkpoint / MODEL_DIR
         if may_be_hub_id(name):
             return name
         is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
-        is_unfinished = any((c / MODEL).is_dir() for c in newest_first(path))
+        is_unfinished = any((c / MODEL_DIR).is_dir() for c in newest_first(path))
     if is_gguf:
         raise ModelError(
             f"{source} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
@@ -91,8 +91,8 @@ def find_model(source: str | Path) -> Path | str:
         )
     if is_unfinished:
         raise ModelError(
-            f"The run in {source} has not ended, so it has no {MODEL}/. Take the model of its "
-            f"newest checkpoint: {path / FOLDER / LAST}"
+            f"The run in {source} has not ended, so it has no {MODEL_DIR}/. Take the model of its "
+            f"newest checkpoint: {path / CHECKPOINTS_DIR / LAST}"
         )
     if (recipe := Path("configs", "recipes", f"{path.name}.yaml")).is_file():
         remedy = f"minigpt fit --config {recipe}"
@@ -183,7 +183,7 @@ def _check_settings(model: PreTrainedModel) -> None:
     """Refuse settings of which the proof of a model's kind makes no use, but a run does."""
     if max_positions(model.config) < 1:
         raise NotReadableError("its config allows for no positions")
-    if not is_score_model(model) and model.generation_config is not None:
+    if not has_score_head(model) and model.generation_config is not None:
         ends = model.generation_config.eos_token_id
         for token in ends if isinstance(ends, list) else [ends]:
             if token is not None and not (isinstance(token, int) and abs(token) < 1 << 31):
@@ -368,7 +368,7 @@ def save_model(
         weights: a full state dict, where the model's own parameters are sharded.
     """
     with atomic_directory(directory, MODEL_FILES) as partial:
-        if not is_score_model(model):
+        if not has_score_head(model):
             model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}

@@ -48,7 +48,7 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
     return any(name.endswith(CLASS) for name in config.architectures or ())
 
 
-def check_family(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def reward_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of reward models of a causal LM's config.
 
     Raises:
@@ -81,10 +81,10 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: when models of its family have no such class, or one that computes otherwise.
     """
-    if is_score_model(model):
+    if has_score_head(model):
         return model
     config = model.config
-    kind = check_family(config)
+    kind = reward_model_class(config)
     config.num_labels = 1
     with torch.device("meta"):  # its weights are those of the model
         scorer = kind(config)
@@ -104,7 +104,7 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     return scorer
 
 
-def is_score_model(model: PreTrainedModel) -> bool:
+def has_score_head(model: PreTrainedModel) -> bool:
     """Whether a model gives sequences scores instead of text."""
     return type(model).__name__.endswith(CLASS)
 

@@ -27,8 +27,8 @@ from minigpt.model.architecture import (
 from minigpt.model.conformance import check_kind
 from minigpt.model.lora import ADAPTER
 from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
-from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
-from minigpt.model.score_head import check_family, choose_padding, with_score_head
+from minigpt.model.rope import RopeScaling, check_length, max_positions, scale_config, scale_rope
+from minigpt.model.score_head import choose_padding, reward_model_class, with_score_head
 from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class ModelSource:
         if self.architecture is not None:
             check_sizes(self.architecture, config)
         if self.scores:
-            check_family(config)
+            reward_model_class(config)  # raises where there is none
         return config
 
     def build(self) -> PreTrainedModel:
@@ -141,7 +141,7 @@ class ModelSource:
                 if self._template_adds_tokens():
                     fit_vocabulary(model, self.tokenizer)
         if self.rope_scaling is not None:
-            scale(model, self.rope_scaling)
+            scale_rope(model, self.rope_scaling)
             self.tokenizer.model_max_length = max_positions(model.config)
         if self.scores:
             model = with_score_head(model)
