@@ -2,8 +2,8 @@
 
 This file is the only entry point: no other package imports the rest of `accel`, which is imported
 when it is needed. With the environment variable MINIGPT_ACCEL=off training takes the reference
-path. Its numbers are equal up to rounding and to what dropout draws, but on a GPU under bf16
-autocast, where `accel` holds the residual stream in bf16. It takes more time and memory.
+path, which takes more time and memory. The numbers are equal up to rounding and what dropout draws,
+except on a GPU under bf16 autocast, where `accel` holds the residual stream in bf16.
 """
 
 from __future__ import annotations

@@ -59,21 +59,30 @@ def kernel_attention(
     """
     if plan.keys is not None:
         k, v = (x.index_select(0, plan.keys) for x in (k, v))
-    borders, longest = (plan.cu_queries, plan.cu_keys), (plan.longest_queries, plan.longest)
+    borders = (plan.cu_queries, plan.cu_keys)
+    longest = (plan.longest_queries, plan.longest)
     if not plan.full:
         return _ragged((q, k, v), borders, longest, scaling)
-    rows, tokens = len(plan.cu_queries) - 1, plan.full * plan.longest
+    rows = len(plan.cu_queries) - 1
     if plan.full == rows:
         return _even((q, k, v), (rows, plan.longest), scaling)
-    front, rest = zip(*(x.split([tokens, len(x) - tokens]) for x in (q, k, v)), strict=True)
-    rest_borders = plan.cu_queries[plan.full :] - tokens
-    even = _even(front, (plan.full, plan.longest), scaling)
-    return torch.cat([even, _ragged(rest, (rest_borders, rest_borders), longest, scaling)])
+    # Full rows, and then shorter ones. No prompt is shared, so keys have the queries' borders.
+    tokens = plan.full * plan.longest
+    full, shorter = zip(*(x.split([tokens, len(x) - tokens]) for x in (q, k, v)), strict=True)
+    cu_shorter = plan.cu_queries[plan.full :] - tokens
+    out_full = _even(full, (plan.full, plan.longest), scaling)
+    out_shorter = _ragged(shorter, (cu_shorter, cu_shorter), longest, scaling)
+    return torch.cat([out_full, out_shorter])
 
 
 def _even(qkv: Sequence[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
     """Attend in rows of one length, by the kernel that PyTorch takes for them: on some cards
     cuDNN's, which is faster.
+
+    Args:
+        qkv: [R L, heads, D] each.
+        shape: (R, L).
+        scaling: factor of the logits.
     """
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [R, heads, L, D]
     out = scaled_dot_product_attention(
@@ -88,12 +97,19 @@ def _ragged(
     longest: tuple[int, int],
     scaling: float,
 ) -> Tensor:
-    """Attend in rows of any length. A row with more keys than queries has them before: the kernel
-    aligns both at their ends.
+    """Attend in rows of any length.
+
+    Args:
+        qkv: [tokens, heads, D] each.
+        borders: of the queries and of the keys of each row. A row's last query sees its last key,
+            so keys beyond the number of queries come before them.
+        longest: queries and keys of a row, at most.
+        scaling: factor of the logits.
     """
     q, k, v = (x.contiguous() for x in qkv)
+    causal = (-1, 0)  # all tokens before, none after
     out = varlen.varlen_attn(
-        *(q, k, v, *borders, *longest), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
+        q, k, v, *borders, *longest, scale=scaling, window_size=causal, **_GROUPED_HEADS
     )
     assert isinstance(out, Tensor)  # and no pair, which only return_aux asks for
     return out
