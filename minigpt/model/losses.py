@@ -28,7 +28,7 @@ ReferenceLoss = Literal[
 # Of the model alone: see the functions of these names.
 ReferenceFreeLoss = Literal["simpo", "orpo", "cpo"]
 PreferenceLoss = Literal[ReferenceLoss, ReferenceFreeLoss]
-LARGEST_MEAN = -1e-6  # of an answer's log-probs in odds: at 0 they are infinite
+LARGEST_MEAN = -1e-6  # of an answer's log-probs in `orpo`: at 0 its odds would be infinite
 
 
 def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
