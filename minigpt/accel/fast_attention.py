@@ -51,8 +51,8 @@ def map_groups(
     gather, scatter = row_groups(plan)
     index = torch.cat([group.flatten() for group in gather])
     sizes = [group.numel() for group in gather]
-    # Once for all groups, whose gradients would be added up one by one; index_select, because its
-    # backward is many times faster on a CPU than indexing's.
+    # One index_select for all groups, so that its backward adds up gradients once. That of plain
+    # indexing is many times slower on a CPU.
     gathered = [x.index_select(0, index).split(sizes) for x in tensors]
     results = []
     for group, *flat in zip(gather, *gathered, strict=True):
@@ -64,8 +64,8 @@ def map_groups(
 def _causal_rows(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
-    """Causal attention of rows [R, L, heads, D], no longer than a window, by what is fastest where
-    they lie.
+    """Causal attention of rows [R, L, heads, D] no longer than the window, by the fastest kernel of
+    their device.
     """
     by_matmuls = q.device.type == "cpu" and not dropout and q.shape[1] <= LONGEST
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -83,7 +83,7 @@ def _causal_rows(
 def _window_rows(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
-    """Causal attention of rows [R, L, heads, D], in which a token sees a window's tokens."""
+    """Causal attention of rows [R, L, heads, D] with a sliding window, by a mask [L, L]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     position = torch.arange(q.shape[2], device=q.device)
     distance = position[:, None] - position

@@ -35,9 +35,14 @@ log = logging.getLogger(__name__)
 
 
 def _refusing_sizes() -> AbstractContextManager[None]:
-    """Refuse, with a ConfigError, sizes that transformers or the memory has no room for."""
-    what, remedy = "A model of this architecture", "Give other sizes."
-    return refusing(what, ConfigError, remedy, inf, "cannot be built")
+    """Turn an error while a model is built, such as of memory, into a ConfigError."""
+    return refusing(
+        "A model of this architecture",
+        ConfigError,
+        "Give other sizes.",
+        seconds=inf,
+        verb="cannot be built",
+    )
 
 
 @dataclass
@@ -110,7 +115,7 @@ class ModelSource:
 
         Raises:
             ConfigError: when sizes are given that the model of `init_from` does not have.
-            ModelError: when its kind cannot be computed exactly, or no reward model be of it.
+            ModelError: when its kind cannot be computed exactly, or be made a reward model.
         """
         if self.init_from is None:
             assert self.architecture is not None
@@ -149,7 +154,7 @@ class ModelSource:
         return model
 
     def rows(self) -> int:
-        """Return how many token ids the model embeds when training begins.
+        """Return the rows of the model's embedding when training begins.
 
         Raises:
             ModelError: when the tokenizer is another model's.
@@ -167,14 +172,10 @@ class ModelSource:
         return isinstance(model, Path) and (model / ADAPTER).is_file()
 
     def check_length(self, length: int, shares_prompts: bool) -> None:
-        """Refuse samples that are longer than the model reads.
-
-        Args:
-            length: of samples in tokens, at most.
-            shares_prompts: whether samples hold several answers to a prompt.
+        """Refuse a `max_length` beyond what the model reads; see `rope.check_length`.
 
         Raises:
-            ConfigError: for them.
+            ConfigError: with the limit.
         """
         config = self.config()
         if self.rope_scaling is not None:
