@@ -81,16 +81,9 @@ def attention(
 def map_rows(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], plan: AttentionPlan
 ) -> Tensor:
-    """Apply a causal function to the rows of a plan, those of like length together.
+    """Do as `packed_lm.map_rows`, with rows of like length together.
 
-    Args:
-        function: from tensors [R, L, ...] to one tensor [R, L, ...]. A short row is filled up at
-            its end, where causality hides the filling from every real token.
-        tensors: [T, ...] each.
-        plan: of the rows.
-
-    Returns:
-        [T, ...], of each token its result.
+    The function must be causal: short rows are filled up at their end.
     """
     from minigpt.accel.fast_attention import map_groups
 

@@ -59,8 +59,7 @@ def kernel_attention(
     """
     if plan.keys is not None:
         k, v = (x.index_select(0, plan.keys) for x in (k, v))
-    borders = (plan.cu_queries, plan.cu_keys)
-    longest = (plan.longest_queries, plan.longest)
+    borders, longest = (plan.cu_queries, plan.cu_keys), (plan.longest_queries, plan.longest)
     if not plan.full:
         return _ragged((q, k, v), borders, longest, scaling)
     rows = len(plan.cu_queries) - 1
@@ -76,13 +75,8 @@ def kernel_attention(
 
 
 def _even(qkv: Sequence[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
-    """Attend in rows of one length, by the kernel that PyTorch takes for them: on some cards
-    cuDNN's, which is faster.
-
-    Args:
-        qkv: [R L, heads, D] each.
-        shape: (R, L).
-        scaling: factor of the logits.
+    """Attend in rows of one length, of the shape (R, L), by the kernel that PyTorch takes for them:
+    on some cards cuDNN's, which is faster.
     """
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [R, heads, L, D]
     out = scaled_dot_product_attention(
@@ -97,19 +91,13 @@ def _ragged(
     longest: tuple[int, int],
     scaling: float,
 ) -> Tensor:
-    """Attend in rows of any length.
+    """Attend in rows of any length, by the borders and longest lengths of queries and of keys.
 
-    Args:
-        qkv: [tokens, heads, D] each.
-        borders: of the queries and of the keys of each row. A row's last query sees its last key,
-            so keys beyond the number of queries come before them.
-        longest: queries and keys of a row, at most.
-        scaling: factor of the logits.
+    The last query of a row sees its last key: with more keys than queries, the first have none.
     """
     q, k, v = (x.contiguous() for x in qkv)
-    causal = (-1, 0)  # all tokens before, none after
     out = varlen.varlen_attn(
-        q, k, v, *borders, *longest, scale=scaling, window_size=causal, **_GROUPED_HEADS
+        q, k, v, *borders, *longest, scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
     )
     assert isinstance(out, Tensor)  # and no pair, which only return_aux asks for
     return out

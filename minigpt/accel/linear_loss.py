@@ -155,13 +155,8 @@ def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[sl
 
 
 def _set_at_labels(grad_logits: Tensor, labels: Tensor, values: Tensor) -> Tensor:
-    """Set each row's number at its label in place; `scatter_` would widen all of a bf16 matrix on
-    a CPU.
-
-    Args:
-        grad_logits: [n, V], returned.
-        labels: [n, 1].
-        values: [n, 1].
+    """Set [n, V] at each row's label [n, 1] to a value [n, 1], in place; `scatter_` would widen all
+    of a bf16 matrix on a CPU.
     """
     row = torch.arange(len(labels), device=labels.device)
     return grad_logits.index_put_((row, labels[:, 0]), values[:, 0].to(grad_logits.dtype))

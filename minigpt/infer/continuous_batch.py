@@ -219,9 +219,7 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
     """Requests that are decoded together, as text. The caller owns the thread.
 
     Args:
-        engine: the model and its tokenizer; the model must stay in eval mode.
-        slots: how many requests are decoded at once; the others wait.
-        prefill: tokens of new prompts that one step reads.
+        engine, slots, prefill: as of `DecodingBatch`.
     """
 
     def __init__(self, engine: Engine, slots: int, prefill: int = PREFILL) -> None:
@@ -244,15 +242,11 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens when it has ended."""
         if self._piecewise is not None and self._tokens_read > 0:
-            _, (first, *_) = self._queue[0]
+            _, [first] = self._queue[0]
             if first.number == number:
                 self._piecewise.forget()
                 self._tokens_read = 0
-        self._queue = deque(
-            (prompt, requests)
-            for prompt, requests in self._queue
-            if all(request.number != number for request in requests)
-        )
+        self._queue = deque((ids, [r]) for ids, [r] in self._queue if r.number != number)
         for row, request in enumerate(self._rows):
             if request.number == number:
                 self._drop(row)

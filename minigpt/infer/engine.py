@@ -136,36 +136,24 @@ class Engine:
             ConfigError: when the model cannot have such weights.
         """
         with refusing(f"The model at {model}", ModelError, seconds=inf, verb="cannot be used"):
-            return cls._load(model, adapter, tokenizer, merged, weights, device)
-
-    @classmethod
-    def _load(
-        cls,
-        model: str | Path,
-        adapter: str | Path | None,
-        tokenizer: str | Path | None,
-        merged: bool,
-        weights: Precision,
-        device: str | None,
-    ) -> Engine:
-        source = find_model(model)
-        if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
-            adapter = source
-            source = base_of(source)
-        base = load_model(source, "sdpa")
-        adapted = None
-        if adapter is not None:
-            adapted = load_adapter(base, Path(find_model(adapter)), source)
-        if adapted is not None and merged:
-            base, adapted = merge(adapted), None
-        cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        base.to(device)  # type: ignore[arg-type]
-        loaded = tokenizers.load(tokenizer or tokenizer_source(adapter or model, source))
-        check_vocabulary(embedding_rows(base), loaded)
-        engine = cls(base.eval(), loaded, weights == "int8")
-        engine.adapter = adapted
-        return engine
+            source = find_model(model)
+            if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
+                adapter = source
+                source = base_of(source)
+            base = load_model(source, "sdpa")
+            adapted = None
+            if adapter is not None:
+                adapted = load_adapter(base, Path(find_model(adapter)), source)
+            if adapted is not None and merged:
+                base, adapted = merge(adapted), None
+            cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            base.to(device)  # type: ignore[arg-type]
+            loaded = tokenizers.load(tokenizer or tokenizer_source(adapter or model, source))
+            check_vocabulary(embedding_rows(base), loaded)
+            engine = cls(base.eval(), loaded, weights == "int8")
+            engine.adapter = adapted
+            return engine
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.
@@ -217,8 +205,7 @@ class Engine:
         """Complete prompts as `complete` does; yield each reply after those before it.
 
         Args:
-            prompts: texts to continue, or chats to answer.
-            sampling: for all of them, or one for each.
+            prompts, sampling: as of `complete`.
             sort_within: prompts are taken in blocks of so many, the shortest of a block first; by
                 default as many as are decoded at once.
         """

@@ -417,10 +417,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a GGUF file's chat template, special and added tokens, no others.
-
-    It renders chats and encodes no text, which llama.cpp does.
-    """
+    """Return a tokenizer that renders a GGUF file's chats; texts are encoded by llama.cpp."""
     tokens = fields.get("tokenizer.ggml.tokens", ())
     types = fields.get("tokenizer.ggml.token_type", ())
     typed = list(zip(tokens, types, strict=False))

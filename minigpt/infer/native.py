@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 GROWTH = 64  # positions by which the cache grows at least
 BLOCK = 8  # rows of one call of attention on a CPU, which reads each as far as the longest
@@ -37,33 +38,6 @@ INT8_LINEAR: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic._op
 USE_ONEDNN = bool(torch.backends.mkldnn.enabled)  # read once, for several threads may be decoding
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
-
-
-class _Norm(Protocol):
-    weight: Tensor
-
-
-class _Attention(Protocol):
-    head_dim: int
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-    q_norm: _Norm  # of Qwen3 alone, as k_norm
-    k_norm: _Norm
-
-
-class _Mlp(Protocol):
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-
-
-class _DecoderLayer(Protocol):
-    self_attn: _Attention
-    mlp: _Mlp
-    input_layernorm: _Norm
-    post_attention_layernorm: _Norm
 
 
 def is_native(model: PreTrainedModel) -> bool:
@@ -154,7 +128,7 @@ class FusedWeights:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, int8: bool = False) -> None:
         config = cast(LlamaConfig, model.config)
         body = cast(LlamaForCausalLM, model).model
-        layers = cast(list[_DecoderLayer], list(body.layers))
+        layers = cast(list[Qwen3DecoderLayer], list(body.layers))  # or Llama's, without the norms
         self.dtype = dtype
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
@@ -180,7 +154,7 @@ class FusedWeights:
         """Return √n w of a norm's weight w [n]."""
         return weight.float().mul(weight.numel() ** 0.5)
 
-    def _layer(self, layer: _DecoderLayer) -> Layer:
+    def _layer(self, layer: Qwen3DecoderLayer) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query, key = (
             m.weight.float().unflatten(0, (-1, self.head_dim))[:, self._pairs_first].flatten(0, 1)

@@ -55,7 +55,7 @@ class Architecture:
     dropout: float = 0.0
 
 
-SIZES = {  # what a config calls the sizes of an `Architecture`, all but `rope_theta`
+SIZES = {  # the names of an `Architecture`'s fields in a config; `rope_theta` is nested there
     "hidden_size": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -97,17 +97,9 @@ def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
     """
     check_architecture(a)
     return Qwen3Config(
+        **{key: getattr(a, name) for name, key in SIZES.items()},
         vocab_size=tokenizers.id_count(tokenizer),
-        hidden_size=a.hidden_size,
-        intermediate_size=a.ffn,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        max_position_embeddings=a.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
-        tie_word_embeddings=a.tied,
-        attention_dropout=a.dropout,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -6,7 +6,7 @@ Shape legend: n requests of a cohort, L tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -47,12 +47,7 @@ class Cohort:
     cache: DynamicCache | None
 
     def select(self, indices: list[int], rows: list[int]) -> None:
-        """Keep the requests at some indices, which may repeat, and give them numbers.
-
-        Args:
-            indices: in this cohort.
-            rows: the requests' new numbers among all.
-        """
+        """Keep the requests at some indices, which may repeat, under new numbers among all."""
         if indices != list(range(len(self.rows))):
             index = torch.tensor(indices, device=self.mask.device)
             self.mask, self.tokens = self.mask[index], self.tokens[index]
@@ -95,7 +90,10 @@ class TransformersDecoder:
         rows = [range(start, end) for start, end in pairwise(borders)]  # of each prompt
         cohorts = []
         logits = []
-        for members in self._grouped(prompts):
+        groups: dict[int, list[int]] = {}  # indices of the prompts of each cohort
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(0 if self.mode == PADDED else len(prompt), []).append(index)
+        for members in groups.values():
             cohort = self._new_cohort([prompts[i] for i in members])
             prompt_logits = self._forward(cohort, cohort.tokens)
             repeated = [index for index, i in enumerate(members) for _ in rows[i]]
@@ -105,13 +103,6 @@ class TransformersDecoder:
         self.cohorts += cohorts
         self.count = borders[-1]
         return _in_order(logits, cohorts)
-
-    def _grouped(self, prompts: Sequence[list[int]]) -> Iterable[list[int]]:
-        """Return the indices of the prompts that make up each cohort: where padded, of all."""
-        groups: dict[int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault(0 if self.mode == PADDED else len(prompt), []).append(index)
-        return groups.values()
 
     def _new_cohort(self, prompts: list[list[int]]) -> Cohort:
         longest, device = max(map(len, prompts)), self.model.device

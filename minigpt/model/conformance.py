@@ -351,13 +351,7 @@ def _decoding_mode(model: PreTrainedModel, samples: list[Sample], name: str) -> 
 
 
 def _decodes(decoder: TransformersDecoder, texts: list[list[int]], expected: list[Tensor]) -> bool:
-    """Whether texts decoded together, of which one is dropped halfway, get the expected logits.
-
-    Args:
-        decoder: of the model.
-        texts: ids, of which the last `STEPS` are decoded.
-        expected: [L, V] logits of each text alone.
-    """
+    """Whether texts decoded together get the logits of each alone, [L, V]; one leaves halfway."""
     texts, expected = list(texts), list(expected)
     try:
         logits = decoder.admit([text[:-STEPS] for text in texts])

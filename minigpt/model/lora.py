@@ -298,11 +298,7 @@ def saved_scaling(directory: Path) -> RopeScaling | None:
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
-    """Return the digest of the weights that an adapter was trained on; None if it names none.
-
-    Raises:
-        ModelError: when the base is a directory with other weights.
-    """
+    """Return the digest of an adapter's base, None if it names none; refuse other weights."""
     if not (directory / BASE).is_file():
         return None
     saved: str = read_json(directory / BASE)["weights"]

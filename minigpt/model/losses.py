@@ -136,8 +136,7 @@ def simpo(policy: Tensor, lengths: Tensor, beta: float, gamma: float) -> Prefere
     arXiv:2405.14734, eq. 6).
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
         beta: scale of the difference; the paper takes 2 to 2.5.
         gamma: how far the chosen answer is to be ahead; the paper takes about β/2.
 
@@ -158,8 +157,7 @@ def orpo(policy: Tensor, lengths: Tensor, beta: float) -> Preferences:
     and have no gradient.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
         beta: weight of the term.
 
     Returns:
@@ -180,7 +178,7 @@ def cpo(policy: Tensor, beta: float) -> Preferences:
     arXiv:2401.08417, eq. 3). The whole loss is this plus `chosen_nll`.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
+        policy: as of `dpo`.
         beta: scale of the difference.
 
     Returns:
@@ -200,8 +198,7 @@ def chosen_nll(policy: Tensor, lengths: Tensor) -> Tensor:
     of one length, they are the same.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
 
     Returns:
         The term of each pair, [P].

@@ -82,15 +82,10 @@ class PackedLM(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
-        """Let `to` move buffers but keep their type, which Lightning's bf16-true would change.
-
-        See `cast_weights`.
+        """Let `to` move buffers but keep their type, which bf16-true would change: see
+        `cast_weights`.
         """
-        buffers = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
+        buffers = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False)]
         super()._apply(fn, recurse)
         for module, name, before in buffers:
             after = module.get_buffer(name)

@@ -95,12 +95,8 @@ class FSDP2(AllProcessesStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         check_sharding(path, sharded=True)
-        prefix = "state_dict."
-        saved = {
-            name.removeprefix(prefix): shape
-            for name, shape in saved_shapes(path).items()
-            if name.startswith(prefix)
-        }
+        shapes, prefix = saved_shapes(path), "state_dict."
+        saved = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
         assert self.model is not None
         assert self.lightning_module is not None
         weights: dict[str, Any] = get_model_state_dict(self.model)
@@ -213,15 +209,10 @@ def shard(lm: PackedLM, mesh: DeviceMesh) -> None:
     layers = [m for m in lm.hf.modules() if type(m).__name__ in (lm.hf._no_split_modules or [])]
     for module in (*layers, lm):
         fully_shard(module, mesh=data_mesh)
-    if data_mesh.device_type == "cpu":
-        _average_on_gloo(lm)
-
-
-def _average_on_gloo(lm: PackedLM) -> None:
-    """Gloo has no averaging reduce-scatter: what it calls one is a sum."""
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
+    if data_mesh.device_type == "cpu":  # what gloo calls an averaging reduce-scatter is a sum
+        for module in lm.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(strategy: Strategy) -> bool:

@@ -204,12 +204,8 @@ def _check_config(directory: Path) -> None:
 
 
 def _check_numbers(config: dict[str, Any], widest: int, count: int) -> None:
-    """Refuse a config with more layers than weights, much larger widths, or impossible dropout.
-
-    Args:
-        config: as JSON.
-        widest: the largest size of a weight.
-        count: of weights.
+    """Refuse more layers than there are weights (`count`), widths far above the widest, and dropout
+    that is no probability.
     """
     for name, value in _numbers(config):
         if _PROBABILITIES.search(name) and not 0 <= value <= 1:

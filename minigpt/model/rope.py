@@ -70,9 +70,7 @@ def depends_on_length(model: PreTrainedModel) -> bool:
 
 
 def shared_prompt_limit(config: PreTrainedConfig) -> int:
-    """Return up to how many tokens of a prompt and an answer the prompt's angles are the same, so
-    that several answers can share them; sys.maxsize where angles never depend on the length.
-    """
+    """Return up to which length of prompt and answer the angles of a prompt are always the same."""
     text = config.get_text_config(decoder=True)
     rope = rope_parameters(config)
     if rope.get("rope_type") not in BY_LENGTH:
@@ -172,13 +170,7 @@ def _no_angles(config: PreTrainedConfig) -> ConfigError:
 
 
 def _scaled(old: dict[str, Any], length: int, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
-    """Return the rotary parameters that a scaling changes, and the new maximum of positions.
-
-    Args:
-        old: the config's rotary parameters, which may be scaled already.
-        length: the config's maximum of positions.
-        scaling: to be applied.
-    """
+    """Return the rotary parameters that change, and the new maximum of positions, from the old."""
     saved = old.get("original_max_position_embeddings")
     if saved is None and old["rope_type"] == scaling.type:
         saved = length if scaling.type == "dynamic" else round(length / scaling.factor)

@@ -37,11 +37,7 @@ log = logging.getLogger(__name__)
 def _refusing_sizes() -> AbstractContextManager[None]:
     """Turn an error while a model is built, such as of memory, into a ConfigError."""
     return refusing(
-        "A model of this architecture",
-        ConfigError,
-        "Give other sizes.",
-        seconds=inf,
-        verb="cannot be built",
+        "A model of this architecture", ConfigError, "Give other sizes.", inf, "cannot be built"
     )
 
 
