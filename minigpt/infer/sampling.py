@@ -63,7 +63,7 @@ class Sampling:
         }
         for rule, holds in rules.items():
             if not holds:
-                value = getattr(self, rule.split()[0], '""')
+                value = getattr(self, rule.split()[0], '""')  # the field that begins the rule
                 raise ConfigError(f"sampling: {rule}, but is {value}.")
 
     @property

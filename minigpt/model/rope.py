@@ -70,7 +70,7 @@ def depends_on_length(model: PreTrainedModel) -> bool:
 
 
 def shared_prompt_limit(config: PreTrainedConfig) -> int:
-    """Return up to which length of prompt and answer the angles of a prompt are always the same."""
+    """Return the tokens of prompt and answer up to which a prompt's angles are always the same."""
     text = config.get_text_config(decoder=True)
     rope = rope_parameters(config)
     if rope.get("rope_type") not in BY_LENGTH:
