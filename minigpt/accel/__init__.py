@@ -2,8 +2,8 @@
 
 This file is the only entry point: no other package imports the rest of `accel`, which is imported
 when it is needed. With the environment variable MINIGPT_ACCEL=off training takes the reference
-path. Its numbers are equal up to rounding and to what dropout draws, but on a GPU under bf16
-autocast, where `accel` holds the residual stream in bf16. It takes more time and memory.
+path, which takes more time and memory. The numbers are equal up to rounding and what dropout draws,
+except on a GPU under bf16 autocast, where `accel` holds the residual stream in bf16.
 """
 
 from __future__ import annotations
@@ -81,16 +81,9 @@ def attention(
 def map_rows(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], plan: AttentionPlan
 ) -> Tensor:
-    """Apply a causal function to the rows of a plan, those of like length together.
+    """Do as `packed_lm.map_rows`, with rows of like length together.
 
-    Args:
-        function: from tensors [R, L, ...] to one tensor [R, L, ...]. A short row is filled up at
-            its end, where causality hides the filling from every real token.
-        tensors: [T, ...] each.
-        plan: of the rows.
-
-    Returns:
-        [T, ...], of each token its result.
+    The function must be causal: short rows are filled up at their end.
     """
     from minigpt.accel.fast_attention import map_groups
 

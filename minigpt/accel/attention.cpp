@@ -115,7 +115,7 @@ void matmul(long rows, const Pair* a, long a_row, long a_step, const Pair* b, lo
     strips[rows - 1](a, a_row, a_step, b, b_step, c, c_row, columns, depth, add);
 }
 
-// ---- what lies where
+// ---- layout
 
 struct Heads {  // a tensor [T, heads, D] and its strides
     Half* data;
@@ -124,9 +124,9 @@ struct Heads {  // a tensor [T, heads, D] and its strides
     const Pair* pairs(long t, long h) const { return (const Pair*)at(t, h); }
 };
 
-struct Row {
+struct Row {  // where its prompt and its answer begin in the batch, and their lengths
     int32_t prompt, prompt_length, answer, answer_length;
-    bool answers_with(const Row& other) const { return prompt_length && prompt == other.prompt; }
+    bool shares_prompt(const Row& other) const { return prompt_length && prompt == other.prompt; }
 };
 
 // What forward and backward get.
@@ -147,7 +147,7 @@ std::vector<Sample> samples(const Call& call) {
     for (long r = 0; r < call.count; ++r) {
         const Row& row = call.rows[r];
         long length = row.prompt_length + row.answer_length;
-        if (!r || !row.answers_with(call.rows[r - 1])) all.push_back({r, r, 0});
+        if (!r || !row.shares_prompt(call.rows[r - 1])) all.push_back({r, r, 0});
         all.back().end = r + 1;
         all.back().cost += length * length;
     }
@@ -156,6 +156,7 @@ std::vector<Sample> samples(const Call& call) {
     return all;
 }
 
+// Where a row's tokens are in the batch.
 std::vector<int32_t> tokens(const Row& row) {
     std::vector<int32_t> at(row.prompt_length + row.answer_length);
     std::iota(at.begin(), at.begin() + row.prompt_length, row.prompt);
@@ -194,7 +195,7 @@ void along(const Heads& x, long h, const std::vector<int32_t>& at, long width,
 struct Scratch {
     std::vector<Pair> keys, keys_along, values, queries, grads, weights, grad_scores;
     std::vector<float> scores, grad_weights, sums, grad_keys, grad_values;
-    std::vector<Half> left;
+    std::vector<Half> left;  // of a matmul
 };
 
 // ---- forward
@@ -249,10 +250,10 @@ void attend(const Call& call, const Heads& out, const Row& row, long begin, long
 
 // ---- backward
 
-// Put a query's weights in pair of its scores, and return what its gradient loses to the softmax:
-// the sum of weights times their gradients. FlashAttention-2 takes it from the output, whose rounding
-// to bf16 is as large as the gradient itself where one weight is nearly 1.
-float weigh(float* scores, const float* grad_weights, float lse, float scale, long seen) {
+// Put a query's weights in place of its scores, and return the sum of weights times their gradients,
+// which the softmax subtracts from each gradient. FlashAttention-2 takes it from the output, whose
+// rounding to bf16 is as large as the gradient itself where one weight is nearly 1.
+float weights_of_scores(float* scores, const float* grad_weights, float lse, float scale, long seen) {
     const __m512 by = _mm512_set1_ps(scale * LOG2E), shift = _mm512_set1_ps(lse);
     __m512 sum = _mm512_setzero_ps();
     for (long c = 0; c < seen; c += 16) {
@@ -295,8 +296,9 @@ void attend_backward(const Call& call, const Heads& grad, const Heads& grad_q, c
                        scratch.grad_weights.data(), columns, seen, width / 2);
                 float lost[STRIP];
                 for (long r = 0; r < rows; ++r)
-                    lost[r] = weigh(&scratch.scores[r * columns], &scratch.grad_weights[r * columns],
-                                    call.lse[at[i + r] * call.heads + h], call.scale, i + r + 1);
+                    lost[r] = weights_of_scores(
+                        &scratch.scores[r * columns], &scratch.grad_weights[r * columns],
+                        call.lse[at[i + r] * call.heads + h], call.scale, i + r + 1);
                 for (long r = 0; r < rows; r += 2) {
                     const bool two = r + 1 < rows;  // else the second is the first and sees nothing
                     const long a = at[i + r], b = at[i + r + two], pair = (i - start + r) / 2;

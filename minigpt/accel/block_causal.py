@@ -44,7 +44,7 @@ class _BlockCausal(torch.autograd.Function):
             queries = q[..., start:end, :].reshape(len(keys), -1, width)
             scores = torch.bmm(queries, keys[:, :end].mT)
             diagonal = scores.view(len(keys), -1, end - start, end)[..., start:]
-            diagonal += _future(end - start, q.dtype)
+            diagonal += _future_mask(end - start, q.dtype)
             weights = torch.softmax(scores, -1)
             out[..., start:end, :] = torch.bmm(weights, values[:, :end]).view(
                 *q.shape[:3], -1, width
@@ -59,8 +59,9 @@ class _BlockCausal(torch.autograd.Function):
         rows, heads, length, width = grads[0].shape
         grad = grads[0].reshape(len(keys), -1, length, width)  # [R·K, H/K, L, D]
         grad_q = torch.empty_like(grad)
-        # Blocks add up: in fp32, unless there is nothing to add.
-        dtype = keys.dtype if len(saved) == 2 else torch.float32
+        # The gradients of several blocks are added up in fp32.
+        one_block = len(saved) == 2
+        dtype = keys.dtype if one_block else torch.float32
         grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
         for (start, end), queries, weights in zip(
             _blocks(length), saved[::2], saved[1::2], strict=True
@@ -82,6 +83,6 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 @cache
-def _future(size: int, dtype: torch.dtype) -> Tensor:
-    """Return what hides the future inside a block, [size, size]."""
+def _future_mask(size: int, dtype: torch.dtype) -> Tensor:
+    """Return the mask that is added to a block's last scores, [size, size]: -inf for later keys."""
     return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)

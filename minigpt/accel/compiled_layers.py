@@ -28,11 +28,11 @@ from minigpt.data.batch import TILE, AttentionPlan, PackedBatch, Sample, collate
 
 log = logging.getLogger(__name__)
 
-# Tokens of a text, where the model has so many positions, and of a pair that warm up. A text of
-# whole tiles fills a row to its end, so that with a shorter one, or none, all kinds of batches come
-# about, whatever a batch's tokens. The compiler takes numbers that are equal in its first batch for
-# equal ones in all: these equal nothing else.
-TEXT, PAIR = 3 * TILE, (31, 13, 17)
+# Lengths in the batches that warm the compiler up: of a text, and of a preference's prompt and
+# answers. Texts of whole tiles make full rows. The compiler takes sizes that are equal in its first
+# batch to be equal always, so these equal no others.
+TEXT = 3 * TILE
+PREFERENCE = (31, 13, 17)
 # Operations from which on compiling for half a minute pays: about five minutes of training.
 WORTHWHILE = {"cpu": 1e14, "cuda": 1e17}
 
@@ -71,7 +71,7 @@ def compile_model(
     Where compiling fails, in whatever way, the model stays as it is, with a warning.
     Arguments as for `accel.compile_model`.
     """
-    # Else DDP cuts a layer that it finds not compiled yet at the borders of its buckets.
+    # Else DDP splits layers that are not compiled yet where its buckets of gradients end.
     torch._dynamo.config.optimize_ddp = False
     fallback = _Fallback()
     for layer in lm.hf.modules():
@@ -82,7 +82,8 @@ def compile_model(
     with precision():
         on_gpu = kernel_applies(lm.hf.device, _autocast_dtype(lm.hf))
     try:
-        for batch in _first_batches(tokens, pairs, positions)[: None if on_gpu else 1]:
+        batches = _first_batches(tokens, pairs, positions)
+        for batch in batches if on_gpu else batches[:1]:
             _warm_up(lm, batch, precision, pairs)
     except TorchDynamoException as error:  # of the backward pass
         fallback.fail(error)
@@ -97,11 +98,11 @@ def _autocast_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _first_batches(tokens: int, pairs: bool, positions: int) -> list[PackedBatch]:
-    """Return a batch of each kind that is computed by other kernels on a GPU: of rows of several
-    lengths, of full ones before a shorter one, of full ones alone.
+    """Return a batch for each case of `gpu_attention.kernel_attention`: rows of several lengths,
+    full rows before a shorter one, full rows alone.
     """
     longest = max(TILE, positions // TILE * TILE)
-    prompt, *answers = PAIR if pairs else (0, min(TEXT, longest))
+    prompt, *answers = PREFERENCE if pairs else (0, min(TEXT, longest))
     ids = np.zeros(prompt + sum(answers), np.int64)
     targets = None if pairs else np.arange(len(ids)) > 3
     sample = Sample(ids, prompt, tuple(answers), targets, ("", 0))
@@ -161,15 +162,14 @@ def _for_packed(
 
     def forward(hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         plan = kwargs.get("plan")
-        # The compiler sums up to 4,096 numbers by other kernels than more, and makes some for no
-        # target and for one: an epoch's last batch, which may be short, is not worth the wait.
-        # A single token behind full rows would be taken for a kind by itself, too.
-        usual = (
-            isinstance(plan, AttentionPlan)
-            and len(plan.predict_at) > 1
-            and hidden.shape[1] >= shortest
-            and hidden.shape[1] - plan.full * plan.longest != 1
-        )
-        return (compiled if usual else plain)(hidden, *args, **kwargs)
+        if not isinstance(plan, AttentionPlan):
+            return plain(hidden, *args, **kwargs)
+        # The compiler would make kernels of their own for few tokens, for no target or one, and for
+        # one token behind full rows. Such batches are rare, as the last of an epoch: not worth it.
+        tokens = hidden.shape[1]
+        behind_full_rows = tokens - plan.full * plan.longest
+        if tokens < shortest or len(plan.predict_at) <= 1 or behind_full_rows == 1:
+            return plain(hidden, *args, **kwargs)
+        return compiled(hidden, *args, **kwargs)
 
     return forward

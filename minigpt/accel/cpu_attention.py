@@ -58,7 +58,7 @@ class _Call(ctypes.Structure):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
-    """Whether the kernel runs here; it is built if need be, which a failure only says."""
+    """Whether the kernel runs here. It is built if need be; failing to build it only logs."""
     return _library() is not None
 
 
@@ -165,17 +165,17 @@ def _library() -> ctypes.CDLL | None:
     try:
         return _load(_build())
     except subprocess.CalledProcessError as error:
-        why = f"{error.cmd[0]} failed. {error.stderr.strip()}"
+        reason = f"{error.cmd[0]} failed. {error.stderr.strip()}"
     except OSError as error:
-        why = str(error)
-    log.warning("Attention without its kernel, which only costs speed: %.300s", why)
+        reason = str(error)
+    log.warning("Attention without its kernel, which only costs speed: %.300s", reason)
     return None
 
 
 def _build() -> Path:
     """Return the compiled kernel, from the cache if it is there, whole, and of this user.
 
-    It ends with a digest, which loading makes nothing of.
+    The file ends with a digest, behind what is loaded.
     """
     command = [os.environ.get("CXX", "g++"), *FLAGS]
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()

@@ -1,6 +1,4 @@
-"""A last layer that goes on from its attention with the tokens that predict targets alone, so that
-prompts cost none of what follows.
-"""
+"""A last layer that computes its MLP only for tokens that predict targets: no others are needed."""
 
 from __future__ import annotations
 
@@ -32,14 +30,14 @@ class LlamaLayer(Protocol):
 
 @torch.no_grad()
 def end_early(hf: PreTrainedModel, ids: Tensor) -> bool:
-    """Let the last layer compute the plan's `predict_at` alone behind its attention.
+    """Let the last layer compute, after its attention, only the positions `predict_at` of a plan.
 
     Args:
         hf: the model, which has to be in eval mode.
         ids: [1, n] to try it on.
 
     Returns:
-        Whether that gives this model's hidden states; if not, nothing was changed.
+        Whether that gives this model's hidden states; if not, the model is as it was.
     """
     layers = [m for m in hf.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers or {name for name, _ in layers[-1].named_children()} != CHILDREN:

@@ -31,14 +31,14 @@ def attend(
     window: int | None,
 ) -> Tensor:
     """Attend inside each row of a plan; arguments as for `accel.attention`."""
-    hidden_past = window is not None and plan.longest > window
-    if q.shape[-1] == v.shape[-1] and not dropout and not hidden_past:
+    if not window or plan.longest <= window:
+        window = None  # it hides nothing
+    if q.shape[-1] == v.shape[-1] and not dropout and window is None:
         if kernel_applies(q.device, q.dtype, q.shape[-1]):
             return kernel_attention(q, k, v, plan, scaling)
         if cpu_attention.applies(q):
             return cpu_attention.fused_attention(q, k, v, plan.spans, scaling)
-    rows = _window_rows if hidden_past else _causal_rows
-    attend_rows = partial(rows, scaling=scaling, dropout=dropout, window=window)
+    attend_rows = partial(_attend_rows, scaling=scaling, dropout=dropout, window=window)
     out: Tensor = map_groups(attend_rows, (q, k, v), plan)
     return out
 
@@ -51,8 +51,8 @@ def map_groups(
     gather, scatter = row_groups(plan)
     index = torch.cat([group.flatten() for group in gather])
     sizes = [group.numel() for group in gather]
-    # Once for all groups, whose gradients would be added up one by one; index_select, because its
-    # backward is many times faster on a CPU than indexing's.
+    # One index_select for all groups, so that its backward adds up gradients once. That of plain
+    # indexing is many times slower on a CPU.
     gathered = [x.index_select(0, index).split(sizes) for x in tensors]
     results = []
     for group, *flat in zip(gather, *gathered, strict=True):
@@ -61,36 +61,23 @@ def map_groups(
     return torch.cat(results).index_select(0, scatter)
 
 
-def _causal_rows(
+def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
-    """Causal attention of rows [R, L, heads, D], no longer than a window, by what is fastest where
-    they lie.
-    """
-    by_matmuls = q.device.type == "cpu" and not dropout and q.shape[1] <= LONGEST
+    """Causal attention of rows [R, L, heads, D], by the fastest kernel of their device."""
+    plain = not dropout and window is None and q.shape[-1] == v.shape[-1]
+    visible = None
+    if window is not None:
+        position = torch.arange(q.shape[1], device=q.device)
+        distance = position[:, None] - position
+        visible = (distance >= 0) & (distance < window)  # [L, L]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        if by_matmuls and q.shape[-1] == v.shape[-1]:
+        if plain and q.device.type == "cpu" and q.shape[2] <= LONGEST:
             out = block_causal_attention(q * scaling, k, v)
         else:
             grouped = q.shape[1] != k.shape[1]
             out = scaled_dot_product_attention(
-                q, k, v, None, dropout, True, scale=scaling, enable_gqa=grouped
+                q, k, v, visible, dropout, window is None, scale=scaling, enable_gqa=grouped
             )
-    return out.transpose(1, 2)
-
-
-def _window_rows(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
-) -> Tensor:
-    """Causal attention of rows [R, L, heads, D], in which a token sees a window's tokens."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    position = torch.arange(q.shape[2], device=q.device)
-    distance = position[:, None] - position
-    visible = (distance >= 0) & (distance < (window or len(position)))
-    grouped = q.shape[1] != k.shape[1]
-    with torch.autocast(q.device.type, enabled=False):
-        out = scaled_dot_product_attention(
-            q, k, v, visible, dropout, scale=scaling, enable_gqa=grouped
-        )
     return out.transpose(1, 2)

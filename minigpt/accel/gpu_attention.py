@@ -62,18 +62,21 @@ def kernel_attention(
     borders, longest = (plan.cu_queries, plan.cu_keys), (plan.longest_queries, plan.longest)
     if not plan.full:
         return _ragged((q, k, v), borders, longest, scaling)
-    rows, tokens = len(plan.cu_queries) - 1, plan.full * plan.longest
+    rows = len(plan.cu_queries) - 1
     if plan.full == rows:
         return _even((q, k, v), (rows, plan.longest), scaling)
-    front, rest = zip(*(x.split([tokens, len(x) - tokens]) for x in (q, k, v)), strict=True)
-    rest_borders = plan.cu_queries[plan.full :] - tokens
-    even = _even(front, (plan.full, plan.longest), scaling)
-    return torch.cat([even, _ragged(rest, (rest_borders, rest_borders), longest, scaling)])
+    # Full rows, and then shorter ones. No prompt is shared, so keys have the queries' borders.
+    tokens = plan.full * plan.longest
+    full, shorter = zip(*(x.split([tokens, len(x) - tokens]) for x in (q, k, v)), strict=True)
+    cu_shorter = plan.cu_queries[plan.full :] - tokens
+    out_full = _even(full, (plan.full, plan.longest), scaling)
+    out_shorter = _ragged(shorter, (cu_shorter, cu_shorter), longest, scaling)
+    return torch.cat([out_full, out_shorter])
 
 
 def _even(qkv: Sequence[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
-    """Attend in rows of one length, by the kernel that PyTorch takes for them: on some cards
-    cuDNN's, which is faster.
+    """Attend in rows of one length, of the shape (R, L), by the kernel that PyTorch takes for them:
+    on some cards cuDNN's, which is faster.
     """
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [R, heads, L, D]
     out = scaled_dot_product_attention(
@@ -88,12 +91,13 @@ def _ragged(
     longest: tuple[int, int],
     scaling: float,
 ) -> Tensor:
-    """Attend in rows of any length. A row with more keys than queries has them before: the kernel
-    aligns both at their ends.
+    """Attend in rows of any length, by the borders and longest lengths of queries and of keys.
+
+    The last query of a row sees its last key: with more keys than queries, the first have none.
     """
     q, k, v = (x.contiguous() for x in qkv)
     out = varlen.varlen_attn(
-        *(q, k, v, *borders, *longest), scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
+        q, k, v, *borders, *longest, scale=scaling, window_size=(-1, 0), **_GROUPED_HEADS
     )
     assert isinstance(out, Tensor)  # and no pair, which only return_aux asks for
     return out

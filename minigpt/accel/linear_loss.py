@@ -1,4 +1,8 @@
-"""The loss of a linear head by chunks of targets, so that the logits of a batch never exist.
+"""The loss of a linear head by chunks of targets: a batch's logits never exist all at once.
+
+As in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), the gradients of a summed loss are computed
+with it, chunk by chunk. With p = softmax(logits), d(-log p_label) / d logits is p - 1 for the label
+and p for the others.
 
 Shape legend: N targets, H hidden size, V vocabulary.
 """
@@ -6,6 +10,7 @@ Shape legend: N targets, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
@@ -20,12 +25,11 @@ from minigpt.data.batch import PackedBatch
 
 log = logging.getLogger(__name__)
 
-LOGITS = 2**23  # that exist at a time, about
-LOGITS_ON_CUDA = 2**27  # which small matmuls leave idle
+CHUNK_LOGITS = 2**23  # about
+CHUNK_LOGITS_ON_CUDA = 2**27  # small matmuls would leave a GPU idle
 FP32_LOGITS = 2**24  # logits that are fp32 at a time where nothing compiles the softmax
 ROWS = 64  # a chunk has a multiple of them: matmuls of some other lengths are far slower
-# Probabilities that are saved for the backward pass instead of computed again, in chunks.
-SAVED_CHUNKS = 4
+SAVED_CHUNKS = 4  # up to so many, probabilities are saved for the backward pass
 
 Softmax = Callable[[Tensor], Tensor]
 
@@ -122,10 +126,7 @@ class LinearHead:
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Put probabilities in the place of logits [N, V]; return log Σ exp [N] in fp32.
-
-    What is wanted of the logits themselves has to be taken before.
-    """
+    """Overwrite logits [N, V] with their probabilities; return log Σ exp [N] in fp32."""
     if torch.compiler.is_compiling() or logits.numel() <= FP32_LOGITS:
         return _softmax_rows_(logits)
     rows = max(1, FP32_LOGITS // logits.shape[1])  # else several copies in fp32 would exist
@@ -140,22 +141,22 @@ def _softmax_rows_(logits: Tensor) -> Tensor:
     return normaliser[:, 0]
 
 
-def _limit(hidden: Tensor) -> int:
-    return LOGITS_ON_CUDA if hidden.is_cuda else LOGITS
+def _chunk_logits(hidden: Tensor) -> int:
+    return CHUNK_LOGITS_ON_CUDA if hidden.is_cuda else CHUNK_LOGITS
 
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of about equal length, and their labels [n, 1]."""
-    number = -(-len(labels) * len(weight) // _limit(hidden))
-    size = -(-len(labels) // max(1, number) // ROWS) * ROWS
-    for start in range(0, len(labels), size or 1):
+    count = math.ceil(len(labels) * len(weight) / _chunk_logits(hidden))
+    size = math.ceil(len(labels) / (max(1, count) * ROWS)) * ROWS
+    for start in range(0, len(labels), max(1, size)):
         chunk = slice(start, start + size)
         yield chunk, labels[chunk, None]
 
 
-def _with_labels(grad_logits: Tensor, labels: Tensor, values: Tensor) -> Tensor:
-    """Put values [n, 1] in the labels' places, in place; `scatter_` would widen the whole of a
-    bf16 matrix on a CPU.
+def _set_at_labels(grad_logits: Tensor, labels: Tensor, values: Tensor) -> Tensor:
+    """Set [n, V] at each row's label [n, 1] to a value [n, 1], in place; `scatter_` would widen all
+    of a bf16 matrix on a CPU.
     """
     row = torch.arange(len(labels), device=labels.device)
     return grad_logits.index_put_((row, labels[:, 0]), values[:, 0].to(grad_logits.dtype))
@@ -181,8 +182,8 @@ class _HeadGradients:
             self.bias += grad_logits.sum(0)
 
     @property
-    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden states, weight and bias."""
+    def as_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden states, weight and bias."""
         return self.hidden, self.weight, self.bias
 
 
@@ -204,8 +205,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = linear(hidden[chunk], weight, bias)
             logp = logits.gather(1, label).float() - softmax(logits)[:, None]
             total -= logp.sum()
-            gradients.add(chunk, _with_labels(logits, label, logp.expm1()))
-        ctx.save_for_backward(*gradients.all)
+            # The logits are probabilities p by now, and expm1(logp) is p - 1 without its rounding.
+            gradients.add(chunk, _set_at_labels(logits, label, logp.expm1()))
+        ctx.save_for_backward(*gradients.as_tuple)
         return total
 
     @staticmethod
@@ -218,8 +220,8 @@ class _LogprobsContext(Context, Protocol):
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probabilities of the labels under a linear head; if there are many, the logits are
-    computed again in the backward pass.
+    """Log-probabilities of the labels under a linear head; where there are more than
+    `SAVED_CHUNKS`, the backward pass computes the logits again.
     """
 
     @staticmethod
@@ -233,12 +235,12 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_backward: bool,
     ) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        few = len(labels) * len(weight) <= SAVED_CHUNKS * _limit(hidden)
+        fits = len(labels) * len(weight) <= SAVED_CHUNKS * _chunk_logits(hidden)
         saved = []
         for chunk, label in _chunks(hidden, weight, labels):
             logits = linear(hidden[chunk], weight, bias)
             out[chunk] = logits.gather(1, label).squeeze(1).float() - softmax(logits)
-            if needs_backward and few:
+            if needs_backward and fits:
                 saved.append(logits)  # probabilities by now
         ctx.save_for_backward(hidden, weight, bias, labels, out, *saved)
         ctx.softmax = softmax
@@ -248,19 +250,21 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: _LogprobsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, logp, *saved = ctx.saved_tensors
         gradients = _HeadGradients(ctx, hidden, weight, bias)
-        for number, (chunk, label) in enumerate(_chunks(hidden, weight, labels)):
-            probabilities = saved[number] if saved else linear(hidden[chunk], weight, bias)
-            if not saved:
-                ctx.softmax(probabilities)
+        for index, (chunk, label) in enumerate(_chunks(hidden, weight, labels)):
+            if saved:
+                probabilities = saved[index]
+            else:
+                probabilities = linear(hidden[chunk], weight, bias)
+                ctx.softmax(probabilities)  # in place
             factor = -grads[0][chunk, None]
             grad_logits = probabilities * factor.to(probabilities.dtype)
             grad_label = logp[chunk, None].expm1() * factor
-            gradients.add(chunk, _with_labels(grad_logits, label, grad_label))
-        return (*gradients.all, None, None, None)
+            gradients.add(chunk, _set_at_labels(grad_logits, label, grad_label))
+        return (*gradients.as_tuple, None, None, None)
 
 
-def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """Cast what autocast would cast: it does not reach into our own functions."""
+def _cast_as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """Cast what autocast would cast; it leaves the arguments of autograd functions as they are."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind):
         return [hidden.to(weight.dtype), weight, bias]
@@ -288,7 +292,7 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # else the gradients would be computed all the same
         return -linear_logprobs(hidden, weight, bias, labels, softmax).sum()
-    h, w, b = _under_autocast(hidden, weight, bias)
+    h, w, b = _cast_as_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(h, w, b, labels, softmax)
     return loss
@@ -302,7 +306,7 @@ def linear_logprobs(
     softmax: Softmax = softmax_,
 ) -> Tensor:
     """Return log p(label) in nats, [N] fp32; arguments as for `linear_cross_entropy`."""
-    h, w, b = _under_autocast(hidden, weight, bias)
+    h, w, b = _cast_as_autocast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         needs_backward = torch.is_grad_enabled()  # inside the function it never is
         out: Tensor = _LinearLogprobs.apply(h, w, b, labels, softmax, needs_backward)

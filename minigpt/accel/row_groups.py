@@ -1,4 +1,4 @@
-"""Attention rows of like length, so that each group of them is one dense tensor.
+"""Groups of attention rows of like length, each group one dense tensor.
 
 Shape legend:
     T  tokens of the batch
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from minigpt.data.batch import AttentionPlan, positions
 
-WASTE = 1.25  # a group's longest row over its shortest; more would compute padding
+# A group's longest row is at most so many times its shortest, and so many tokens more: beyond, it
+# would take too long to compute the padding.
+MAX_RATIO, MAX_EXTRA = 1.25, 8
 
 
 class RowGroups(NamedTuple):
     """A plan's attention rows, sorted into groups of like length.
 
     Attributes:
-        gather: per group [R, L] positions in the batch; a short row ends in copies of position 0,
-            which causality keeps from mattering.
+        gather: per group [R, L] positions in the batch. A short row is filled up at its end with
+            position 0, which no token of the row attends to.
         scatter: [T] where each token's result lies in all groups' rows, flattened. A prompt that
             rows share takes its result from the longest of them.
     """
@@ -50,24 +52,26 @@ def row_groups(plan: AttentionPlan) -> RowGroups:
 
 
 def _group(rows: Sequence[NDArray[np.int64]]) -> tuple[list[Tensor], Tensor]:
+    """Return `RowGroups.gather` and `RowGroups.scatter` of rows of positions, on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     groups: list[list[int]] = []
     for index in order:
-        if groups and len(rows[groups[-1][0]]) <= WASTE * len(rows[index]) + 8:
+        limit = MAX_RATIO * len(rows[index]) + MAX_EXTRA
+        if groups and len(rows[groups[-1][0]]) <= limit:
             groups[-1].append(index)
         else:
             groups.append([index])
     scatter = np.full(1 + max(int(row[-1]) for row in rows), -1, np.int64)
     gather = []
-    base = 0
+    start = 0  # of the group among all groups' rows, flattened
     for group in groups:
         length = len(rows[group[0]])
         table = np.zeros((len(group), length), np.int64)
-        for line, index in enumerate(group):
+        for number, index in enumerate(group):
             row = rows[index]
-            table[line, : len(row)] = row
+            table[number, : len(row)] = row
             unclaimed = scatter[row] < 0
-            scatter[row[unclaimed]] = base + line * length + np.flatnonzero(unclaimed)
+            scatter[row[unclaimed]] = start + number * length + np.flatnonzero(unclaimed)
         gather.append(torch.from_numpy(table))
-        base += table.size
+        start += table.size
     return gather, torch.from_numpy(scatter)

@@ -36,7 +36,7 @@ from minigpt.infer.engine import Engine
 from minigpt.model.conformance import require_conformance
 from minigpt.model.losses import sum_by
 from minigpt.model.packed_lm import target_logits, token_logprobs, use_attention
-from minigpt.model.rope import max_positions, shared_limit
+from minigpt.model.rope import max_positions, shared_prompt_limit
 
 BATCH_TOKENS = 4096  # of a packed batch, at most
 BATCH_LOGITS = 1 << 25  # of a packed batch, at most: 128 MB in fp32
@@ -85,7 +85,7 @@ def check_sample(reader: Reader, sample: Sample) -> None:
     config = reader.model.config
     limit = max_positions(config)
     if sample.prompt:
-        limit = min(limit, shared_limit(config))
+        limit = min(limit, shared_prompt_limit(config))
     length = sample.prompt + max(sample.answers)
     if length > limit:
         raise DataError(

@@ -25,8 +25,8 @@ from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine, Reply, Sampling
 from minigpt.model.architecture import check_vocabulary, embedding_rows
 from minigpt.model.pretrained import load_model, tokenizer_source
-from minigpt.model.rope import shared_limit
-from minigpt.model.score_head import PackedReward, is_score_model
+from minigpt.model.rope import shared_prompt_limit
+from minigpt.model.score_head import PackedReward, has_score_head
 from minigpt.reading import refusing
 
 
@@ -66,7 +66,7 @@ class RewardScorer:
         """
         with refusing(f"The model at {path}", ModelError, seconds=inf, verb="cannot be used"):
             model = load_model(path, scores=True)
-            if not is_score_model(model):
+            if not has_score_head(model):
                 raise ModelError(
                     f"The model at {path} is no reward model: it writes text and gives no scores. "
                     "Train one with: minigpt fit --config configs/reward.yaml"
@@ -117,7 +117,7 @@ class RewardScorer:
 
     def _samples(self, prompt: list[int], answers: list[list[int]]) -> Iterator[Sample]:
         """Yield samples of a prompt and as many answers to it as fit into a batch."""
-        if len(prompt) + max(map(len, answers)) > shared_limit(self.model.config):
+        if len(prompt) + max(map(len, answers)) > shared_prompt_limit(self.model.config):
             yield from (_sample([], [prompt + answer]) for answer in answers)
             return
         members: list[list[int]] = []

@@ -15,7 +15,7 @@ import yaml
 
 from minigpt.data.formats import expand_files, iter_rows
 from minigpt.errors import ConfigError, DataError
-from minigpt.model import restore
+from minigpt.model.restore import MODEL_DIR, find_checkpoint, step_of
 from minigpt.reading import read_json, read_text, read_yaml, reason_of, refusing
 
 log = logging.getLogger(__name__)
@@ -164,8 +164,8 @@ def stages(run: Path) -> list[list[object]]:
     rows: list[list[object]] = []
     seen: set[Path] = set()
     while True:
-        run = run.parent if run.name == restore.MODEL else run
-        checkpoint = restore.find_checkpoint(run)
+        run = run.parent if run.name == MODEL_DIR else run
+        checkpoint = find_checkpoint(run)
         run = run if checkpoint is None else checkpoint.absolute().parent.parent
         has_summary = checkpoint is not None or (run / "summary.json").is_file()
         if not (has_summary and (run / "config.yaml").is_file()) or run.resolve() in seen:
@@ -173,10 +173,7 @@ def stages(run: Path) -> list[list[object]]:
         seen.add(run.resolve())
         with refusing(f"What {run} says of itself", ConfigError, verb="is damaged"):
             config = read_yaml(run / "config.yaml")
-            if checkpoint is None:
-                result = _summary(run)
-            else:
-                result = _measured(run, restore.number(checkpoint))
+            result = _summary(run) if checkpoint is None else _measured(run, step_of(checkpoint))
             rows.append([run.resolve().name, _data(config), *result])
             start = config["model"]["init_args"].get("init_from")
         if not start:

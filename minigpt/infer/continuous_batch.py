@@ -74,7 +74,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def check_fits(ids: Sequence[int], context: int, name: str = "") -> None:
-    """Refuse, with a ConfigError that begins with its name, a prompt that fills the context."""
+    """Refuse, with a ConfigError whose message `name` begins, a prompt that fills the context."""
     if len(ids) + 1 > context:
         raise ConfigError(
             f"{name}The prompt has {len(ids)} tokens, but the model's context length is "
@@ -131,7 +131,7 @@ class DecodingBatch(Generic[R]):
         self._prefill = PREFILL if self._piecewise is None else prefill
         self._rows: list[R] = []
         self._queue: deque[tuple[list[int], list[R]]] = deque()  # a prompt, its requests
-        self._read = 0  # tokens of the first prompt in the queue that have been read
+        self._tokens_read = 0  # of the first prompt in the queue
 
     @property
     def idle(self) -> bool:
@@ -167,23 +167,24 @@ class DecodingBatch(Generic[R]):
         """
         free = self.slots - len(self._rows)
         waiting = sum(len(requests) for _, requests in self._queue)
-        if not self._decoder.joins and waiting > free < self.slots / 2:
-            return []  # they are computed apart from the others, which pays only for many
+        if not self._decoder.joins and free < self.slots / 2 and free < waiting:
+            return []  # each cohort takes a forward pass of its own, so wait until there are many
         new: list[tuple[list[int], list[R]]] = []
         tokens = 0
-        while self._queue and len(self._queue[0][1]) <= free:
-            prompt = self._queue[0][0]
-            tokens += len(prompt) - self._read
-            if tokens > self._prefill and new:
+        while self._queue:
+            prompt, requests = self._queue[0]
+            tokens += len(prompt) - self._tokens_read
+            over_budget = tokens > self._prefill
+            if len(requests) > free or (over_budget and new):
                 break
-            if tokens > self._prefill and self._piecewise is not None:
-                end = self._read + self._prefill
-                self._piecewise.read(prompt[self._read : end])
-                self._read = end
+            if over_budget and self._piecewise is not None:
+                end = self._tokens_read + self._prefill
+                self._piecewise.read(prompt[self._tokens_read : end])
+                self._tokens_read = end
                 break
             new.append(self._queue.popleft())
-            self._read = 0
-            free -= len(new[-1][1])
+            self._tokens_read = 0
+            free -= len(requests)
         return new
 
     def _drop(self, row: int) -> None:
@@ -203,7 +204,7 @@ class _TextRequest(Request):
         self.pending: list[tuple[int, TokenLogprob]] = []  # with the characters before each
 
     def released_logprobs(self, ended: bool) -> list[TokenLogprob]:
-        """Return the log-probs of tokens whose text is released; a stop text's never are."""
+        """Return the log-probs of tokens whose text has been released; a stop text's never is."""
         all_released = not self.sampling.stop or (ended and not self.stream.stopped)
         released = [
             logprob
@@ -218,9 +219,7 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
     """Requests that are decoded together, as text. The caller owns the thread.
 
     Args:
-        engine: the model and its tokenizer; the model must stay in eval mode.
-        slots: how many requests are decoded at once; the others wait.
-        prefill: tokens of new prompts that one step reads.
+        engine, slots, prefill: as of `DecodingBatch`.
     """
 
     def __init__(self, engine: Engine, slots: int, prefill: int = PREFILL) -> None:
@@ -229,7 +228,7 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
         self._count = 0
 
     def add(self, ids: list[int], sampling: Sampling, name: str = "") -> int:
-        """Queue a request and return its number; an error begins with its name.
+        """Queue a request and return its number; `name` begins the message of an error.
 
         Raises:
             ConfigError: for a prompt that fills the model's context.
@@ -242,10 +241,12 @@ class ContinuousBatch(DecodingBatch[_TextRequest]):
 
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens when it has ended."""
-        if self._piecewise is not None and self._read and self._queue[0][1][0].number == number:
-            self._piecewise.forget()
-            self._read = 0
-        self._queue = deque(g for g in self._queue if all(r.number != number for r in g[1]))
+        if self._piecewise is not None and self._tokens_read > 0:
+            _, [first] = self._queue[0]
+            if first.number == number:
+                self._piecewise.forget()
+                self._tokens_read = 0
+        self._queue = deque((ids, [r]) for ids, [r] in self._queue if r.number != number)
         for row, request in enumerate(self._rows):
             if request.number == number:
                 self._drop(row)

@@ -74,7 +74,7 @@ class Engine:
         mode: decoding mode with which it is exact, one of `cached.MODES`.
         ends: the tokens that end a reply.
         start: the tokens that the tokenizer writes before a text, such as BOS; often none.
-        rows: how many token ids the model embeds.
+        rows: of the embedding: token ids are below it.
         context: the longest sequence in tokens: what the model takes, unless it is set lower.
 
     Raises:
@@ -104,7 +104,7 @@ class Engine:
         self.start = self._prompts.start
         self.context = max_positions(model.config)
         self.rows = embedding_rows(model)
-        self._weights: tuple[object, FusedWeights] | None = None
+        self._fused: tuple[object, FusedWeights] | None = None  # with the state they were made of
         if int8 and (model.device.type != "cpu" or not is_native(model)):
             raise ConfigError(
                 "int8 weights are for Qwen3 and Llama models on a CPU, without an adapter beside "
@@ -136,36 +136,24 @@ class Engine:
             ConfigError: when the model cannot have such weights.
         """
         with refusing(f"The model at {model}", ModelError, seconds=inf, verb="cannot be used"):
-            return cls._load(model, adapter, tokenizer, merged, weights, device)
-
-    @classmethod
-    def _load(
-        cls,
-        model: str | Path,
-        adapter: str | Path | None,
-        tokenizer: str | Path | None,
-        merged: bool,
-        weights: Precision,
-        device: str | None,
-    ) -> Engine:
-        source = find_model(model)
-        if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
-            adapter = source
-            source = base_of(source)
-        base = load_model(source, "sdpa")
-        adapted = None
-        if adapter is not None:
-            adapted = load_adapter(base, Path(find_model(adapter)), source)
-        if adapted is not None and merged:
-            base, adapted = merge(adapted), None
-        cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        base.to(device)  # type: ignore[arg-type]
-        loaded = tokenizers.load(tokenizer or tokenizer_source(adapter or model, source))
-        check_vocabulary(embedding_rows(base), loaded)
-        engine = cls(base.eval(), loaded, weights == "int8")
-        engine.adapter = adapted
-        return engine
+            source = find_model(model)
+            if adapter is None and isinstance(source, Path) and (source / ADAPTER).is_file():
+                adapter = source
+                source = base_of(source)
+            base = load_model(source, "sdpa")
+            adapted = None
+            if adapter is not None:
+                adapted = load_adapter(base, Path(find_model(adapter)), source)
+            if adapted is not None and merged:
+                base, adapted = merge(adapted), None
+            cast_weights(base, torch.bfloat16 if weights == "bf16" else torch.float32)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            base.to(device)  # type: ignore[arg-type]
+            loaded = tokenizers.load(tokenizer or tokenizer_source(adapter or model, source))
+            check_vocabulary(embedding_rows(base), loaded)
+            engine = cls(base.eval(), loaded, weights == "int8")
+            engine.adapter = adapted
+            return engine
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a text to continue, or of a chat to answer.
@@ -188,9 +176,9 @@ class Engine:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         state = (dtype, *((p.data_ptr(), p._version) for p in self.model.parameters()))
-        if self._weights is None or self._weights[0] != state:
-            self._weights = (state, FusedWeights(self.model, dtype, self.int8))
-        return NativeDecoder(self._weights[1])
+        if self._fused is None or self._fused[0] != state:
+            self._fused = (state, FusedWeights(self.model, dtype, self.int8))
+        return NativeDecoder(self._fused[1])
 
     def complete(
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
@@ -217,10 +205,9 @@ class Engine:
         """Complete prompts as `complete` does; yield each reply after those before it.
 
         Args:
-            prompts: texts to continue, or chats to answer.
-            sampling: for all of them, or one for each.
-            sort_within: of so many prompts in a row the shortest begin first; by default of as
-                many as are decoded at once.
+            prompts, sampling: as of `complete`.
+            sort_within: prompts are taken in blocks of so many, the shortest of a block first; by
+                default as many as are decoded at once.
         """
         ids = [self.encode(prompt) for prompt in prompts]
         samplings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
@@ -229,7 +216,7 @@ class Engine:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Let the model generate for a while, whatever else it is used for, as for training."""
+        """Set the model to eval mode and to attention for decoding, and back in the end."""
         training = self.model.training
         self.model.eval()
         try:
@@ -244,10 +231,12 @@ class Engine:
         slots = SLOTS.get(self.model.device.type, SLOTS["cpu"])
         sort_within = sort_within or slots
         batch = ContinuousBatch(self, slots)
-        prompt_of: dict[int, int] = {}
-        for i in sorted(range(len(ids)), key=lambda i: (i // sort_within, len(ids[i]))):
+        order = sorted(range(len(ids)), key=lambda i: (i // sort_within, len(ids[i])))
+        prompt_of: dict[int, int] = {}  # request number -> index of its prompt
+        for i in order:
             name = f"Prompt {i + 1}: " if len(ids) > 1 else ""
-            prompt_of[batch.add(ids[i], samplings[i], name)] = i
+            number = batch.add(ids[i], samplings[i], name)
+            prompt_of[number] = i
         deltas: list[list[Delta]] = [[] for _ in ids]
         finished = yielded = 0
         while not batch.idle:

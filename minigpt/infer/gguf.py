@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from numpy.typing import NDArray
 
-CONTEXT = 8192  # longest context, in tokens: llama.cpp sets the cache aside at once
-ENDING = 10  # seconds in which its process ends, or else is ended
-CERTAIN = 1e4  # added to a logit, it leaves no other token a probability
+MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the cache for all of them at once
+EXIT_SECONDS = 10  # in which its process exits, or else is killed
+CERTAIN_BIAS = 1e4  # added to a logit, it leaves no other token a probability
 SPECIAL, ADDED = 3, 4  # gguf.TokenType of control tokens and of others that are added
-READS = 1 << 23  # of numbers and texts in a file's header: a vocabulary takes about a million
-EXACT = (0, 1)  # general.file_type of files in f32 and f16
+MAX_READS = 1 << 23  # of numbers and texts in a file's header: a vocabulary takes about a million
+UNQUANTIZED = (0, 1)  # general.file_type of files in f32 and f16
 
 
 def find_gguf(model: str | Path) -> Path | None:
@@ -72,11 +72,11 @@ class LlamaCpp:
 
     Args:
         file: the GGUF file.
-        context: longest sequence, in tokens; what the model was trained on is the limit.
+        context: longest sequence in tokens, no longer than the model was trained on.
         exact: keep the cache in f32, and do not round to f16 in attention.
 
     Raises:
-        ModelError: when llama.cpp refuses the file, or ends by it; also by later requests.
+        ModelError: when llama.cpp refuses the file, or crashes on it; also in later requests.
     """
 
     def __init__(self, file: Path, context: int, exact: bool = True) -> None:
@@ -93,15 +93,16 @@ class LlamaCpp:
             start_new_session=True,  # Ctrl-C ends an answer, not this
             text=True,
         )
-        self.close = weakref.finalize(self, _end, self.process)
+        self.close = weakref.finalize(self, _kill, self.process)
         try:
-            self.host = urlsplit(self._begin(options)).netloc
+            self.host = urlsplit(self._start_server(options)).netloc
             self.ask("/completion", prompt=[0], n_predict=1)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, options: dict[str, Any]) -> str:
+    def _start_server(self, options: dict[str, Any]) -> str:
+        """Return the address of the server in the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -111,30 +112,30 @@ class LlamaCpp:
         except BrokenPipeError:
             address = ""
         if not address:
-            raise self._ended("load")
+            raise self._exit_error("load")
         return address
 
-    def _ended(self, doing: str) -> ModelError:
-        """Return the error that says how llama.cpp ended."""
+    def _exit_error(self, verb: str) -> ModelError:
+        """Return the error that says that llama.cpp cannot load or use the file, and its signal."""
         with suppress(OSError):
-            self.process.stdin.close()  # type: ignore[union-attr]  # by which it ends, if it can
+            self.process.stdin.close()  # type: ignore[union-attr]  # asks it to exit
         try:
-            status = self.process.wait(ENDING)
+            status = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.close()
             status = 0
         how = f" (it ended by {signal.Signals(-status).name})" if status < 0 else ""
         return ModelError(
-            f"llama.cpp cannot {doing} {self.file.name}: it is damaged, or not for this "
+            f"llama.cpp cannot {verb} {self.file.name}: it is damaged, or not for this "
             f"version{how}. Export it again."
         )
 
-    def _posted(self, path: str, body: dict[str, object]) -> http.client.HTTPConnection:
+    def _post(self, path: str, body: dict[str, object]) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection(self.host)
         try:
             connection.request("POST", path, json.dumps(body), self.headers)
         except OSError as error:
-            raise self._ended("use") from error
+            raise self._exit_error("use") from error
         return connection
 
     def ask(self, path: str, **body: object) -> dict[str, Any]:
@@ -144,21 +145,23 @@ class LlamaCpp:
             ModelError: when llama.cpp has ended.
         """
         try:
-            with closing(self._posted(path, body)) as connection:
+            with closing(self._post(path, body)) as connection:
                 answer: dict[str, Any] = json.loads(connection.getresponse().read())
                 return answer
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._ended("use") from error
+            raise self._exit_error("use") from error
 
     def complete(self, **body: object) -> Iterator[dict[str, Any]]:
-        """Request a completion; yield it, or its steps. Closing the iterator ends the request.
+        """Request a completion; yield it, or, with `stream=True`, what each step adds.
+
+        Closing the iterator ends the request.
 
         Raises:
             ModelError: when llama.cpp refuses the request, or breaks off.
         """
         body = {**body, "return_tokens": True}
         done = False
-        with closing(self._posted("/completion", body)) as connection:
+        with closing(self._post("/completion", body)) as connection:
             for line in filter(bytes.strip, connection.getresponse()):
                 step = json.loads(line.removeprefix(b"data: "))
                 if "error" in step:
@@ -169,9 +172,9 @@ class LlamaCpp:
             raise ModelError("llama.cpp broke off before the end of the reply. Ask again.")
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts, asked in one row with -1 after each."""
-        row = [item for text in texts for item in (text, -1)]
-        answer = self.ask("/tokenize", content=row, add_special=False, parse_special=True)
+        """Return the ids of each text. One request asks for all, with the id -1 after each text."""
+        content = [item for text in texts for item in (text, -1)]
+        answer = self.ask("/tokenize", content=content, add_special=False, parse_special=True)
         ids_of_texts: list[list[int]] = [[]]
         for token in answer["tokens"]:
             if token == -1:
@@ -188,8 +191,8 @@ class LlamaCpp:
         return list(with_start[: len(with_start) - len(without)])
 
     def ends_with(self, token: int) -> bool:
-        """Whether a token ends a reply: a bias makes it the likeliest, and the reply shows it."""
-        bias = [[token, CERTAIN]]
+        """Whether a token ends a reply, tried with a bias that makes it certain."""
+        bias = [[token, CERTAIN_BIAS]]
         reply = self.ask("/completion", prompt=[0], n_predict=2, temperature=0, logit_bias=bias)
         return str(reply["stop_type"]) == "eos"
 
@@ -233,8 +236,9 @@ class Gguf:
                 )
         fields = read_fields(file)
         with refusing(str(file), ModelError, "Export it again.", verb="cannot be used"):
-            longest = fields.get(f"{fields.get('general.architecture')}.context_length", CONTEXT)
-            self.context = min(int(longest), CONTEXT)
+            architecture = fields.get("general.architecture")
+            longest = fields.get(f"{architecture}.context_length", MAX_CONTEXT)
+            self.context = min(int(longest), MAX_CONTEXT)
             if self.context < 1:
                 raise NotReadableError(f"its context has {longest} tokens")
             self.tokenizer = tokenizer_of(fields)
@@ -242,7 +246,8 @@ class Gguf:
             has_end = END_OF_TEXT in fields.get("tokenizer.ggml.tokens", ())
             self._empty_prompt = END_OF_TEXT if has_end else str(self.tokenizer.eos_token)
             self.start = document_start(fields)
-        exact = fields.get("general.file_type") in EXACT  # others are rounded much more than f16
+        # Weights of other types are rounded so much that the cache need not be exact.
+        exact = fields.get("general.file_type") in UNQUANTIZED
         self.llama = LlamaCpp(file, self.context, exact)
         self.endless = False
 
@@ -255,17 +260,15 @@ class Gguf:
         """
         check_unicode(prompt)
         if isinstance(prompt, str):
-            ids = [
-                with_start(self._text_ids(prompt), self.start) or self._text_ids(self._empty_prompt)
-            ]
-        elif self.codec is None:
+            ids = with_start(self._text_ids(prompt), self.start)
+            return ids or self._text_ids(self._empty_prompt)
+        if self.codec is None:
             raise ConfigError("This model has no chat template: give a plain text prompt.")
-        else:
-            ids = self.llama.ids_of(self.codec.unit_texts(prompt))
-        return [token for piece in ids for token in piece]
+        texts = self.codec.unit_texts(prompt)
+        return [token for text_ids in self.llama.ids_of(texts) for token in text_ids]
 
     def _text_ids(self, text: str) -> list[int]:
-        return [token for piece in self.llama.ids_of([text]) for token in piece]
+        return self.llama.ids_of([text])[0]
 
     def complete(
         self, prompts: Sequence[str | Sequence[Message]], sampling: Sampling | Sequence[Sampling]
@@ -301,26 +304,26 @@ class Gguf:
             ConfigError: for a prompt that fills the context, or where log-probs are asked for.
         """
         body = self._request(self.encode(prompt), sampling)
-        text = StopTexts(sampling.stop)
-        count = 0
-        silent: list[int] = []  # tokens without a text: the last may be the one that ends
+        stops = StopTexts(sampling.stop)
+        count = 0  # tokens so far
+        pending: list[int] = []  # tokens without a text so far: the last may end the reply
         broken = ""  # bytes that are no character, or not yet
         step: dict[str, Any] = {}
         for step in self.llama.complete(**body, stream=True):
-            if step["stop"] or text.stopped:
+            if step["stop"] or stops.stopped:
                 break
-            ids = self._step_ids(step, count)
+            pending += self._step_ids(step, count)
             count = step["tokens_predicted"]
             if step["content"]:
                 content = broken + step["content"]
                 characters = content.rstrip(UNFINISHED)
                 broken = content[len(characters) :]
-                yield Delta(0, text.add(characters), silent + ids, [])
-            silent = [] if step["content"] else silent + ids
+                yield Delta(0, stops.add(characters), pending, [])
+                pending = []
         ended = step.get("stop_type") == "eos"
-        ended_by = silent.pop() if ended and silent else None
-        finish: Finish = "stop" if ended or text.stopped else "length"
-        yield Delta(0, text.end(), silent, [], finish, ended_by)
+        ended_by = pending.pop() if ended and pending else None
+        finish: Finish = "stop" if ended or stops.stopped else "length"
+        yield Delta(0, stops.end(), pending, [], finish, ended_by)
 
     def _step_ids(self, step: dict[str, Any], count: int) -> list[int]:
         """Return a step's ids; where some are missing, inside a character, encode its text."""
@@ -387,7 +390,7 @@ def _bounded_reader() -> type[GGUFReader]:
             self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
         ) -> NDArray[Any]:
             self.reads += 1
-            if self.reads > READS:
+            if self.reads > MAX_READS:
                 raise NotReadableError("its header does not end")
             values = super()._get(offset, dtype, count, override_order)
             if len(values) < int(count):
@@ -405,8 +408,7 @@ def document_start(fields: dict[str, Any]) -> list[int]:
     return [bos] if adds_bos and bos is not None else []
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the process of llama.cpp."""
+def _kill(process: subprocess.Popen[str]) -> None:
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
@@ -415,11 +417,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return a GGUF file's chat template and the tokens added to its words; it encodes no text."""
+    """Return a tokenizer that renders a GGUF file's chats; texts are encoded by llama.cpp."""
     tokens = fields.get("tokenizer.ggml.tokens", ())
     types = fields.get("tokenizer.ggml.token_type", ())
-    kinds = list(zip(tokens, types, strict=False))
-    control = [text for text, kind in kinds if kind == SPECIAL]
+    typed = list(zip(tokens, types, strict=False))
+    control = [text for text, kind in typed if kind == SPECIAL]
     special = {}
     for name in ("eos", "bos"):
         if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
@@ -427,7 +429,8 @@ def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=control, **special
     )
-    others = [AddedToken(text, normalized=False) for text, kind in kinds if kind == ADDED]
-    tokenizer.add_tokens(others)  # which a message may hold, as it may not the special ones
+    # Unlike special tokens, these are encoded where the text of a message holds them.
+    added = [AddedToken(text, normalized=False) for text, kind in typed if kind == ADDED]
+    tokenizer.add_tokens(added)
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     return tokenizer

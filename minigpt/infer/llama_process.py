@@ -1,7 +1,7 @@
-"""A process that runs llama.cpp alone: by damaged files it is ended, or takes memory and time.
+"""A process for llama.cpp alone, which damaged files may crash, or make take memory and time.
 
-It reads its options as a line of JSON, prints the address that the server listens on, and ends
-with its standard input, so also when the process that started it is gone.
+It reads its options as a line of JSON, prints the address that the server listens on, and exits
+when its standard input closes, so also when the process that started it is gone.
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ Multiplying one row by a matrix takes the time of reading the matrix; everything
 So the matrices are few (q, k and v are one, gate and up another), they lie in the order in which
 matmuls read them, the norms' weights and attention's scale are multiplied into them, and the cache
 is written in place.
+
+RMSNorm of a vector x of n numbers is √n w · x / √(|x|² + n ε): `unit` computes the fraction, and
+√n w is a factor of the next matrix's columns.
+
+Shape legend: T tokens, H query heads, K key heads, D width of a head, L positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,42 +28,16 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 GROWTH = 64  # positions by which the cache grows at least
-BLOCK = 8  # rows of one call of attention on a CPU: the rows are as long as the longest of them
+BLOCK = 8  # rows of one call of attention on a CPU, which reads each as far as the longest
 # `_op`, because the operator's Python wrapper takes a fifth of a small matmul's time.
 INT8_LINEAR: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic._op
 
 USE_ONEDNN = bool(torch.backends.mkldnn.enabled)  # read once, for several threads may be decoding
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, heads [T, H + 2K, D] -> [T, H * D]
-
-
-class _Norm(Protocol):
-    weight: Tensor
-
-
-class _Attention(Protocol):
-    head_dim: int
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-    q_norm: _Norm  # of Qwen3 alone, as k_norm
-    k_norm: _Norm
-
-
-class _Mlp(Protocol):
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-
-
-class _DecoderLayer(Protocol):
-    self_attn: _Attention
-    mlp: _Mlp
-    input_layernorm: _Norm
-    post_attention_layernorm: _Norm
 
 
 def is_native(model: PreTrainedModel) -> bool:
@@ -89,15 +68,17 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class Matrix:
-    """A weight [out, in] that rows are multiplied by, with an int8 copy where `int8` is set."""
+    """The weight [out, in] of a linear layer, with an int8 copy where `int8` is set."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, int8: bool) -> None:
-        self.packed = _int8(weight) if int8 else None
+        self.packed = _packed_int8(weight) if int8 else None
         # Row times matrix is faster down the columns in fp32, and along the rows in bf16.
-        columns = dtype is torch.float32
-        self.weight = weight.t().contiguous() if columns else weight.to(dtype).t()
-        # MKL multiplies a row in one thread, unless it is split into several terms of the sum.
-        fewest, size = max(4, torch.get_num_threads()), weight.shape[1]
+        by_columns = dtype is torch.float32
+        self.weight = weight.t().contiguous() if by_columns else weight.to(dtype).t()
+        # MKL multiplies one row in one thread: as a batch of shorter rows, whose results are added
+        # up, it takes all.
+        size = weight.shape[1]
+        fewest = max(4, torch.get_num_threads())
         self.splits = next((n for n in range(fewest, size + 1) if size % n == 0), 1)
 
     def __call__(self, x: Tensor, exact: bool = False) -> Tensor:
@@ -111,8 +92,8 @@ class Matrix:
         return rows.bmm(self.weight.view(self.splits, rows.shape[2], -1)).sum(0)
 
 
-def _int8(weight: Tensor) -> object:
-    """Return a weight as the int8 operator takes it, packed."""
+def _packed_int8(weight: Tensor) -> object:
+    """Return a weight in the form that the int8 operator takes, with a scale for each row."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     values = (weight / scale[:, None]).round().to(torch.int8)
     zero = torch.zeros(len(scale), dtype=torch.long)
@@ -147,48 +128,55 @@ class FusedWeights:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, int8: bool = False) -> None:
         config = cast(LlamaConfig, model.config)
         body = cast(LlamaForCausalLM, model).model
-        layers = cast(list[_DecoderLayer], list(body.layers))
+        layers = cast(list[Qwen3DecoderLayer], list(body.layers))  # or Llama's, without the norms
         self.dtype = dtype
         self.heads = config.num_attention_heads
-        self.kv = config.num_key_value_heads or self.heads
-        self.width = layers[0].self_attn.head_dim
+        self.kv_heads = config.num_key_value_heads or self.heads
+        self.head_dim = layers[0].self_attn.head_dim
         self.rope = body.rotary_emb
         self._matrix = partial(Matrix, dtype=dtype, int8=int8)
-        # What the norms' epsilon adds to the length of a vector, and of a head's.
-        self._floor, self._head_floor = (
+        # √(n ε), for hidden states and for heads.
+        self._root_eps, self._head_root_eps = (
             torch.tensor((size * config.rms_norm_eps) ** 0.5, device=model.device)
-            for size in (config.hidden_size, self.width)
+            for size in (config.hidden_size, self.head_dim)
         )
         self.embedding: Tensor = body.embed_tokens.weight.to(dtype)
-        # Rotary pairs, half a head apart, become neighbours: as one complex number each.
-        self._pairs = torch.arange(self.width, device=model.device).view(2, -1).t().flatten()
+        # The two numbers of a rotary pair lie half a head apart. In this order of a head's numbers
+        # they are neighbours, and so one complex number.
+        self._pairs_first = (
+            torch.arange(self.head_dim, device=model.device).view(2, -1).t().flatten()
+        )
         self.layers = [self._layer(layer) for layer in layers]
         head = cast(LlamaForCausalLM, model).lm_head
-        self.head = self._matrix(head.weight.float() * self._folded(body.norm.weight))
+        self.head = self._matrix(head.weight.float() * self._norm_factor(body.norm.weight))
 
-    def _folded(self, norm: Tensor) -> Tensor:
-        return norm.float().mul(norm.numel() ** 0.5)  # `unit` gives vectors of length 1
+    def _norm_factor(self, weight: Tensor) -> Tensor:
+        """Return √n w of a norm's weight w [n]."""
+        return weight.float().mul(weight.numel() ** 0.5)
 
-    def _layer(self, layer: _DecoderLayer) -> Layer:
+    def _layer(self, layer: Qwen3DecoderLayer) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query, key = (
-            m.weight.float().unflatten(0, (-1, self.width))[:, self._pairs].flatten(0, 1)
+            m.weight.float().unflatten(0, (-1, self.head_dim))[:, self._pairs_first].flatten(0, 1)
             for m in (attention.q_proj, attention.k_proj)
         )
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).float()
         norm = None
         if hasattr(attention, "q_norm"):
-            norms = [(attention.q_norm, self.heads), (attention.k_norm, self.kv)]
-            rows = [self._folded(n.weight)[self._pairs].expand(count, -1) for n, count in norms]
-            norm = torch.cat([rows[0] * self.width**-0.5, rows[1]])
+            q_norm, k_norm = (
+                self._norm_factor(m.weight)[self._pairs_first]
+                for m in (attention.q_norm, attention.k_norm)
+            )
+            q_norm *= self.head_dim**-0.5
+            norm = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
         else:
-            query *= self.width**-0.5
+            query *= self.head_dim**-0.5
         qkv = torch.cat([query, key, attention.v_proj.weight.float()])
         return Layer(
-            self._matrix(qkv * self._folded(layer.input_layernorm.weight)),
+            self._matrix(qkv * self._norm_factor(layer.input_layernorm.weight)),
             norm,
             self._matrix(attention.o_proj.weight.float()),
-            self._matrix(gate_up * self._folded(layer.post_attention_layernorm.weight)),
+            self._matrix(gate_up * self._norm_factor(layer.post_attention_layernorm.weight)),
             self._matrix(mlp.down_proj.weight.float()),
         )
 
@@ -196,12 +184,12 @@ class FusedWeights:
         """Return the rotary factors of all positions, complex [length, 1, D / 2]."""
         positions = torch.arange(length, device=self.embedding.device)[None]
         cos, sin = self.rope(torch.empty(0, device=positions.device), positions)
-        half = self.width // 2
+        half = self.head_dim // 2
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
 
     def unit(self, x: Tensor) -> Tensor:
-        """Return RMS-normed vectors over the root of their size: of length 1."""
-        return (x / _length(x, self._floor)).to(x.dtype)
+        """Return vectors x [T, hidden] divided by √(|x|² + n ε), so of length 1 but for ε."""
+        return (x / _length(x, self._root_eps)).to(x.dtype)
 
     def forward(self, tokens: Tensor, rotations: Tensor, attend: Attend, exact: bool) -> Tensor:
         """Return the last layer's output [T, hidden] for a row of tokens [T].
@@ -213,9 +201,9 @@ class FusedWeights:
             exact: use exact weights though there are int8 ones.
         """
         x = F.embedding(tokens, self.embedding)
-        rotated = self.heads + self.kv
+        rotated = self.heads + self.kv_heads
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(self.unit(x), exact).view(len(x), -1, self.width)
+            heads = layer.qkv(self.unit(x), exact).view(len(x), -1, self.head_dim)
             self._rotate(heads.narrow(1, 0, rotated), layer.norm, rotations)
             x = layer.out(attend(index, heads), exact).add_(x)
             gate, up = layer.gate_up(self.unit(x), exact).chunk(2, -1)
@@ -226,7 +214,7 @@ class FusedWeights:
         """Norm and rotate queries and keys in place."""
         values = heads.float()
         if norm is not None:
-            values.div_(_length(values, self._head_floor)).mul_(norm)
+            values.div_(_length(values, self._head_root_eps)).mul_(norm)
         torch.view_as_complex(values.unflatten(-1, (-1, 2))).mul_(rotations)
         if values is not heads:
             heads.copy_(values)
@@ -236,16 +224,16 @@ class FusedWeights:
         return self.head(self.unit(x), exact)
 
 
-def _length(x: Tensor, floor: Tensor) -> Tensor:
-    """Return the vectors' lengths, in fp32, with the epsilon of their norm."""
+def _length(x: Tensor, root_eps: Tensor) -> Tensor:
+    """Return √(|x|² + n ε) of vectors [..., n], in fp32 [..., 1]."""
     length: Tensor = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-    return length.hypot_(floor)
+    return length.hypot_(root_eps)
 
 
 class NativeDecoder:
     """Decodes requests with fused weights over one cache of slots.
 
-    The active requests are its first rows, so that a step computes with these and no more.
+    The active requests have the cache's first rows, so that a step computes these rows alone.
 
     Args:
         weights: the fused weights of the model.
@@ -255,24 +243,24 @@ class NativeDecoder:
 
     def __init__(self, weights: FusedWeights) -> None:
         self.weights = weights
-        self.lengths: list[int] = []
+        self.lengths: list[int] = []  # of the active rows, in tokens
         self.caches: list[Tensor] = []  # by layer: [2, rows, K, positions, D], keys and values
         self.rotations = weights.rotations(0)
-        # By layer, [2, 1, K, L, D]: keys and values of the first L tokens of the next prompt.
-        self._begun: list[Tensor] = []
+        # By layer, [2, 1, K, L, D]: keys and values of what `read` has read of the next prompt.
+        self._prefix: list[Tensor] = []
 
     @torch.inference_mode()
     def read(self, tokens: list[int]) -> None:
         """Read the beginning of the prompt that is admitted next, or go on with it."""
-        start = self._begun[0].shape[3] if self._begun else 0
+        start = self._prefix[0].shape[3] if self._prefix else 0
         end = start + len(tokens)
         if end > len(self.rotations):
             self.rotations = self.weights.rotations(end)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            before = self._begun[layer] if start else None
-            out, keys_values = _attend_causally(heads, self.weights.kv, before)
-            self._begun[layer : layer + 1] = [keys_values]
+            before = self._prefix[layer] if start else None
+            out, keys_values = _attend_causally(heads, self.weights.kv_heads, before)
+            self._prefix[layer : layer + 1] = [keys_values]
             return out
 
         ids = torch.tensor(tokens, device=self.rotations.device)
@@ -280,14 +268,14 @@ class NativeDecoder:
 
     def forget(self) -> None:
         """Forget what `read` has read."""
-        self._begun = []
+        self._prefix = []
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[list[int]], counts: Sequence[int] | None = None) -> Tensor:
         """Read prompts into the next rows; return the logits [n, V] of their last tokens.
 
         Args:
-            prompts: each is computed once; the first one's beginning may have been by `read`.
+            prompts: each is computed once, the first from where `read` has left off.
             counts: how many rows each gets, one after the other; by default one.
         """
         first, device = len(self.lengths), self.rotations.device
@@ -295,8 +283,8 @@ class NativeDecoder:
         for prompt, count in zip(prompts, counts, strict=True):
             self.lengths += [len(prompt)] * count
         self._reserve()
-        begun, self._begun = self._begun, []
-        starts = [begun[0].shape[3] if begun else 0] + [0] * (len(prompts) - 1)
+        prefix, self._prefix = self._prefix, []
+        starts = [prefix[0].shape[3] if prefix else 0] + [0] * (len(prompts) - 1)
         pieces = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         ends = _borders(map(len, pieces))
         spans = list(pairwise(ends))
@@ -308,8 +296,8 @@ class NativeDecoder:
         def attend(layer: int, heads: Tensor) -> Tensor:
             outs = []
             for (start, end), (row, next_row) in zip(spans, rows, strict=True):
-                before = begun[layer] if begun and start == 0 else None
-                out, keys_values = _attend_causally(heads[start:end], self.weights.kv, before)
+                before = prefix[layer] if prefix and start == 0 else None
+                out, keys_values = _attend_causally(heads[start:end], self.weights.kv_heads, before)
                 self.caches[layer][:, row:next_row, :, : keys_values.shape[3]] = keys_values
                 outs.append(out)
             return torch.cat(outs)
@@ -333,7 +321,7 @@ class NativeDecoder:
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             cache = self.caches[layer]
-            new = heads.narrow(1, weights.heads, 2 * weights.kv).unflatten(1, (2, -1))
+            new = heads.narrow(1, weights.heads, 2 * weights.kv_heads).unflatten(1, (2, -1))
             if rows == 1:  # plain indices take a third of the time
                 cache.select(3, last.start).select(1, 0).copy_(new[0])
             else:
@@ -372,7 +360,7 @@ class NativeDecoder:
                 hidden = torch.arange(longest, device=device) >= ends
                 mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=device)
                 mask = mask.masked_fill_(hidden, -torch.inf)
-                mask = mask.repeat_interleave(self.weights.kv, 0)[:, None]
+                mask = mask.repeat_interleave(self.weights.kv_heads, 0)[:, None]
             blocks.append((first, len(lengths), longest, mask))
         return blocks
 
@@ -396,7 +384,7 @@ class NativeDecoder:
         new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
         enough = length <= old_length
         new_length = old_length if enough else max(length + GROWTH, old_length * 3 // 2)
-        shape = (2, new_rows, self.weights.kv, new_length, self.weights.width)
+        shape = (2, new_rows, self.weights.kv_heads, new_length, self.weights.head_dim)
         for index in range(len(self.weights.layers)):
             # Zeros, because what the mask hides is still multiplied, by 0.
             cache = torch.zeros(shape, dtype=self.weights.dtype, device=self.rotations.device)
@@ -411,22 +399,23 @@ def _borders(sizes: Iterable[int], start: int = 0) -> list[int]:
     return list(accumulate(sizes, initial=start))
 
 
-def _attend_causally(heads: Tensor, kv: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend_causally(heads: Tensor, kv_heads: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the attention [T, H * D] of T tokens of a prompt, with all keys and values.
 
     Args:
         heads: [T, H + 2K, D], the queries scaled.
-        kv: K, how many heads have keys.
+        kv_heads: K.
         before: keys and values [2, 1, K, L, D] of the tokens before them.
 
     Returns:
         The attention, and keys and values [2, 1, K, L + T, D].
     """
     by_head = heads.transpose(0, 1)
-    keys_values = by_head[-2 * kv :].unflatten(0, (2, 1, -1))
+    keys_values = by_head[-2 * kv_heads :].unflatten(0, (2, 1, -1))
     if before is not None:
         keys_values = torch.cat([before, keys_values], 3)
-    q, (k, v) = by_head[None, : -2 * kv], keys_values
+    q = by_head[None, : -2 * kv_heads]
+    k, v = keys_values
     mask = causal_lower_right(q.shape[2], k.shape[2])
     out = sdpa(q, k, v, mask, enable_gqa=True, scale=1.0)
     return out[0].transpose(0, 1).flatten(1), keys_values
@@ -440,13 +429,13 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
         keys, values: [B, K, L, D].
         mask: [B * K, 1, L], added to the scores.
     """
-    kv, width = keys.shape[1], q.shape[2]
+    kv_heads = keys.shape[1]
     if q.dtype is torch.bfloat16 and q.device.type == "cpu":  # whose kernel reads keys once, too
-        by_row = None if mask is None else mask.unflatten(0, (-1, kv))[:, :1]
+        by_row = None if mask is None else mask.unflatten(0, (-1, kv_heads))[:, :1]
         out = sdpa(q[:, :, None], keys, values, by_row, scale=1.0, enable_gqa=True)
         return out.reshape(len(q), -1)
     # The query heads of a group are as several queries: its keys are read once.
-    grouped = q.reshape(len(q) * kv, -1, width)
+    grouped = q.reshape(len(q) * kv_heads, -1, q.shape[2])
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if q.dtype is torch.float32:  # so few queries that a fused kernel's start costs more
         scores = grouped.bmm(keys.mT) if mask is None else torch.baddbmm(mask, grouped, keys.mT)

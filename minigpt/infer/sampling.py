@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError
 
-PARTIAL_SORT = 1024  # likeliest tokens that are sorted first, before all are
+PARTIAL_SORT = 1024  # likeliest tokens that are sorted, and all only where these are too few
 # Dividing by less could give 0/0 in fp32, and by more -inf/inf. At the first temperature already, a
 # token whose logit is lower by 1e-4 is never drawn; at the second all are as likely.
 LEAST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e30
@@ -26,11 +26,14 @@ class Sampling:
         max_new_tokens: length of the longest reply; what the context has no room for is cut.
         temperature: 0 takes the likeliest token.
         top_k: draw from so many of the likeliest tokens; 0 for all.
-        top_p: draw from the likeliest tokens that hold this share of the probability.
+        top_p: draw from the likeliest tokens that hold this share of the probability (Holtzman et
+            al. 2020, arXiv:1904.09751).
         seed: seeds the random generator of the request.
-        min_p: leave out tokens less likely than this share of the likeliest one.
+        min_p: leave out tokens whose probability is below this share of the likeliest one's (Nguyen
+            et al. 2024, arXiv:2407.01082).
         repetition_penalty: divides the positive logits of tokens that occurred before, prompt
-            included, and multiplies the negative ones; 1 changes nothing.
+            included, and multiplies the negative ones (Keskar et al. 2019, arXiv:1909.05858); 1
+            changes nothing.
         stop: texts that end the reply; it holds none of them.
         logprobs: return each token's log-prob and those of so many likeliest ones; None for none.
     """
@@ -60,7 +63,7 @@ class Sampling:
         }
         for rule, holds in rules.items():
             if not holds:
-                value = getattr(self, rule.split()[0], '""')
+                value = getattr(self, rule.split()[0], '""')  # the field that begins the rule
                 raise ConfigError(f"sampling: {rule}, but is {value}.")
 
     @property
@@ -114,21 +117,21 @@ class Sampler:
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return logits [V] over the temperature, with -inf where a token may not be drawn."""
-    scaled = (logits - logits.max()) / _within_fp32(sampling.temperature)
-    cut = scaled.new_tensor(-math.inf)  # each filter keeps the tokens from a certain logit on
+    scaled = (logits - logits.max()) / _bounded(sampling.temperature)
+    lowest = scaled.new_tensor(-math.inf)  # of the logits that all filters keep
     if sampling.top_k or sampling.top_p < 1:
-        cut = _cut(scaled, sampling.top_k or len(scaled), sampling.top_p)
+        lowest = _lowest_kept(scaled, sampling.top_k or len(scaled), sampling.top_p)
     if sampling.min_p > 0:
-        cut = cut.clamp(min=math.log(sampling.min_p))
-    return scaled.masked_fill(scaled < cut, -math.inf)
+        lowest = lowest.clamp(min=math.log(sampling.min_p))  # the largest logit is 0
+    return scaled.masked_fill(scaled < lowest, -math.inf)
 
 
-def _within_fp32(temperature: float) -> float:
+def _bounded(temperature: float) -> float:
     return min(max(temperature, LEAST_TEMPERATURE), HIGHEST_TEMPERATURE)
 
 
-def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return the least of the logits [V] that top_k and top_p keep.
+def _lowest_kept(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return the lowest of the logits [V] that top_k and top_p keep.
 
     A few tokens mostly hold top_p, and sorting all of a vocabulary takes long.
     """
@@ -156,10 +159,10 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
     if all(sampler.sampling.greedy for sampler in samplers):
         return tokens
     rows = logits.float().cpu()
-    together = [i for i, s in enumerate(samplers) if s.sampling.unfiltered and finite[i]]
-    if together:
-        drawn, _ = draw(rows[together], [samplers[i] for i in together])
-        for i, token in zip(together, drawn.tolist(), strict=True):
+    unfiltered = [i for i, s in enumerate(samplers) if s.sampling.unfiltered and finite[i]]
+    if unfiltered:
+        drawn, _ = draw(rows[unfiltered], [samplers[i] for i in unfiltered])
+        for i, token in zip(unfiltered, drawn.tolist(), strict=True):
             tokens[i] = token
     for i, sampler in enumerate(samplers):
         if finite[i] and not (sampler.sampling.greedy or sampler.sampling.unfiltered):
@@ -184,7 +187,7 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
         The tokens [B], and their log-probabilities [B] in nats by the distribution over the
         temperature; they are NaN in rows that make no distribution.
     """
-    temperatures = [_within_fp32(sampler.sampling.temperature) for sampler in samplers]
+    temperatures = [_bounded(sampler.sampling.temperature) for sampler in samplers]
     scaled = (logits - logits.amax(-1, True)) / torch.tensor(temperatures)[:, None]
     probabilities = scaled.softmax(-1)
     # What `exponential_` gives, in a third of its time: the logarithms of all rows at once.

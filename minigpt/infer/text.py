@@ -27,9 +27,12 @@ class StopTexts:
     def add(self, text: str) -> str:
         """Take more text; return what is certain now."""
         self._pending += text
-        positions = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
-        if self.stopped or positions:
-            released = "" if self.stopped else self._pending[: min(positions)]
+        if self.stopped:
+            self._pending = ""
+            return ""
+        found = [self._pending.find(stop) for stop in self.stop if stop in self._pending]
+        if found:
+            released = self._pending[: min(found)]
             self.stopped = True
             self._pending = ""
             return released

@@ -55,7 +55,7 @@ class Architecture:
     dropout: float = 0.0
 
 
-SIZES = {  # what a config calls the sizes of an `Architecture`, all but `rope_theta`
+SIZES = {  # the names of an `Architecture`'s fields in a config; `rope_theta` is nested there
     "hidden_size": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -72,7 +72,7 @@ def check_architecture(a: Architecture) -> None:
     """Refuse sizes of which no native model can be built.
 
     Raises:
-        ConfigError: for the first one.
+        ConfigError: for the first size that is wrong.
     """
     name = "model.init_args.architecture"
     for size in ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions"):
@@ -97,17 +97,9 @@ def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
     """
     check_architecture(a)
     return Qwen3Config(
+        **{key: getattr(a, name) for name, key in SIZES.items()},
         vocab_size=tokenizers.id_count(tokenizer),
-        hidden_size=a.hidden_size,
-        intermediate_size=a.ffn,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        max_position_embeddings=a.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
-        tie_word_embeddings=a.tied,
-        attention_dropout=a.dropout,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -115,10 +107,10 @@ def native_config(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
 
 
 def check_sizes(a: Architecture, config: PreTrainedConfig) -> None:
-    """Refuse sizes beside `init_from` that are not those of the model to go on from.
+    """Refuse sizes beside `init_from` that are not those of its model.
 
     Args:
-        a: as given; what is left at its default says nothing.
+        a: as given; sizes at their default are not compared.
         config: of the model that is loaded.
 
     Raises:
@@ -151,11 +143,11 @@ def build_native(a: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrai
 
 @contextmanager
 def reproducible_init(seed: int) -> Iterator[None]:
-    """Let what is built inside draw the same numbers on all hardware and in all processes.
+    """Initialise weights inside to the same numbers on all hardware and in all processes.
 
-    A GPU draws others than a CPU from one seed, and bf16 others than fp32. So weights are drawn by
-    the CPU's generator, in fp32, whatever device and type are the default around; the strategy
-    moves and converts them afterwards.
+    A GPU draws other numbers than a CPU from one seed, and bf16 others than fp32. So weights are
+    drawn by the CPU's generator, in fp32, whatever the default device and type are outside; the
+    strategy moves and converts them afterwards.
 
     Args:
         seed: of the generators, from here on.
@@ -197,7 +189,7 @@ def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     before = embedding_rows(model)
     if rows == before:
         return
-    with torch.random.fork_rng(devices=[]):  # what it draws is drawn again
+    with torch.random.fork_rng(devices=[]):  # the rows that it draws are overwritten below
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator("cpu").manual_seed(before)
     std = float(getattr(model.config, "initializer_range", None) or 0.02)
@@ -236,8 +228,10 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerFast, model: Path | str) -> 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Compute activations twice instead of keeping them, also below a frozen embedding."""
-    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.2x
-    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # named so in 5.2x
+    if enable is None:
+        enable = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()
 
 
@@ -256,15 +250,16 @@ def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast) -> None:
 
     Args:
         rows: of the model's embedding. There may be more than the tokenizer has tokens (padding),
-            but no fewer than its vocabulary without added tokens, which texts may never hold
-            (`check_ids`).
+            but no fewer than its vocabulary. Added tokens may lie beyond: `check_ids` refuses texts
+            that hold them.
         tokenizer: to be used with it.
 
     Raises:
         ModelError: when the vocabulary has more tokens than the model has rows.
     """
-    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    if (tokens := max(words.values(), default=-1) + 1) > rows:
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    tokens = max(vocabulary.values(), default=-1) + 1
+    if tokens > rows:
         raise ModelError(
             f"The tokenizer has {tokens} tokens but the model only {rows}: they do not "
             "belong together. Use the tokenizer that was saved with the model."
@@ -280,9 +275,9 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
         module: changed in place; layers that transformers holds in fp32 stay so.
         dtype: of the other parameters.
     """
-    strict: Sequence[str] = tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    fp32: Sequence[str] = tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     for name, weight in module.named_parameters():
-        if weight.is_floating_point() and not any(layer in name for layer in strict):
+        if weight.is_floating_point() and not any(layer in name for layer in fp32):
             weight.data = weight.data.to(dtype)
 
 

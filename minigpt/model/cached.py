@@ -1,4 +1,7 @@
-"""The general way to decode: any causal LM's own forward with a transformers cache."""
+"""Decoding for any causal LM: its own forward with a transformers cache.
+
+Shape legend: n requests of a cohort, L tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from minigpt.model.rope import depends_on_length
 
-KEYS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of a cache, without other states
+# Layers of a cache that hold keys and values, and no other states.
+KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 # How texts are continued together: prompts of any length padded in one cache; those of one length
 # in a cache, with the model's own positions or with explicit ones that count from 0; or without a
 # cache, all of the text computed for each token. The fastest comes first.
@@ -43,7 +47,7 @@ class Cohort:
     cache: DynamicCache | None
 
     def select(self, indices: list[int], rows: list[int]) -> None:
-        """Keep what is at some indices, any number of times each, as rows of these numbers."""
+        """Keep the requests at some indices, which may repeat, under new numbers among all."""
         if indices != list(range(len(self.rows))):
             index = torch.tensor(indices, device=self.mask.device)
             self.mask, self.tokens = self.mask[index], self.tokens[index]
@@ -58,19 +62,20 @@ class TransformersDecoder:
 
     Args:
         model: any causal LM.
-        mode: one of `decoding_modes(model)`, which it is exact by.
+        mode: one of `decoding_modes(model)`, in which it is exact.
     """
 
-    joins = False
+    joins = False  # a new request is decoded apart from the active ones
 
     def __init__(self, model: PreTrainedModel, mode: str) -> None:
         self.model = model
         self.mode = mode
         self.cohorts: list[Cohort] = []
-        self.count = 0
-        taken = inspect.signature(model.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._numbers = mode in (PADDED, EXPLICIT_POSITIONS) and "position_ids" in taken
+        self.count = 0  # of rows
+        parameters = inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        explicit = mode in (PADDED, EXPLICIT_POSITIONS)
+        self._passes_positions = explicit and "position_ids" in parameters
         self._cache_name = "" if mode == UNCACHED else _cache_name(model)
 
     def admit(self, prompts: Sequence[list[int]], counts: Sequence[int] | None = None) -> Tensor:
@@ -80,32 +85,33 @@ class TransformersDecoder:
             prompts: each is computed once.
             counts: how many rows each gets, one after the other; by default one.
         """
-        first = len(self.cohorts)
         counts = [1] * len(prompts) if counts is None else counts
-        ends = list(accumulate(counts, initial=self.count))
-        rows = [range(start, end) for start, end in pairwise(ends)]
+        borders = list(accumulate(counts, initial=self.count))
+        rows = [range(start, end) for start, end in pairwise(borders)]  # of each prompt
+        cohorts = []
         logits = []
-        cohorts: dict[int, list[int]] = {}
-        for number, prompt in enumerate(prompts):
-            cohorts.setdefault(0 if self.mode == PADDED else len(prompt), []).append(number)
-        for numbers in cohorts.values():
-            cohort = self._cohort([prompts[number] for number in numbers])
+        groups: dict[int, list[int]] = {}  # indices of the prompts of each cohort
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(0 if self.mode == PADDED else len(prompt), []).append(index)
+        for members in groups.values():
+            cohort = self._new_cohort([prompts[i] for i in members])
             prompt_logits = self._forward(cohort, cohort.tokens)
-            repeated = [at for at, number in enumerate(numbers) for _ in rows[number]]
-            cohort.select(repeated, [row for number in numbers for row in rows[number]])
-            self.cohorts.append(cohort)
+            repeated = [index for index, i in enumerate(members) for _ in rows[i]]
+            cohort.select(repeated, [row for i in members for row in rows[i]])
+            cohorts.append(cohort)
             logits.append(prompt_logits[repeated])
-        self.count = ends[-1]
-        return _in_order(logits, self.cohorts[first:])
+        self.cohorts += cohorts
+        self.count = borders[-1]
+        return _in_order(logits, cohorts)
 
-    def _cohort(self, prompts: list[list[int]]) -> Cohort:
+    def _new_cohort(self, prompts: list[list[int]]) -> Cohort:
         longest, device = max(map(len, prompts)), self.model.device
         tokens = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-        real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return Cohort(
             list(range(len(prompts))),
             torch.tensor(tokens, device=device),
-            torch.tensor(real, device=device),
+            torch.tensor(mask, device=device),
             DynamicCache(config=self.model.config) if self.mode != UNCACHED else None,
         )
 
@@ -126,9 +132,9 @@ class TransformersDecoder:
             new, options["use_cache"] = cohort.tokens, False
         else:
             options |= {self._cache_name: cohort.cache, "use_cache": True}
-        if self.mode == PADDED:  # else nothing is masked, and some take a mask for padding alone
+        if self.mode == PADDED:  # some models take any mask, also of ones, for padding
             options["attention_mask"] = cohort.mask
-        if self._numbers:
+        if self._passes_positions:
             positions = (cohort.mask.cumsum(-1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -new.shape[1] :]
         logits: Tensor = self.model(input_ids=new, **options).logits
@@ -138,13 +144,14 @@ class TransformersDecoder:
         """Remove a row; the last one takes its number."""
         self.count -= 1
         cohort = next(c for c in self.cohorts if row in c.rows)
-        remaining = [at for at, number in enumerate(cohort.rows) if number != row]
+        remaining = [index for index, number in enumerate(cohort.rows) if number != row]
         if remaining:
-            cohort.select(remaining, [cohort.rows[at] for at in remaining])
+            cohort.select(remaining, [cohort.rows[index] for index in remaining])
         else:
             self.cohorts.remove(cohort)
-        for other in self.cohorts:
-            other.rows = [row if last == self.count else last for last in other.rows]
+        last = self.count
+        for cohort in self.cohorts:
+            cohort.rows = [row if number == last else number for number in cohort.rows]
 
 
 def _in_order(logits: list[Tensor], cohorts: list[Cohort]) -> Tensor:
@@ -154,7 +161,7 @@ def _in_order(logits: list[Tensor], cohorts: list[Cohort]) -> Tensor:
 
 
 def decoding_modes(model: PreTrainedModel) -> list[str]:
-    """Return the modes of decoding that a model may be exact by, the fastest first.
+    """Return the modes of decoding in which a model may be exact, the fastest first.
 
     Layers with a state (convolutions, recurrences, linear attention) read padding as text, and
     angles that depend on a text's length are those of the longest row: neither is padded.
@@ -166,14 +173,16 @@ def decoding_modes(model: PreTrainedModel) -> list[str]:
 
 
 def _cache_name(model: PreTrainedModel) -> str:
-    """Return the argument that takes a transformers cache; empty where there is no such."""
+    """Return the argument that takes a transformers cache; empty where there is none."""
     has_cache: bool = model._supports_default_dynamic_cache()  # type: ignore[operator]
     if not has_cache or hasattr(model, "_setup_cache"):
-        return ""  # one of its own, or in its layers, which is one for all rows
-    taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in taken), "")
+        return ""  # a cache of another class, or one in the layers, which all cohorts would share
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in parameters), "")
 
 
 def _has_keys_alone(model: PreTrainedModel) -> bool:
     """Whether a model's cache has keys and values and no other states."""
-    return all(type(layer) in KEYS for layer in DynamicCache(config=model.config).layers)
+    return all(
+        type(layer) in KEY_VALUE_LAYERS for layer in DynamicCache(config=model.config).layers
+    )

@@ -2,9 +2,9 @@
 
 A tiny random model of the same config (`shrink`) reads two texts and a preference, packed. Each
 target's log-probability is compared with what the model gives, by its own eager attention, to the
-sample alone; and no sample may move when another one changes. What is not exact packed is tried
-with each sample in a row of its own. Then texts are continued together, token by token, in the
-fastest way to decode that gives what each text gives when it is read at once.
+sample alone; and no sample's loss may change when another sample does. What is not exact packed is
+tried with each sample in a row of its own. Then texts are decoded together, token by token: the
+fastest mode is taken whose logits are those of each text read at once.
 """
 
 from __future__ import annotations
@@ -38,32 +38,33 @@ from minigpt.model.packed_lm import (
     token_logprobs,
     use_attention,
 )
-from minigpt.model.rope import compute_by_text, shared_limit
+from minigpt.model.rope import compute_by_text, shared_prompt_limit
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 5e-4  # of log-probabilities in fp32, relative to the largest of them
-# Of a config, what changes with loading or growing and decides nothing.
-NAMES = {"architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "use_cache"}
-NAMES |= {"id2label", "label2id"}
-SEEDS = (0, 1)  # a model that picks experts may pick others for a rounding error: not twice
-# Tokens of each sample, of its prompt and of each answer: texts and a preference. The long ones
-# are longer than the windows of tiny models.
-SHAPES = ((0, 23), (0, 14), (5, 9, 16))
+# Fields of a config on which exactness does not depend: a proof holds whatever they are.
+IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size"}
+IGNORED |= {"use_cache", "id2label", "label2id"}
+# A rounding error may make a model pick other experts, and so fail with one seed: hardly with both.
+SEEDS = (0, 1)
+# Two texts and a preference: tokens of the prompt and of each answer. The long ones are longer than
+# the windows of tiny models.
+LENGTHS = ((0, 23), (0, 14), (5, 9, 16))
 STEPS = 4  # tokens that are decoded
 
 
 @dataclass(frozen=True)
 class Conformance:
-    """What a kind of model is exact by: the results are those of its authors' code.
+    """Ways to compute a kind of model whose results are those of its authors' code.
 
     Attributes:
-        training: attention that a batch is read by: `PACKED` all at once, "sdpa" or "eager" with
-            each sample in a row of its own; empty where none is right.
-        decoding: attention that it is exact by when it reads one sequence: "sdpa" or "eager";
-            empty where its own forward does not work.
-        decoding_mode: of many texts, one of `cached.MODES`; empty where none is right.
-        problem: why it is not packed, or not computed at all.
+        training: attention function for batches: `PACKED`, or "sdpa" or "eager" with each sample
+            in a row of its own; empty where none is exact.
+        decoding: attention function for one sequence: "sdpa" or "eager"; empty where its own
+            forward does not work.
+        decoding_mode: for many texts, one of `cached.MODES`; empty where none is exact.
+        problem: why samples are not packed, or the model is not computed at all.
     """
 
     training: str
@@ -128,43 +129,46 @@ def conformance_of(config: PreTrainedConfig) -> Conformance | None:
         None where no tiny model of the config can be built, so that `prove` must try the model.
     """
     digest = _digest(config)
-    if digest not in _PROVEN:
-        _PROVEN[digest] = _load_proof(digest)
-        if _PROVEN[digest] is None:
-            _PROVEN[digest] = conformance = _by_tiny_models(config)
-            if conformance is not None:
-                _save_proof(digest, conformance)
-    return _PROVEN[digest]
+    if digest in _PROVEN:
+        return _PROVEN[digest]
+    conformance = _load_proof(digest)
+    if conformance is None:
+        conformance = _by_tiny_models(config)
+        if conformance is not None:
+            _save_proof(digest, conformance)
+    _PROVEN[digest] = conformance
+    return conformance
 
 
 _PROVEN: dict[str, Conformance | None] = {}
 
 
-def _file(digest: str) -> Path:
+def _proof_file(digest: str) -> Path:
     return cache_dir() / "conformance" / f"{digest}.json"
 
 
 def _load_proof(digest: str) -> Conformance | None:
-    if not is_private(_file(digest)):  # not there, or another user may have written it
+    file = _proof_file(digest)
+    if not is_private(file):  # not there, or another user may have written it
         return None
     try:
-        return Conformance(**json.loads(_file(digest).read_text()))
+        return Conformance(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):  # damaged: it is proven anew
         return None
 
 
 def _save_proof(digest: str, conformance: Conformance) -> None:
     try:
-        with atomic_file(_file(digest)) as partial:
+        with atomic_file(_proof_file(digest)) as partial:
             partial.write_text(json.dumps(asdict(conformance)), encoding="utf-8")
             make_private(partial)
-    except OSError as error:  # it costs a second each time
+    except OSError as error:  # without the file, each process proves it in about a second
         log.debug("The proof is not saved: %s", error)
 
 
 @cache
-def _code() -> str:
-    """Return a digest of what a proof depends on besides the config."""
+def _code_digest() -> str:
+    """Return a digest of the code that a proof depends on, ours and that of libraries."""
     modules = (cached, packed_lm, rope, shrink)
     files = [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
     if accel.ENABLED:
@@ -175,19 +179,20 @@ def _code() -> str:
 
 
 def _digest(config: PreTrainedConfig) -> str:
-    values = {k: v for k, v in config.to_dict().items() if k not in NAMES and k[0] != "_"}
+    values = {k: v for k, v in config.to_dict().items() if k not in IGNORED and k[0] != "_"}
     text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(f"{_code()}\0{text}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{_code_digest()}\0{text}".encode()).hexdigest()[:24]
 
 
 def _by_tiny_models(config: PreTrainedConfig) -> Conformance | None:
-    """Prove a config by tiny models of two seeds; an error must show with both."""
+    """Prove a config by tiny models of two seeds, of which the better result counts."""
     best: Conformance | None = None
     for seed in SEEDS:
         new = _by_tiny_model(config, seed)
         if new is None:
             break
-        best = new if best is None or _rank(new) > _rank(best) else best
+        if best is None or _rank(new) > _rank(best):
+            best = new
         if best.packed and best.decoding_mode == PADDED:
             break
     return best
@@ -218,32 +223,34 @@ def describe(error: BaseException) -> str:
 
 
 def prove(model: PreTrainedModel) -> Conformance:
-    """Try a model, in fp32 on the device where it is: how does it compute what it ought to?
+    """Find out in which ways a model is exact, in fp32 on the device where it is.
 
     Raises:
-        ModelError: when its own forward gives no numbers for plain text.
+        ModelError: when its own forward fails on plain text, or gives numbers that are not finite.
     """
     samples = _samples(model)
     with _fp32_eval(model):
         try:
-            truth = _reference_logprobs(model, samples)
+            expected = _reference_logprobs(model, samples)
         except Exception as error:
             problem = f"its own forward does not read plain text: {describe(error)}"
             raise ModelError(_refusal(model.config, problem)) from error
-        if not truth.isfinite().all():
+        if not expected.isfinite().all():
             problem = "its own forward gives numbers that are not finite"
             raise ModelError(_refusal(model.config, problem))
         if not _is_causal(model, samples):
             problem = "a token's logits depend on the tokens after it, as it is built"
             return Conformance("", "", problem=problem)
-        problem = _problem(model, samples, truth, PACKED)
-        by_sdpa = model._supports_sdpa and not _problem(model, samples, truth, "sdpa")
-        decoding = "sdpa" if by_sdpa else "eager"
+        packed_problem = _problem(model, samples, expected, PACKED)
+        sdpa_is_exact = model._supports_sdpa and not _problem(model, samples, expected, "sdpa")
+        decoding = "sdpa" if sdpa_is_exact else "eager"
         mode = _decoding_mode(model, samples, decoding)
-        if not problem:
+        if not packed_problem:
             return Conformance(PACKED, decoding, mode)
-        by_rows = _problem(model, samples, truth, decoding)
-        return Conformance("" if by_rows else decoding, decoding, mode, by_rows or problem)
+        rows_problem = _problem(model, samples, expected, decoding)
+        if rows_problem:
+            return Conformance("", decoding, mode, rows_problem)
+        return Conformance(decoding, decoding, mode, packed_problem)
 
 
 @contextmanager
@@ -269,8 +276,8 @@ def _samples(model: PreTrainedModel) -> list[Sample]:
     rng = np.random.default_rng(0)
     first_id = min(shrink.SPECIAL, rows // 2)
     samples = []
-    for prompt, *answers in SHAPES:  # a preference is no longer than those that are taken
-        limit = max(1, shared_limit(model.config) - prompt) if prompt else max(answers)
+    for prompt, *answers in LENGTHS:  # as short as `check_length` demands of preferences
+        limit = max(1, shared_prompt_limit(model.config) - prompt) if prompt else max(answers)
         lengths = tuple(min(length, limit) for length in answers)
         ids = rng.integers(first_id, rows, prompt + sum(lengths))
         samples.append(Sample(ids, prompt, lengths, None, ("", 0)))
@@ -308,7 +315,7 @@ def _is_causal(model: PreTrainedModel, samples: list[Sample]) -> bool:
     return close(after.float(), before.float())
 
 
-def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name: str) -> str:
+def _problem(model: PreTrainedModel, samples: list[Sample], expected: Tensor, name: str) -> str:
     """Return what is wrong when samples are read with an attention function; empty if nothing."""
     changed = replace(samples[0], ids=samples[0].ids[::-1].copy())
     device = next(model.parameters()).device
@@ -319,45 +326,46 @@ def _problem(model: PreTrainedModel, samples: list[Sample], truth: Tensor, name:
         )
     except Exception as error:
         return describe(error)
-    others = SHAPES[0][1] - 1
-    if not close(after[others:], before[others:]):
+    changed_targets = LENGTHS[0][1] - 1  # all tokens of the first text but its first
+    if not close(after[changed_targets:], before[changed_targets:]):
         return "a sample's loss moves when another one, packed with it, changes"
-    if not close(before, truth):
-        worst = float((before - truth).abs().max())
+    if not close(before, expected):
+        worst = float((before - expected).abs().max())
         return f"log-probabilities differ by up to {worst:.2g} from those of its own forward"
     return ""
 
 
 def _decoding_mode(model: PreTrainedModel, samples: list[Sample], name: str) -> str:
     """Return the fastest mode of decoding that gives what each text gives alone; empty if none."""
-    limit = min(SHAPES[0][1], shared_limit(model.config))  # longer ones change angles as they grow
-    texts = [sample.ids[:limit].tolist() for sample in samples]  # two of them are of one length
+    # The angles of longer texts may change while they grow. Two texts are of one length.
+    limit = min(LENGTHS[0][1], shared_prompt_limit(model.config))
+    texts = [sample.ids[:limit].tolist() for sample in samples]
     device = next(model.parameters()).device
     with use_attention(model, "eager"):
-        truth = [forward_rows(model, torch.tensor([t], device=device))[0].float() for t in texts]
+        expected = [forward_rows(model, torch.tensor([t], device=device))[0].float() for t in texts]
     for mode in cached.decoding_modes(model):
         with use_attention(model, name):
-            if _decodes(TransformersDecoder(model, mode), texts, truth):
+            if _decodes(TransformersDecoder(model, mode), texts, expected):
                 return mode
     return ""
 
 
-def _decodes(runner: TransformersDecoder, texts: list[list[int]], truth: list[Tensor]) -> bool:
-    """Whether texts, continued together, have the logits of each alone, [L, V]; one leaves."""
-    texts, truth = list(texts), list(truth)
+def _decodes(decoder: TransformersDecoder, texts: list[list[int]], expected: list[Tensor]) -> bool:
+    """Whether texts decoded together get the logits of each alone, [L, V]; one leaves halfway."""
+    texts, expected = list(texts), list(expected)
     try:
-        logits = runner.admit([text[:-STEPS] for text in texts])
+        logits = decoder.admit([text[:-STEPS] for text in texts])
         for remaining in range(STEPS, 0, -1):
-            if not close(logits.float(), torch.stack([rows[-remaining - 1] for rows in truth])):
+            if not close(logits.float(), torch.stack([rows[-remaining - 1] for rows in expected])):
                 return False
             if remaining == STEPS // 2:
-                runner.drop(0)
-                texts[0], truth[0] = texts.pop(), truth.pop()
-            logits = runner.step([text[-remaining] for text in texts])
+                decoder.drop(0)
+                texts[0], expected[0] = texts.pop(), expected.pop()
+            logits = decoder.step([text[-remaining] for text in texts])
     except Exception as error:
-        log.debug("Decoding, %s: %s", runner.mode, describe(error))
+        log.debug("Decoding, %s: %s", decoder.mode, describe(error))
         return False
-    return close(logits.float(), torch.stack([rows[-1] for rows in truth]))
+    return close(logits.float(), torch.stack([rows[-1] for rows in expected]))
 
 
 def close(result: Tensor, expected: Tensor) -> bool:

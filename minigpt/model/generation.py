@@ -1,4 +1,4 @@
-"""The generation config of saved models: by it any engine learns when a reply ends."""
+"""The generation config of saved models, which tells any engine the tokens that end a reply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from minigpt.data.chat import end_tokens
 
-# Other fields are valid or not by these, so they are set first.
+# Set first, because whether other fields are valid depends on these.
 FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 
 

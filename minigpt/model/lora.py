@@ -25,8 +25,8 @@ from minigpt.errors import ConfigError, ModelError
 from minigpt.files import atomic_directory, weights_digest, write_json
 from minigpt.model.architecture import embedding_rows, resize_vocabulary
 from minigpt.model.generation import generation_config
-from minigpt.model.rope import RopeScaling, scale
-from minigpt.model.score_head import TASK, is_score_model
+from minigpt.model.rope import RopeScaling, scale_rope
+from minigpt.model.score_head import TASK, has_score_head
 from minigpt.reading import NotReadableError, check_directory, read_json, reason_of, refusing
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ MODEL_FILES = (
     SCALING,
 )
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CAUSAL_LM = "CAUSAL_LM"  # how peft calls what their adapters are for
+CAUSAL_LM = "CAUSAL_LM"  # the task type in adapters' configs
 # Settings of peft by which an adapter is more than an update of the base's weights.
-NO_PLAIN_LORA = ("layer_replication", "alora_invocation_tokens")
-# Classes of linear layers whose output is not that of their weight alone, by their names.
-OWN_OUTPUT = re.compile(r"Router$|GroupedLinear$")
-ROUTER = re.compile(r"Router|MoE\w*Gate$")  # classes whose linear layers choose experts
+UNSUPPORTED = ("layer_replication", "alora_invocation_tokens")
+# Subclasses of nn.Linear that compute more than x Wᵀ + b, and those whose layers choose experts.
+NOT_PLAIN_LINEAR = re.compile(r"Router$|GroupedLinear$")
+ROUTER = re.compile(r"Router|MoE\w*Gate$")
 # Layers of a Mamba block whose weights go into its fused kernels.
 READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
 
@@ -96,9 +96,10 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     linear: set[str] = set()
     others: set[str] = set()
     for path, layer in model.named_modules():
-        of_its_own = OWN_OUTPUT.search(type(layer).__name__)
-        fits = isinstance(layer, nn.Linear | Conv1D) and layer is not head and not of_its_own
-        (linear if fits else others).add(path.rpartition(".")[2])
+        plain = not NOT_PLAIN_LINEAR.search(type(layer).__name__)
+        fits = isinstance(layer, nn.Linear | Conv1D) and layer is not head and plain
+        names = linear if fits else others
+        names.add(path.rpartition(".")[2])
     return sorted(linear - others)
 
 
@@ -108,16 +109,15 @@ def default_targets(model: PreTrainedModel) -> list[str]:
     They are the linear ones but for those of routers, those whose weights Mamba's kernels read
     past an adapter, and names that peft takes for the stacked experts of a mixture.
     """
-    left_out = set()
+    excluded = set()
     for path, layer in model.named_modules():
         parent, _, name = path.rpartition(".")
         block = model.get_submodule(parent)
-        mamba = hasattr(block, "A_log") and hasattr(block, "D")
-        if isinstance(layer, nn.Linear) and (
-            ROUTER.search(type(block).__name__) or (mamba and name in READ_BY_KERNELS)
-        ):
-            left_out.add(name)
-    names = set(linear_layers(model)) - left_out
+        in_router = ROUTER.search(type(block).__name__)
+        in_mamba = hasattr(block, "A_log") and hasattr(block, "D")
+        if isinstance(layer, nn.Linear) and (in_router or (in_mamba and name in READ_BY_KERNELS)):
+            excluded.add(name)
+    names = set(linear_layers(model)) - excluded
     config = LoraConfig(target_modules=sorted(names))
     convert_peft_config_for_transformers(config, model, conversions=None)
     return sorted(names & set(config.target_modules or ()))
@@ -148,9 +148,9 @@ def add_adapter(model: PreTrainedModel, options: Lora, base: str) -> PeftModel:
         use_dora=options.dora,
         target_modules=options.target_modules or defaults,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
-        task_type=TASK if is_score_model(model) else CAUSAL_LM,  # peft trains the score head, too
+        task_type=TASK if has_score_head(model) else CAUSAL_LM,  # peft trains the score head, too
     )
-    adapted = _fresh(model, config, defaults)
+    adapted = _new_adapter(model, config, defaults)
     adapted.peft_config["default"].base_model_name_or_path = base
     digest = weights_digest(Path(base)) if Path(base).is_dir() else None
     adapted.base_digest = digest  # type: ignore[assignment]
@@ -166,7 +166,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
         )
 
 
-def _fresh(model: PreTrainedModel, config: LoraConfig, defaults: Sequence[str]) -> PeftModel:
+def _new_adapter(model: PreTrainedModel, config: LoraConfig, defaults: Sequence[str]) -> PeftModel:
     names = ", ".join(sorted(config.target_modules or ()))
     try:
         return cast(PeftModel, get_peft_model(model, config))
@@ -195,18 +195,18 @@ def load_adapter(model: PreTrainedModel, directory: Path, base: Path | str) -> P
         raise _missing(directory, ADAPTER)
     with refusing(f"The adapter at {directory}", ModelError):
         check_directory(directory)
-        _check_kind(directory, TASK if is_score_model(model) else CAUSAL_LM)
-        trained_on = _check_base(directory, base)
-        _take_rows(model, directory, base)
+        _check_adapter(directory, TASK if has_score_head(model) else CAUSAL_LM)
+        base_digest = _check_base(directory, base)
+        _resize_embedding(model, directory, base)
         _check_ranks(directory)
         if (scaling := saved_scaling(directory)) is not None:
-            scale(model, scaling)
-        adapted = _put_on(model, directory)
-    adapted.base_digest = trained_on  # type: ignore[assignment]
+            scale_rope(model, scaling)
+        adapted = _saved_adapter(model, directory)
+    adapted.base_digest = base_digest  # type: ignore[assignment]
     return adapted
 
 
-def _put_on(model: PreTrainedModel, directory: Path) -> PeftModel:
+def _saved_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied layers, which `merge` sees to
@@ -216,12 +216,12 @@ def _put_on(model: PreTrainedModel, directory: Path) -> PeftModel:
             loaded = adapted.load_adapter(str(directory), "default", key_mapping=names)
     except (RuntimeError, ValueError) as error:
         lines = map(str.strip, str(error).splitlines())
-        sizes = next((line for line in lines if "size mismatch for" in line), None)
-        if sizes is None:
+        mismatch = next((line for line in lines if "size mismatch for" in line), None)
+        if mismatch is None:
             raise
-        raise _of_another_base(directory, sizes.rstrip(".")) from error
+        raise _wrong_base(directory, mismatch.rstrip(".")) from error
     if extra := sorted(loaded.unexpected_keys):  # which peft passes over
-        raise _of_another_base(directory, f"the model has no layer for its {extra[0]}")
+        raise _wrong_base(directory, f"the model has no layer for its {extra[0]}")
     return adapted
 
 
@@ -236,15 +236,15 @@ def _check_ranks(directory: Path) -> None:
             raise NotReadableError(f"its {ADAPTER} says that its rank is {rank}")
 
 
-def _of_another_base(directory: Path, what: str) -> ModelError:
+def _wrong_base(directory: Path, problem: str) -> ModelError:
     return ModelError(
-        f"The adapter at {directory} was trained on another base: {what}. Load it on the model "
+        f"The adapter at {directory} was trained on another base: {problem}. Load it on the model "
         f"named in its {ADAPTER}."
     )
 
 
-def _check_kind(directory: Path, right_task: str) -> None:
-    """Refuse adapters that are no LoRA, by their names in peft, or made for another task."""
+def _check_adapter(directory: Path, right_task: str) -> None:
+    """Refuse adapters that are no plain LoRA, are for another task, or have no safe weights."""
     config = read_config(directory)
     kind = config.get("peft_type")
     task = config.get("task_type")
@@ -253,7 +253,7 @@ def _check_kind(directory: Path, right_task: str) -> None:
         problem = f"of the kind {kind}"
     elif task not in (None, right_task):
         problem = f"made for the task {task}"
-    elif setting := next((name for name in NO_PLAIN_LORA if config.get(name)), None):
+    elif setting := next((name for name in UNSUPPORTED if config.get(name)), None):
         problem = f"made with {setting}"
     if problem:
         raise ModelError(
@@ -298,7 +298,7 @@ def saved_scaling(directory: Path) -> RopeScaling | None:
 
 
 def _check_base(directory: Path, base: Path | str) -> str | None:
-    """Return the digest of its base that an adapter names; None for plain peft's and hub ids."""
+    """Return the digest of an adapter's base, None if it names none; refuse other weights."""
     if not (directory / BASE).is_file():
         return None
     saved: str = read_json(directory / BASE)["weights"]
@@ -311,7 +311,7 @@ def _check_base(directory: Path, base: Path | str) -> str | None:
     return saved
 
 
-def _take_rows(model: PreTrainedModel, directory: Path, base: Path | str) -> None:
+def _resize_embedding(model: PreTrainedModel, directory: Path, base: Path | str) -> None:
     """Give a model as many rows as the embedding that was saved with an adapter.
 
     Raises:
@@ -351,11 +351,10 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         merge_and_unload = cast(Callable[[], PreTrainedModel], adapted.merge_and_unload)
         merged = merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        what = reason_of(error)
-        raise ModelError(f"This adapter cannot be merged into its base: {what}") from error
+        reason = reason_of(error)
+        raise ModelError(f"This adapter cannot be merged into its base: {reason}") from error
     _untie(merged)
-    # peft froze it, and the next stage may train it
-    return merged.requires_grad_(True)
+    return merged.requires_grad_(True)  # peft froze it, and the next stage may train it
 
 
 def _copy_shared_weights(base: PreTrainedModel) -> None:
@@ -371,14 +370,14 @@ def _copy_shared_weights(base: PreTrainedModel) -> None:
 
 
 def _untie(merged: PreTrainedModel) -> None:
-    """Make weights that its kind ties others' copies, unless all of them still are one."""
+    """Copy each tied weight, so that none is shared, where a merge has made some of them differ."""
     ties = merged.get_expanded_tied_weights_keys(all_submodels=True)
     weights = dict(merged.named_parameters(remove_duplicate=False))
-    if all(weights.get(one) is weights.get(other) for one, other in ties.items()):
+    if all(weights.get(name) is weights.get(source) for name, source in ties.items()):
         return
     merged.config.tie_word_embeddings = False  # nor does resizing tie them again
-    for name, other in ties.items():
-        if name in weights and weights[name] is weights.get(other):
+    for name, source in ties.items():
+        if name in weights and weights[name] is weights.get(source):
             layer, _, last = name.rpartition(".")
             copy = nn.Parameter(weights[name].detach().clone())
             setattr(merged.get_submodule(layer), last, copy)
@@ -393,9 +392,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter directory that plain peft loads; whole or not at all.
 
-    Where the vocabulary grew, the embedding and an untied head are a part of it, and
-    ``AutoPeftModelForCausalLM`` gives the base as many rows before it reads them; where ids leave
-    some out it gives too few, which is said.
+    Where the vocabulary grew, the embedding and an untied head are saved with it, and
+    ``AutoPeftModelForCausalLM`` gives the base as many rows as the tokenizer has tokens. Where the
+    tokens' ids have gaps these are too few, which is logged.
 
     Args:
         adapted: the model with its adapter.
@@ -424,7 +423,7 @@ def save_adapter(
     with atomic_directory(directory, MODEL_FILES) as partial:
         adapted.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=resized)
         tokenizers.save(tokenizer, partial)
-        if not is_score_model(base):
+        if not has_score_head(base):
             generation_config(base, tokenizer).save_pretrained(partial)
         if digest := getattr(adapted, "base_digest", None):
             write_json(partial / BASE, {"weights": digest})

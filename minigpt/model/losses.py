@@ -28,7 +28,7 @@ ReferenceLoss = Literal[
 # Of the model alone: see the functions of these names.
 ReferenceFreeLoss = Literal["simpo", "orpo", "cpo"]
 PreferenceLoss = Literal[ReferenceLoss, ReferenceFreeLoss]
-LARGEST_MEAN = -1e-6  # of an answer's log-probs in odds: at 0 they are infinite
+LARGEST_MEAN = -1e-6  # of an answer's log-probs in `orpo`: at 0 its odds would be infinite
 
 
 def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -136,8 +136,7 @@ def simpo(policy: Tensor, lengths: Tensor, beta: float, gamma: float) -> Prefere
     arXiv:2405.14734, eq. 6).
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
         beta: scale of the difference; the paper takes 2 to 2.5.
         gamma: how far the chosen answer is to be ahead; the paper takes about β/2.
 
@@ -158,8 +157,7 @@ def orpo(policy: Tensor, lengths: Tensor, beta: float) -> Preferences:
     and have no gradient.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
         beta: weight of the term.
 
     Returns:
@@ -180,7 +178,7 @@ def cpo(policy: Tensor, beta: float) -> Preferences:
     arXiv:2401.08417, eq. 3). The whole loss is this plus `chosen_nll`.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
+        policy: as of `dpo`.
         beta: scale of the difference.
 
     Returns:
@@ -200,8 +198,7 @@ def chosen_nll(policy: Tensor, lengths: Tensor) -> Tensor:
     of one length, they are the same.
 
     Args:
-        policy: [2P] summed log-probs of answers, chosen and rejected alternating.
-        lengths: [2P] target tokens of each answer.
+        policy, lengths: as of `dpo`.
 
     Returns:
         The term of each pair, [P].

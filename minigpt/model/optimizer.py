@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ class OptimizerOptions:
     """Which optimizer, and how fast.
 
     Args:
-        name: adamw, or muon (hidden matrices by Muon, everything else by AdamW).
+        name: adamw (Loshchilov and Hutter 2019, arXiv:1711.05101), or muon: hidden matrices by
+            Muon (see `newton_schulz`), everything else by AdamW.
         lr: of AdamW; for muon, of its matrices.
         adamw_lr: for muon only: of the parameters that AdamW takes.
         weight_decay: of matrices; vectors are never decayed.
@@ -60,7 +61,8 @@ class ScheduleOptions:
     """How the learning rate moves, in shares of the run (or in steps, from 1 on).
 
     Args:
-        name: wsd (warm up, stay, decay linearly) or cosine.
+        name: wsd (warm up, stay, decay linearly; Hu et al. 2024, arXiv:2404.06395) or cosine
+            (Loshchilov and Hutter 2017, arXiv:1608.03983).
         warmup: share or number of steps that rise from 0.
         decay: share or number of steps at the end that fall (wsd only).
         floor: the last learning rate, as a share of the peak.
@@ -94,10 +96,11 @@ def learning_rate_factor(options: ScheduleOptions, total: int) -> Callable[[int]
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        remaining = max(0, total - step) / decay if decay else 1.0
+        remaining = min(1.0, max(0, total - step) / decay) if decay else 1.0
+        height = remaining
         if options.name == "cosine":
-            remaining = 0.5 * (1 + math.cos(math.pi * (1 - min(1.0, remaining))))
-        return options.floor + (1 - options.floor) * min(1.0, remaining)
+            height = 0.5 * (1 + math.cos(math.pi * (1 - remaining)))
+        return options.floor + (1 - options.floor) * height
 
     return factor
 
@@ -107,10 +110,11 @@ def _steps(amount: float, total: int) -> int:
 
 
 def newton_schulz(update: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Orthogonalise matrices [B, m, n] by a quintic iteration (Jordan 2024, "Muon").
+    """Return matrices [B, m, n] made nearly orthogonal: their singular values become about 1.
 
-    torch.optim.Muon iterates in bf16, which is right on accelerators and on CPUs that
-    compute it, and some hundred times slower than fp32 on CPUs that do not.
+    Each step is x ← a x + (b G + c G²) x with G = x xᵀ (Jordan 2024, "Muon",
+    kellerjordan.github.io/posts/muon). torch.optim.Muon takes the steps in bf16, which is some
+    hundred times slower than fp32 on CPUs that do not compute it in hardware.
     """
     a, b, c = coefficients
     x = update.to(torch.bfloat16 if fast_bf16(update.device) else torch.float32)
@@ -182,8 +186,10 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer, so that one scheduler and one checkpoint serve both.
 
     Args:
-        matrices: groups for Muon. rest: groups for AdamW.
+        matrices: parameter groups for Muon.
+        rest: parameter groups for AdamW.
         options: rates and momenta.
+        fused: let AdamW update by one kernel.
     """
 
     def __init__(
@@ -228,16 +234,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
-    """Return the ids of all trainable 2-D weights of linear layers other than the head."""
+    """Return `id(p)` of all trainable 2-D weights of linear layers other than the head."""
     names = ("lm_head", ".score.", "embed")
-    heads = {id(p) for n, p in model.named_parameters() if any(name in n for name in names)}
+    excluded = {id(p) for n, p in model.named_parameters() if any(name in n for name in names)}
+    excluded |= {id(e.weight) for e in model.modules() if isinstance(e, nn.Embedding)}
     return {
         id(p)
         for layer in model.modules()
         if isinstance(layer, nn.Linear | Conv1D)
         for p in layer.parameters(recurse=False)
-        if p.ndim == 2 and p.requires_grad and id(p) not in heads
-    } - {id(e.weight) for e in model.modules() if isinstance(e, nn.Embedding)}
+        if p.ndim == 2 and p.requires_grad and id(p) not in excluded
+    }
 
 
 def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -257,24 +264,22 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
     hidden = hidden_matrices(model) if options.name == "muon" else set()
     matrices = [p for p in trainable if id(p) in hidden]
     others = [p for p in trainable if id(p) not in hidden]
-    rest = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in (
-            (_with_dims(others, lambda d: d >= 2), options.weight_decay),
-            (_with_dims(others, lambda d: d < 2), 0.0),
-        )
-        if group
-    ]
+    rest = _group([p for p in others if _dimensions(p) >= 2], options.weight_decay)
+    rest += _group([p for p in others if _dimensions(p) < 2], 0.0)
     if matrices:
-        decayed = [{"params": matrices, "weight_decay": options.weight_decay}]
-        return MuonAdamW(decayed, rest, options, fused and not sharded)
+        by_muon = _group(matrices, options.weight_decay)
+        return MuonAdamW(by_muon, rest, options, fused and not sharded)
     return torch.optim.AdamW(
         rest, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused and not sharded
     )
 
 
-def _with_dims(params: Iterable[nn.Parameter], test: Callable[[int], bool]) -> list[nn.Parameter]:
-    return [p for p in params if test(getattr(p, "dimensions", p.ndim))]  # FSDP1 flattens weights
+def _group(params: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": params, "weight_decay": weight_decay}] if params else []
+
+
+def _dimensions(p: nn.Parameter) -> int:
+    return getattr(p, "dimensions", p.ndim)  # as `FSDP1` noted them before it flattened the weight
 
 
 def build_schedule(

@@ -34,9 +34,9 @@ from minigpt.model.losses import sum_by
 log = logging.getLogger(__name__)
 
 PACKED = "minigpt_packed"  # the name under which transformers finds `packed_attention`
-# Arguments of attention that say what the plan says, or ask for more results.
-UNUSED = {"is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
-UNUSED |= {"output_router_logits", "return_dict", "logits_to_keep", "deterministic"}
+# Arguments of attention that repeat what the plan says, or ask for more results.
+IGNORED = {"is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
+IGNORED |= {"output_router_logits", "return_dict", "logits_to_keep", "deterministic"}
 MAX_FP32_LOGITS = 2**24  # at a time
 
 
@@ -50,8 +50,8 @@ class PackedLM(nn.Module):
         hf: the model; its attention is set to one that passed the proof of conformance.py.
 
     Attributes:
-        packed: samples are read as one row; of a kind that is not exact that way, each has a row.
-        linear_head: the fast way to its loss, where there is one.
+        packed: all samples are read as one row; a kind that is not exact that way has a row each.
+        linear_head: computes its loss without all logits at once, where `accel` can.
         predicts_tokens: whether its head gives logits of the vocabulary.
 
     Raises:
@@ -82,12 +82,12 @@ class PackedLM(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLM:
-        """Let `to` move buffers and never change their type, which bf16-true would: see
+        """Let `to` move buffers but keep their type, which bf16-true would change: see
         `cast_weights`.
         """
-        exact = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False)]
+        buffers = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False)]
         super()._apply(fn, recurse)
-        for module, name, before in exact:
+        for module, name, before in buffers:
             after = module.get_buffer(name)
             if after.dtype != before.dtype:
                 module._buffers[name] = before.to(after.device)
@@ -100,18 +100,16 @@ class PackedLM(nn.Module):
         per_target: bool = False,
         temperature: Tensor | None = None,
     ) -> Tensor:
-        """Return the summed cross-entropy [], each answer's summed log-prob [A], or each target's.
+        """Return the summed cross-entropy [], or log-probs, in nats.
 
         Args:
             batch: what to read.
-            per_answer: return the answers' log-probs.
-            per_target: return the targets' log-probs [N].
+            per_answer: return each answer's summed log-prob [A].
+            per_target: return each target's log-prob [N].
             temperature: [N] by which the logits of each target are divided; none for 1.
-
-        Returns:
-            In nats.
         """
         head = self.hf.get_output_embeddings()
+        # The linear head divides hidden states by the temperature, which leaves a bias as it is.
         scales_bias = temperature is not None and getattr(head, "bias", None) is not None
         if self.linear_head is None or scales_bias:
             logits = target_logits(self.hf, batch, self.packed)
@@ -131,7 +129,7 @@ class PackedLM(nn.Module):
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the labels' log-probabilities [N] under logits [N, V], in nats and fp32.
 
-    Some rows are widened to fp32 at a time, and again in the backward pass.
+    Logits are widened to fp32 in chunks, and again in the backward pass, to save memory.
     """
     rows = max(1, MAX_FP32_LOGITS // logits.shape[1])
     chunks = zip(logits.split(rows), labels.split(rows), strict=True)
@@ -282,20 +280,20 @@ def packed_attention(
         sliding_window: of how many tokens, itself the last, a token sees.
         softcap: c of the logits' soft cap, c · tanh(logits / c).
         s_aux: [H] logits of attention sinks, which take part in the softmax and give nothing.
-        others: what changes nothing (`UNUSED`).
+        others: ignored if in `IGNORED`, and refused if not.
 
     Returns:
         [1, T, H, D] and None.
 
     Raises:
-        ModelError: without a plan, and for arguments that would change the result otherwise.
+        ModelError: without a plan, and for other arguments, which may change the result.
     """
     if plan is None:
         raise ModelError(
             f"{type(module).__name__} comes without the plan of the batch: layers of this family "
             "do not hand on what attention needs, so it cannot be trained. Take another family."
         )
-    _refuse_others(module, {"attention_mask": attention_mask, **others})
+    _refuse_arguments(module, {"attention_mask": attention_mask, **others})
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = _matmul_dtype(query)
     # [T, heads, D]; the gradient of squeeze is a view, that of [0] is a copy into zeros.
@@ -318,8 +316,8 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def _refuse_others(module: nn.Module, others: dict[str, object]) -> None:
-    refused = [name for name, x in others.items() if x is not None and name not in UNUSED]
+def _refuse_arguments(module: nn.Module, arguments: dict[str, object]) -> None:
+    refused = [name for name, x in arguments.items() if x is not None and name not in IGNORED]
     if refused:
         raise ModelError(
             f"{type(module).__name__} gives its attention {', '.join(sorted(refused))}, which is "
@@ -328,7 +326,7 @@ def _refuse_others(module: nn.Module, others: dict[str, object]) -> None:
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return what autocast would compute in: norms and rotations hand on wider numbers."""
+    """Return the type in which autocast would compute; norms and rotations give wider numbers."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -338,8 +336,8 @@ def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let a model use another attention function for a while.
 
     Args:
-        model: put back in the end.
-        name: the function; `sdpa` (to generate) is `eager` for models that do not take it: they
+        model: has its own function again in the end.
+        name: of the function; `sdpa` becomes `eager` for models that do not support it, and would
             compute it without a mask.
     """
     before = model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""Several processes: FSDP, which shards a PackedLM, and gathering what each one holds."""
+"""Several processes: FSDP, which shards a PackedLM, and gathering values from all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from minigpt.errors import ConfigError
 from minigpt.files import atomic_directory, explain_unwritable, write_manifest
 from minigpt.lightning_internals import AllProcessesStrategy
 from minigpt.model.packed_lm import PackedLM
-from minigpt.model.restore import SHARDED, check_fit, check_kind, load_plain
+from minigpt.model.restore import SHARDED, check_fit, check_sharding, load_plain
 from minigpt.model.sharded import load_into, saved_shapes
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class FSDP2(AllProcessesStrategy):
         """Let all processes write their shards into a directory that appears when it is whole."""
         path = Path(self.broadcast(filepath))
         with explain_unwritable(path), ExitStack() as stack:
-            partial = self._begin(path, stack)
+            partial = self._partial_directory(path, stack)
             try:
                 super().save_checkpoint(checkpoint, partial, storage_options)
             except CheckpointException as error:  # no Exception, and hides what happened
@@ -69,18 +69,21 @@ class FSDP2(AllProcessesStrategy):
                 write_manifest(partial)
         self.barrier()
 
-    def _begin(self, path: Path, stack: ExitStack) -> Path:
-        """Return the directory that all processes fill; the first one makes it, and renames it."""
-        made: Path | OSError = path
+    def _partial_directory(self, path: Path, stack: ExitStack) -> Path:
+        """Return the directory that all processes fill.
+
+        The first process makes it, and renames it to `path` when the stack is closed.
+        """
+        result: Path | OSError = path
         if self.is_global_zero:
             try:
-                made = stack.enter_context(atomic_directory(path))
+                result = stack.enter_context(atomic_directory(path))
             except OSError as error:  # raised by all processes, so that none waits for another
-                made = error
-        made = self.broadcast(made)
-        if isinstance(made, OSError):
-            raise made
-        return made
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, OSError):
+            raise result
+        return result
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -91,8 +94,8 @@ class FSDP2(AllProcessesStrategy):
             ModelError: when it holds more than plain values and tensors, or fits another model.
         """
         path = Path(self.broadcast(checkpoint_path))
-        check_kind(path, sharded=True)
-        prefix, shapes = "state_dict.", saved_shapes(path)
+        check_sharding(path, sharded=True)
+        shapes, prefix = saved_shapes(path), "state_dict."
         saved = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
         assert self.model is not None
         assert self.lightning_module is not None
@@ -103,12 +106,12 @@ class FSDP2(AllProcessesStrategy):
         state = {name: weights[name] for name in saved}
         load_into({"state_dict": state}, path)
         self.model.load_state_dict(state, strict=strict)
-        for number, optimizer in enumerate(self.optimizers):
-            name = f"optimizer_{number}"
-            moments = {name: get_optimizer_state_dict(self.model, optimizer)}
-            load_into(moments, path)
+        for index, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{index}"
+            states = {name: get_optimizer_state_dict(self.model, optimizer)}
+            load_into(states, path)
             options = StateDictOptions(cpu_offload=True)
-            set_optimizer_state_dict(self.model, optimizer, moments[name], options=options)
+            set_optimizer_state_dict(self.model, optimizer, states[name], options=options)
         return load_plain(path / SHARDED)
 
 
@@ -184,7 +187,7 @@ def sharding(precision: object) -> Strategy:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse Lightning's own sharding, with whose checkpoints a run cannot go on.
+    """Refuse Lightning's own sharded strategies, from whose checkpoints no run resumes.
 
     Raises:
         ConfigError: for it.
@@ -202,19 +205,14 @@ def shard(lm: PackedLM, mesh: DeviceMesh) -> None:
 
     Embedding and head stay in one group: they may be one tensor.
     """
-    flat = mesh["data_parallel"] if mesh.ndim > 1 else mesh
+    data_mesh = mesh["data_parallel"] if mesh.ndim > 1 else mesh
     layers = [m for m in lm.hf.modules() if type(m).__name__ in (lm.hf._no_split_modules or [])]
     for module in (*layers, lm):
-        fully_shard(module, mesh=flat)
-    if flat.device_type == "cpu":
-        _average_on_gloo(lm)
-
-
-def _average_on_gloo(lm: PackedLM) -> None:
-    """Gloo has no averaging reduce-scatter: what it calls one is a sum."""
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
+        fully_shard(module, mesh=data_mesh)
+    if data_mesh.device_type == "cpu":  # what gloo calls an averaging reduce-scatter is a sum
+        for module in lm.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(strategy: Strategy) -> bool:
@@ -230,17 +228,15 @@ def gather_weights(strategy: Strategy, lm: PackedLM) -> dict[str, Tensor] | None
     if isinstance(strategy, FSDPStrategy):
         assert isinstance(strategy.model, nn.Module)
         with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
-            flat = lm.hf.state_dict()
             return {
                 name.replace("_fsdp_wrapped_module.", ""): weight.detach().cpu().clone()
-                for name, weight in flat.items()
+                for name, weight in lm.hf.state_dict().items()
             }
     if not any(isinstance(p, DTensor) for p in lm.parameters()):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(lm, options=options)
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {name.removeprefix("hf."): value for name, value in weights.items()}
+    return {n.removeprefix("hf."): w for n, w in state.items() if isinstance(w, Tensor)}
 
 
 def gathered(local: list[T]) -> list[T]:
@@ -255,8 +251,8 @@ def gathered(local: list[T]) -> list[T]:
 def leave_group() -> None:
     """Leave the group of processes, so that gloo's threads end before the interpreter does.
 
-    Otherwise about every seventh process aborts at its exit, its work done and saved. What
-    still holds the group, a model in a cycle of references, has to go before and after.
+    Otherwise about every seventh process aborts at its exit, its work done and saved. A model in a
+    cycle of references still refers to the group, so garbage is collected before and after.
     """
     distributed = torch.distributed
     joined = distributed.is_available() and distributed.is_initialized()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ from minigpt.model.conformance import check_kind, require_conformance
 from minigpt.model.generation import generation_config
 from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
 from minigpt.model.packed_lm import PACKED
-from minigpt.model.restore import FOLDER, LAST, MODEL, find_checkpoint, newest_first
+from minigpt.model.restore import CHECKPOINTS_DIR, LAST, MODEL_DIR, find_checkpoint, newest_first
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
-from minigpt.model.score_head import TASK, is_reward_model, is_score_model, with_score_head
+from minigpt.model.score_head import TASK, has_score_head, is_reward_model, with_score_head
 from minigpt.reading import (
     MEGABYTE,
     SECONDS,
@@ -58,10 +59,10 @@ _DEPTHS = re.compile(r"layers?$|blocks?$|experts$|depth$|codebooks$")
 _WIDTHS = re.compile(
     r"vocab_size$|hidden_size$|intermediate_size$|ffn|_dim$|^d_|^n_(embd|inner)$|_heads$|^n_head$"
 )
-MANY = 1024  # layers or experts that any config may have
-WIDEST = 1 << 20  # of weights that are not known before they are there
+_PROBABILITIES = re.compile(r"dropout|pdrop")
+ALWAYS_ALLOWED = 1024  # layers, experts or width that any config may have
+HUB_WIDEST = 1 << 20  # assumed for weights that are not downloaded yet
 PACKED_VALUES = 16  # that quantized weights may hold in one number, at most
-_SHARES = re.compile(r"dropout|pdrop")
 
 
 def find_model(source: str | Path) -> Path | str:
@@ -79,11 +80,11 @@ def find_model(source: str | Path) -> Path | str:
             if (candidate / "config.json").is_file() or (candidate / ADAPTER).is_file():
                 return candidate
         if (checkpoint := find_checkpoint(path)) is not None:
-            return checkpoint / MODEL
+            return checkpoint / MODEL_DIR
         if may_be_hub_id(name):
             return name
         is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
-        is_unfinished = any((c / MODEL).is_dir() for c in newest_first(path))
+        is_unfinished = any((c / MODEL_DIR).is_dir() for c in newest_first(path))
     if is_gguf:
         raise ModelError(
             f"{source} is a GGUF model: only `minigpt generate` and `minigpt chat` take it here. "
@@ -91,8 +92,8 @@ def find_model(source: str | Path) -> Path | str:
         )
     if is_unfinished:
         raise ModelError(
-            f"The run in {source} has not ended, so it has no {MODEL}/. Take the model of its "
-            f"newest checkpoint: {path / FOLDER / LAST}"
+            f"The run in {source} has not ended, so it has no {MODEL_DIR}/. Take the model of its "
+            f"newest checkpoint: {path / CHECKPOINTS_DIR / LAST}"
         )
     if (recipe := Path("configs", "recipes", f"{path.name}.yaml")).is_file():
         remedy = f"minigpt fit --config {recipe}"
@@ -110,9 +111,9 @@ def load_model(
 
     Args:
         source: run directory, HF directory or hub id.
-        attention: `PACKED` to read batches, else only to continue texts. The model gets that by
-            which its kind is exact.
-        scores: load a reward model, too, which otherwise is refused.
+        attention: `PACKED` to read batches, anything else only to continue texts. The model gets
+            the attention function with which its kind is exact for that.
+        scores: allow a reward model, which otherwise is refused.
 
     Raises:
         ModelError: when it is missing, damaged, no causal LM, or of a kind that would not be
@@ -126,22 +127,22 @@ def load_model(
             model = with_score_head(model)  # which the adapter brings
         return merge(load_adapter(model, location, base))
     with _refusing(location):
-        return _loaded(location, attention, scores)
+        return _load(location, attention, scores)
 
 
-def _loaded(location: Path | str, attention: str, scores: bool) -> PreTrainedModel:
+def _load(location: Path | str, attention: str, scores: bool) -> PreTrainedModel:
     if isinstance(location, Path):
         _check_files(location)
-        _check_sizes(location)
+        _check_config(location)
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if isinstance(location, str):
-        _check_numbers(config.to_dict(), WIDEST, 0)
-    kind: Any = AutoModelForCausalLM
+        _check_numbers(config.to_dict(), HUB_WIDEST, 0)
+    auto_class: Any = AutoModelForCausalLM
     if is_reward_model(config):
         _check_reward_model(location, config, scores)
-        kind = AutoModelForSequenceClassification
+        auto_class = AutoModelForSequenceClassification
     check_kind(config, attention == PACKED)
-    loaded: object = kind.from_pretrained(
+    loaded: object = auto_class.from_pretrained(
         location,
         dtype=torch.float32,
         attn_implementation="eager",  # which all have; the one that fits is set below
@@ -160,7 +161,7 @@ def _loaded(location: Path | str, attention: str, scores: bool) -> PreTrainedMod
     model.config._attn_implementation = (
         conformance.training if attention == PACKED else conformance.decoding
     )
-    _check_settings(model)
+    _check_limits(model)
     return model
 
 
@@ -179,19 +180,19 @@ def _check_reward_model(location: Path | str, config: PreTrainedConfig, scores: 
         )
 
 
-def _check_settings(model: PreTrainedModel) -> None:
-    """Refuse settings of which the proof of a model's kind makes no use, but a run does."""
+def _check_limits(model: PreTrainedModel) -> None:
+    """Refuse impossible positions and end tokens, which no proof of conformance tries."""
     if max_positions(model.config) < 1:
         raise NotReadableError("its config allows for no positions")
-    if not is_score_model(model) and model.generation_config is not None:
+    if not has_score_head(model) and model.generation_config is not None:
         ends = model.generation_config.eos_token_id
         for token in ends if isinstance(ends, list) else [ends]:
             if token is not None and not (isinstance(token, int) and abs(token) < 1 << 31):
                 raise NotReadableError(f"{token!r:.40} is no id of a token that ends a reply")
 
 
-def _check_sizes(directory: Path) -> None:
-    """Refuse sizes in a config that are far from those of the weights, and impossible dropout."""
+def _check_config(directory: Path) -> None:
+    """Refuse a config whose sizes are far above those of the weights, or whose dropout is none."""
     widest, count = 1, 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
@@ -203,12 +204,18 @@ def _check_sizes(directory: Path) -> None:
 
 
 def _check_numbers(config: dict[str, Any], widest: int, count: int) -> None:
-    """Refuse a config for more layers than there are weights, or widths far above the widest."""
+    """Refuse more layers than there are weights (`count`), widths far above the widest, and dropout
+    that is no probability.
+    """
     for name, value in _numbers(config):
-        if _SHARES.search(name) and not 0 <= value <= 1:
+        if _PROBABILITIES.search(name) and not 0 <= value <= 1:
             raise NotReadableError(f"its config sets {name} to {value}, which lies not in 0 to 1")
-        limit = max(MANY, count) if _DEPTHS.search(name) else PACKED_VALUES * max(MANY, widest)
-        if value > limit and (_DEPTHS.search(name) or _WIDTHS.search(name)):
+        limit = math.inf
+        if _DEPTHS.search(name):
+            limit = max(ALWAYS_ALLOWED, count)
+        elif _WIDTHS.search(name):
+            limit = PACKED_VALUES * max(ALWAYS_ALLOWED, widest)
+        if value > limit:
             raise NotReadableError(f"its config sets {name} to {value}, which its weights are not")
 
 
@@ -227,27 +234,29 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 def _check_files(directory: Path) -> None:
     """Refuse, with a ModelError, a directory whose weights are not all there, or are pickled."""
     check_directory(directory)
-    index, files = directory / INDEX, {file.name: file for file in directory.glob("*.safetensors")}
+    index = directory / INDEX
+    files = {file.name: file for file in directory.glob("*.safetensors")}
     pointers = [name for name, file in files.items() if _is_pointer(file)]
-    what = None
+    problem = None
     if not files:
         pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-        what = f"there is no file of weights ({WEIGHTS}) in it. Copy it again."
+        problem = f"there is no file of weights ({WEIGHTS}) in it. Copy it again."
         if pickled:
-            what = f"its weights are in {pickled[0].name}. {PICKLED}"
+            problem = f"its weights are in {pickled[0].name}. {PICKLED}"
     elif pointers:
-        what = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run: git lfs pull"
+        problem = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run: git lfs pull"
     elif WEIGHTS not in files and not index.is_file():
-        what = f"{INDEX}, which names its {len(files)} files of weights, is missing. Copy it again."
+        problem = f"{INDEX}, which names its {len(files)} files of weights, is missing. "
+        problem += "Copy it again."
     elif WEIGHTS not in files:
         needed = _named_in(index)
         if missing := sorted(needed - files.keys()):
-            what = (
+            problem = (
                 f"{len(missing)} of its {len(needed)} files of weights are missing, such as "
                 f"{missing[0]}. Copy it again."
             )
-    if what:
-        raise ModelError(f"The model at {directory} cannot be loaded: {what}")
+    if problem:
+        raise ModelError(f"The model at {directory} cannot be loaded: {problem}")
 
 
 def _is_pointer(file: Path) -> bool:
@@ -277,7 +286,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     with _refusing(location):
         if isinstance(location, Path):
             check_directory(location)
-            _check_sizes(location)
+            _check_config(location)
         loaded: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         int(loaded.get_text_config(decoder=True).vocab_size)
         max_positions(loaded)
@@ -286,7 +295,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 
 @contextmanager
 def _refusing(source: Path | str) -> Iterator[None]:
-    """Tell what transformers says of a model that it cannot load."""
+    """Turn transformers' errors about a model that it cannot load into a ModelError."""
     seconds: float = HUB_SECONDS
     if isinstance(source, Path):
         files = filter(Path.is_file, source.glob("*.safetensors"))
@@ -295,16 +304,16 @@ def _refusing(source: Path | str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            what = NEEDS_CODE if "trust_remote_code" in str(error) else ""
+            problem = NEEDS_CODE if "trust_remote_code" in str(error) else ""
             if "named model.safetensors" in str(error):
-                what = f"{reason_of(error)} {PICKLED}"
+                problem = f"{reason_of(error)} {PICKLED}"
             if "ignore_mismatched_sizes" in str(error):
-                what = "its config says other sizes than its weights have. Copy it again."
+                problem = "its config says other sizes than its weights have. Copy it again."
             if isinstance(source, str):
-                what = what or hub_problem(error)
-            if not what:
+                problem = problem or hub_problem(error)
+            if not problem:
                 raise
-            raise ModelError(f"The model at {source} cannot be loaded: {what}") from error
+            raise ModelError(f"The model at {source} cannot be loaded: {problem}") from error
 
 
 def base_of(adapter: Path) -> Path | str:
@@ -315,15 +324,15 @@ def base_of(adapter: Path) -> Path | str:
     """
     base = _named_base(adapter)
     seen = [adapter.resolve()]
-    following = base
-    while isinstance(following, Path) and (following / ADAPTER).is_file():
-        if following.resolve() in seen:
+    ancestor = base  # an adapter's base may be another adapter
+    while isinstance(ancestor, Path) and (ancestor / ADAPTER).is_file():
+        if ancestor.resolve() in seen:
             raise ModelError(
-                f"The adapter at {adapter} has no base: {following} is named as a base of itself. "
+                f"The adapter at {adapter} has no base: {ancestor} is named as a base of itself. "
                 f"Write the model that it was trained on into its {ADAPTER}."
             )
-        seen.append(following.resolve())
-        following = _named_base(following)
+        seen.append(ancestor.resolve())
+        ancestor = _named_base(ancestor)
     return base
 
 
@@ -368,7 +377,7 @@ def save_model(
         weights: a full state dict, where the model's own parameters are sharded.
     """
     with atomic_directory(directory, MODEL_FILES) as partial:
-        if not is_score_model(model):
+        if not has_score_head(model):
             model.generation_config = generation_config(model, tokenizer)
         if weights is not None:  # what is gathered no longer shares its memory: leave it out
             weights = {n: w for n, w in weights.items() if n not in model.all_tied_weights_keys}

@@ -17,28 +17,29 @@ from minigpt.errors import ModelError
 from minigpt.reading import read_json, refusing
 
 SHARDED = "meta.pt"  # what a checkpoint of FSDP2 holds beside its shards
-FOLDER = "checkpoints"  # of a run directory
-NAME = re.compile(r"step=(0|[1-9][0-9]*)")
-MODEL = "hf"  # in a checkpoint and in a run directory
+CHECKPOINTS_DIR = "checkpoints"  # of a run directory
+STEP_NAME = re.compile(r"step=(0|[1-9][0-9]*)")
+MODEL_DIR = "hf"  # in a checkpoint and in a run directory
 BEST_FILE = "best.json"  # beside the checkpoints: which of them is the best
 BEST, LAST = "best", "last"  # stand for a checkpoint in paths
 
 
-def number(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """Return the optimizer steps that a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("step="))
 
 
 def newest_first(run_dir: Path) -> Iterator[Path]:
     """Yield a run's checkpoints, also damaged ones, the one with the most steps first."""
-    named = [path for path in (run_dir / FOLDER).glob("step=*") if NAME.fullmatch(path.name)]
-    yield from sorted(named, key=number, reverse=True)
+    paths = (run_dir / CHECKPOINTS_DIR).glob("step=*")
+    checkpoints = [path for path in paths if STEP_NAME.fullmatch(path.name)]
+    yield from sorted(checkpoints, key=step_of, reverse=True)
 
 
 def names_checkpoint(path: Path) -> bool:
     """Whether a path has the form of a checkpoint's, whatever is there."""
-    is_step = NAME.fullmatch(path.name) is not None
-    return path.parent.name == FOLDER and (is_step or path.name in (BEST, LAST))
+    is_step = STEP_NAME.fullmatch(path.name) is not None
+    return path.parent.name == CHECKPOINTS_DIR and (is_step or path.name in (BEST, LAST))
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -54,7 +55,7 @@ def find_checkpoint(path: Path) -> Path | None:
     folder, name = path.absolute().parent, path.name
     if not (names_checkpoint(path.absolute()) and folder.is_dir()):
         return None
-    with_model = [each for each in newest_first(folder.parent) if (each / MODEL).is_dir()]
+    with_model = [each for each in newest_first(folder.parent) if (each / MODEL_DIR).is_dir()]
     checkpoint: Path | None = folder / name
     if name == LAST:
         checkpoint = with_model[0] if with_model else None
@@ -65,9 +66,9 @@ def find_checkpoint(path: Path) -> Path | None:
     listed = ", ".join(each.name for each in with_model) or "none"
     if checkpoint is not None and checkpoint.is_dir():
         raise ModelError(
-            f"The checkpoint {checkpoint} holds no model ({MODEL}/ is missing in it): an earlier "
-            f"version saved it, or its run was cut off while it did. With a model: {listed}. A run "
-            "that goes on from it with --ckpt_path writes the model into it."
+            f"The checkpoint {checkpoint} holds no model ({MODEL_DIR}/ is missing in it): an "
+            "earlier version saved it, or its run was cut off while it did. With a model: "
+            f"{listed}. A run that goes on from it with --ckpt_path writes the model into it."
         )
     raise ModelError(f"There is no checkpoint {path}. In {folder} are, with a model: {listed}.")
 
@@ -115,7 +116,7 @@ def refused(path: Path) -> ModelError:
     )
 
 
-def check_kind(path: Path, sharded: bool) -> None:
+def check_sharding(path: Path, sharded: bool) -> None:
     """Refuse a checkpoint that another kind of strategy has saved.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from minigpt.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# By what name a config says how many positions there are; most map it to the first.
+# Names under which configs say how many positions there are; most map theirs to the first.
 LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 BY_LENGTH = ("dynamic", "longrope")  # kinds whose angles depend on a text's length
 
@@ -65,11 +66,11 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
 
 def depends_on_length(model: PreTrainedModel) -> bool:
     """Whether a token's rotary angles depend on how long its text is."""
-    return any(True for _ in _by_length(model))
+    return any(module.rope_type in BY_LENGTH for module in _rotary(model))
 
 
-def shared_limit(config: PreTrainedConfig) -> int:
-    """Return how long answers and their shared prompt may be for their angles to be equal."""
+def shared_prompt_limit(config: PreTrainedConfig) -> int:
+    """Return the tokens of prompt and answer up to which a prompt's angles are always the same."""
     text = config.get_text_config(decoder=True)
     rope = rope_parameters(config)
     if rope.get("rope_type") not in BY_LENGTH:
@@ -94,30 +95,31 @@ def check_length(
     Raises:
         ConfigError: with the limit, and what to do.
     """
-    setting = f"{option} is {length}, but"
-    if length > (limit := max_positions(config)):
-        stretch = (
-            ""
-            if "rope_type" not in rope_parameters(config)
-            else (
-                ", or let it read longer texts with model.init_args.rope_scaling, such as "
-                f"{{type: yarn, factor: {-(-length // limit):.1f}}}"
-            )
-        )
+    rope = rope_parameters(config)
+    limit = max_positions(config)
+    if length > limit:
+        remedy = f"Set it to {limit}"
+        if "rope_type" in rope:
+            factor = math.ceil(length / limit)
+            remedy += ", or let it read longer texts with model.init_args.rope_scaling, such as "
+            remedy += f"{{type: yarn, factor: {factor:.1f}}}"
         raise ConfigError(
-            f"{setting} {config.model_type} reads at most {limit} tokens, as its config says. Set "
-            f"it to {limit}{stretch}."
+            f"{option} is {length}, but {config.model_type} reads at most {limit} tokens, as its "
+            f"config says. {remedy}."
         )
-    if shares_prompts and length > (limit := shared_limit(config)):
+    if not shares_prompts:
+        return
+    shared_limit = shared_prompt_limit(config)
+    if length > shared_limit:
         raise ConfigError(
-            f"{setting} rotary angles of this kind ({rope_parameters(config)['rope_type']}) depend "
-            f"on a text's length above {limit} tokens, so that answers cannot share their "
-            f"prompt. Set it to {limit}, or take rope_scaling of type yarn or linear."
+            f"{option} is {length}, but rotary angles of this kind ({rope['rope_type']}) depend "
+            f"on a text's length above {shared_limit} tokens, so that answers cannot share their "
+            f"prompt. Set it to {shared_limit}, or take rope_scaling of type yarn or linear."
         )
 
 
-def scale(model: PreTrainedModel, scaling: RopeScaling) -> None:
-    """Scale a model's rotary angles in place, as its changed config then says.
+def scale_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
+    """Scale a model's rotary angles in place, and change its config to say so.
 
     Raises:
         ConfigError: as `scale_config` does.
@@ -157,7 +159,7 @@ def scale_config(config: PreTrainedConfig, scaling: RopeScaling) -> bool:
             "model.init_args.rope_scaling: the model's positions are scaled already "
             f"({old['rope_type']}, factor {old.get('factor')}). Leave it out."
         )
-    return False  # the run that this one goes on from has done it
+    return False  # done already by the run that this one starts from
 
 
 def _no_angles(config: PreTrainedConfig) -> ConfigError:
@@ -168,12 +170,11 @@ def _no_angles(config: PreTrainedConfig) -> ConfigError:
 
 
 def _scaled(old: dict[str, Any], length: int, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
-    """Return the changed rotary parameters, and the config's length, for a scaling."""
-    same_type = old["rope_type"] == scaling.type
-    before = old.get("original_max_position_embeddings")
-    if same_type and before is None:
-        before = length if scaling.type == "dynamic" else round(length / scaling.factor)
-    original = scaling.original_max_position_embeddings or before or length
+    """Return the rotary parameters that change, and the new maximum of positions, from the old."""
+    saved = old.get("original_max_position_embeddings")
+    if saved is None and old["rope_type"] == scaling.type:
+        saved = length if scaling.type == "dynamic" else round(length / scaling.factor)
+    original = scaling.original_max_position_embeddings or saved or length
     new: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type == "yarn":  # the others take no such key
         new["original_max_position_embeddings"] = original
@@ -181,34 +182,30 @@ def _scaled(old: dict[str, Any], length: int, scaling: RopeScaling) -> tuple[dic
 
 
 def _rotary(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the modules that compute rotary angles of all layers alike."""
+    """Yield the modules that compute one kind of rotary angles, shared by all layers."""
     for module in model.modules():
         if isinstance(getattr(module, "rope_type", None), str) and hasattr(module, "inv_freq"):
             yield module
 
 
-def _by_length(model: PreTrainedModel) -> Iterator[nn.Module]:
-    return (module for module in _rotary(model) if module.rope_type in BY_LENGTH)
-
-
 def compute_by_text(model: PreTrainedModel) -> None:
     """Let angles that depend on a text's length be those of each packed text, as if alone."""
-    for module in _by_length(model):
-        module.forward = MethodType(_each_text, module)  # a method, which a copy binds anew
+    for module in _rotary(model):
+        if module.rope_type in BY_LENGTH:
+            # A method, which a copy of the module binds anew.
+            module.forward = MethodType(_rotary_by_text, module)
 
 
-def _each_text(module: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [B, T, D]; a row's texts begin where its positions do.
-
-    transformers remembers the longest text that it has seen, and so it forgets here.
-    """
+def _rotary_by_text(module: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [B, T, D]; in a packed row, a text begins at each position 0."""
     starts = [0]
     if len(position_ids) == 1:
-        starts += [at for at in (position_ids[0] == 0).nonzero().flatten().tolist() if at]
+        zeros = (position_ids[0] == 0).nonzero().flatten().tolist()
+        starts += [index for index in zeros if index > 0]
     ends = [*starts[1:], position_ids.shape[1]]
     tables = []
     for start, end in zip(starts, ends, strict=True):
-        if module.rope_type == "dynamic":
+        if module.rope_type == "dynamic":  # forget longer texts, which transformers remembers
             module.max_seq_len_cached = module.original_max_seq_len
             module.inv_freq = module.original_inv_freq
         tables.append(type(module).forward(module, x, position_ids[:, start:end]))

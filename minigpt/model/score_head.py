@@ -22,8 +22,8 @@ from minigpt.data.chat import turn_end
 from minigpt.errors import ModelError, TokenizerError
 from minigpt.model.packed_lm import PackedLM, forward_batch
 
-CLASS = "ForSequenceClassification"  # how the names of these classes end
-TASK = "SEQ_CLS"  # how peft calls what their adapters are for
+CLASS = "ForSequenceClassification"  # the end of these classes' names
+TASK = "SEQ_CLS"  # the task type in peft's configs of their adapters
 
 
 class PackedReward(PackedLM):
@@ -31,7 +31,7 @@ class PackedReward(PackedLM):
 
     predicts_tokens: ClassVar[bool] = False
 
-    def forward(  # type: ignore[override]  # without what is said of targets
+    def forward(  # type: ignore[override]  # without the arguments about targets
         self, batch: PackedBatch, per_answer: bool = True
     ) -> Tensor:
         """Return each answer's score [A] in fp32, or their sum []."""
@@ -48,19 +48,19 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
     return any(name.endswith(CLASS) for name in config.architectures or ())
 
 
-def check_family(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def reward_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of reward models of a causal LM's config.
 
     Raises:
         ModelError: when transformers has none.
     """
-    kind = type(config)
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise _no_class(config, f"has no ...{CLASS} for it")
-    return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+    config_class = type(config)
+    if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise _unsuitable(config, f"has no ...{CLASS} for it")
+    return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class])
 
 
-def _no_class(config: PreTrainedConfig, problem: str) -> ModelError:
+def _unsuitable(config: PreTrainedConfig, problem: str) -> ModelError:
     name = f"The model at {config._name_or_path}" if config._name_or_path else "The model"
     return ModelError(
         f"{name} cannot become a reward model: transformers {problem} (family "
@@ -81,38 +81,38 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: when models of its family have no such class, or one that computes otherwise.
     """
-    if is_score_model(model):
+    if has_score_head(model):
         return model
     config = model.config
-    kind = check_family(config)
+    scorer_class = reward_model_class(config)
     config.num_labels = 1
-    with torch.device("meta"):  # its weights are those of the model
-        scorer = kind(config)
+    with torch.device("meta"):  # the body's weights come from the model
+        scorer = scorer_class(config)
     head = getattr(scorer, "score", None)
     if type(scorer.base_model) is not type(model.base_model) or not isinstance(head, nn.Linear):
-        raise _no_class(config, f"reads sequences otherwise in {kind.__name__}")
+        raise _unsuitable(config, f"reads sequences otherwise in {scorer_class.__name__}")
     setattr(scorer, scorer.base_model_prefix, model.base_model)
     scorer.score = nn.Linear(head.in_features, 1, bias=head.bias is not None)
     std = float(getattr(config, "initializer_range", None) or 0.02)
     nn.init.normal_(scorer.score.weight, std=std)
     if scorer.score.bias is not None:
         nn.init.zeros_(scorer.score.bias)
-    for name in ("resized", "rope_scaling"):  # of what was done to it
+    for name in ("resized", "rope_scaling"):  # by which an adapter is saved, see `save_adapter`
         if hasattr(model, name):
             setattr(scorer, name, getattr(model, name))
     scorer.train(model.training)
     return scorer
 
 
-def is_score_model(model: PreTrainedModel) -> bool:
+def has_score_head(model: PreTrainedModel) -> bool:
     """Whether a model gives sequences scores instead of text."""
     return type(model).__name__.endswith(CLASS)
 
 
 def choose_padding(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let a tokenizer fill up batches with a token that ends no answer.
+    """Set a pad token that ends no answer.
 
-    transformers reads a score at the last token that is another one than that.
+    transformers reads a score at the last token that is not padding.
 
     Raises:
         TokenizerError: when there is none.

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 
 VOCABULARY, SPECIAL = 160, 32  # ids below SPECIAL may stand for images, padding and the like
-LAYERS = 8  # of the first ones; kinds of layers that come later are added
+LAYERS = 8  # that are kept from the first on; then as many of kinds that come later
 POSITIONS = 512
 SLIDING_WINDOW = 8  # tokens; shorter than the samples that are tried
 SOFTCAP = 2.0  # which the logits of a tiny model reach
@@ -58,6 +58,7 @@ def _ints(value: object) -> list[int]:
 
 
 def _numbers(values: dict[str, Any], names: re.Pattern[str]) -> list[int]:
+    """Return the whole numbers above 2 in a config's values whose names match."""
     return [n for name, value in values.items() if names.search(name) for n in _ints(value)]
 
 
@@ -92,15 +93,15 @@ def _narrow(values: dict[str, Any]) -> None:
     count = _first(values, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
     hidden = _first(values, "hidden_size", "d_model", "n_embd")
     head_divisor = _divisor(heads, 2, max(1, count // 4))
-    pairs = any(_HEADS.search(name) and value == 2 for name, value in values.items())
-    if pairs and any(n // head_divisor % 2 for n in heads):  # two key heads need an even number
+    # Counts of 2 are not divided (`_ints`), such as of key heads: query heads must stay even.
+    two_heads = any(_HEADS.search(name) and value == 2 for name, value in values.items())
+    if two_heads and any(n // head_divisor % 2 for n in heads):
         head_divisor = 1
     if count and hidden % count == 0 and not _ints(values.get("head_dim")):
         widths.append(hidden // count)
     width_divisor = _divisor(widths, 8, 16)
-    while width_divisor > 1 and hidden % (
-        8 * head_divisor * width_divisor
-    ):  # else ratios to it would change
+    # Until the hidden size divides, so that its ratios to other sizes stay.
+    while width_divisor > 1 and hidden % (8 * head_divisor * width_divisor) > 0:
         width_divisor //= 2
     divisor = head_divisor * width_divisor
     changes: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = (
@@ -121,7 +122,7 @@ def _shallow(values: dict[str, Any]) -> None:
     for depth in {values[name] for name in names}:
         retained = _retained_layers(values, depth)
         for name, value in values.items():
-            values[name] = _at(name, value, depth, retained)
+            values[name] = _of_layers(name, value, depth, retained)
 
 
 def _retained_layers(values: dict[str, Any], depth: int) -> list[int]:
@@ -133,9 +134,9 @@ def _retained_layers(values: dict[str, Any], depth: int) -> list[int]:
     ]
     later = [i for i in range(len(retained), depth) if kinds[i] not in kinds[:i]]
     retained += later[:LAYERS]
-    return (
-        retained if kinds[retained[-1]] == kinds[-1] else [*retained, depth - 1]
-    )  # some set their last one
+    if kinds[retained[-1]] != kinds[-1]:  # some families demand a certain kind of last layer
+        retained.append(depth - 1)
+    return retained
 
 
 def _of_layer(name: str, value: object, depth: int, index: int) -> object:
@@ -149,7 +150,7 @@ def _of_layer(name: str, value: object, depth: int, index: int) -> object:
     return None
 
 
-def _at(name: str, value: object, depth: int, retained: list[int]) -> object:
+def _of_layers(name: str, value: object, depth: int, retained: list[int]) -> object:
     """Return a config's value for the layers retained of `depth`."""
     if _DEPTH.match(name) and value == depth:
         return len(retained)
@@ -161,7 +162,9 @@ def _at(name: str, value: object, depth: int, retained: list[int]) -> object:
         return {new: layer for new, layer in configs.items() if layer is not None}
     if _INDICES.search(name) and isinstance(value, list) and all(type(v) is int for v in value):
         return [new for new, old in enumerate(retained) if old in value]
-    return min(2, len(retained) // 2) if _SHARED.search(name) and _ints(value) else value
+    if _SHARED.search(name) and _ints(value):
+        return min(2, len(retained) // 2)
+    return value
 
 
 def _limit(name: str, value: object) -> object:
@@ -204,7 +207,7 @@ def shrunk(values: dict[str, Any], narrow: bool = True) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' remarks about a model that nobody asked for from being seen."""
+    """Silence transformers' and Python's warnings, which would be about a tiny model."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -230,7 +233,7 @@ def tiny_models(config: PreTrainedConfig, seed: int = 0) -> Iterator[PreTrainedM
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(seed)
                 model = _built(small)
-                _stir(model)
+                _add_noise(model)
             yield model
 
 
@@ -242,6 +245,6 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _stir(model: PreTrainedModel) -> None:
+def _add_noise(model: PreTrainedModel) -> None:
     for weight in model.parameters():
         weight.add_(0.1 * torch.randn_like(weight))

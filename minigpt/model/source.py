@@ -27,17 +27,18 @@ from minigpt.model.architecture import (
 from minigpt.model.conformance import check_kind
 from minigpt.model.lora import ADAPTER
 from minigpt.model.pretrained import find_model, load_config, load_model, tokenizer_source
-from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
-from minigpt.model.score_head import check_family, choose_padding, with_score_head
+from minigpt.model.rope import RopeScaling, check_length, max_positions, scale_config, scale_rope
+from minigpt.model.score_head import choose_padding, reward_model_class, with_score_head
 from minigpt.reading import refusing
 
 log = logging.getLogger(__name__)
 
 
 def _refusing_sizes() -> AbstractContextManager[None]:
-    """Refuse, with a ConfigError, sizes that transformers or the memory has no room for."""
-    what, remedy = "A model of this architecture", "Give other sizes."
-    return refusing(what, ConfigError, remedy, inf, "cannot be built")
+    """Turn an error while a model is built, such as of memory, into a ConfigError."""
+    return refusing(
+        "A model of this architecture", ConfigError, "Give other sizes.", inf, "cannot be built"
+    )
 
 
 @dataclass
@@ -110,7 +111,7 @@ class ModelSource:
 
         Raises:
             ConfigError: when sizes are given that the model of `init_from` does not have.
-            ModelError: when its kind cannot be computed exactly, or no reward model be of it.
+            ModelError: when its kind cannot be computed exactly, or be made a reward model.
         """
         if self.init_from is None:
             assert self.architecture is not None
@@ -121,7 +122,7 @@ class ModelSource:
         if self.architecture is not None:
             check_sizes(self.architecture, config)
         if self.scores:
-            check_family(config)
+            reward_model_class(config)  # raises where there is none
         return config
 
     def build(self) -> PreTrainedModel:
@@ -141,7 +142,7 @@ class ModelSource:
                 if self._template_adds_tokens():
                     fit_vocabulary(model, self.tokenizer)
         if self.rope_scaling is not None:
-            scale(model, self.rope_scaling)
+            scale_rope(model, self.rope_scaling)
             self.tokenizer.model_max_length = max_positions(model.config)
         if self.scores:
             model = with_score_head(model)
@@ -167,14 +168,10 @@ class ModelSource:
         return isinstance(model, Path) and (model / ADAPTER).is_file()
 
     def check_length(self, length: int, shares_prompts: bool) -> None:
-        """Refuse samples that are longer than the model reads.
-
-        Args:
-            length: of samples in tokens, at most.
-            shares_prompts: whether samples hold several answers to a prompt.
+        """Refuse a `max_length` beyond what the model reads; see `rope.check_length`.
 
         Raises:
-            ConfigError: for them.
+            ConfigError: with the limit.
         """
         config = self.config()
         if self.rope_scaling is not None:

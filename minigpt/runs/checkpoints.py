@@ -34,14 +34,14 @@ from minigpt.model.parallel import gather_weights
 from minigpt.model.pretrained import save_model
 from minigpt.model.restore import (
     BEST_FILE,
-    FOLDER,
-    MODEL,
-    NAME,
+    CHECKPOINTS_DIR,
+    MODEL_DIR,
     SHARDED,
-    check_kind,
+    STEP_NAME,
+    check_sharding,
     load_plain,
     newest_first,
-    number,
+    step_of,
 )
 from minigpt.stages.base import BaseModule
 
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             ModelError: when it holds more than plain values and tensors, or is one of FSDP2.
         """
-        check_kind(Path(path), sharded=False)
+        check_sharding(Path(path), sharded=False)
         return load_plain(Path(path) / STATE, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -154,7 +154,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, run_dir: Path, options: CheckpointOptions) -> None:
         self.run_dir = run_dir
-        self.directory = run_dir / FOLDER
+        self.directory = run_dir / CHECKPOINTS_DIR
         self.options = options
         self.saved_step: int | None = None  # until training begins
         self.best: Best | None = None
@@ -209,16 +209,16 @@ class Checkpoints(Checkpoint):
     def _add_model(self, trainer: Trainer, module: BaseModule) -> None:
         """Write the model into the checkpoint of this step, if there is one without it."""
         checkpoint = self.directory / f"step={trainer.global_step}"
-        lacks_model = checkpoint.is_dir() and not (checkpoint / MODEL).is_dir()
+        lacks_model = checkpoint.is_dir() and not (checkpoint / MODEL_DIR).is_dir()
         if trainer.strategy.broadcast(lacks_model):
             with explain_unwritable(checkpoint):
-                write_model(module, checkpoint / MODEL)
+                write_model(module, checkpoint / MODEL_DIR)
 
     def _check_best(self) -> None:
         """Forget the best checkpoint if the options name another metric, or if it is gone."""
         if self.best is not None and self.best.metric != self.options.best:
             self.best = None
-        if self.best is not None and not (self._path(self.best) / MODEL).is_dir():
+        if self.best is not None and not (self._path(self.best) / MODEL_DIR).is_dir():
             log.warning(
                 "%s, the best checkpoint by %s, is gone: the best from here on is kept.",
                 self._path(self.best),
@@ -310,13 +310,13 @@ class Checkpoints(Checkpoint):
 
         All processes must call this. Returns the optimizer steps that made those weights.
         """
-        target, trainer = self.run_dir / MODEL, module.trainer
+        target, trainer = self.run_dir / MODEL_DIR, module.trainer
         if self.options.export == "last" or self.best is None:
             write_model(module, target)
             return int(trainer.global_step)
         if trainer.is_global_zero:
             with atomic_directory(target, MODEL_FILES) as partial:
-                shutil.copytree(self._path(self.best) / MODEL, partial, dirs_exist_ok=True)
+                shutil.copytree(self._path(self.best) / MODEL_DIR, partial, dirs_exist_ok=True)
         return self.best.step
 
 
@@ -340,7 +340,7 @@ def set_aside(run_dir: Path, step: int) -> None:
     They no longer count, so neither `auto` nor `keep` takes them for the run's own. They are
     removed with the first checkpoint that is saved after them.
     """
-    aside = [path for path in newest_first(run_dir) if number(path) > step or is_damaged(path)]
+    aside = [path for path in newest_first(run_dir) if step_of(path) > step or is_damaged(path)]
     for path in aside:
         target = path.with_name(ASIDE + path.name)
         remove_directory(target)
@@ -350,7 +350,7 @@ def set_aside(run_dir: Path, step: int) -> None:
             "The run goes on after step %d, without %s: kept as %s* until the next checkpoint.",
             step,
             ", ".join(path.name for path in aside),
-            run_dir / FOLDER / ASIDE,
+            run_dir / CHECKPOINTS_DIR / ASIDE,
         )
 
 
@@ -368,8 +368,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         ModelError: when a newer one cannot be read, but may be whole.
     """
-    for path in sorted((run_dir / FOLDER).glob("step=*")):
-        if not NAME.fullmatch(path.name):
+    for path in sorted((run_dir / CHECKPOINTS_DIR).glob("step=*")):
+        if not STEP_NAME.fullmatch(path.name):
             log.warning("%s is left alone: no checkpoint has such a name.", path)
     for path in newest_first(run_dir):
         if (problem := damage(path)) is None:

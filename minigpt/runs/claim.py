@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt.errors import ConfigError, RunExistsError
-from minigpt.model.restore import BEST_FILE, FOLDER
+from minigpt.model.restore import BEST_FILE, CHECKPOINTS_DIR
 
 # What a run writes, and a new run removes, but for config.yaml, which it writes over.
 RUN_FILES = (
-    FOLDER,
+    CHECKPOINTS_DIR,
     "hf",
     "metrics.jsonl",
     "metrics-damaged.jsonl",
@@ -31,7 +31,7 @@ PLAIN_FILES = (
     "summary.json",
     "config.yaml",
     "hparams.yaml",
-    f"{FOLDER}/{BEST_FILE}",
+    f"{CHECKPOINTS_DIR}/{BEST_FILE}",
 )
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def stale_run(run_dir: Path, overwrite: bool) -> list[Path]:
     Raises:
         RunExistsError: when it holds a run and `overwrite` is false.
     """
-    used = [name for name in ("hf", FOLDER) if (run_dir / name).exists()]
+    used = [name for name in ("hf", CHECKPOINTS_DIR) if (run_dir / name).exists()]
     if used and not overwrite:
         raise RunExistsError(
             f"{run_dir} already holds a run ({', '.join(used)}). Resume it with --ckpt_path auto "

@@ -35,7 +35,7 @@ from minigpt.lightning_internals import validate_now
 from minigpt.machine import machine, peak_memory
 from minigpt.model.lora import MODEL_FILES
 from minigpt.model.parallel import gathered, is_sharded
-from minigpt.model.restore import BEST_FILE, NAME, number
+from minigpt.model.restore import BEST_FILE, STEP_NAME, step_of
 from minigpt.reading import read_json
 from minigpt.runs.checkpoints import ASIDE, Checkpoints
 from minigpt.runs.progress import Throughput
@@ -246,7 +246,7 @@ def tested_step(run_dir: Path, checkpoint: object) -> int | None:
     """
     if checkpoint:
         path = Path(str(checkpoint))
-        return number(path) if NAME.fullmatch(path.name) else None
+        return step_of(path) if STEP_NAME.fullmatch(path.name) else None
     try:
         return int(read_json(run_dir / "summary.json")["exported"]["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -117,7 +117,7 @@ def test_answers_to_one_prompt_are_scored_together_or_alone_alike(
     assert together == pytest.approx(alone, abs=1e-5)
     monkeypatch.setattr("minigpt.evaluate.reward_model.BATCH_TOKENS", 50)
     assert scorer.scores(one_prompt, answers) == pytest.approx(alone, abs=1e-5)
-    monkeypatch.setattr("minigpt.evaluate.reward_model.shared_limit", lambda config: 8)
+    monkeypatch.setattr("minigpt.evaluate.reward_model.shared_prompt_limit", lambda config: 8)
     assert scorer.scores(one_prompt, answers) == pytest.approx(alone, abs=1e-5)
     with pytest.raises(ValueError, match="without tokens"):
         scorer.scores([prompts[0]], [[]])

@@ -155,7 +155,7 @@ def test_linear_losses_over_several_chunks(
     saved: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS", 30 * 100)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 30 * 100)
     monkeypatch.setattr(losses, "ROWS", 23)
     monkeypatch.setattr(losses, "SAVED_CHUNKS", saved)
     args = arguments(207, 8, 30, True)
@@ -170,7 +170,7 @@ def test_linear_losses_over_several_chunks(
 def test_chunks_are_multiples_of_what_matmuls_like(
     n: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS", 400)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 400)
     hidden, weight, _, labels = arguments(n, 2, 1, False)
     assert [len(label) for _, label in losses._chunks(hidden, weight, labels)] == sizes
 

@@ -68,7 +68,7 @@ def test_impossible_sizes_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_header_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "READS", 1000)
+    monkeypatch.setattr(backend, "MAX_READS", 1000)
     file = tmp_path / "a.gguf"
     file.write_bytes(header(text(b"a") + struct.pack("<IIQ", ARRAY, UINT8, 2000) + bytes(2000)))
     with pytest.raises(ModelError, match="its header does not end"):

@@ -29,7 +29,7 @@ from minigpt.errors import ConfigError, DataError, ModelError
 from minigpt.export import gguf
 from minigpt.export.card import Card
 from minigpt.infer.engine import Engine, Sampling
-from minigpt.infer.gguf import CONTEXT, Gguf, find_gguf
+from minigpt.infer.gguf import MAX_CONTEXT, Gguf, find_gguf
 from minigpt.infer.sampling import filtered
 from minigpt.infer.text import UNFINISHED
 from minigpt.model.pretrained import find_model
@@ -262,7 +262,7 @@ def test_models_without_a_template_continue_text(tokenizer: Any, tmp_path: Path)
 def test_long_contexts_are_cut(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny.model("qwen3", max_position_embeddings=10**6)
     file = written(Engine(model, tokenizer), tmp_path / "long.gguf", "q8_0")
-    assert Gguf(file).context == CONTEXT
+    assert Gguf(file).context == MAX_CONTEXT
 
 
 # Files

@@ -158,7 +158,7 @@ def test_texts_are_continued_in_the_fastest_way_that_is_exact(
     values = {**shrunk(config.to_dict()), "vocab_size": tiny.VOCABULARY, "is_decoder": True}
     small = type(config).from_dict(values)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
-    shrink._stir(model.eval())
+    shrink._add_noise(model.eval())
     engine = Engine(model, tokenizers.load(tiny.tokenizer(tmp_path / "tokenizer")))
     assert engine.mode == mode
     prompts = ["the cat sat on", "the", "a dog"]

@@ -26,7 +26,7 @@ from minigpt.infer.native import is_native
 from minigpt.model.lora import Lora, add_adapter, save_adapter
 from minigpt.model.packed_lm import PackedLM
 from minigpt.model.pretrained import load_config, load_model, save_model
-from minigpt.model.rope import RopeScaling, check_length, max_positions, scale, scale_config
+from minigpt.model.rope import RopeScaling, check_length, max_positions, scale_config, scale_rope
 
 LENGTH = 16  # positions before scaling
 KINDS = ("linear", "dynamic", "yarn")
@@ -61,7 +61,7 @@ def test_a_saved_model_is_scaled_in_plain_transformers(
 ) -> None:
     model = short(family)
     before = logits(model, IDS)
-    scale(model, scaling(kind))
+    scale_rope(model, scaling(kind))
     assert max_positions(model.config) == 4 * LENGTH
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -74,7 +74,7 @@ def test_a_saved_model_is_scaled_in_plain_transformers(
 def test_packed_texts_have_the_angles_of_each_alone(kind: str) -> None:
     lengths = [60, 7, 40, 17, 16, 64, 1]
     model = short("qwen3")
-    scale(model, scaling(kind))
+    scale_rope(model, scaling(kind))
     batch = tiny.batch(lengths)
     expected = torch.zeros(())
     for sample in tiny.texts(lengths):
@@ -94,7 +94,7 @@ def test_packed_texts_have_the_angles_of_each_alone(kind: str) -> None:
 def test_replies_are_those_of_plain_transformers(kind: str, tmp_path: Path) -> None:
     directory = saved(tmp_path, "llama")
     model = load_model(directory, "sdpa")
-    scale(model, scaling(kind))
+    scale_rope(model, scaling(kind))
     engine = Engine(model.eval(), Engine.load(directory).tokenizer)
     assert is_native(model) is (kind != "dynamic")
     assert engine.context == 4 * LENGTH
@@ -112,7 +112,7 @@ def test_replies_are_those_of_plain_transformers(kind: str, tmp_path: Path) -> N
 def test_an_adapter_brings_the_scaling_of_its_base(tmp_path: Path) -> None:
     directory = saved(tmp_path, "qwen3")
     model = load_model(directory, "sdpa")
-    scale(model, scaling("yarn"))
+    scale_rope(model, scaling("yarn"))
     adapted = add_adapter(model, Lora(), str(directory))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
@@ -155,18 +155,18 @@ def test_the_original_length_can_be_given() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_scaled_stays_as_it_is(kind: str) -> None:
     model = short("qwen3")
-    scale(model, scaling(kind))
+    scale_rope(model, scaling(kind))
     before = model.config.to_dict()
-    scale(model, scaling(kind))  # the next stage, with the same option
+    scale_rope(model, scaling(kind))  # the next stage, with the same option
     assert model.config.to_dict() == before
     with pytest.raises(ConfigError, match=f"scaled already \\({kind}, factor 4.0\\)"):
-        scale(model, scaling(kind, factor=2.0))
+        scale_rope(model, scaling(kind, factor=2.0))
 
 
 def test_models_that_cannot_be_scaled() -> None:
     for family in ("gpt2",):
         with pytest.raises(ConfigError, match="gpt2 has no rotary positions"):
-            scale(tiny.model(family), scaling("yarn"))
+            scale_rope(tiny.model(family), scaling("yarn"))
 
 
 @pytest.mark.parametrize(

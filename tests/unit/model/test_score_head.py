@@ -18,7 +18,12 @@ from minigpt.model import shrink
 from minigpt.model.lora import Lora, add_adapter
 from minigpt.model.optimizer import OptimizerOptions, build_optimizer
 from minigpt.model.packed_lm import PACKED, use_attention
-from minigpt.model.score_head import PackedReward, check_family, choose_padding, with_score_head
+from minigpt.model.score_head import (
+    PackedReward,
+    choose_padding,
+    reward_model_class,
+    with_score_head,
+)
 
 SHAPES = [(9, 5, 7), (3, 1, 2), (0, 11, 0), (64, 20, 12)]
 
@@ -71,7 +76,7 @@ def test_a_model_that_has_a_score_head_retains_it() -> None:
 
 def test_families_without_a_class_of_reward_models_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"no \.\.\.ForSequenceClassification.*family cohere\)"):
-        check_family(tiny.model("cohere").config)
+        reward_model_class(tiny.model("cohere").config)
     with pytest.raises(ModelError, match=r"reads sequences otherwise.*modernbert-decoder\)"):
         with_score_head(tiny_of("modernbert-decoder"))
 
