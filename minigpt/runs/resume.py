@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # What may not change at all: the state of one does not fit another.
 FIXED = {"stage", "method", "architecture", "vocabulary"}
+# What AdamW and Muon keep of a weight.
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 # Options of a stage that are compared by content or under other names, or do not move the weights.
 # A spike's policy may change, so that one can resume after a spike.
 NOT_COMPARED = {
@@ -298,14 +300,16 @@ def checked_states(states: list[Tensor]) -> list[Tensor]:
 
 
 def check_moments(trainer: Trainer) -> None:
-    """Check that the optimizer's restored moments have the shapes of the weights.
+    """Check that the optimizer's restored moments are complete and have the shapes of the weights.
 
     PyTorch does not, and a fused step would read beyond the memory of smaller moments.
 
     Raises:
-        ValueError: for the first one that does not fit.
+        ValueError: for the first one that is missing or does not fit.
     """
     for weight, state in trainer.optimizers[0].state.items():
+        if state and set(state) not in MOMENTS:
+            raise ValueError(f"a weight has the moments {', '.join(map(str, state))}")
         shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
         for name, shape in shapes.items():
             if shape != (torch.Size() if name == "step" else weight.shape):

@@ -39,11 +39,17 @@ ODD_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "chance": lambda state: state | {"boundary": state["boundary"] | {"chance": [[5]]}},
     "moments": lambda state: _with_moment(state, torch.zeros(1)),
     "moment": lambda state: _with_moment(state, "x"),
+    "no moment": lambda state: _without_moment(state),
 }
 
 
 def _with_moment(state: dict[str, Any], value: object) -> dict[str, Any]:
     state["optimizer_states"][0]["state"][0]["exp_avg"] = value
+    return state
+
+
+def _without_moment(state: dict[str, Any]) -> dict[str, Any]:
+    del state["optimizer_states"][0]["state"][0]["exp_avg_sq"]
     return state
 
 
