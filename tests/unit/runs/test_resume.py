@@ -54,8 +54,9 @@ def _without_moment(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(state: object, checkpoint: Path) -> None:
+    checkpoint.mkdir(exist_ok=True)  # a run that took an earlier one may have removed it
     shutil.rmtree(checkpoint / "hf", ignore_errors=True)
-    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     torch.save(state, checkpoint / "state.pt")
     write_manifest(checkpoint)
 
