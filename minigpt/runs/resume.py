@@ -205,6 +205,7 @@ class ExactResume(Callback):
         if pl_module.compiled is None:
             pl_module.compiled = machine.get("compiled")
         restore_environment(machine, numeric_environment(trainer, pl_module))
+        check_types(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "fit_loop")
         saved = checkpoint["boundary"]
         states, rank = saved["chance"], trainer.global_rank
         self.point = ResumePoint(
@@ -297,6 +298,19 @@ def checked_states(states: list[Tensor]) -> list[Tensor]:
     if states:
         torch.Generator().set_state(states[0])
     return states
+
+
+def check_types(saved: object, current: object, name: str) -> None:
+    """Check that saved counters of Lightning's loops have the types of the current ones.
+
+    Raises:
+        ValueError: for the first one that has another type.
+    """
+    if not isinstance(saved, type(current)):
+        raise ValueError(f"{name} is of type {type(saved).__name__}")
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for key in current.keys() & saved.keys():
+            check_types(saved[key], current[key], f"{name}.{key}")
 
 
 def check_moments(trainer: Trainer) -> None:

@@ -34,6 +34,7 @@ ODD_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no optimizer": lambda state: {k: v for k, v in state.items() if k != "optimizer_states"},
     "optimizer": lambda state: state | {"optimizer_states": "x"},
     "loops": lambda state: state | {"loops": {"fit_loop": 5}},
+    "a counter": lambda state: _with_counter(state, None),
     "weights": lambda state: state | {"state_dict": {"a": 5}},
     "run": lambda state: state | {"run": 5},
     "chance": lambda state: state | {"boundary": state["boundary"] | {"chance": [[5]]}},
@@ -45,6 +46,11 @@ ODD_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def _with_moment(state: dict[str, Any], value: object) -> dict[str, Any]:
     state["optimizer_states"][0]["state"][0]["exp_avg"] = value
+    return state
+
+
+def _with_counter(state: dict[str, Any], value: object) -> dict[str, Any]:
+    state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = value
     return state
 
 
