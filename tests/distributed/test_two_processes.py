@@ -14,7 +14,6 @@ import tiny_runs
 import torch
 from driver import never, sgd  # type: ignore[import-not-found]
 from patience import limit
-from transformers import AutoModelForSequenceClassification
 
 import minigpt.model.optimizer as optim
 import minigpt.stages.setup as setup
@@ -161,18 +160,17 @@ def later_jobs(root: Path) -> list[dict[str, Any]]:
     return jobs
 
 
-def reward_model(run_dir: Path) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(run_dir / "hf")
+def weights(path: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_model(path, scores=stage == "reward").state_dict()
 
 
 @pytest.mark.parametrize(("stage", "kind", "strategy"), ALL)
 def test_the_weights_are_those_of_one_process(
     stage: str, kind: str, strategy: str, runs: Path
 ) -> None:
-    load = reward_model if stage == "reward" else load_model
-    alone = load(runs / f"{stage}-{kind}-alone").state_dict()
-    start = load_model(runs / "sft").state_dict()
-    together = load(runs / f"{stage}-{kind}-{strategy}").state_dict()
+    alone = weights(runs / f"{stage}-{kind}-alone", stage)
+    start = weights(runs / "sft", "sft")
+    together = weights(runs / f"{stage}-{kind}-{strategy}", stage)
     tolerance = 1e-4 if kind == "muon" else 1e-5
     for name, value in together.items():
         assert torch.allclose(value, alone[name], rtol=tolerance, atol=tolerance), name
@@ -248,8 +246,8 @@ def test_checkpoints_are_models_and_the_best_stays(
     values = tiny_runs.metrics(checkpoints.parent, "val/loss")
     assert best["held_out"]["val/loss"] == min(values)
     assert find_model(checkpoints / "best") == checkpoints / f"step={best['step']}" / "hf"
-    last = load_model(checkpoints / "last").state_dict()
-    exported = load_model(checkpoints.parent).state_dict()
+    last = weights(checkpoints / "last", stage)
+    exported = weights(checkpoints.parent, stage)
     assert all(torch.equal(last[name], value) for name, value in exported.items())
 
 
