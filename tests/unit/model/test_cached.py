@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from minigpt.model.cached import TransformersDecoder, decoding_modes
 from minigpt.model.packed_lm import use_attention
-from tests import tiny
 
 SIZES = {
     "vocab_size": tiny.VOCABULARY,
