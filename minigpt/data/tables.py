@@ -74,9 +74,9 @@ def decompressed(raw: io.BufferedReader) -> io.BufferedReader[Any]:
     Raises:
         DataError: when the package that decompresses it is missing.
     """
-    found = _COMPRESSION.match(raw.peek(16))
+    magic = _COMPRESSION.match(raw.peek(16))
     stream: object
-    match found.lastgroup if found else None:
+    match magic.lastgroup if magic else None:
         case "gzip":
             stream = gzip.GzipFile(fileobj=raw)
         case "xz":

@@ -30,9 +30,9 @@ class StopTexts:
         if self.stopped:
             self._pending = ""
             return ""
-        found = [self._pending.find(stop) for stop in self.stop if stop in self._pending]
-        if found:
-            released = self._pending[: min(found)]
+        starts = [self._pending.find(stop) for stop in self.stop if stop in self._pending]
+        if starts:
+            released = self._pending[: min(starts)]
             self.stopped = True
             self._pending = ""
             return released

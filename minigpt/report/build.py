@@ -266,7 +266,7 @@ def add_scores(document: Document, results: Mapping[str, Results]) -> None:
         document.table(("", *results, "chance", "items"), body)
         for name, *_ in body:
             of_test = {model: tests.get(test, {}) for model, tests in results.items()}
-            scores = {model: found[name] for model, found in of_test.items() if name in found}
+            scores = {model: values[name] for model, values in of_test.items() if name in values}
             if all(score.high is not None for score in scores.values()):
                 document.figures([bars(f"{test}: {name}", scores)])
                 break

@@ -146,10 +146,12 @@ def _read(path: Path, pairs: int) -> PairLogprobs | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found: PairLogprobs = arrays["scores"]  # checked against the sum that a zip file holds
+            logprobs: PairLogprobs = arrays[
+                "scores"
+            ]  # checked against the sum that a zip file holds
     except Exception:  # missing, or damaged, which a zip file tells by any error
         return None
-    return found if found.shape == (pairs, 2) and found.dtype == np.float32 else None
+    return logprobs if logprobs.shape == (pairs, 2) and logprobs.dtype == np.float32 else None
 
 
 def _write(path: Path, logprobs: PairLogprobs) -> None:
