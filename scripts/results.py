@@ -64,7 +64,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], float]] = {
     "sft": ("hub_sft", {"lr": 1e-4}, 1e-4),
     "lora": ("hub_lora", {"lr": 1e-3}, 1e-3),
     "dpo": ("chat_dpo", {"lr": 5e-6}, 5e-6),
-    "grpo": ("../grpo", {"name": "adamw", "lr": 1e-5}, 0.0),
+    "grpo": ("../grpo", {"name": "adamw", "lr": 2e-5}, 0.0),
 }
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "lora": "chat", "dpo": "preference"}
 STEP_TOKENS = 2048
@@ -223,6 +223,7 @@ class Arms:
                 }
             },
         }
+        changes["validate"] = {"every": FOREVER}  # a validation takes as long as some steps
         record = self.fit("grpo", "grpo", self.args.minutes, changes)
         return record | self.measure_chat(self.directory / "grpo" / "hf")
 
