@@ -21,16 +21,24 @@ from minigpt.lightning_internals import purge_after
 log = logging.getLogger(__name__)
 
 # Charts that show training and validation together, in TensorBoard's "Custom scalars" tab.
+CHARTS = {
+    "loss (nats per target)": ("train/loss", "val/loss"),
+    "bits per byte": ("train/bits_per_byte", "val/bits_per_byte"),
+    "reward margin": ("train/rewards/margin", "val/rewards/margin"),
+    "reward accuracy": ("train/rewards/accuracy", "val/rewards/accuracy"),
+    "reward": ("reward", "val/reward"),
+    "right answers": ("val/accuracy", "val/pass_at_1"),
+}
+
+
+def chart(*tags: str) -> list[object]:
+    """Return a chart of exactly these tags, which TensorBoard takes as regular expressions."""
+    return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+
 LAYOUT = {
-    "train and validation": {
-        "loss (nats per target)": ["Multiline", ["train/loss", "val/loss"]],
-        "bits per byte": ["Multiline", ["train/bits_per_byte", "val/bits_per_byte"]],
-        "reward margin": ["Multiline", ["train/rewards/margin", "val/rewards/margin"]],
-        "reward accuracy": ["Multiline", ["train/rewards/accuracy", "val/rewards/accuracy"]],
-        "reward": ["Multiline", ["reward", "val/reward"]],
-        "right answers": ["Multiline", ["val/accuracy", "val/pass_at_1"]],
-    },
-    "speed": {"tokens per second": ["Multiline", ["tokens_per_s"]]},
+    "train and validation": {title: chart(*tags) for title, tags in CHARTS.items()},
+    "speed": {"tokens per second": chart("tokens_per_s")},
 }
 
 

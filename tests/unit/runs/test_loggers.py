@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minigpt.runs.loggers import JSONLLogger, parse_line
+from minigpt.runs.loggers import LAYOUT, JSONLLogger, parse_line
 
 # What is no row: junk, bytes that are no text, and JSON without a step.
 NO_STEP = st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3)
@@ -72,3 +73,10 @@ def test_the_row_of_a_training_step_is_looked_for(tmp_path: Path) -> None:
     assert logger.lacks_step(0)
     rewound(tmp_path, [a_row(0), a_row(1, "val/loss"), b""], 2)
     assert [logger.lacks_step(step) for step in (0, 1, 2)] == [False, True, True]
+
+
+def test_a_chart_shows_exactly_its_tags() -> None:
+    tags = ["reward", "val/reward", "train/rewards/margin", "val/accuracy_by_words", "val/accuracy"]
+    patterns = LAYOUT["train and validation"]["reward"][1]
+    assert isinstance(patterns, list)
+    assert [tag for tag in tags if any(re.search(p, tag) for p in patterns)] == tags[:2]
