@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def write_page(directory: Path, file: Path, note: str = "") -> None:
 
 def render(records: Mapping[str, Record], note: str = "") -> str:
     """Return the page, with a sentence about the conditions of the runs."""
-    minutes = {
-        "--poems_minutes" if name.startswith("poems") else "--minutes": record["budget_minutes"]
-        for name, record in records.items()
-    }
+    minutes: dict[str, float] = {}  # the fewest, where arms differ: `note` names the others
+    for name, record in records.items():
+        option = "--poems_minutes" if name.startswith("poems") else "--minutes"
+        minutes[option] = min(minutes.get(option, math.inf), record["budget_minutes"])
     parts = [introduction(next(iter(records.values()))["machine"], minutes, note)]
     if poems := {name: records[name] for name in ("poems", "poems-plain") if name in records}:
         parts += poem_sections(poems)
@@ -126,6 +127,20 @@ def poem_sections(records: Mapping[str, Record]) -> Iterator[str]:
         yield f"### {len(poems)} poems of the {titles[name]}\n\n````text\n{written}\n````"
 
 
+def grpo_text(record: Record) -> str:
+    """Return what GRPO's answers were rewarded for, and the validations at both ends of its run."""
+    greedy, any_of_8 = (
+        f"{percent(record['before'][name])} before and {percent(record['final'][name])} after"
+        for name in ("val/accuracy", "val/pass_at_8")
+    )
+    return (
+        "GRPO: the model answers the questions of the pairs, 8 answers to each of 8 questions a "
+        "step, and is rewarded for the form; chats are replayed (a fifth of the targets). Of the "
+        f"questions that are held out, {greedy} have the form in greedy answers, {any_of_8} in one "
+        "of 8. What it forgot would show in the held-out loss of the chats."
+    )
+
+
 def chat_sections(records: Mapping[str, Record], pairs: Record | None) -> Iterator[str]:
     """Yield the sections about the chat model."""
     yield (
@@ -142,6 +157,8 @@ def chat_sections(records: Mapping[str, Record], pairs: Record | None) -> Iterat
             f"{pairs['pairs']} pairs, and {pairs['held_out']} about questions that are held out. "
             "Preference accuracy is the share of those whose better answer is likelier."
         )
+    if "grpo" in records:
+        yield grpo_text(records["grpo"])
     head = ["", *COST.values(), "held-out loss", "forms", "preferences"]
     rows = [
         [
