@@ -309,3 +309,10 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     assert "[SFT] (did not end)" in text
     assert "[DPO, plain]" not in text
     assert "(did not end)" in text
+
+
+def test_the_page_says_what_grpo_brought(load: Any) -> None:
+    ends = [{"val/accuracy": a, "val/pass_at_8": p} for a, p in ((0.14, 0.24), (0.2, 0.35))]
+    text = load("results_page").grpo_text({"before": ends[0], "final": ends[1]})
+    assert "14% before and 20% after have the form in greedy answers" in text
+    assert "24% before and 35% after in one of 8" in text
