@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import ROOT
+from pipeline import ROOT, fit_once
 
 if TYPE_CHECKING:
     from minigpt.evaluate.exam import Item
@@ -29,36 +29,15 @@ LONGEST = 64  # tokens of a reply, as in the pipeline's exams
 
 def train(args: argparse.Namespace, seed: str, more: list[str]) -> Path:
     """Train a reward model with a seed, if that was not done; return its run directory."""
-    from minigpt.cli.trainer import run
-
     run_dir = Path(args.output_dir) / f"seed-{seed}"
-    if not (run_dir / "summary.json").is_file():
-        options = ["--config", "configs/reward.yaml", "--model.init_args.init_from", args.model]
-        options += ["--run_dir", str(run_dir), "--overwrite", "true"]
-        options += ["--seed_everything", seed, "--data.init_args.seed", seed]
-        run(["fit", *options, *more])
+    options = {
+        "--config": "configs/reward.yaml",
+        "--seed_everything": seed,
+        "--model.init_args.init_from": args.model,
+        "--data.init_args.seed": seed,
+    }
+    fit_once(run_dir, options, more)
     return run_dir
-
-
-def draw(engine: Engine, items: Sequence[Item], count: int) -> list[list[Reply]]:
-    """Return so many replies to each item, by the seeds from 0 on."""
-    from minigpt.infer.engine import Sampling
-
-    samplings = [Sampling(LONGEST, temperature=1.0, seed=seed) for seed in range(count)]
-    prompts = [item.messages for item in items for _ in samplings]
-    replies = list(engine.replies(prompts, samplings * len(items)))
-    return [replies[start : start + count] for start in range(0, len(replies), count)]
-
-
-def judge(items: Sequence[Item], drawn: Sequence[Sequence[Reply]]) -> list[list[bool]]:
-    """Return for each item which replies are right; as in exams, only those that ended are."""
-    from minigpt.evaluate.exam import is_correct
-
-    pairs = zip(items, drawn, strict=True)
-    return [
-        [reply.ended_by is not None and is_correct(reply.text, item) for reply in replies]
-        for item, replies in pairs
-    ]
 
 
 def scores_of(
@@ -69,7 +48,7 @@ def scores_of(
 
     scorer = RewardScorer.load(run_dir, engine.model.device, engine.tokenizer)
     return [
-        score_replies(scorer, engine, [item.messages] * len(replies), replies)
+        score_replies(scorer, engine, [item.prompt] * len(replies), replies)
         for item, replies in zip(items, drawn, strict=True)
     ]
 
@@ -91,13 +70,18 @@ def main() -> None:
     parser.add_argument("--output_dir", default="outputs/best_of")
     args, more = parser.parse_known_args()
     os.chdir(ROOT)
-    from minigpt.evaluate.exam import load_items
-    from minigpt.infer.engine import Engine
+    from minigpt.evaluate.exam import judge, load_items
+    from minigpt.evaluate.reward_model import draw
+    from minigpt.infer.engine import Engine, Sampling
 
     runs = {seed: train(args, seed, more) for seed in args.seeds.split(",")}
     engine, items = Engine.load(args.model), load_items(EXAM, "exam")
-    drawn = draw(engine, items, args.count)
-    right = judge(items, drawn)
+    sampling = Sampling(LONGEST, temperature=1.0, seed=0)
+    drawn = list(draw(engine, [item.prompt for item in items], sampling, args.count))
+    right = [
+        [judge(item, reply).correct for reply in replies]
+        for item, replies in zip(items, drawn, strict=True)
+    ]
     lengths = [[-float(len(reply.ids)) for reply in replies] for replies in drawn]
     shares = {
         "all that are drawn": sum(map(sum, right)) / (args.count * len(items)),

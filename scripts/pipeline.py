@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,15 @@ def fit(stage: str, configs: str) -> Record:
     resume = ["--ckpt_path", "auto"] if newest_checkpoint(OUT / stage) else ["--overwrite", "true"]
     run(["fit", "--config", f"{configs}/{stage}.yaml", "--run_dir", str(OUT / stage), *resume])
     return json.loads((OUT / stage / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def fit_once(run_dir: Path, options: Mapping[str, object], more: Sequence[str]) -> None:
+    """Train into a run directory by options and further ones, unless that run is finished."""
+    from minigpt.cli.trainer import run
+
+    if not (run_dir / "summary.json").is_file():
+        options = {**options, "--run_dir": run_dir, "--overwrite": "true"}
+        run(["fit", *(f"{name}={value}" for name, value in options.items()), *more])
 
 
 def examine(engine: Engine, *families: str) -> dict[str, float]:

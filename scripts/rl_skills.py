@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import ROOT, exam_and_style
+from pipeline import ROOT, exam_and_style, fit_once
 
 FAMILIES = ("reverse_digits", "sort_digits", "add_carry", "count_letters")
 PROMPTS = (Path("data/grpo.jsonl"), Path("data/grpo_hard.jsonl"))
@@ -50,17 +50,11 @@ def write_prompts(family: str, target: Path) -> Path:
     return target
 
 
-def run(args: argparse.Namespace, family: str, seed: str, more: list[str]) -> Path:
+def train(args: argparse.Namespace, family: str, seed: str, more: list[str]) -> Path:
     """Train a family from the model with a seed, if that was not done; return the run directory."""
-    from minigpt.cli.trainer import run
-
     run_dir = Path(args.output_dir) / f"{family}-{seed}"
-    if (run_dir / "summary.json").is_file():
-        return run_dir
     options = {
         "--config": "configs/grpo.yaml",
-        "--run_dir": run_dir,
-        "--overwrite": "true",
         "--seed_everything": seed,
         "--model.init_args.init_from": args.model,
         "--data.init_args.train": write_prompts(family, Path(args.output_dir) / f"{family}.jsonl"),
@@ -69,7 +63,7 @@ def run(args: argparse.Namespace, family: str, seed: str, more: list[str]) -> Pa
         "--trainer.max_steps": 280,  # in two minutes of two CPU cores
         "--trainer.val_check_interval": "null",  # before the first step and after the last
     }
-    run(["fit", *(f"{name}={value}" for name, value in options.items()), *more])
+    fit_once(run_dir, options, more)
     return run_dir
 
 
@@ -96,7 +90,7 @@ def main() -> None:
     print("In percent, before → after; s: seconds of optimizer steps.", HEAD, sep="\n")
     for family in args.families.split(","):
         for seed in args.seeds.split(","):
-            run_dir = run(args, family, seed, more)
+            run_dir = train(args, family, seed, more)
             summary = json.loads((run_dir / "summary.json").read_text())
             first = Scores(*validated(summary, "before"), *before)
             last = Scores(*validated(summary, "final"), *exam_and_style(run_dir))

@@ -16,7 +16,7 @@ from minigpt.data.formats import QUESTIONS, Message, Text, iter_rows, parse_prom
 from minigpt.errors import DataError
 
 if TYPE_CHECKING:  # `minigpt data check` reads exams without torch
-    from minigpt.infer.engine import Engine, Sampling
+    from minigpt.infer.engine import Engine, Reply, Sampling
 
 ItemKind = Literal["exam", "choices", "pairs"]
 
@@ -198,10 +198,12 @@ class ItemResult:
 def run_eval(engine: Engine, items: Sequence[Item], sampling: Sampling) -> list[ItemResult]:
     """Ask all items and judge the replies."""
     replies = engine.complete([item.prompt for item in items], sampling)
-    return [
-        ItemResult(item, reply.text, is_correct(reply.text, item), reply.ended_by is not None)
-        for item, reply in zip(items, replies, strict=True)
-    ]
+    return list(map(judge, items, replies))
+
+
+def judge(item: Item, reply: Reply) -> ItemResult:
+    """Judge a reply to an item."""
+    return ItemResult(item, reply.text, is_correct(reply.text, item), reply.ended_by is not None)
 
 
 def by_family(results: Sequence[ItemResult]) -> dict[str, list[bool]]:

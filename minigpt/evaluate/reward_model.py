@@ -164,6 +164,17 @@ def score_replies(
     return scorer.scores(encoded, answers)
 
 
+def draw(
+    engine: Engine, prompts: Sequence[str | Sequence[Message]], sampling: Sampling, count: int
+) -> Iterator[list[Reply]]:
+    """Yield so many replies to each prompt; the first has the sampling's seed, others the next."""
+    samplings = [replace(sampling, seed=sampling.seed + number) for number in range(count)]
+    repeated = [prompt for prompt in prompts for _ in samplings]
+    replies = engine.replies(repeated, samplings * len(prompts))
+    for _ in prompts:
+        yield list(islice(replies, count))
+
+
 def best_of(
     scorer: RewardScorer,
     engine: Engine,
@@ -184,11 +195,8 @@ def best_of(
         ModelError: when the reward model has another tokenizer than the engine.
     """
     scorer.check_tokenizer(engine.tokenizer)
-    samplings = [replace(sampling, seed=sampling.seed + number) for number in range(count)]
-    repeated = [prompt for prompt in prompts for _ in samplings]
-    replies = engine.replies(repeated, samplings * len(prompts))
-    for prompt in prompts:
-        drawn = list(islice(replies, count))
+    drawn_replies = draw(engine, prompts, sampling, count)
+    for prompt, drawn in zip(prompts, drawn_replies, strict=True):
         scores = score_replies(scorer, engine, [prompt] * count, drawn)
         yield drawn[scores.index(max(scores))]
 

@@ -24,7 +24,7 @@ def test_the_shares(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = importlib.import_module("best_of")
     from minigpt.cli import trainer
-    from minigpt.evaluate import exam
+    from minigpt.evaluate import exam, reward_model
     from minigpt.infer.engine import Engine
 
     items = exam.load_items(ROOT / "data/exam/style.jsonl", "exam")[:2]
@@ -35,7 +35,7 @@ def test_the_shares(
 
     def run(arguments: list[str]) -> None:
         started.append(arguments)
-        run_dir = tmp_path / f"seed-{arguments[arguments.index('--seed_everything') + 1]}"
+        run_dir = Path(dict(a.split("=", 1) for a in arguments if "=" in a)["--run_dir"])
         run_dir.mkdir()
         (run_dir / "summary.json").touch()
 
@@ -45,7 +45,7 @@ def test_the_shares(
     monkeypatch.setattr(trainer, "run", run)
     monkeypatch.setattr(Engine, "load", lambda _: None)
     monkeypatch.setattr(exam, "load_items", lambda *_: items)
-    monkeypatch.setattr(script, "draw", lambda *_: [first, second])
+    monkeypatch.setattr(reward_model, "draw", lambda *_: [first, second])
     monkeypatch.setattr(script, "scores_of", scores_of)
     options = ["--seeds", "3,4", "--count", "3", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["best_of.py", *options, "--trainer.max_steps", "9"])
