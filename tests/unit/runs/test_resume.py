@@ -101,8 +101,11 @@ def changed(draw: st.DrawFn, state: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.filterwarnings("ignore")  # a state may ask for the compiler, which warns about itself
-@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.large)])
+# One of many states asks for the compiler, which warns about itself.
+MANY = pytest.param(300, marks=[pytest.mark.large, pytest.mark.filterwarnings("ignore")])
+
+
+@pytest.mark.parametrize("count", [8, MANY])
 def test_a_damaged_state_is_taken_or_refused(
     saved: tuple[Path, dict[str, Any]], fit: Callable[..., Any], count: int
 ) -> None:
