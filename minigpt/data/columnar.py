@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from xml.parsers import expat
 
-from minigpt.data.tables import LARGEST_ROW, table_row
+from minigpt.data.tables import ARROW, LARGEST_ROW, PARQUET, table_row
 from minigpt.errors import DataError
 from minigpt.reading import (
     LARGEST_FILE,
@@ -53,9 +53,9 @@ def reader_of(
         beginning: its first bytes.
         columns: see `minigpt.data.tables.table_rows`.
     """
-    if beginning.startswith(b"PAR1"):
+    if beginning.startswith(PARQUET):
         return _parquet_rows
-    if beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+    if beginning.startswith(tuple(ARROW)):
         return _arrow_rows
     if beginning.startswith(b"PK\x03\x04") and path.suffix.lower() in _OPEN_SHEETS:
         return partial(_spreadsheet_rows, columns=columns)

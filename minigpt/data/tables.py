@@ -36,11 +36,13 @@ LOOKED_AT = 1 << 20  # characters of a text in which blank lines are looked for
 # Cells of these columns hold JSON: a table has no lists.
 NESTED = frozenset(("chosen", "conversations", "history", "messages", "rejected"))
 NESTED |= {"choices", "avoid"}  # of exams
+# A text may begin with the letters alone; what follows them is the type of a page or a footer.
+PARQUET = b"PAR1\x15"
+ARROW = {b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 # What a file begins with, and what it is then.
 SIGNATURES = {
-    b"PAR1\x15": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow stream",
+    PARQUET: "a Parquet file",
+    **ARROW,
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
     b"%PDF-": "a PDF",
     b"{\\rtf": "a document (RTF)",

@@ -383,6 +383,9 @@ def test_a_broken_array_cannot_be_mended(tmp_path: Path, minigpt: Any) -> None:
 @example([b"\x01[\xff"])
 @example([b"", b'["a",'])
 @example([b"\xd0\xcf\x11\xe0"])
+@example([b"PAR1"])
+@example([b"ARROW1"])
+@example([b"\xff\xff\xff\xff"])
 @example([b"\0"])
 @example([b"\0a\0b\0c\0d\0e"])
 def test_whatever_the_file_its_mended_copy_has_no_errors(rows: list[bytes]) -> None:

@@ -77,7 +77,7 @@ def test_a_damaged_file_is_refused(
 ) -> None:
     pytest.importorskip("pyarrow")
     pytest.importorskip("openpyxl")
-    (tmp_path / name).write_bytes(b"PAR1 no rows" * 9)
+    (tmp_path / name).write_bytes(b"PAR1\x15 no rows" * 9)
     assert convert(tmp_path / name, tmp_path / "out.jsonl") == 2
     assert name in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
