@@ -84,7 +84,9 @@ def columnar_rows(path: Path, read: Callable[[Path], Rows]) -> Rows:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         remedy = "Copy it again, or save it as CSV."
-        problem = f"cannot be read: {reason_of(error)}"
+        kinds: dict[object, str] = {_parquet_rows: "a Parquet file", _arrow_rows: "an Arrow file"}
+        kind = kinds.get(read, "a spreadsheet")
+        problem = f"cannot be read as {kind}, as which it begins: {reason_of(error)}"
         raise DataError(problem, path=path, remedy=remedy, reason="bad_table") from error
 
 

@@ -24,6 +24,8 @@ from minigpt.errors import DataError
 Notes = dict[tuple[str, str], list[int]]
 
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\r"))  # JSON allows DEL
+# Terminals and editors write the others: backspace, form feed, Ctrl-Z, escape and the like.
+_NOT_IN_TEXT = CONTROL_BYTES.translate(None, b"\b\v\f\x1a\x1b")
 COMMON_SHARE = 0.15  # of letters, by which text is Chinese; other encodings give up to a tenth
 BINARY_SHARE = 0.1  # of runs of NUL bytes among all bytes; a crash may leave some long ones
 FEW_NULS = 3  # such runs, which a short file may have all the same
@@ -133,6 +135,12 @@ class Mender:
         if self._chinese > 0.5 and not _LONG_SEQUENCE.search(data):
             return _decoded(data)
         return None
+
+
+def is_binary(beginning: bytes) -> bool:
+    """Whether a file begins with what is in no text, neither in UTF-8 or GB18030 nor in UTF-16."""
+    is_wide = beginning.startswith(tuple(_WIDE))
+    return not is_wide and len(beginning.translate(None, _NOT_IN_TEXT)) < len(beginning)
 
 
 def is_utf8(data: bytes) -> bool:

@@ -34,7 +34,7 @@ from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from minigpt.data.columnar import columnar_rows, reader_of
-from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes
+from minigpt.data.encodings import CONTROL_BYTES, Mender, Notes, is_binary
 from minigpt.data.tables import (
     COLUMNAR,
     COMPRESSED,
@@ -984,11 +984,12 @@ class _WatchedFile(io.FileIO):
 def _rows_of(
     path: Path, stream: io.BufferedReader, notes: Notes, columns: Mapping[str, str]
 ) -> Iterator[tuple[int, object]]:
+    beginning = stream.peek(LOOKED_AT_BYTES)[:LOOKED_AT_BYTES]
     if not begins_as_json(stream):
         is_plain = isinstance(stream.raw, _WatchedFile)
-        if is_plain and (read := reader_of(path, stream.peek(8), columns)):
+        if is_plain and (read := reader_of(path, beginning, columns)):
             return columnar_rows(path, read)
-        refuse_foreign(path, stream.peek(LOOKED_AT_BYTES)[:LOOKED_AT_BYTES])
+        refuse_foreign(path, beginning)
     text = io.BufferedReader(_Utf8(notes, _blocks(stream)), _BUFFER)
     suffix = suffix_of(path)
     if suffix == ".txt":
@@ -996,11 +997,17 @@ def _rows_of(
     if suffix in DELIMITERS:
         return table_rows(lines_of(text), DELIMITERS[suffix], columns)
     if suffix not in READABLE and text.peek().lstrip()[:1] not in (b"{", b"[", b""):
-        remedy = "Rename it to .txt, or give its rows as JSONL."
-        raise _error(
-            "foreign", None, "the file is plain text, by a name that does not say so", remedy
-        )
+        raise _no_rows_by_name(beginning)
     return _rows(text)
+
+
+def _no_rows_by_name(beginning: bytes) -> DataError:
+    """Return the error for a file that is no JSON, and whose name does not say what it is."""
+    if is_binary(beginning):
+        remedy = "Give the text in it as JSONL, CSV or plain text."
+        return _error("foreign", None, "the file is binary, of a kind that is not read", remedy)
+    problem = "the file is plain text, by a name that does not say so"
+    return _error("foreign", None, problem, "Rename it to .txt, or give its rows as JSONL.")
 
 
 @contextmanager

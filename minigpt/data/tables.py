@@ -43,6 +43,7 @@ ARROW = {b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 SIGNATURES = {
     PARQUET: "a Parquet file",
     **ARROW,
+    b"FEA1\0": "a Feather file of version 1",
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
     b"%PDF-": "a PDF",
     b"{\\rtf": "a document (RTF)",
@@ -62,10 +63,12 @@ SIGNATURES = {
     b"ID3\x03": "an audio file",
     b"ID3\x04": "an audio file",
     b"\xff\xfb": "an audio file",
+    b"version https://git-lfs": "a pointer of Git LFS to the file itself",
 }
 # The same by what stands further on: where, and what.
 LATER_SIGNATURES = {(4, b'\0\0\0\0{"'): "a safetensors model", (257, b"ustar"): "a tar archive"}
 LOOKED_AT_BYTES = 512  # of a file's beginning
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", re.IGNORECASE)
 OFFICE = (".docx", ".pptx", ".odt", ".odp", ".ods", ".epub")  # archives inside
 COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
@@ -148,13 +151,24 @@ def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     name = next((n for sign, n in SIGNATURES.items() if beginning.startswith(sign)), None)
     later = LATER_SIGNATURES.items()
     name = name or next((n for (at, sign), n in later if beginning.startswith(sign, at)), None)
+    suffix = path.suffix.lower()
+    remedy = "Give the text in it as JSONL, CSV or plain text."
+    if name is None and suffix != ".txt" and _WEB_PAGE.match(beginning):
+        name = "a web page (HTML)"
+        remedy = "Where a download left it, download again; a text's name must end with .txt."
+    elif name is None and suffix in COLUMNAR and beginning:
+        name = f"no {suffix} file, by what it begins with"
+        remedy = "Copy it again, or name it for what it is."
     if name is None:
         return
-    remedy = "Give the text in it as JSONL, CSV or plain text."
-    if name.startswith("a ZIP") and path.suffix.lower() in OFFICE:
-        name = f"a document ({path.suffix.lower()})"
+    if name.startswith("a ZIP") and suffix in OFFICE:
+        name = f"a document ({suffix})"
     elif name.startswith(("a Parquet", "an Arrow")):
         remedy = "Decompress it: it is compressed inside."
+    elif name.startswith("a Feather"):
+        remedy = "Write it again, by pyarrow 0.17 or later, or give its rows as CSV."
+    elif name.startswith("a pointer"):
+        remedy = "Get that: git lfs pull."
     elif name.startswith("a ZIP"):
         remedy = "Unpack it; a spreadsheet's name must end with .xlsx."
     raise DataError(f"the file is {name}", remedy=remedy, reason="foreign")
@@ -271,6 +285,9 @@ def table_rows(
             elif cells:
                 yield line, table_row(zip(names, cells, strict=False), line, columns)
     except csv.Error as error:
+        if str(error).startswith("new-line character"):  # what follows is for programmers
+            remedy = "Save it with the line ends of Windows or Linux."
+            raise _bad_table("lines end with CR alone", reader.line_num, remedy) from None
         raise _bad_table(str(error), reader.line_num) from None
 
 
@@ -290,6 +307,6 @@ def table_row(
     return row
 
 
-def _bad_table(problem: str, line: int) -> DataError:
-    remedy = "Quote cells that hold the delimiter, a quote or a line break."
+def _bad_table(problem: str, line: int, remedy: str = "") -> DataError:
+    remedy = remedy or "Quote cells that hold the delimiter, a quote or a line break."
     return DataError(problem, line=line, remedy=remedy, reason="bad_table")

@@ -100,6 +100,17 @@ def test_a_missing_package_is_named(
         list(iter_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("parquet", "a Parquet"), ("arrow", "an Arrow"), ("xlsx", "a spreadsheet")]
+)
+def test_a_damaged_file_is_named_for_what_it_is(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{name}"
+    FORMS[path.name](path, ROWS)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=f"cannot be read as {kind}"):
+        list(iter_rows(path))
+
+
 def test_what_is_compressed_around_is_named(tmp_path: Path) -> None:
     import gzip
 

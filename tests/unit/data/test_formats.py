@@ -1066,6 +1066,16 @@ def test_a_completion_outlives_a_row_that_json_cannot_hold() -> None:
         ("a.jsonl", b"\x80\x04\x95abc", "is a pickle"),
         ("a.jsonl", b"\x04\x22M\x18abc", "is compressed by lz4"),
         ("a.mp3", b"ID3\x03abc", "is an audio file"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", r"of Git LFS.*git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
+        ("a.csv", BOM + b"<html lang='zh'>\n", "is a web page"),
+        ("a.feather", b"FEA1\0\0\0\0", "is a Feather file of version 1"),
+        ("a.parquet", b"PARE\x15abc", r"is no \.parquet file, by what it begins with"),
+        ("a.xlsx", "问,答\n".encode("gbk"), r"is no \.xlsx file, by what it begins with"),
+        ("a.gif", b"GIF89a\1\0\1\0", "is binary, of a kind that is not read"),
+        ("train.log", "训练 \x1b[1m1\x1b[0m\f\n".encode(), "is plain text"),
+        ("notes", "从前".encode("utf-16"), "is plain text"),
     ],
 )
 def test_a_file_that_is_no_data_is_named(
@@ -1073,3 +1083,8 @@ def test_a_file_that_is_no_data_is_named(
 ) -> None:
     with pytest.raises(DataError, match=said):
         list(iter_rows(write(tmp_path / name, content)))
+
+
+def test_a_text_may_be_the_source_of_a_web_page(tmp_path: Path) -> None:
+    path = write(tmp_path / "page.txt", b"<!DOCTYPE html>\n")
+    assert [row for _, row in iter_rows(path)] == [{"text": "<!DOCTYPE html>"}]

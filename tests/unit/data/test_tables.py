@@ -103,6 +103,7 @@ def test_cells_that_hold_messages() -> None:
         ("", 1, "the first line must name each column once"),
         ('a,b\nx,"y\n', 2, "unexpected end of data"),
         ('a,b\nx,"y"z\n', 2, "expected after"),
+        ("a,b\rx,y\r", 1, "lines end with CR alone. Save it with the line ends"),
     ],
 )
 def test_a_table_that_cannot_be_read(data: str, line: int, problem: str) -> None:
