@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import tiny
 from patience import eventually, limit
 
+from minigpt.cli.chat import parser
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
 from minigpt.infer.engine import Delta, Engine, Sampling
@@ -116,6 +118,14 @@ def test_options_and_settings(talk: Callable[..., str], sent: Sent) -> None:
 
 
 SEED: dict[str, Any] = {"seed": 3, "stop": ("x",)}
+
+
+def test_the_web_chat_begins_with_the_same_settings() -> None:
+    page = resources.files("minigpt.serve").joinpath("page.html").read_text(encoding="utf-8")
+    args = parser().parse_args(["--model", "x"])
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        (slider,) = re.findall(rf"\b{name}: \[([-\d., ]+)\]", page)
+        assert float(slider.split(",")[3]) == getattr(args, name)
 
 
 def test_clear_and_retry(talk: Callable[..., str], sent: Sent) -> None:

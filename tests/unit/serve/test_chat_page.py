@@ -93,9 +93,9 @@ def test_what_is_sent(opened: Page) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": 0.1,
-        "top_p": 0.9,
+        "top_p": 1,
         "top_k": 3,
-        "min_p": 0.01,
+        "min_p": 0.11,
         "repetition_penalty": 1.05,
         "max_tokens": 256,
         "seed": 7,
@@ -273,7 +273,7 @@ def test_whatever_was_stored_the_page_works(browser: Browser, served: Served, st
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(served.url)
     expect(page.get_by_role("checkbox", name="html")).to_be_checked()
-    expect(page.locator("#temperature")).to_have_value("0.7")
+    expect(page.locator("#temperature")).to_have_value("0.5")
     expect(page.get_by_role("button", name="Theme: as the system")).to_be_visible()
     ask(page, QUESTION)
     expect(reply(page, "html").locator(".said")).not_to_be_empty()
