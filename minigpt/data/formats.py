@@ -348,10 +348,18 @@ def read_records(
 
 
 def renamed(row: object, columns: Mapping[str, str] | None) -> object:
-    """Return a decoded row with the names that its keys have here."""
+    """Return a decoded row with the names that its keys have here; a key that had one is left out.
+
+    So `{"output": "text"}` learns the outputs of rows that have a text as well.
+    """
     if not columns or not isinstance(row, dict):
         return row
-    return {columns.get(key, key): value for key, value in row.items()}
+    given = {columns[key] for key in row if key in columns}
+    return {
+        columns.get(key, key): value
+        for key, value in row.items()
+        if key in columns or key not in given
+    }
 
 
 def expand_files(names: Iterable[str]) -> list[str]:

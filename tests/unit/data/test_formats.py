@@ -40,6 +40,7 @@ from minigpt.data.formats import (
     parse_prompt,
     parse_row,
     read_records,
+    renamed,
     suffix_of,
     unused_fields,
 )
@@ -193,6 +194,24 @@ def test_keys_that_have_other_names(tmp_path: Path) -> None:
     ((record, _),) = read_records([path], "chat", BadRows(), columns=columns)
     assert record == Chat((user("Hi?"), bot("Hello.")))
     assert load_prompts(path, columns)[0].row == {"ask": "Hi?", "reply": "Hello."}
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"output": "text"}, {"instruction": "春?", "text": "Yes."}),
+        (
+            {"text": "output", "output": "text"},
+            {"instruction": "春?", "text": "Yes.", "output": "x"},
+        ),
+        ({"reply": "text"}, {"instruction": "春?", "output": "Yes.", "text": "x"}),
+    ],
+)
+def test_a_name_that_is_given_replaces_the_key_that_had_it(
+    columns: dict[str, str], expected: dict[str, str]
+) -> None:
+    row = {"instruction": "春?", "output": "Yes.", "text": "x"}
+    assert renamed(row, columns) == expected
 
 
 @pytest.mark.parametrize(

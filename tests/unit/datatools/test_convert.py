@@ -57,6 +57,13 @@ def test_what_utf8_cannot_hold_stays_an_escape(tmp_path: Path) -> None:
     assert written(tmp_path / "out.jsonl") == [{"prompt": "\ud800", "completion": "Hello."}]
 
 
+def test_a_key_that_no_row_has_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"ask": "Hi?"}\n{"ask": "春?", "answer": "Yes."}')
+    assert convert(tmp_path / "rows.jsonl", tmp_path / "out.jsonl") == 0
+    assert "no row has the key reply." in caplog.text
+    assert written(tmp_path / "out.jsonl")[1] == {"prompt": "春?", "answer": "Yes."}
+
+
 def test_patterns_stand_for_their_files(tmp_path: Path) -> None:
     for number, row in enumerate(ROWS):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
