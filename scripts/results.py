@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from minigpt.data.formats import Kind
     from minigpt.data.store import TokenStore
-    from minigpt.infer.engine import Engine
+    from minigpt.infer.engine import Engine, Reply
 
 VOCABULARY = 6400
 REPLY = 128  # tokens of a reply about a form
@@ -246,9 +246,9 @@ class Arms:
         record = {"held_out": self.held_out(engine)}
         prompts = formats.test_prompts()
         replies = answer(engine, [prompt.text for prompt in prompts])
-        record["following"] = formats.following(prompts, replies)
+        record["following"] = formats.following(prompts, ended(replies))
         record["replies"] = [
-            {"prompt": prompt.text, "reply": reply}
+            {"prompt": prompt.text, "reply": reply.text, "ended": reply.ended_by is not None}
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         return record | self.preferences(engine)
@@ -285,7 +285,7 @@ class Arms:
         for start in range(0, len(prompts), 8):
             block = [prompt for prompt in prompts[start : start + 8] for _ in range(ANSWERS)]
             texts = [prompt.text for prompt in block]
-            replies = answer(engine, texts, temperature=0.9, seed=start * ANSWERS)
+            replies = ended(answer(engine, texts, temperature=0.9, seed=start * ANSWERS))
             asked += len(block)
             obeyed += sum(p.obeyed(r) for p, r in zip(block, replies, strict=True))
             for i in range(0, len(block), ANSWERS):
@@ -409,14 +409,18 @@ class Arms:
 
 def answer(
     engine: Engine, prompts: Sequence[str], temperature: float = 0.0, seed: int = 0
-) -> list[str]:
-    """Return replies to chats of one message; those that do not end by themselves are empty."""
+) -> list[Reply]:
+    """Return replies to chats of one message."""
     from minigpt.data.formats import Message
     from minigpt.infer.engine import Sampling
 
     chats = [(Message("user", prompt),) for prompt in prompts]
     samplings = [Sampling(REPLY, temperature, min_p=0.05, seed=seed + i) for i in range(len(chats))]
-    replies = engine.complete(chats, samplings)
+    return engine.complete(chats, samplings)
+
+
+def ended(replies: Sequence[Reply]) -> list[str]:
+    """Return the texts of replies; those that do not end by themselves are empty."""
     return [reply.text if reply.ended_by is not None else "" for reply in replies]
 
 

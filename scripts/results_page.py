@@ -94,7 +94,8 @@ What the recipes reach in given minutes, beside the plain loop of transformers a
 SmolLM2-135M-Instruct widened from a public Q4_1 file; the hub's own weights differ slightly. An arm
 that is cut off is run again, finished ones are not. Minutes of the recipes are those of `minigpt
 fit` from its start to its end, validations included; those of the plain loop are of its training
-alone. Samples are the first ones, as they came."""
+alone. Samples are the first ones, as they came; those that the limit of tokens cut
+off are marked."""
 
 
 def poem_sections(records: Mapping[str, Record]) -> Iterator[str]:
@@ -195,10 +196,15 @@ def replies(records: Mapping[str, Record], questions: int = 8) -> Iterator[str]:
     for at in range(0, len(next(iter(ours.values()))["replies"]), questions):
         prompt = next(iter(ours.values()))["replies"][at]["prompt"]
         written = (
-            f"[{CHAT_ARMS[name]}] {record['replies'][at]['reply'] or '(did not end)'}"
-            for name, record in ours.items()
+            f"[{CHAT_ARMS[name]}] {shown(record['replies'][at])}" for name, record in ours.items()
         )
         yield f"**{prompt}**\n\n````text\n" + "\n".join(written) + "\n````"
+
+
+def shown(reply: Record) -> str:
+    """Return a reply as it came, with a mark where it did not end by itself."""
+    has_ended = reply.get("ended", reply["reply"] != "")  # older records keep no text of the others
+    return str(reply["reply"] if has_ended else f"{reply['reply']} (did not end)".lstrip())
 
 
 def curve_table(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:

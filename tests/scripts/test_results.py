@@ -282,7 +282,13 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     poems = {"bits_per_character": 6.5, "bits_per_character_per_nat": 2.0, "verse": SHARES}
     poems |= {"verse_held_out": SHARES, "poems": ["題\n人\n甲，乙。"] * 20}
     forms = {"all": 0.5, "JSON": 0.25}
-    replies = [{"prompt": "Which? Reply in JSON.", "reply": ""}]
+    replies = [
+        {"prompt": "Which? Reply in JSON.", "reply": ""},
+        *[{"prompt": "Why?", "reply": "Because", "ended": True}] * 7,
+        {"prompt": "How? Reply in three lines.", "reply": "By", "ended": False},
+        *[{"prompt": "Why?", "reply": "Because", "ended": True}] * 7,
+        {"prompt": "Who?", "reply": "I.", "ended": True},
+    ]
     chat = {"held_out": 1.5, "following": forms, "replies": replies, "accuracy": 0.75}
     records = {
         "poems": cost | poems,
@@ -307,8 +313,9 @@ def test_the_page(load: Any, tmp_path: Path) -> None:
     assert " Other work ran beside.\n" in text
     assert " \\\n  --minutes 20 \\\n  --poems_minutes 20\n" in text
     assert "[SFT] (did not end)" in text
+    assert "[SFT] By (did not end)" in text
+    assert "[SFT] I.\n" in text
     assert "[DPO, plain]" not in text
-    assert "(did not end)" in text
 
 
 def test_the_page_says_what_grpo_brought(load: Any) -> None:
