@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from minigpt.data.tokenizer import check_ids
 from minigpt.errors import ConfigError, DataError
 
 PROMPTS_AT_A_TIME = 32  # held-out prompts that are answered together
+DRAWN_AGAIN = 2**32  # added to a prompt's number for each time that it came before in a rollout
 
 
 class EncodedPrompt(NamedTuple):
@@ -39,7 +41,8 @@ class EncodedPrompt(NamedTuple):
         record: the prompt as text or chat, with the row it came from.
         fields: of the row, under their names in MiniGPT (`columns`); rewards read them.
         ids: token ids.
-        number: of the prompt among those of all files.
+        number: of the prompt among those of all files; the random numbers of its answers depend on
+            it, so a prompt that comes again in a rollout has another one there (`DRAWN_AGAIN`).
     """
 
     record: Prompt
@@ -180,19 +183,33 @@ class PromptLoader:
         first = done // positions
         micro_batches = islice(data.order.batches(epoch), first * size, None)
         for rollout in range(first, rollouts):
-            local = list(islice(micro_batches, size))[data.rank :: data.world_size]
-            prompts = [[data.train_prompts[file][i] for file, i in members] for members in local]
-            for number in range(len(local) * data.passes):
+            prompts = self._prompts(islice(micro_batches, size))[data.rank :: data.world_size]
+            for number in range(len(prompts) * data.passes):
                 following = rollout * positions + (number + 1) * data.world_size
                 if following <= done:  # learnt from before the run was resumed
                     continue
                 ends_epoch = following == rollouts * positions
                 yield PromptBatch(
-                    prompts[number % len(local)],
+                    prompts[number % len(prompts)],
                     () if number else prompts,
                     number,
                     (epoch + 1, 0) if ends_epoch else (epoch, following),
                 )
+
+    def _prompts(
+        self, micro_batches: Iterable[Sequence[tuple[int, int]]]
+    ) -> list[list[EncodedPrompt]]:
+        """Return the prompts of a rollout's micro-batches, those of all processes."""
+        times: Counter[int] = Counter()
+        prompts: list[list[EncodedPrompt]] = []
+        for members in micro_batches:
+            prompts.append([])
+            for file, i in members:
+                prompt = self.data.train_prompts[file][i]
+                again = DRAWN_AGAIN * times[prompt.number]  # a file with a weight of 2 comes twice
+                prompts[-1].append(prompt._replace(number=prompt.number + again))
+                times[prompt.number] += 1
+        return prompts
 
 
 class GRPODataModule(JSONLDataModule):
@@ -242,7 +259,8 @@ class GRPODataModule(JSONLDataModule):
                 "data.max_completion_length must lie in 1 to max_length - 1, which leaves room "
                 f"for a prompt, but is {max_completion_length} with a max_length of {max_length}."
             )
-        if any(share <= 0 for share in self.replay.values()) or sum(self.replay.values()) >= 1:
+        shares = self.replay.values()
+        if not all(share > 0 for share in shares) or not sum(shares) < 1:  # NaN is no share
             raise ConfigError(
                 "data.replay: shares of a step's targets are above 0, and below 1 together."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from minigpt.data.batch import collate
 from minigpt.data.rollouts import (
+    DRAWN_AGAIN,
     GRPODataModule,
     PromptBatch,
     collate_rollouts,
@@ -115,6 +117,23 @@ def test_columns_and_weights(module: Make, write: Any) -> None:
     assert datamodule.epoch_micro_batches() == 3
 
 
+def test_a_prompt_that_comes_again_in_a_rollout_has_other_random_numbers(
+    module: Make, write: Any
+) -> None:
+    train = {str(write(ROWS[:4], "few.jsonl")): 3}
+    options = {"train": train, "minibatches": 2, "prompts_per_batch": 3}
+    alone = [numbers(batch) for batch in module(**options).train_dataloader()]
+    for rollout in ([*alone[0], *alone[1]], [*alone[2], *alone[3]]):
+        prompts = [number % DRAWN_AGAIN for number in rollout]
+        assert len(set(prompts)) < len(set(rollout)) == len(rollout) == 6
+        assert set(prompts) <= set(rollout)  # the first time by the number that it has alone
+    first, second = (
+        [numbers(b) for b in module(rank, 2, **{**options, "minibatches": 1}).train_dataloader()]
+        for rank in range(2)
+    )
+    assert alone == [batch for pair in zip(first, second, strict=True) for batch in pair]
+
+
 def test_the_replay_has_its_share_of_the_targets(module: Make, write: Any) -> None:
     datamodule = module(replay={str(write(CHATS, "chats.jsonl")): 0.25})
     chosen = datamodule.replay_samples(step=5, targets=90)
@@ -161,6 +180,7 @@ def test_the_fingerprint_is_of_what_is_learnt_from(module: Make, write: Any) -> 
         ({"passes": 0}, "passes must be at least 1"),
         ({"max_completion_length": 40}, "max_completion_length must lie in"),
         ({"replay": {"chats.jsonl": 1.0}}, "data.replay: shares"),
+        ({"replay": {"chats.jsonl": math.nan}}, "data.replay: shares"),
         ({"prompts_per_batch": 24}, "has 23 prompts in an epoch, but 24"),
         ({"minibatches": 12}, "has 23 prompts in an epoch, but 24"),
         ({"val_share": 0.01}, "too few rows to hold out"),
