@@ -9,8 +9,9 @@ import math
 import pkgutil
 import sys
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from statistics import mean
 from typing import Any, SupportsFloat
@@ -68,6 +69,21 @@ class FunctionReward(Scorer):
                     field=name,
                     remedy="Rename the field.",
                 )
+        self._check_call([name for name in (*ARGUMENTS, *fields) if name not in NOT_PASSED])
+
+    def _check_call(self, names: Iterable[str]) -> None:
+        """Refuse a function that cannot be called with arguments of these names."""
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # some builtins have none
+            return
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise ConfigError(
+                f"The reward function {self.path} cannot be called with all that it is given by "
+                f"name: {error}. Let it take **kwargs, as TRL's reward functions do."
+            ) from None
 
     def score(self, answers: Sequence[AnswerToScore], state: TrainerState) -> Scores:
         """Call the function.
@@ -78,7 +94,7 @@ class FunctionReward(Scorer):
         """
         try:
             result, metrics = self._call(answers, state)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a checker may be a program that exits
             raise self._failure(answers, state, error) from error
         values = self._list_of(result, answers)
         scores = list(map(self._number, values, answers))
@@ -89,7 +105,8 @@ class FunctionReward(Scorer):
     ) -> tuple[Any, dict[str, list[float]]]:
         metrics: dict[str, list[float]] = defaultdict(list)
         names = dict.fromkeys(name for answer in answers for name in answer.fields)
-        fields = {name: [answer.fields.get(name) for answer in answers] for name in names}
+        # Copies, as a dataset gives them: what a function does to a list stays out of the row.
+        fields = {name: [deepcopy(answer.fields.get(name)) for answer in answers] for name in names}
         result = self.function(
             prompts=[_prompt(answer) for answer in answers],
             completions=[_completion(answer) for answer in answers],
@@ -104,14 +121,14 @@ class FunctionReward(Scorer):
         return result, dict(metrics)
 
     def _failure(
-        self, answers: Sequence[AnswerToScore], state: TrainerState, error: Exception
+        self, answers: Sequence[AnswerToScore], state: TrainerState, error: BaseException
     ) -> TrainingError:
         """Say which row a function raised at: the first one with which alone it raises again."""
         rows = rows_of(answers)
         for answer in answers:
             try:
                 self._call([answer], state)
-            except Exception as raised:
+            except (Exception, SystemExit) as raised:
                 error, rows = raised, rows_of([answer])
                 break
         return TrainingError(
@@ -172,7 +189,7 @@ def load_function(path: str) -> Callable[..., Any]:
             function = getattr(_load_file(Path(module)), name)
         else:
             function = pkgutil.resolve_name(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"The reward function {path} cannot be imported: {_described(error)}. Check both "
             "names; a package must be installed or on PYTHONPATH."
@@ -214,7 +231,7 @@ def rows_of(answers: Sequence[AnswerToScore]) -> str:
     return ", ".join(rows[:ROWS_NAMED]) + more
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     name, reason = type(error).__name__, reason_of(error).rstrip(".")
     return reason if reason.startswith(name) else f"{name}: {reason}"
 

@@ -55,6 +55,18 @@ def logging(completions, log_extra, log_metric, **kwargs):
 def raising(completions, **kwargs):
     return [1 / len(ids) if ids != [7, 7, 7] else ids[9] for ids in kwargs["completion_ids"]]
 
+def exiting(completions, **kwargs):
+    raise SystemExit(3)
+
+def consuming(completions, parts, **kwargs):
+    return [float(sum(part.pop() for _ in range(len(part)))) for part in parts]
+
+def few(prompts, completions):
+    return [0.0] * len(completions)
+
+def all_of(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer):
+    return [0.0] * len(completions)
+
 def needs(completions, answer, threshold=0.5, *, level, **kwargs):
     return [0.0] * len(completions)
 
@@ -116,6 +128,28 @@ def test_a_function_that_raises_is_named_with_its_row(file: Path) -> None:
     words = f"The reward function {file}:raising raised at b.jsonl:7: IndexError: list index"
     assert str(error.value).startswith(words)
     assert isinstance(error.value.__cause__, IndexError)
+
+
+def test_a_function_that_exits_is_named_too(file: Path) -> None:
+    with pytest.raises(TrainingError, match=r"exiting raised at a\.jsonl:1: SystemExit: 3"):
+        FunctionReward(f"{file}:exiting").score(CHATS, STATE)
+    file.write_text("raise SystemExit('no such checker')", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be imported: SystemExit: no such checker"):
+        FunctionReward(f"{file}:exiting")
+
+
+def test_rows_stay_what_they_are(file: Path) -> None:
+    row = {"parts": [1, 2]}
+    answers = [AnswerToScore("Once", [2], "", [3], True, row, ("c.jsonl", 2)) for _ in range(2)]
+    assert FunctionReward(f"{file}:consuming").score(answers, STATE) == Scores([3.0, 3.0])
+    assert row == {"parts": [1, 2]}
+
+
+def test_a_function_must_take_what_it_is_given(file: Path) -> None:
+    FunctionReward(f"{file}:all_of").check_fields({"prompt": "p", "answer": "a"})
+    for name, fields in (("few", {"prompt": "p"}), ("all_of", {"answer": "a", "level": 3})):
+        with pytest.raises(ConfigError, match=r"unexpected keyword argument.*take \*\*kwargs"):
+            FunctionReward(f"{file}:{name}").check_fields(fields)
 
 
 def returning(file: Path, value: object) -> Scores:
