@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from minigpt.model.policy_losses import (
     normalised,
     policy_loss,
 )
+from minigpt.model.rope import max_positions
 from minigpt.stages.base import LossSums
 from minigpt.stages.collapse import Collapse, CollapseWatch
 from minigpt.stages.reference import ReferenceModule
@@ -173,9 +174,22 @@ class GRPOModule(ReferenceModule):
     @cached_property
     def rewards(self) -> Rewards:
         """What scores answers."""
-        device, tokenizer = self.trainer.strategy.root_device, self.tokenizer
-        load = partial(RewardScorer.load, device=device, tokenizer=tokenizer)
-        return Rewards(self.reward_options, load)
+        return Rewards(self.reward_options, self._load_reward_model)
+
+    def _load_reward_model(self, path: str) -> RewardScorer:
+        """Load a reward model that reads the longest prompt with its answer.
+
+        Raises:
+            ConfigError: when it reads less.
+        """
+        scorer = RewardScorer.load(path, self.trainer.strategy.root_device, self.tokenizer)
+        longest, limit = self.data.limits.max_length, max_positions(scorer.model.config)
+        if longest > limit:
+            raise ConfigError(
+                f"data.init_args.max_length is {longest}, but the reward model at {path} reads at "
+                f"most {limit} tokens. Set it to {limit}, or take one that reads longer texts."
+            )
+        return scorer
 
     def configure_model(self) -> None:
         """Build the model, without dropout.

@@ -49,8 +49,8 @@ class PreferenceOptions:
             )
         if weight is not None and not 0 <= weight < float("inf"):
             raise ConfigError(f"model.sft_weight is a number from 0 up, but is {weight}.")
-        if not self.beta > 0:
-            raise ConfigError(f"model.beta must be above 0, but is {self.beta}.")
+        if not 0 < self.beta < float("inf"):
+            raise ConfigError(f"model.beta must be a number above 0, but is {self.beta}.")
 
     @property
     def needs_reference(self) -> bool:

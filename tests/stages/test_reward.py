@@ -21,7 +21,7 @@ from minigpt.__main__ import main
 from minigpt.cli.trainer import run
 from minigpt.data import tokenizer as tokenizers
 from minigpt.data.formats import Message
-from minigpt.errors import ModelError
+from minigpt.errors import ConfigError, ModelError
 from minigpt.evaluate.reward_model import RewardScorer, best_of
 from minigpt.infer.engine import Engine, Sampling
 from minigpt.model.pretrained import save_model
@@ -265,6 +265,18 @@ def test_a_reward_model_scores_the_answers_of_grpo(
     monkeypatch.setattr(RewardScorer, "check_tokenizer", _refuse)
     with pytest.raises(ModelError, match="another tokenizer"):
         fit("grpo", "other", **judge)
+
+
+def test_a_reward_model_must_read_all_that_is_sampled(
+    reward: Path, tmp_path: Path, fit: Fit
+) -> None:
+    short = shutil.copytree(reward / "hf", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 63}))
+    rewards = [{"kind": "reward_model", "model": str(short)}]
+    with pytest.raises(ConfigError, match=r"max_length is 64, but the reward model .* most 63"):
+        fit("grpo", model__init_args__rewards=rewards)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_generate_prints_the_best_reply(

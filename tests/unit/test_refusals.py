@@ -421,7 +421,9 @@ def test_number_out_of_range(fit: Minigpt, path: str, value: float) -> None:
 
 
 def test_beta_out_of_range(fit: Minigpt, trained: Path) -> None:
-    assert_refused(fit("dpo", model__init_args__beta=0), "model.beta must be above 0, but is 0")
+    assert_refused(
+        fit("dpo", model__init_args__beta=0), "model.beta must be a number above 0, but is 0"
+    )
 
 
 def test_a_run_without_an_end(fit: Minigpt) -> None:

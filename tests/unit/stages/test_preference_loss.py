@@ -18,9 +18,9 @@ POLICY, LENGTHS = torch.tensor([-7.0, -12.0]), torch.tensor([4, 8])
 NAN, INFINITE = float("nan"), float("inf")
 
 
-def options(loss: Any, **more: Any) -> PreferenceOptions:
+def options(loss: Any, beta: float = 0.1, **more: Any) -> PreferenceOptions:
     smoothing = {"label_smoothing": 0.001} if loss == "exo" else {}
-    return PreferenceOptions(loss, 0.1, **(smoothing | more))
+    return PreferenceOptions(loss, beta, **(smoothing | more))
 
 
 def test_there_are_fourteen() -> None:
@@ -49,6 +49,8 @@ def test_options_that_do_nothing_are_refused(loss: str) -> None:
         ("simpo", {"gamma": NAN}, "got nan"),
         ("simpo", {"gamma": INFINITE}, "got inf"),
         ("sigmoid", {"sft_weight": -1.0}, "sft_weight is a number from 0 up, but is -1.0"),
+        ("sigmoid", {"beta": 0.0}, "beta must be a number above 0, but is 0.0"),
+        ("sigmoid", {"beta": INFINITE}, "beta must be a number above 0, but is inf"),
         ("cpo", {"sft_weight": NAN}, "but is nan"),
         ("cpo", {"sft_weight": INFINITE}, "but is inf"),
         ("exo", {"label_smoothing": 0.0}, "exo needs a model.label_smoothing above 0"),
