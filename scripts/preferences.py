@@ -41,7 +41,7 @@ RUNS: dict[str, Choice] = {
 }
 KTO = "kto"  # no loss of DPOModule, but a stage
 PAIRS = "data/dpo_val.jsonl"  # on which the rewards of KTO are measured, whose rows are no pairs
-LENGTH = 512  # tokens of these pairs
+LENGTH = 512  # tokens of these pairs at most; fewer where the models read less
 BETA = 0.1  # of their rewards
 
 
@@ -77,7 +77,8 @@ def pair_accuracy(model: Path, reference: Path) -> float:
     from minigpt.infer.engine import Engine
 
     engines = [Engine.load(path) for path in (model, reference)]
-    return prefer(engines[0], PAIRS, LENGTH, engines[1], BETA)["accuracy"].value
+    length = min(LENGTH, *(engine.context for engine in engines))
+    return prefer(engines[0], PAIRS, length, engines[1], BETA)["accuracy"].value
 
 
 def result(args: argparse.Namespace, name: str, more: list[str]) -> Row:

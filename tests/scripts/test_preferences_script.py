@@ -80,6 +80,26 @@ def test_the_table(
     }
 
 
+def test_pairs_are_cut_to_what_the_models_read(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = {"trained": 128, "start": 4096, "long": 8192}
+    lengths: list[int] = []
+
+    def prefer(engine: Namespace, pairs: str, length: int, *_: object) -> dict[str, Namespace]:
+        lengths.append(length)
+        return {"accuracy": Namespace(value=0.5)}
+
+    def load(path: Path) -> Namespace:
+        return Namespace(context=contexts[path.name])
+
+    monkeypatch.setattr("minigpt.evaluate.preferences.prefer", prefer)
+    monkeypatch.setattr("minigpt.infer.engine.Engine.load", load)
+    for trained in ("trained", "long"):
+        assert script.pair_accuracy(Path(trained), Path("start")) == 0.5
+    assert lengths == [128, 512]
+
+
 def test_a_loss_that_is_not_there(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
