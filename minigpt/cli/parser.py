@@ -7,15 +7,18 @@ what it takes. So its complaints become `OptionError`s, and `explained` adds whe
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -275,11 +278,39 @@ def check_configs(args: Sequence[str]) -> None:
     """
     for file in config_files(args):
         content = _content(file)
-        if not isinstance(content, dict):
+        # jsonargparse takes one whose options are all null for a string.
+        values = list(content.values()) if isinstance(content, dict) else [None]
+        if values and all(value is None for value in values):
             raise ConfigError(
                 f"{file}: a config must hold options such as `run_dir: outputs/sft`, but this one "
                 f"holds {'nothing' if content is None else repr(content)[:60]}."
             )
+
+
+def check_sections(options: Namespace) -> None:
+    """Refuse sections that are null, such as `trainer:` above lines that are all comments.
+
+    Args:
+        options: of a verb, as they are parsed.
+
+    Raises:
+        OptionError: for the first one.
+    """
+    empty = [name for name in ("trainer", "checkpoint", "validate") if options[name] is None]
+    for name in ("model", "data"):
+        module, _, class_name = options[name].class_path.rpartition(".")
+        groups = _groups(getattr(importlib.import_module(module), class_name))
+        values = options[name].get("init_args", Namespace()).items(branches=True)
+        empty += [f"{name}.{key}" for key, value in values if value is None and key in groups]
+    if empty:
+        raise OptionError("it holds no options: give some, or leave it out", empty[0])
+
+
+def _groups(chosen: type) -> set[str]:
+    """Return the parameters of a class, also of its bases, whose default is a group of options."""
+    signatures = [inspect.signature(each.__init__) for each in chosen.__mro__]  # type: ignore[misc]
+    parameters = [p for signature in signatures for p in signature.parameters.values()]
+    return {parameter.name for parameter in parameters if is_dataclass(parameter.default)}
 
 
 def _content(file: Path) -> object:

@@ -28,6 +28,7 @@ from minigpt.cli.parser import (
     OptionError,
     Parser,
     check_configs,
+    check_sections,
     explained,
     replaced_options,
     with_file_names,
@@ -185,8 +186,9 @@ class MiniGPTCLI(VerbCLI):
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and refuse a seed before Lightning takes it."""
+        """Parse the command line; refuse empty sections, and a seed before Lightning takes it."""
         super().parse_arguments(parser, args)
+        check_sections(self.options)
         check_seed(self.options.seed_everything)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -211,6 +211,9 @@ def test_damaged_model(fit: Minigpt, trained: Path, tmp_path: Path) -> None:
             "must be one of 'adamw', 'muon', but is adan",
         ),
         ({"data__init_args__train": 5}, "data.init_args.train", "a string or list or dict, but is"),
+        ({"checkpoint": None}, "checkpoint", "it holds no options: give some, or leave it out"),
+        ({"validate": None}, "validate", "it holds no options"),
+        ({"model__init_args__optimizer": None}, "model.init_args.optimizer", "it holds no options"),
         ({"overwrite": "maybe"}, "overwrite", "must be true or false, but is maybe"),
     ],
 )
@@ -253,6 +256,7 @@ def test_bad_option(fit: Minigpt, option: str, fragment: str) -> None:
         (b"\tmodel: 1", ":1:1: invalid YAML: "),
         (b"hello", "this one holds 'hello'"),
         (b"", "this one holds nothing"),
+        (b"trainer:", "this one holds {'trainer': None}"),
         (b"run_dir: \xff", "is not UTF-8"),
     ],
 )
