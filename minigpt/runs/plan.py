@@ -282,10 +282,10 @@ class RunPlan(Callback):
 
 
 def seconds_allowed(trainer: Trainer) -> float:
-    """Return the seconds until trainer.max_time ends the run; infinity without it."""
+    """Return the seconds until trainer.max_time ends the run, 0 or more; infinity without it."""
     timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     left = [timer.time_remaining() for timer in timers]
-    return min((seconds for seconds in left if seconds is not None), default=math.inf)
+    return min((max(0.0, seconds) for seconds in left if seconds is not None), default=math.inf)
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny_runs
 import torch
+from lightning.pytorch.callbacks import Timer
 from tiny_runs import Fit
 from torch import Tensor
 
@@ -161,6 +164,13 @@ def test_the_time_is_told_after_a_minute(
         fit("sft", trainer__max_steps=5, **changes)
     assert (" took " in caplog.text) == (logged is not None)
     assert logged is None or logged in caplog.text
+
+
+def test_no_time_is_left_after_the_limit() -> None:
+    timer = Timer(timedelta(seconds=-0.4))
+    trainer: Any = SimpleNamespace(callbacks=[timer])
+    assert plan.duration(plan.seconds_allowed(trainer)) == "0 s"
+    assert plan.seconds_allowed(SimpleNamespace(callbacks=[])) == math.inf  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
