@@ -161,7 +161,7 @@ class Plan:
         if self.epochs > MANY_EPOCHS:
             yield (
                 f"The run reads the same data {self.epochs:.0f} times and will learn it by heart. "
-                "Lower trainer.max_steps, or add data."
+                "Lower trainer.max_epochs or max_steps, or add data."
             )
         if self.validations * self.held_out_tokens * FORWARD_SHARE > self.tokens:
             yield (

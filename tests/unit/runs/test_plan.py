@@ -69,7 +69,10 @@ def test_a_line_of_other_plans(changes: dict[str, Any], line: str) -> None:
     [
         ({"precision": "32-true"}, "--trainer.precision null takes it"),
         ({"parameters": 60_000}, "reads 0.85 tokens a parameter"),
-        ({"epoch_steps": 4}, "the same data 25 times"),
+        (
+            {"epoch_steps": 4},
+            "the same data 25 times and will learn it by heart. Lower trainer.max_epochs",
+        ),
         ({"held_out_tokens": 16_000}, "Validation takes longer than training"),
         (
             {"checkpoint_every": 100, "parameters": 10**9, "from_random": False},
