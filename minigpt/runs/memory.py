@@ -13,9 +13,9 @@
 - update: what Muon computes with, five times the largest group of matrices of one shape.
 - overhead: on a CPU, what lies free between tensors whose sizes change from step to step:
   `FREE_SHARE` of the activations, `MOST_FREE` bytes at most (glibc gives back what is above 32 MB).
-  In bf16 also the kernels that oneDNN makes for each new size, `KERNELS`: few where micro-batches
-  are full of targets, many where their number changes, twice as many with an adapter, which has
-  more matrices.
+  More stays free on texts, whose micro-batches are full. In bf16 also the kernels that oneDNN makes
+  for each new size, `KERNELS`: fewer where micro-batches are full of targets, more where their
+  number changes, twice as many with an adapter, which has more matrices.
   All as measured: docs/log.md.
 """
 
@@ -41,9 +41,15 @@ from minigpt.model.optimizer import BatchedMuon, MuonAdamW
 from minigpt.stages.base import BaseModule
 
 PROBE_TOKENS = 1024  # of the samples that are read to measure activations
-FREE_SHARE, MOST_FREE = 2.5, 700_000_000
+FREE_SHARE = 2.5
+MOST_FREE: dict[Kind, int] = {
+    "text": 2_300_000_000,
+    "chat": 700_000_000,
+    "preference": 700_000_000,
+    "unpaired": 700_000_000,
+}
 KERNELS: dict[Kind, int] = {
-    "text": 100_000_000,
+    "text": 300_000_000,
     "chat": 500_000_000,
     "preference": 500_000_000,
     "unpaired": 500_000_000,
@@ -110,9 +116,10 @@ def expected_memory(module: BaseModule) -> ExpectedMemory | None:
 
 def cpu_overhead(activations: int, precision: str, module: BaseModule) -> int:
     """Return the bytes that a run on a CPU keeps beyond what it computes with."""
-    kernels = KERNELS[module.data.kind] if precision.startswith("bf16") else 0
+    kind = module.data.kind
+    kernels = KERNELS[kind] if precision.startswith("bf16") else 0
     kernels *= 1 if module.adapter is None else 2
-    return min(MOST_FREE, round(FREE_SHARE * activations)) + kernels
+    return min(MOST_FREE[kind], round(FREE_SHARE * activations)) + kernels
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
