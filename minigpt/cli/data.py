@@ -56,7 +56,7 @@ def parser() -> CommandParser:
         add("files", nargs="+", help=f"{forms}; folders")
         kinds = (*KINDS, "prompt") if name == "check" else KINDS
         add("--kind", choices=kinds, help="of the rows")
-        add("--tokenizer", help="tokenizer or model directory, or hub id")
+        add("--tokenizer", help="tokenizer, model or run directory, or hub id")
         template = (
             "file of a template, or name of one of the tokenizer's; by default as in training"
         )

@@ -149,10 +149,10 @@ def wrap(bpe: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Load a tokenizer directory or hub id.
+    """Load the tokenizer of a directory, a run or a hub id.
 
     Args:
-        path: the directory or hub id.
+        path: a tokenizer or model directory, a run directory or checkpoint, or a hub id.
         chat_template: file of a chat template to give it, or the name of one of its own; by
             default the only one it has, or of several the one called ``default``.
 
@@ -162,7 +162,7 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
     """
     remedy = f"Copy it again. {_how_to_train(path)}"
     with refusing(f"The tokenizer at {path}", TokenizerError, remedy):
-        tokenizer = _loaded(Path(path))
+        tokenizer = _loaded(_directory(Path(path)))
         tokenizer.backend_tokenizer.no_truncation()  # which some files ask for
         tokenizer.backend_tokenizer.no_padding()
         _try_out(tokenizer)
@@ -174,6 +174,12 @@ def _how_to_train(path: str | Path) -> str:
     texts = DEMO_TEXTS if str(path) == DEMO else "TEXTS"
     command = f"minigpt tokenizer train --data_file {texts} --output_dir {path}"
     return f"Make one with: {command}"
+
+
+def _directory(path: Path) -> Path:
+    """Return where the tokenizer of a path lies: that of a run or checkpoint is with its model."""
+    has_none = path.is_dir() and not any(path.glob("tokenizer*"))
+    return path / "hf" if has_none and any(path.glob("hf/tokenizer*")) else path
 
 
 def _loaded(path: Path) -> PreTrainedTokenizerFast:

@@ -190,7 +190,10 @@ class RunRecorder(Callback):
         self._log_summary(summary)
 
     def _log_summary(self, summary: dict[str, Any]) -> None:
-        message = f"Trained {summary['steps']} steps in {summary['seconds']:.0f} s"
+        steps = summary["steps"]
+        message = (
+            f"Trained {steps} {'step' if steps == 1 else 'steps'} in {summary['seconds']:.0f} s"
+        )
         message += f" (ended by {summary['ended']})"
         for name in ("loss", "accuracy"):
             if (after := self.final.get(f"val/{name}")) is not None:

@@ -44,6 +44,15 @@ def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused(corpus_file: Path, s
     assert len(tokenizers.train([corpus_file], 260)) == 260
 
 
+def test_that_of_a_run_lies_with_its_model(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "run" / "hf")
+    assert tokenizers.load(tmp_path / "run").get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(TokenizerError, match=r"There is no tokenizer at .*/empty"):
+        tokenizers.load(tmp_path / "run" / "empty")
+
+
 def test_special_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = [ids(tokenizer, text) for text in SPECIAL_TOKENS]
     assert encoded == [[0], [1], [2], [3]]
