@@ -25,7 +25,7 @@ from minigpt.evaluate.scores import Score, share
 from minigpt.infer.engine import Engine, Reply, Sampling
 from minigpt.model.architecture import check_vocabulary, embedding_rows
 from minigpt.model.pretrained import load_model, tokenizer_source
-from minigpt.model.rope import shared_prompt_limit
+from minigpt.model.rope import max_positions, shared_prompt_limit
 from minigpt.model.score_head import PackedReward, has_score_head
 from minigpt.reading import refusing
 
@@ -104,11 +104,19 @@ class RewardScorer:
             answers: ids of the answers, with the token that ended each, if one did.
 
         Raises:
-            DataError: for an answer that, with its prompt, is longer than the model reads.
+            ModelError: for an answer that, with its prompt, is longer than the model reads.
             ValueError: for an answer of no tokens.
         """
         if not all(map(len, answers)):
             raise ValueError("An answer without tokens has no last one at which to score it.")
+        lengths = (len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        longest = max(lengths, default=0)
+        if longest > (limit := max_positions(self.model.config)):
+            raise ModelError(
+                f"A prompt and its answer have {longest} tokens together, and the reward model at "
+                f"{self.model.config._name_or_path} reads at most {limit}. Shorten the prompt, or "
+                "the longest answer (--max_new_tokens)."
+            )
         groups: list[Sample] = []
         pairs = zip(prompts, answers, strict=True)
         for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):

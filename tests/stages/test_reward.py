@@ -277,6 +277,10 @@ def test_a_reward_model_must_read_all_that_is_sampled(
     with pytest.raises(ConfigError, match=r"max_length is 64, but the reward model .* most 63"):
         fit("grpo", model__init_args__rewards=rewards)
     assert not (tmp_path / "run" / "config.yaml").exists()
+    scorer = RewardScorer.load(short, "cpu")
+    assert scorer.scores([[1] * 60], [[2] * 3])
+    with pytest.raises(ModelError, match=r"have 64 tokens together, and the reward .* most 63"):
+        scorer.scores([[1] * 60], [[2] * 4])
 
 
 def test_generate_prints_the_best_reply(
