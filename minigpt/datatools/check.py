@@ -53,6 +53,7 @@ from minigpt.data.tokenizer import SPECIAL_TOKENS
 from minigpt.datatools.duplicates import ExamIndex, NearDuplicates
 from minigpt.errors import DataError
 from minigpt.files import atomic_file
+from minigpt.reading import reason_of
 
 # Training takes these rows as they are; all other findings are errors.
 HINTS = {
@@ -367,7 +368,7 @@ class Checker:
                 if line not in dropped:
                     yield _line(row, line in mended)
         except (*DAMAGED, OSError) as error:
-            raise DataError(f"cannot be mended: {error}", path=path) from error
+            raise DataError(f"cannot be mended: {reason_of(error)}", path=path) from error
         except DataError as error:
             raise error.at(path, error.line) from None
 

@@ -27,7 +27,15 @@ from minigpt.errors import ModelError
 from minigpt.files import atomic_directory
 from minigpt.model.conformance import check_kind, require_conformance
 from minigpt.model.generation import generation_config
-from minigpt.model.lora import ADAPTER, MODEL_FILES, load_adapter, merge, read_config, saved_scaling
+from minigpt.model.lora import (
+    ADAPTER,
+    BASE,
+    MODEL_FILES,
+    load_adapter,
+    merge,
+    read_config,
+    saved_scaling,
+)
 from minigpt.model.packed_lm import PACKED
 from minigpt.model.restore import CHECKPOINTS_DIR, LAST, MODEL_DIR, find_checkpoint, newest_first
 from minigpt.model.rope import compute_by_text, max_positions, scale_config
@@ -338,13 +346,37 @@ def base_of(adapter: Path) -> Path | str:
 
 def _named_base(adapter: Path) -> Path | str:
     name = read_config(adapter).get("base_model_name_or_path")
+    remedy = f"name it: --model BASE --adapter {adapter}."
     if not name:
-        raise ModelError(f"{adapter / ADAPTER} names no base model; give it with --model_path.")
+        raise ModelError(f"{adapter / ADAPTER} names no base model; {remedy}")
     with refusing(f"The base of the adapter at {adapter}", ModelError):
         for start in (Path(), adapter):
             if (start / name).exists():
                 return find_model(start / name)
+        if (moved := _moved_base(adapter, Path(name))) is not None:
+            return moved
+        if Path(name).is_absolute():
+            raise ModelError(
+                f"The base of the adapter at {adapter} is not at {name} any more. Put it back, or "
+                f"{remedy}"
+            )
         return find_model(name)
+
+
+def _moved_base(adapter: Path, base: Path) -> Path | None:
+    """Return where a base lies that was moved in one folder with its adapter; None without it.
+
+    The base then lies where it lay beside the adapter, such as `sft/hf` beside `lora/hf`. It is
+    looked for only where the adapter has its digest, with which the weights are compared later.
+    """
+    if not (adapter / BASE).is_file():
+        return None
+    for ancestor in adapter.absolute().parents:
+        for size in range(len(base.parts) - 1, 0, -1):
+            candidate = ancestor.joinpath(*base.parts[-size:])
+            if (candidate / "config.json").is_file():
+                return candidate
+    return None
 
 
 def tokenizer_source(model: str | Path, base: str | Path | None = None) -> Path | str:

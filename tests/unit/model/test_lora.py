@@ -235,6 +235,30 @@ def test_an_adapter_is_not_put_on_a_base_that_was_trained_again(
         Engine.load(str(on_a_base.with_name("base")), str(on_a_base))
 
 
+def test_a_base_that_was_moved_with_its_adapter_is_found(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    run, base, tokenizer = (
+        tmp_path / "a/run",
+        tmp_path / "a/base/hf",
+        tokenizers.load(bases["llama"]),
+    )
+    save_model(tiny.model("llama"), tokenizer, base)
+    save_adapter(add_adapter(load_model(base), NO_DROPOUT, str(base)), tokenizer, run / "hf")
+    before = load_model(run).state_dict()
+    (tmp_path / "a").rename(tmp_path / "b")
+    run = tmp_path / "b/run"
+    after = load_model(run).state_dict()
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+    save_model(tiny.model("llama", seed=1), tokenizer, tmp_path / "b/base/hf")
+    with pytest.raises(ModelError, match="was trained on other weights"):
+        load_model(run)
+    (tmp_path / "b/base").rename(tmp_path / "b/other")
+    gone = rf"base of the adapter at {run / 'hf'} is not at {base} any more\. .*--model BASE"
+    with pytest.raises(ModelError, match=gone):
+        load_model(run)
+
+
 def test_an_exported_adapter_still_knows_its_base(on_a_base: Path, bases: dict[str, Path]) -> None:
     save_model(load_model(bases["llama"]), tokenizers.load(bases["llama"]), on_a_base / "../base")
     engine = Engine.load(str(on_a_base), merged=False)  # the base is back
