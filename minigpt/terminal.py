@@ -1,4 +1,4 @@
-"""Text from elsewhere on a terminal: characters that would command it are written out."""
+"""Text for a terminal: characters that would command it are written out, nouns are counted."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def printable(text: str) -> str:
 def for_output(text: str) -> str:
     """Return a text as it is, or printable where standard output is a terminal."""
     return printable(text) if sys.stdout.isatty() else text
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class PrintableFormatter(logging.Formatter):

@@ -12,7 +12,7 @@ from minigpt.data.formats import expand_files
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import write_json, write_text
 from minigpt.progress import shown
-from minigpt.terminal import printable
+from minigpt.terminal import counted, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -256,11 +256,6 @@ def fetch(args: argparse.Namespace) -> None:
         )
     left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     print(f"{out}: {counted(rows, 'row')}" + (f"; left out: {left_out}" if left_out else ""))
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def tokenizer_of(args: argparse.Namespace) -> PreTrainedTokenizerFast | None:

@@ -50,6 +50,7 @@ from minigpt.data.tables import (
 )
 from minigpt.errors import ConfigError, DataError
 from minigpt.reading import LARGEST_FILE
+from minigpt.terminal import counted
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -539,8 +540,8 @@ def unused_problem(fields: Iterable[str]) -> str:
 def changes(notes: Notes) -> Iterator[tuple[str, int, str]]:
     """Yield what was changed: the reason, the first line, and the whole in words."""
     for (reason, change), (lines, first) in notes.items():
-        counted = f": {lines:,} line{'' if lines == 1 else 's'}, from line {first:,} on"
-        yield reason, first, change + (counted if lines else "")
+        where = f": {counted(lines, 'line')}, from line {first:,} on"
+        yield reason, first, change + (where if lines else "")
 
 
 class _RowParser:

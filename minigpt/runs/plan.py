@@ -17,6 +17,7 @@ from minigpt.runs.checkpoints import Checkpoints
 from minigpt.runs.demo import MOST_PARAMETERS, demo_files, demo_prompts
 from minigpt.runs.memory import expected_memory
 from minigpt.stages.base import BaseModule
+from minigpt.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class RunPlan(Callback):
         if (steps < STEPS_TIMED and seconds < SECONDS_TIMED) or steps_left <= 0:
             return
         self.is_timed = True
-        took = f"{steps} step{'s' if steps > 1 else ''} took {duration(seconds)}"
+        took = f"{counted(steps, 'step')} took {duration(seconds)}"
         allowed, expected = seconds_allowed(trainer), seconds / steps * steps_left
         if allowed < expected:
             log.info("%s: trainer.max_time ends the run in about %s.", took, duration(allowed))

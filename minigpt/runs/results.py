@@ -42,6 +42,7 @@ from minigpt.runs.progress import Throughput
 from minigpt.runs.status import why_it_ended
 from minigpt.stages.base import BaseModule
 from minigpt.stages.evaluation import Completion
+from minigpt.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -190,10 +191,7 @@ class RunRecorder(Callback):
         self._log_summary(summary)
 
     def _log_summary(self, summary: dict[str, Any]) -> None:
-        steps = summary["steps"]
-        message = (
-            f"Trained {steps} {'step' if steps == 1 else 'steps'} in {summary['seconds']:.0f} s"
-        )
+        message = f"Trained {counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s"
         message += f" (ended by {summary['ended']})"
         for name in ("loss", "accuracy"):
             if (after := self.final.get(f"val/{name}")) is not None:
