@@ -39,11 +39,13 @@ NESTED |= {"choices", "avoid"}  # of exams
 # A text may begin with the letters alone; what follows them is the type of a page or a footer.
 PARQUET = b"PAR1\x15"
 ARROW = {b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
+FEATHER = b"FEA1\0"
+LFS = b"version https://git-lfs"  # how a pointer begins, also in the place of weights
 # What a file begins with, and what it is then.
 SIGNATURES = {
     PARQUET: "a Parquet file",
     **ARROW,
-    b"FEA1\0": "a Feather file of version 1",
+    FEATHER: "a Feather file of version 1",
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
     b"%PDF-": "a PDF",
     b"{\\rtf": "a document (RTF)",
@@ -63,12 +65,23 @@ SIGNATURES = {
     b"ID3\x03": "an audio file",
     b"ID3\x04": "an audio file",
     b"\xff\xfb": "an audio file",
-    b"version https://git-lfs": "a pointer of Git LFS to the file itself",
+    LFS: "a pointer of Git LFS to the file itself",
 }
 # The same by what stands further on: where, and what.
 LATER_SIGNATURES = {(4, b'\0\0\0\0{"'): "a safetensors model", (257, b"ustar"): "a tar archive"}
+WEB_PAGE, ARCHIVE = "a web page (HTML)", SIGNATURES[b"PK\x03\x04"]
+# What to do with such a file, where its text cannot just be given in another way.
+REMEDIES = {
+    **dict.fromkeys(
+        [SIGNATURES[PARQUET], *ARROW.values()], "Decompress it: it is compressed inside."
+    ),
+    ARCHIVE: "Unpack it; a spreadsheet's name must end with .xlsx.",
+    WEB_PAGE: "Where a download left it, download again; a text's name must end with .txt.",
+    SIGNATURES[FEATHER]: "Write it again, by pyarrow 0.17 or later, or give its rows as CSV.",
+    SIGNATURES[LFS]: "Get that: git lfs pull.",
+}
 LOOKED_AT_BYTES = 512  # of a file's beginning
-_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", re.IGNORECASE)
+_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", re.IGNORECASE)
 OFFICE = (".docx", ".pptx", ".odt", ".odp", ".ods", ".epub")  # archives inside
 COLUMNAR = (".arrow", ".feather", ".parquet", ".xlsx")  # see `minigpt.data.columnar`
 
@@ -153,24 +166,16 @@ def refuse_foreign(path: PurePath, beginning: bytes) -> None:
     name = name or next((n for (at, sign), n in later if beginning.startswith(sign, at)), None)
     suffix = path.suffix.lower()
     remedy = "Give the text in it as JSONL, CSV or plain text."
-    if name is None and suffix != ".txt" and _WEB_PAGE.match(beginning):
-        name = "a web page (HTML)"
-        remedy = "Where a download left it, download again; a text's name must end with .txt."
+    if name is None and suffix != ".txt" and _HTML.match(beginning):
+        name = WEB_PAGE
     elif name is None and suffix in COLUMNAR and beginning:
         name = f"no {suffix} file, by what it begins with"
         remedy = "Copy it again, or name it for what it is."
+    elif name == ARCHIVE and suffix in OFFICE:
+        name = f"a document ({suffix})"
     if name is None:
         return
-    if name.startswith("a ZIP") and suffix in OFFICE:
-        name = f"a document ({suffix})"
-    elif name.startswith(("a Parquet", "an Arrow")):
-        remedy = "Decompress it: it is compressed inside."
-    elif name.startswith("a Feather"):
-        remedy = "Write it again, by pyarrow 0.17 or later, or give its rows as CSV."
-    elif name.startswith("a pointer"):
-        remedy = "Get that: git lfs pull."
-    elif name.startswith("a ZIP"):
-        remedy = "Unpack it; a spreadsheet's name must end with .xlsx."
+    remedy = REMEDIES.get(name, remedy)
     raise DataError(f"the file is {name}", remedy=remedy, reason="foreign")
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from minigpt.data import tokenizer as tokenizers
+from minigpt.data.tables import LFS
 from minigpt.data.tokenizer import NEEDS_CODE
 from minigpt.errors import ModelError
 from minigpt.files import atomic_directory
@@ -53,7 +54,6 @@ from minigpt.reading import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LFS = b"version https://git-lfs"  # how a pointer begins
 PICKLED = (
     "Pickled weights (.bin, .pt) can run code when they are read, and are not: where you trust "
     "them, load them with transformers and call save_pretrained, which writes safetensors."
