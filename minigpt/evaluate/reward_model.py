@@ -80,6 +80,11 @@ class RewardScorer:
             scorer.check_tokenizer(tokenizer)
         return scorer
 
+    @property
+    def context(self) -> int:
+        """How many tokens of a prompt and its answer the model reads at most."""
+        return max_positions(self.model.config)
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Refuse ids of another tokenizer.
 
@@ -111,11 +116,11 @@ class RewardScorer:
             raise ValueError("An answer without tokens has no last one at which to score it.")
         lengths = (len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         longest = max(lengths, default=0)
-        if longest > (limit := max_positions(self.model.config)):
+        if longest > self.context:
             raise ModelError(
                 f"A prompt and its answer have {longest} tokens together, and the reward model at "
-                f"{self.model.config._name_or_path} reads at most {limit}. Shorten the prompt, or "
-                "the longest answer (--max_new_tokens)."
+                f"{self.model.config._name_or_path} reads at most {self.context}. "
+                "Shorten the prompt, or the longest answer (--max_new_tokens)."
             )
         groups: list[Sample] = []
         pairs = zip(prompts, answers, strict=True)

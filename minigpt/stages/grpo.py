@@ -37,7 +37,6 @@ from minigpt.model.policy_losses import (
     normalised,
     policy_loss,
 )
-from minigpt.model.rope import max_positions
 from minigpt.stages.base import LossSums
 from minigpt.stages.collapse import Collapse, CollapseWatch
 from minigpt.stages.reference import ReferenceModule
@@ -183,7 +182,7 @@ class GRPOModule(ReferenceModule):
             ConfigError: when it reads less.
         """
         scorer = RewardScorer.load(path, self.trainer.strategy.root_device, self.tokenizer)
-        longest, limit = self.data.limits.max_length, max_positions(scorer.model.config)
+        longest, limit = self.data.limits.max_length, scorer.context
         if longest > limit:
             raise ConfigError(
                 f"data.init_args.max_length is {longest}, but the reward model at {path} reads at "

@@ -51,10 +51,11 @@ class FunctionReward(Scorer):
         self.path = path
         self.function = load_function(path)
         self.name = getattr(self.function, "__name__", type(self.function).__name__)
+        self.signature = signature_of(self.function)
 
     def check_fields(self, fields: Mapping[str, object]) -> None:
         """Check that a row has the fields that the function has arguments without defaults for."""
-        for name in required_arguments(self.function):
+        for name in required_arguments(self.signature):
             if name not in fields:
                 raise DataError(
                     f"the row has no field {name!r}, which the reward function {self.path} takes",
@@ -74,11 +75,7 @@ class FunctionReward(Scorer):
     def _check_call(self, names: Iterable[str]) -> None:
         """Refuse a function that cannot be called with arguments of these names."""
         try:
-            signature = inspect.signature(self.function)
-        except (TypeError, ValueError):  # some builtins have none
-            return
-        try:
-            signature.bind(**dict.fromkeys(names))
+            self.signature.bind(**dict.fromkeys(names))
         except TypeError as error:
             raise ConfigError(
                 f"The reward function {self.path} cannot be called with all that it is given by "
@@ -209,15 +206,19 @@ def _load_file(file: Path) -> Any:
     return module
 
 
-def required_arguments(function: Callable[..., Any]) -> list[str]:
-    """Return the arguments of a reward function that only a row's field can give."""
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a reward function; one that takes anything where there is none."""
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins have none
-        return []
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin, for example
+        return inspect.signature(lambda **_: None)
+
+
+def required_arguments(signature: inspect.Signature) -> list[str]:
+    """Return the arguments of a reward function that only a row's field can give."""
     return [
         p.name
-        for p in parameters
+        for p in signature.parameters.values()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         and p.default is p.empty
         and p.name not in ARGUMENTS
