@@ -7,10 +7,10 @@ what it takes. So its complaints become `OptionError`s, and `explained` adds whe
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
@@ -298,8 +298,7 @@ def check_sections(options: Namespace) -> None:
     """
     empty = [name for name in ("trainer", "checkpoint", "validate") if options[name] is None]
     for name in ("model", "data"):
-        module, _, class_name = options[name].class_path.rpartition(".")
-        groups = _groups(getattr(importlib.import_module(module), class_name))
+        groups = _groups(pkgutil.resolve_name(options[name].class_path))
         values = options[name].get("init_args", Namespace()).items(branches=True)
         empty += [f"{name}.{key}" for key, value in values if value is None and key in groups]
     if empty:
