@@ -152,7 +152,7 @@ def load(path: str | Path, chat_template: str | None = None) -> PreTrainedTokeni
     """Load the tokenizer of a directory, a run or a hub id.
 
     Args:
-        path: a tokenizer or model directory, a run directory or checkpoint, or a hub id.
+        path: a tokenizer or model directory, a run directory, `RUN/checkpoints/step=N` or a hub id.
         chat_template: file of a chat template to give it, or the name of one of its own; by
             default the only one it has, or of several the one called ``default``.
 
