@@ -271,7 +271,9 @@ def test_rewards_of_the_script(
     clis: list[cli.MiniGPTCLI] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.MiniGPTCLI, "_run_subcommand", lambda self, _: clis.append(self))
-    assert run_script("train_grpo", "--model_path=model", *flags) == 0
+    assert (
+        run_script("train_grpo", "--model_path=model", f"--output_dir={tmp_path}/run", *flags) == 0
+    )
     rewards = clis[0].config["fit"].model.init_args.rewards
     assert [reward.kind for reward in rewards] == kinds
 

@@ -186,7 +186,7 @@ def test_the_strings_of_a_spreadsheet_may_not_take_all_time(
 ) -> None:
     monkeypatch.setattr(columnar, "SECONDS", 0.05)
     spreadsheet(tmp_path / "rows.xlsx", ROWS[:1])
-    fill(tmp_path / "rows.xlsx", STRINGS, b"<si><t>a</t></si>" * 50_000)
+    fill(tmp_path / "rows.xlsx", STRINGS, b"<si><t>a</t></si>" * 200_000)
     with pytest.raises(DataError, match=r"after 0\.05 seconds of computing it is not done"):
         list(iter_rows(tmp_path / "rows.xlsx"))
 
